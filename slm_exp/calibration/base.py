@@ -1,0 +1,44 @@
+"""The `calibration` group: draw N sequences of T tokens, the same ones every time for a seed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slm_exp.errors import require
+from slm_exp.registry import Component
+
+if TYPE_CHECKING:
+    from slm_exp.models.base import ModelHandle
+    from slm_exp.types import CalibrationTokens
+
+
+@dataclass
+class Calibration(Component, ABC):
+    """Settings every source of calibration tokens shares."""
+
+    n_samples: int = 10
+    """Sequences (N)."""
+    seq_len: int = 128
+    """Tokens per sequence (T)."""
+    seed: int | None = None
+    """Which documents and crops; null follows the run's seed."""
+    path: str | None = None
+    """File or repo id, where the source needs one."""
+    field: str = "text"
+    """Name of the text field."""
+    add_bos: bool = False
+    """Put the tokenizer's BOS token first in every sequence."""
+
+    def check(self) -> None:
+        require(self.n_samples >= 1, "calibration.n_samples", self.n_samples, "a whole number >= 1")
+        require(self.seq_len >= 2, "calibration.seq_len", self.seq_len, "a whole number >= 2")
+
+    @abstractmethod
+    def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
+        """Draw the tokens; `seed` is the run's and yields to the source's own.
+
+        Raises:
+            DataError: too few or too short texts, ids outside the vocabulary, file or network missing.
+        """

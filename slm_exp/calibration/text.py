@@ -1,0 +1,154 @@
+"""From texts to tokens: documents long enough, in random order, one random crop each."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slm_exp.calibration.base import Calibration
+from slm_exp.calibration.documents import Document, local_files, read_documents
+from slm_exp.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from slm_exp.models.base import ModelHandle
+    from slm_exp.types import CalibrationTokens
+
+
+@dataclass
+class TextCalibration(Calibration):
+    """Calibration from documents.
+
+    Documents of at least `seq_len` tokens are taken in an order drawn from the seed, one crop at a random offset
+    from each. The tokenizer's own special tokens are left out; `add_bos` puts BOS first and shortens the crop by one.
+    """
+
+    @abstractmethod
+    def documents(self, handle: ModelHandle) -> tuple[str, Iterable[Document]]:
+        """Where the texts come from, in words for the record, and the texts.
+
+        Raises:
+            DataError / ConfigError: they cannot be had; names the remedy.
+        """
+
+    def identity(self) -> dict[str, Any]:
+        fields = super().identity()
+        if self.path is not None:
+            fields["path"] = paths_digest(self.path)
+        return fields
+
+    def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
+        import numpy as np
+
+        from slm_exp.types import CalibrationTokens
+
+        tokenizer = handle.tokenizer
+        if tokenizer is None:
+            raise DataError(
+                f"calibration={self.name} needs a tokenizer, and the model {handle.name} has none. "
+                "Use calibration=tokens calibration.path=FILE.npy."
+            )
+        start: list[int] = []
+        if self.add_bos:
+            if tokenizer.bos_token_id is None:
+                raise DataError(
+                    f"calibration.add_bos = true, but the tokenizer of {handle.name} has no BOS token. "
+                    "Set calibration.add_bos=false."
+                )
+            start = [tokenizer.bos_token_id]
+        need = self.seq_len - len(start)
+        source, documents = self.documents(handle)
+        # A text has no more tokens than bytes (plus a leading blank): a cheap look before tokenising.
+        long_enough = [d for d in documents if len(d.text.encode("utf-8", "replace")) + 1 >= need]
+        rng = np.random.default_rng(self.seed if self.seed is not None else seed)
+        rows: list[list[int]] = []
+        names: list[str] = []
+        for i in rng.permutation(len(long_enough)):
+            document = long_enough[i]
+            ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) < need:
+                continue
+            offset = int(rng.integers(0, len(ids) - need + 1))
+            rows.append(start + ids[offset : offset + need])
+            names.append(f"{document.name}@{offset}")
+            if len(rows) == self.n_samples:
+                break
+        if len(rows) < self.n_samples:
+            raise DataError(
+                f"calibration={self.name} ({source}): {len(rows)} texts have at least {need} tokens; "
+                f"{self.n_samples} are wanted. Lower calibration.n_samples or calibration.seq_len, or give "
+                "longer texts."
+            )
+        tokens_NT = np.asarray(rows, dtype=np.int32)
+        check_ids(tokens_NT, handle, f"the tokenizer of {handle.name}")
+        return CalibrationTokens(tokens_NT, source, tuple(names))
+
+    def read_local(self, path: str, name: str | None = None) -> Iterator[Document]:
+        """The texts of a local file or folder; plain text comes in pieces of about 16 characters a wanted token."""
+        for file in local_files(path):
+            yield from read_documents(file, self.field, name or stem(file), 16 * self.seq_len)
+
+
+@dataclass
+class HubText(TextCalibration):
+    """A data set on the Hugging Face hub, read from one of its files; `path` names a local copy instead."""
+
+    repo: ClassVar[str]
+    file: ClassVar[str]
+    revision: ClassVar[str | None] = None
+    rows: ClassVar[int | None] = None
+    """Read at most so many rows of the file."""
+
+    def documents(self, handle: ModelHandle) -> tuple[str, Iterable[Document]]:
+        if self.path is not None:
+            return self.path, self.read_local(self.path)
+        return f"{self.repo}/{self.file}", self.read_hub()
+
+    def read_hub(self) -> Iterator[Document]:
+        """The rows of the hub's file, fetched unless it is in the local Hugging Face cache."""
+        return read_documents(self.fetch(), self.field, self.name, 16 * self.seq_len, self.rows)
+
+    def fetch(self) -> Path:
+        """The file's place in the local Hugging Face cache."""
+        from slm_exp.hub import Repo
+
+        return Repo(self.repo, self.revision, "dataset", "calibration.path", DataError).file(self.file)
+
+
+def stem(file: Path) -> str:
+    """A file's name without any suffix."""
+    return file.name.split(".")[0] or file.name
+
+
+def paths_digest(path: str) -> str:
+    """Digest of a file's contents, or of the names and contents of a folder's readable files.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    from slm_exp.cache.digests import content_digest, files_digest
+
+    files = local_files(path)
+    return content_digest(files[0]) if Path(path).expanduser().is_file() else files_digest(files, files[0].parent)
+
+
+def check_ids(tokens_NT: np.ndarray, handle: ModelHandle, where: str) -> None:
+    """Refuse ids that the model has no embedding for.
+
+    Raises:
+        DataError: names the first such id and its place.
+    """
+    import numpy as np
+
+    vocab = int(handle.config.vocab_size)
+    bad = np.argwhere((tokens_NT < 0) | (tokens_NT >= vocab))
+    if len(bad):
+        row, column = (int(i) for i in bad[0])
+        raise DataError(
+            f"{where}: token id {int(tokens_NT[row, column])} at row {row}, column {column} lies outside "
+            f"the vocabulary of {handle.name} (0 to {vocab - 1})."
+        )

@@ -1,0 +1,63 @@
+"""`calibration=tokens`: a token file as it is, to repeat a calibration exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.calibration.base import Calibration
+from slm_exp.calibration.text import check_ids, paths_digest
+from slm_exp.errors import ConfigError, DataError, require
+from slm_exp.registry import register
+
+if TYPE_CHECKING:
+    from slm_exp.models.base import ModelHandle
+    from slm_exp.types import CalibrationTokens
+
+
+@register("calibration", "tokens")
+@dataclass
+class Tokens(Calibration):
+    """An int array [N, T] of token ids in a .npy file, e.g. another run's calibration_tokens.npy.
+
+    The file decides everything: n_samples, seq_len, seed and field are not looked at.
+    """
+
+    def check(self) -> None:
+        super().check()
+        require(
+            bool(self.path),
+            "calibration.path",
+            self.path,
+            "a .npy file of token ids [N, T]",
+            "For example calibration.path=calibration_tokens.npy.",
+        )
+        require(not self.add_bos, "calibration.add_bos", self.add_bos, "false: a token file is taken as it is")
+
+    def identity(self) -> dict[str, Any]:
+        assert self.path is not None
+        return {"name": self.name, "path": paths_digest(self.path)}
+
+    def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
+        import numpy as np
+
+        from slm_exp.types import CalibrationTokens
+
+        assert self.path is not None
+        file = Path(self.path).expanduser()
+        if not file.is_file():
+            raise ConfigError(f"calibration.path = {self.path}; expected an existing .npy file. There is no such file.")
+        wanted = "expected a .npy file with an int array [N, T]"
+        try:
+            ids = np.load(file, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as cause:
+            raise DataError(f"calibration.path = {file}: cannot be read ({cause}); {wanted}.") from cause
+        if not isinstance(ids, np.ndarray):
+            raise DataError(f"calibration.path = {file}: an archive of {len(ids.files)} arrays; {wanted}.")
+        if ids.dtype.kind not in "iu":
+            raise DataError(f"calibration.path = {file}: an array of {ids.dtype}; {wanted} (whole numbers).")
+        if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+            raise DataError(f"calibration.path = {file}: shape {list(ids.shape)}; {wanted}, N >= 1, T >= 2.")
+        check_ids(ids, handle, f"calibration.path = {file}")
+        return CalibrationTokens(ids.astype(np.int32), self.path, tuple(f"{file.name}:{i}" for i in range(len(ids))))

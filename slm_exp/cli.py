@@ -1,0 +1,40 @@
+"""`slm COMMAND ...`: the commands besides the run itself. Each is also `python -m slm_exp.COMMAND`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from slm_exp.errors import SlmError, did_you_mean
+
+COMMANDS = {
+    "cache": "cache [show|prune|verify]   what the stage cache holds; by age, by size; whether it is whole",
+    "sweep": "sweep status|resume|rerun DIR   how a sweep stands; finish what is missing",
+    "report": "report DIR...       one self-contained page, DIR/report.html, of a run",
+    "sync": "sync DIR...         send offline W&B runs, each once",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch to `slm_exp.COMMAND.main(argv)`. Exit status: the command's; 2 for a wrong call."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: slm COMMAND ...\n\n" + "\n".join(f"  slm {text}" for text in COMMANDS.values()))
+        print("\nA run or a grid itself: slm-exp [overrides], or python -m slm_exp [overrides]; see slm-exp --help.")
+        return 0 if argv else 2
+    command, *rest = argv
+    if command not in COMMANDS:
+        print(f"slm: there is no command {command!r}; expected one of {', '.join(COMMANDS)}. "
+              f"{did_you_mean(command, COMMANDS)}".rstrip(), file=sys.stderr)
+        return 2
+    return run_command(importlib.import_module(f"slm_exp.{command}").main, rest)
+
+
+def run_command(command: object, argv: Sequence[str]) -> int:
+    """Call a command's main(argv), showing its own errors as one line. For the `__main__` of each command too."""
+    try:
+        return int(command(list(argv)) or 0)  # type: ignore[operator]
+    except SlmError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,57 @@
+"""The errors a user can cause or meet: each says where, what came, what was wanted, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class SlmError(Exception):
+    """Base of every error this package raises on purpose; shown as one message, without a traceback."""
+
+
+class ConfigError(SlmError):
+    """A setting is wrong. Raised before any weights load."""
+
+
+class ArchitectureError(SlmError):
+    """The model's architecture, or a feature of it, is not understood."""
+
+
+class DataError(SlmError):
+    """Calibration or evaluation data is missing, too short or malformed."""
+
+
+class PlanError(SlmError):
+    """A merge plan contradicts itself or the model it is applied to."""
+
+
+class CheckpointError(SlmError):
+    """A saved checkpoint does not reproduce the model in memory."""
+
+
+class StageError(SlmError):
+    """A stage of the pipeline failed; the failed record is already on disk."""
+
+    def __init__(self, stage: str, cause: BaseException) -> None:
+        super().__init__(f"stage {stage!r} failed: {type(cause).__name__}: {cause}")
+        self.stage = stage
+
+
+def require(ok: bool, field: str, value: Any, wanted: str, remedy: str = "") -> None:
+    """Raise ConfigError unless `ok`: `field = value; expected wanted. remedy`."""
+    if not ok:
+        raise ConfigError(f"{field} = {value}; expected {wanted}." + (f" {remedy}" if remedy else ""))
+
+
+def require_one_of(field: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ConfigError unless `value` is one of `choices`, naming the closest."""
+    choices = sorted(choices)
+    require(value in choices, field, value, "one of " + ", ".join(choices), did_you_mean(value, choices))
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`Did you mean X?`, or an empty string when nothing is close."""
+    close = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]}?" if close else ""

@@ -1,0 +1,1 @@
+"""Measuring a model: zero-shot tasks, perplexity."""

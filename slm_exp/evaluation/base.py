@@ -1,0 +1,158 @@
+"""The `evaluation` group: what is measured on the dense and on the compressed model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.errors import DataError, did_you_mean, require, require_one_of
+from slm_exp.registry import Component, knob, register
+
+if TYPE_CHECKING:
+    from slm_exp.models.base import ModelHandle
+
+SEVEN = {  # task -> the metric that enters the seven-task average
+    "boolq": "acc",
+    "piqa": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc",
+    "arc_challenge": "acc_norm",
+    "openbookqa": "acc_norm",
+}
+
+
+@register("evaluation", "custom")
+@dataclass
+class Evaluation(Component):
+    """Zero-shot tasks and perplexity; presets in conf/evaluation fill the fields."""
+
+    tasks: list[str] = field(default_factory=list)
+    """lm-eval task names; documents of the seven come with the assets, others must be at hand or downloadable."""
+    limit: int | None = None
+    """The first N documents of each task; null takes all."""
+    batch_size: int | None = knob(None)
+    """Sequences per forward pass; null chooses."""
+    backend: str = knob("hflm")
+    """`hflm` is lm-eval's own model class."""
+    add_bos: bool | None = None
+    """Start every request with BOS; null leaves it to the tokenizer, as stock lm-eval does."""
+    corpora: dict[str, str] = field(default_factory=dict)
+    """Perplexity: name -> .txt or .jsonl text, .npy token file, or hub set (wikitext2, ptb, c4)."""
+    ppl_seq_len: int = 128
+    """Tokens per chunk for perplexity."""
+    ppl_bos: str = "once"
+    """BOS `once` at the very start, at the start of `every_chunk`, or `never`. Token files are taken as they are."""
+
+    def check(self) -> None:
+        require(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, "null or a number >= 1")
+        require(self.batch_size is None or self.batch_size >= 1, "evaluation.batch_size", self.batch_size,
+                "null or a number >= 1")
+        require(len(set(self.tasks)) == len(self.tasks), "evaluation.tasks", self.tasks, "each task once")
+        require_one_of("evaluation.backend", self.backend, ("hflm",))
+        require_one_of("evaluation.ppl_bos", self.ppl_bos, ("once", "every_chunk", "never"))
+        require(self.ppl_seq_len >= 2, "evaluation.ppl_seq_len", self.ppl_seq_len, "a number >= 2")
+
+    def refuses(self) -> str | None:
+        """Why this evaluation makes no sense: an unknown task, an unknown corpus, a file that is not there; or None.
+
+        Costs microseconds for the seven tasks; any other task makes lm-eval index its task files (10 s, once).
+        """
+        from slm_exp.evaluation.perplexity import unknown_corpus
+
+        for name, where in self.corpora.items():
+            reason = unknown_corpus(where)
+            if reason:
+                return f"evaluation.corpora.{name} = {where}: {reason}"
+        return self._unknown_task()
+
+    def check_data(self, random_model: bool = False) -> None:
+        """Raise DataError where documents or hub sets are known to be out of reach; call before weights load.
+
+        Looks at what is installed, at the offline switches and at folder names; opens nothing.
+        """
+        from slm_exp.evaluation.documents import missing_documents
+        from slm_exp.evaluation.perplexity import missing_corpora
+
+        missing = missing_documents(self.tasks, random_model) or missing_corpora(self.corpora)
+        if missing:
+            raise DataError(missing)
+
+    def _unknown_task(self) -> str | None:
+        others = [task for task in self.tasks if task not in SEVEN]
+        if not others:
+            return None
+        from slm_exp.evaluation.harness import task_names
+
+        known = task_names()
+        for task in others:
+            if task not in known:
+                return f"evaluation.tasks: lm-eval has no task {task!r}. {did_you_mean(task, [*SEVEN, *known])}"
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        """Corpora by what their files hold, and which documents the tasks are asked on."""
+        from slm_exp.evaluation.documents import documents_source
+        from slm_exp.evaluation.perplexity import corpus_identity
+
+        out = super().identity()
+        out["corpora"] = {name: corpus_identity(where) for name, where in self.corpora.items()}
+        out["documents"] = documents_source() if self.tasks else None
+        return out
+
+    def run(self, handle: ModelHandle) -> EvalReport:
+        """Measure a model. See evaluation/harness.py and evaluation/perplexity.py."""
+        from slm_exp.evaluation.measure import measure
+
+        return measure(self, handle)
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """One model's measurements, as in record.json's `eval.dense` / `eval.compressed`."""
+
+    tasks: dict[str, dict[str, Any]]
+    """name -> {acc, acc_norm where defined, acc_stderr, acc_norm_stderr, n}; a standard error is None at n = 1."""
+    average: float | None
+    """Seven-task mean of the contract, in [0, 1]; None when a task of it is missing."""
+    perplexity: dict[str, float]
+    protocol: dict[str, Any]
+    """{hash, fields}: what must be equal for two numbers to be comparable; `sources` says where documents came from."""
+    samples: dict[str, list[dict[str, Any]]]
+    """task -> one dict per document (doc_id, doc_hash, target, per-choice log-likelihoods, acc, acc_norm)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the samples, which have a folder of their own."""
+        return {"tasks": self.tasks, "average": self.average, "perplexity": self.perplexity, "protocol": self.protocol}
+
+    def save_samples(self, folder: Path) -> None:
+        """One <task>.jsonl.gz per task; the same results give the same bytes."""
+        import gzip
+        import json
+
+        from slm_exp.files import plain, writing
+
+        for task, rows in self.samples.items():
+            with writing(folder / f"{task}.jsonl.gz") as tmp:
+                with open(tmp, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as f:
+                    for row in rows:
+                        f.write((json.dumps(plain(row), ensure_ascii=False) + "\n").encode())
+
+    def save(self, folder: Path) -> None:
+        """report.json and samples/."""
+        from slm_exp.files import write_json
+
+        self.save_samples(folder / "samples")
+        write_json(folder / "report.json", self.to_json())
+
+    @classmethod
+    def load(cls, folder: Path) -> EvalReport:
+        import gzip
+        import json
+
+        samples = {}
+        for path in sorted((folder / "samples").glob("*.jsonl.gz")):
+            with gzip.open(path, "rt", encoding="utf-8") as f:
+                samples[path.name.removesuffix(".jsonl.gz")] = [json.loads(line) for line in f]
+        return cls(**json.loads((folder / "report.json").read_text()), samples=samples)

@@ -1,0 +1,202 @@
+"""Perplexity by the paper's protocol: short non-overlapping chunks, every predicted token counted once."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from slm_exp.errors import DataError, did_you_mean
+from slm_exp.files import file_digest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
+
+    from slm_exp.models.base import ModelHandle
+
+HUB_SETS: dict[str, dict[str, Any]] = {  # arguments of datasets.load_dataset, the text field, how many rows
+    "wikitext2": {"load": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"},
+                  "field": "text", "rows": None},
+    "ptb": {"load": {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet",
+                     "name": "penn_treebank", "split": "validation"},
+            "field": "sentence", "rows": None},
+    "c4": {"load": {"path": "allenai/c4", "split": "train",
+                    "data_files": {"train": "en/c4-validation.00000-of-00008.json.gz"}},
+           "field": "text", "rows": 1100},
+}
+FILES = (".txt", ".jsonl", ".npy")
+CHUNK_TOKENS = {"cpu": 1024, "cuda": 4096}  # tokens per forward pass: logits of 1024 x 49152 are 200 MB in float32
+
+
+class Corpus(NamedTuple):
+    """Token chunks to predict, and how they were cut."""
+
+    tokens_NT: np.ndarray
+    """[N, T] int64; a chunk predicts its tokens 1 .. T-1."""
+    protocol: dict[str, Any]
+    """{source, seq_len, bos, chunks}; source is a digest for files, a name for hub sets."""
+
+
+def perplexity(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | None = None, name: str = "") -> float:
+    """exp of the mean negative log-likelihood over all predicted tokens of all chunks.
+
+    Each of the N chunks is read alone, so the first of its T tokens only conditions. Log-probabilities are float32
+    or wider, their sum is exact to double precision; logits of one batch are held at a time.
+
+    Args:
+        tokens_NT: [N, T] token ids.
+        batch_size: chunks per forward pass; None chooses.
+        name: what the progress bar says.
+
+    Raises:
+        DataError: the mean is NaN or infinite.
+
+    Cost: one forward pass over N T tokens with all logits.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+    from tqdm import tqdm
+
+    n, t = tokens_NT.shape
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    batch = batch_size or max(1, CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"]) // t)
+    total = 0.0
+    with torch.inference_mode(), tqdm(total=n, desc=f"perplexity {name}".strip(), unit="chunk") as bar:
+        for start in range(0, n, batch):
+            ids_BT = torch.as_tensor(tokens_NT[start : start + batch], dtype=torch.long, device=device)
+            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+            for ids_T, logits_TV in zip(ids_BT, logits_BTV, strict=True):  # row by row: one float32 copy of [T, V]
+                nll_T = cross_entropy(logits_TV[:-1].float(), ids_T[1:].to(logits_TV.device), reduction="none")
+                total += float(nll_T.double().sum())
+            if not math.isfinite(total):
+                raise DataError(f"the model gives NaN or infinite logits on {name or 'the text'}, so it has no "
+                                "perplexity. Try model.dtype=float32 or bfloat16 (float16 overflows easily).")
+            bar.update(len(ids_BT))
+    mean = total / (n * (t - 1))
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = "once") -> Corpus:
+    """Chunks of a text file, a hub set or a token file.
+
+    Text is tokenised without special tokens, in one piece: rows joined by blank lines ("\\n\\n"), as hub sets are in
+    this protocol. A .txt file is read as the hub's WikiText rows: one per line with its newline, "" for a blank line.
+    A .jsonl file gives one row per line, its field `text`. The last partial chunk is dropped.
+
+    Args:
+        where: path ending in .txt, .jsonl or .npy, or one of HUB_SETS. A .npy file holds [N, T] ids, taken as they
+            are: `seq_len` and `bos` do not apply.
+        seq_len: tokens per chunk.
+        bos: `once` puts BOS before the text, `every_chunk` before each chunk (then of seq_len + 1 tokens), or
+            `never`. A tokenizer without BOS turns `once` into `never`.
+
+    Raises:
+        DataError: missing, malformed or shorter than a chunk; ids outside the vocabulary; no tokenizer or no BOS.
+    """
+    import numpy as np
+
+    if where.endswith(".npy"):
+        ids_NT = _token_file(Path(where), int(handle.config.vocab_size))
+        about = {"source": corpus_identity(where), "seq_len": ids_NT.shape[1], "bos": "as given"}
+        return Corpus(ids_NT, about | {"chunks": len(ids_NT)})
+    tokenizer = handle.tokenizer
+    if tokenizer is None:
+        raise DataError(f"{handle.name} has no tokenizer to read {where} with; give a .npy token file.")
+    if tokenizer.bos_token_id is None and bos == "every_chunk":
+        raise DataError(f"{handle.name}: its tokenizer has no BOS token; use evaluation.ppl_bos=never.")
+    if tokenizer.bos_token_id is None:
+        bos = "never"
+    text = "\n\n".join(_rows(where))
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    if bos == "once":
+        ids = [tokenizer.bos_token_id, *ids]
+    n = len(ids) // seq_len
+    if n == 0:
+        raise DataError(f"{where} has {len(ids)} tokens; expected at least one chunk of {seq_len}. Use a longer text "
+                        "or a smaller evaluation.ppl_seq_len.")
+    tokens_NT = np.asarray(ids[: n * seq_len], dtype=np.int64).reshape(n, seq_len)
+    if bos == "every_chunk":
+        tokens_NT = np.insert(tokens_NT, 0, tokenizer.bos_token_id, axis=1)
+    return Corpus(tokens_NT, {"source": corpus_identity(where), "seq_len": seq_len, "bos": bos, "chunks": n})
+
+
+def corpus_identity(where: str) -> str:
+    """A digest of a file's contents, or the name of a hub set."""
+    return file_digest(Path(where)) if where.endswith(FILES) and Path(where).is_file() else where
+
+
+def unknown_corpus(where: str) -> str | None:
+    """Why `where` names no corpus, or None. Looks at names only."""
+    if where.endswith(FILES):
+        return None if Path(where).is_file() else "there is no such file."
+    if where in HUB_SETS:
+        return None
+    return (f"expected a file ending in {', '.join(FILES)}, or one of {', '.join(HUB_SETS)}. "
+            f"{did_you_mean(where, HUB_SETS)}")
+
+
+def missing_corpora(corpora: dict[str, str]) -> str | None:
+    """Which hub sets cannot be had here, as far as that is known without network; or None."""
+    from slm_exp.evaluation.documents import out_of_reach
+
+    for name, where in corpora.items():
+        if where in HUB_SETS and out_of_reach(HUB_SETS[where]["load"]["path"]):
+            return (f"evaluation.corpora.{name} = {where}: not on this machine, which is offline. "
+                    f"Give a file instead: 'evaluation.corpora={{{name}: path/to/{where}.txt}}'")
+    return None
+
+
+def _rows(where: str) -> Iterator[str]:
+    if where in HUB_SETS:
+        yield from _hub_rows(where)
+        return
+    try:
+        with open(where, encoding="utf-8", newline="\n") as f:  # by "\n" alone: texts hold other line separators
+            for number, line in enumerate(f, 1):
+                if where.endswith(".txt"):
+                    yield line if line.strip() else ""
+                elif line.strip():
+                    yield _text(line, where, number)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{where} cannot be read: {error}") from error
+
+
+def _text(line: str, where: str, number: int) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{where}, line {number}: expected a JSON object with a field `text` "
+                        f"({type(error).__name__}: {error}).") from error
+    if not isinstance(text, str):
+        raise DataError(f"{where}, line {number}: `text` is {type(text).__name__}, expected a string.")
+    return text
+
+
+def _hub_rows(name: str) -> list[str]:
+    import datasets
+
+    about = HUB_SETS[name]
+    try:
+        rows = datasets.load_dataset(**about["load"])
+    except Exception as error:  # datasets raises many kinds for "not there"
+        raise DataError(f"{name} ({about['load']['path']}) cannot be loaded: {type(error).__name__}: {error}. "
+                        f"Give a file instead: 'evaluation.corpora={{{name}: path/to/{name}.txt}}'") from error
+    return list(rows[: about["rows"]][about["field"]])
+
+
+def _token_file(path: Path, vocab: int) -> np.ndarray:
+    import numpy as np
+
+    try:
+        ids_NT = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no readable .npy file: {error}") from error
+    if ids_NT.ndim != 2 or ids_NT.dtype.kind not in "iu" or ids_NT.shape[0] < 1 or ids_NT.shape[1] < 2:
+        raise DataError(f"{path} holds {ids_NT.dtype} {list(ids_NT.shape)}; expected integers [N, T], N >= 1, T >= 2.")
+    if ids_NT.min() < 0 or ids_NT.max() >= vocab:
+        raise DataError(f"{path} holds ids {ids_NT.min()}..{ids_NT.max()}; the model's vocabulary has {vocab}. "
+                        "Was it made with another tokenizer?")
+    return np.asarray(ids_NT, dtype=np.int64)

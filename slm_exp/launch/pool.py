@@ -1,0 +1,229 @@
+"""A pool of processes, one per job: a crash, an out-of-memory or a leak in one job never touches another."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from slm_exp.launch.folder import FAILED, FINISHED, LOG, Cell, Job, note_death, read_cell
+from slm_exp.launch.screen import Screen
+from slm_exp.launch.workers import Worker
+
+POLL_S = 0.1
+GRACE_S = 10.0
+"""How long an interrupted job may take to close its record before it is killed."""
+UNSET_BATCH = 4
+"""Where halving starts when evaluation.batch_size is null: what the evaluation then takes on a CPU."""
+OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|MemoryError|out of memory|can't allocate memory|not enough memory|bad_alloc"
+)
+
+
+class Interrupted(BaseException):
+    """The launcher was told to stop by a signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@dataclass
+class Attempt:
+    """A job on its way: waiting to be tried, or running."""
+
+    job: Job
+    number: int = 1
+    batch_size: int | None = None
+    """Evaluation batch to insist on; null leaves the job's own."""
+    worker: Worker | None = None
+    process: subprocess.Popen[bytes] | None = None
+    no_start: str = ""
+    oom_kills: int = 0
+    """The kernel's count of processes killed for memory when it started."""
+
+
+@dataclass
+class Pool:
+    """Runs jobs on workers until each has finished or failed; from the main thread, so that jobs can die with it."""
+
+    workers: Sequence[Worker]
+    command: Callable[[Job, int | None], list[str]]
+    """(job, evaluation batch size or null) -> argv of its process."""
+    batch_size: Callable[[Job], int | None] = lambda job: None
+    """The evaluation batch a job asks for; null when it leaves the choice."""
+    retries: int = 2
+    """How often a job that ran out of memory is tried again, each time with half the evaluation batch."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Added to every job's environment."""
+
+    def run(self, jobs: Sequence[Job], screen: Screen) -> list[Cell]:
+        """How each job ended, in the order given.
+
+        Raises:
+            Interrupted: SIGINT, SIGTERM or SIGHUP came; every job was told to stop and is gone.
+        """
+        waiting = deque(Attempt(job) for job in jobs)
+        free, running = deque(self.workers), list[Attempt]()
+        ended: dict[str, Cell] = {}
+        with signals_raise():
+            try:
+                while waiting or running:
+                    while waiting and free:
+                        attempt = waiting.popleft()
+                        attempt.worker = free.popleft()
+                        running.append(attempt)
+                        self._start(attempt, attempt.worker)
+                        screen.started(attempt.job, attempt.worker.name)
+                    screen.draw()
+                    time.sleep(POLL_S)
+                    for attempt in [a for a in running if a.process is None or has_ended(a.process)]:
+                        running.remove(attempt)
+                        free.appendleft(attempt.worker or self.workers[0])
+                        cell, again = self._ended(attempt)
+                        if again is not None:
+                            waiting.appendleft(again)
+                            screen.retried(
+                                attempt.job, f"out of memory; again with evaluation.batch_size={again.batch_size}"
+                            )
+                        else:
+                            ended[attempt.job.run_id] = cell
+                            screen.ended(cell)
+            except BaseException:
+                with signals_ignored():
+                    stop([a.process for a in running if a.process])
+                    for attempt in running:
+                        note_death(attempt.job, "stopped with its launcher")
+                raise
+        return [ended[job.run_id] for job in jobs]
+
+    def _start(self, attempt: Attempt, worker: Worker) -> None:
+        """Start its process; where that cannot be (full disk, read-only folder) the attempt has none, and says why."""
+        attempt.oom_kills = oom_kills()
+        job = attempt.job
+        argv = self.command(job, attempt.batch_size)
+        now = datetime.now().isoformat(sep=" ", timespec="seconds")
+        try:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            with open(job.folder / LOG, "ab", buffering=0) as out:
+                out.write(f"--- {now} attempt {attempt.number} on {worker.name}: {shlex.join(argv)}\n".encode())
+                attempt.process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                    env=os.environ | {"PYTHONUNBUFFERED": "1"} | self.env | worker.env,
+                )
+        except OSError as error:
+            attempt.no_start = f"{type(error).__name__}: {error}"
+
+    def _ended(self, attempt: Attempt) -> tuple[Cell, Attempt | None]:
+        """The job's final state, or also the attempt to make next."""
+        job, process = attempt.job, attempt.process
+        if process is None:
+            return Cell(job, FAILED, error=attempt.no_start), None
+        code = bury(process)
+        killed_for_memory = code == -signal.SIGKILL and oom_kills() > attempt.oom_kills
+        how = died_of(code) + (", taken by the kernel's out-of-memory killer" if killed_for_memory else "")
+        if code != 0:
+            note_death(job, how)
+        cell = read_cell(job)
+        if cell.state == FINISHED:
+            return cell, None
+        if attempt.number <= self.retries and (killed_for_memory or OUT_OF_MEMORY.search(cell.error or "")):
+            asked = attempt.batch_size or self.batch_size(job) or UNSET_BATCH
+            if asked > 1:
+                return cell, Attempt(job, attempt.number + 1, asked // 2)
+        if cell.state != FAILED:  # it never got to a record, or could not write it
+            cell = Cell(job, FAILED, cell.stage, f"{how}; last words: {cell.error or 'none'}", cell.seconds)
+        return cell, None
+
+
+def died_of(code: int) -> str:
+    """A process's exit status in words."""
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"ended with exit status {code}"
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory since boot; 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.M):
+            return int(found.group(1))
+    return 0
+
+
+def has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it has ended. Where the system can tell, it stays a zombie, so that its group's id is not used anew."""
+    if hasattr(os, "waitid"):
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+    return process.poll() is not None
+
+
+def bury(process: subprocess.Popen[bytes]) -> int:
+    """Kill an ended process's group, what it may have left behind; its exit status."""
+    _kill_group(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask process groups to end, wait up to GRACE_S, then kill what is left. Returns when all are gone."""
+    for process in processes:
+        _kill_group(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    while not all(map(has_ended, processes)) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    for process in processes:
+        bury(process)
+
+
+def _kill_group(pid: int, signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signum)
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted inside, unless whoever started us had them ignored (nohup, &)."""
+
+    def told(signum: int, frame: Any) -> None:
+        raise Interrupted(signum)
+
+    with _handlers(told):
+        yield
+
+
+@contextlib.contextmanager
+def signals_ignored() -> Iterator[None]:
+    """Nothing interrupts the clean-up; it takes at most GRACE_S."""
+    with _handlers(signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _handlers(handler: Any) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
+        yield
+        return
+    wanted = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if sys.platform != "win32" else [])]
+    before = {s: signal.signal(s, handler) for s in wanted if signal.getsignal(s) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)

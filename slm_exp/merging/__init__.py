@@ -1,0 +1,1 @@
+"""Merge rules, and carrying out a plan on a model."""

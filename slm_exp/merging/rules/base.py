@@ -1,0 +1,74 @@
+"""The `merge_rule` group: what one layer is made of when a window of layers is merged."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from slm_exp.errors import ArchitectureError
+from slm_exp.registry import Component
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from slm_exp.models.layouts import LayerLayout
+
+
+class Merged(NamedTuple):
+    """One layer made of a window: a module to host it, and the parameters that differ from the module's own."""
+
+    host: int
+    """Which of the window's layers, counted from its lowest. Its attention type and config entries hold."""
+    weights: dict[str, Tensor]
+    """By name inside the layer. Selected parameters are the layers' own tensors, combined ones are new."""
+
+
+@dataclass
+class MergeRule(Component, ABC):
+    """Combines projection matrices only; norms and biases stay the lowest layer's unless `whole_layer`."""
+
+    attention_from: ClassVar[str] = "low"
+    """Which layer's attention type, RoPE kind and per-layer config entries hold: the one that gives q and k."""
+    whole_layer: ClassVar[bool] = False
+    """True when norms and biases come from the layer `attention_from` names as well (keep_top)."""
+
+    @abstractmethod
+    def combine(self, weights: Sequence[Tensor]) -> Tensor:
+        """One projection's merged weight from that projection of each layer, lowest first (two or more).
+
+        Returns one of `weights` itself where the rule selects (no copy), else a new tensor of the same dtype.
+        Arithmetic is float32 or wider.
+        """
+
+    def merge(self, layout: LayerLayout, layers: Sequence[nn.Module]) -> Merged:
+        """The layer that a window of layers (lowest first, two or more) becomes. Modifies nothing.
+
+        Raises:
+            ArchitectureError: the layers do not have the same parameters in the same shapes.
+        """
+        sources = [dict(layer.named_parameters()) for layer in layers]
+        for i, other in enumerate(sources[1:], 1):
+            for name in sorted(set(sources[0]) | set(other)):
+                low, high = (s[name].shape if name in s else None for s in (sources[0], other))
+                if low != high:
+                    raise ArchitectureError(
+                        f"merging needs equal layers: {name} is {_shape(low)} in the window's lowest layer and "
+                        f"{_shape(high)} in layer {i} above it. Merge layers before pruning them to different widths."
+                    )
+        host = len(layers) - 1 if self.attention_from == "top" else 0
+        matrices = {f"{projection}.weight" for projection in layout.projections}
+        weights: dict[str, Tensor] = {}
+        for name, own in sources[host].items():
+            if name in matrices:
+                merged = self.combine([source[name].to(own.device) for source in sources])
+            else:
+                merged = own if self.whole_layer else sources[0][name]
+            if merged is not own:
+                weights[name] = merged
+        return Merged(host, weights)
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape))

@@ -1,0 +1,22 @@
+"""Keep the lowest layer of a window as it is, delete the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slm_exp.merging.rules.base import MergeRule
+from slm_exp.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register("merge_rule", "keep_low")
+@dataclass
+class KeepLow(MergeRule):
+    """The lowest layer of the window, whole: what the released ablation calls `delete`. A deletion, not a merge."""
+
+    def combine(self, weights: Sequence[Tensor]) -> Tensor:
+        return weights[0]

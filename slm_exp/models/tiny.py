@@ -1,0 +1,189 @@
+"""`model=tiny`: a random model of any known family, made in memory. For tests and dry runs; needs no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.errors import require, require_one_of
+from slm_exp.files import digest
+from slm_exp.models.base import ModelHandle, ModelSource
+from slm_exp.models.layouts import FAMILIES, layout_for
+from slm_exp.registry import register
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+N_BYTES = 256
+SPECIALS = ("<s>", "</s>")
+RECIPE = 1  # part of the digest: raise it when random_weights changes what it draws
+
+
+@register("model", "tiny")
+@dataclass
+class Tiny(ModelSource):
+    """A random model; equal fields give bit-equal weights. Its numbers mean nothing."""
+
+    family: str = "llama"
+    """llama, mistral, qwen2 or qwen3."""
+    layers: int = 8
+    hidden: int = 32
+    heads: int = 4
+    kv_heads: int = 2
+    vocab: int = N_BYTES + len(SPECIALS)
+    """At least 258: the bytes, then the two special tokens."""
+    tied: bool = True
+    """Input and output embeddings are one tensor."""
+    sliding_window: int | None = None
+    """Tokens of a local attention window: in every layer (mistral) or the upper half (qwen2, qwen3)."""
+    seed: int = 0
+
+    def check(self) -> None:
+        super().check()
+        require_one_of("model.family", self.family, FAMILIES)
+        require(self.layers >= 1, "model.layers", self.layers, "a whole number >= 1")
+        require(
+            1 <= self.kv_heads <= self.heads and self.heads % self.kv_heads == 0,
+            "model.kv_heads",
+            self.kv_heads,
+            f"a divisor of model.heads = {self.heads}",
+        )
+        require(
+            self.hidden >= 1 and self.hidden % (2 * self.heads) == 0,
+            "model.hidden",
+            self.hidden,
+            f"a multiple of 2 x model.heads = {2 * self.heads}",
+            "RoPE turns pairs of channels.",
+        )
+        require(self.vocab >= N_BYTES + len(SPECIALS), "model.vocab", self.vocab, "a whole number >= 258")
+        require(
+            self.sliding_window is None or (self.family != "llama" and self.sliding_window >= 1),
+            "model.sliding_window",
+            self.sliding_window,
+            "null, or a number >= 1 with a family other than llama",
+        )
+        require(
+            not self.path,
+            "model.path",
+            self.path,
+            "nothing: model=tiny is made in memory",
+            "For a model on disk use model=hf.",
+        )
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "recipe": RECIPE,
+            "family": self.family,
+            "layers": self.layers,
+            "hidden": self.hidden,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "vocab": self.vocab,
+            "tied": self.tied,
+            "sliding_window": self.sliding_window,
+            "seed": self.seed,
+            "dtype": self._dtype(),
+        }
+
+    def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
+        config = self._config()
+
+        def load() -> PreTrainedModel:
+            import torch
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            random_weights(model, self.seed)
+            for p in model.parameters():  # `model.to(dtype)` would round RoPE's frequencies too; loading never does
+                p.data = p.data.to(getattr(torch, self._dtype()))
+            return model.to(device)
+
+        return ModelHandle(
+            name=f"tiny-{self.family}",
+            config=config,
+            layout=layout_for(config),
+            digest=digest(self.identity()),
+            device=device,
+            load_model=load,
+            load_tokenizer=byte_tokenizer,
+            random=True,
+            note="random weights: these numbers mean nothing",
+        )
+
+    def _dtype(self) -> str:
+        return "float32" if self.dtype == "auto" else self.dtype
+
+    def _config(self) -> PretrainedConfig:
+        from transformers import AutoConfig
+
+        window: dict[str, Any] = {}
+        if self.family == "mistral":
+            window = {"sliding_window": self.sliding_window}
+        elif self.family != "llama":
+            window = {
+                "use_sliding_window": self.sliding_window is not None,
+                "sliding_window": self.sliding_window,
+                "max_window_layers": self.layers // 2 if self.sliding_window else self.layers,
+            }
+        return AutoConfig.for_model(
+            self.family,
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=2 * self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.hidden // self.heads,
+            max_position_embeddings=8192,
+            tie_word_embeddings=self.tied,
+            bos_token_id=N_BYTES,
+            eos_token_id=N_BYTES + 1,
+            pad_token_id=N_BYTES + 1,
+            dtype=self._dtype(),
+            **window,
+        )
+
+
+def random_weights(model: PreTrainedModel, seed: int) -> None:
+    """Fill a float32 CPU model in place, in the order of its parameters, from one generator.
+
+    Unlike an untrained initialisation, layers differ from each other, norm gains from 1 and biases from 0, so that
+    a test can tell which layer a tensor came from; each layer moves the residual stream moderately.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                p.copy_(1 + 0.2 * noise)
+            elif p.ndim == 1:
+                p.copy_(0.1 * noise)
+            elif "embed" in name:
+                p.copy_(noise)
+            else:
+                p.copy_(noise * (0.8 / p.shape[1] ** 0.5))
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token a byte, `<s>` and `</s>` after them. Decoding gives back any text; adds no special tokens itself."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    bos, eos = (AddedToken(s, special=True, normalized=False) for s in SPECIALS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=eos,
+        clean_up_tokenization_spaces=False,
+        model_max_length=8192,
+    )

@@ -1,0 +1,33 @@
+"""`slm report DIR...`: write DIR/report.html, one self-contained page, for a run or a whole sweep."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from slm_exp.errors import SlmError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0: every folder has its page, and their paths are on stdout."""
+    parser = argparse.ArgumentParser(prog="slm report", description=__doc__)
+    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path,
+                        help="a run's folder (outputs/<run_id>) or a sweep's (outputs/multirun/<name>)")
+    args = parser.parse_args(argv)
+    from slm_exp.reporting.page import write_report
+    from slm_exp.reporting.sweep import is_sweep, write_sweep_report
+
+    status = 0
+    for folder in args.folders:
+        try:
+            print(write_sweep_report(folder) if is_sweep(folder) else write_report(folder))
+        except SlmError as error:
+            print(f"slm report: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,51 @@
+"""What a run says on one screen when it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slm_exp.evaluation.base import SEVEN
+
+
+def summary(record: dict[str, Any], folder: Path) -> str:
+    """Sizes, scores dense and compressed, where the time went, where things lie, what to do next."""
+    plan, layers, params = record["plan"], record["layers"], record["params"]
+    merged = ", ".join(f"{a}-{b - 1}" for a, b in plan["groups"]) or "none"
+    removed = f"; removed {', '.join(map(str, plan['dropped']))}" if plan["dropped"] else ""
+    note = f" ({record['model']['note']})" if record["model"]["note"] else ""
+    lines = [
+        f"run {record['run_id']} finished in {record['seconds']:.0f} s",
+        f"  model      {record['model']['name']}{note}",
+        f"  layers     {layers['before']} -> {layers['after']}, merged {merged}{removed}",
+        f"  parameters {params['before'] / 1e6:.1f} M -> {params['after'] / 1e6:.1f} M"
+        f" ({params['ratio_removed']:.1%} removed)",
+    ]
+    if plan["final_score"] is not None:
+        lines.append(f"  score      {plan['final_score']:.4f} by {plan['similarity']}"
+                     f" ({plan['evaluations']} candidates)")
+    dense, small = record["eval"]["dense"], record["eval"]["compressed"]
+    if small["tasks"]:
+        lines.append(f"  {'task':<16} {'dense':>7} {'compressed':>11}")
+        for task in small["tasks"]:
+            a, b = (_main_metric(task, x["tasks"].get(task, {})) for x in (dense, small))
+            lines.append(f"  {task:<16} {_percent(a):>7} {_percent(b):>11}")
+        lines.append(f"  {'average':<16} {_percent(dense['average']):>7} {_percent(small['average']):>11}")
+        lines.append("  (percent; hellaswag, arc_challenge, openbookqa by acc_norm; standard errors in the report)")
+    for corpus, value in small["perplexity"].items():
+        lines.append(f"  perplexity {corpus}: {dense['perplexity'][corpus]:.2f} -> {value:.2f}")
+    slow = sorted(record["stages"], key=lambda s: -s["seconds"])[:3]
+    lines.append("  time       " + ", ".join(f"{s['name']} {s['seconds']:.0f} s" for s in slow))
+    lines += [f"  warning    {w}" for w in record["warnings"]]
+    lines.append(f"  report     {folder / 'report.html'}")
+    return "\n".join(lines)
+
+
+def _main_metric(task: str, scores: dict[str, Any]) -> float | None:
+    """The metric that a task is quoted by: as in the seven-task average, else acc."""
+    value = scores.get(SEVEN.get(task, "acc"))
+    return None if value is None else float(value)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

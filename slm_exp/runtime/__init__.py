@@ -1,0 +1,1 @@
+"""Which device, how many threads, how deterministic."""

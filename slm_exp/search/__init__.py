@@ -1,0 +1,1 @@
+"""The engine that scores candidate merges without copying the model."""

@@ -1,0 +1,127 @@
+"""Scores of candidates: hidden states enter from the one dense pass, only the window and the layers above run."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from slm_exp.cache.journal import Journal
+from slm_exp.search.runner import BlockRunner, Slot
+from slm_exp.types import Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_exp.methods.base import PlanTask
+    from slm_exp.search.state import Candidate
+    from slm_exp.similarity.base import Scorer
+
+KEPT_MERGES = 2
+"""Committed layers whose combined weights stay in memory (selected ones cost none); others are combined as they run."""
+
+
+def merged_slot(task: PlanTask, group: Group) -> Slot:
+    """The layer that a group becomes by the task's rule; a group of one is the layer itself."""
+    if group.stop - group.start == 1:
+        return Slot(group.start)
+    merged = task.rule.merge(task.handle.layout, list(task.handle.layers[group.start : group.stop]))
+    return Slot(group.start + merged.host, merged.weights)
+
+
+class CandidateScorer:
+    """Scores trial models against the dense one without building them, none twice.
+
+    Scores are kept in the task's store as they come: a killed search goes on where it was, and searches with other
+    thresholds, of this process or another, find them. Weights load when the first score is missing.
+
+    Memory: the dense states entering layers 0..top ([N, T, D] each), one merged layer, and the states in work.
+    """
+
+    def __init__(self, task: PlanTask, top: int) -> None:
+        """`top`: the highest layer a window may start at; the states above it are not kept."""
+        self.task = task
+        self.top = top
+        self.asked: set[tuple[Candidate, str | None]] = set()
+        """What has been scored here, and in which dtype."""
+        self._journals: dict[str | None, Journal] = {}
+        self._runners: dict[str | None, BlockRunner] = {}
+        self._merges: dict[Group, Slot] = {}
+
+    @property
+    def block_forwards(self) -> int:
+        """Decoder-layer passes that the scores asked for take, the dense pass included.
+
+        Counted as if none had been in the store: the cost of a search is a property of the search.
+        """
+        n_layers = self.task.handle.n_layers
+        return n_layers + sum(candidate.blocks(n_layers) for candidate, _ in self.asked)
+
+    def score(self, candidate: Candidate, dtype: str | None = None) -> float:
+        """The candidate's score. Cost: `candidate.blocks(L)` block forwards, in `dtype` where one is given."""
+        self.asked.add((candidate, dtype))
+        journal = self._journal(dtype)
+        key = json.dumps([candidate.low, candidate.high, candidate.groups])
+        if key not in journal.entries:
+            journal.append(key, self._compute(candidate, dtype))
+        return float(journal.entries[key])
+
+    def _compute(self, candidate: Candidate, dtype: str | None) -> float:
+        states, against = self._dense
+        runner = self._runner(dtype)
+        h_NTD = states[candidate.low]
+        h_NTD = runner.block(merged_slot(self.task, Group(candidate.low, candidate.high + 1)), h_NTD)
+        for group in candidate.above(self.task.handle.n_layers):
+            h_NTD = runner.block(self._committed(group, candidate.groups), h_NTD)
+        return against(runner.finish(h_NTD))
+
+    @cached_property
+    def _dense(self) -> tuple[list[Tensor], Scorer]:
+        """The states entering layers 0..top, and the score against the dense model's last state. L block forwards."""
+        runner = self._runner(None)
+        h_NTD = runner.embed()
+        states = [h_NTD]
+        for i in range(self.task.handle.n_layers):
+            h_NTD = runner.block(Slot(i), h_NTD)
+            if i < self.top:
+                states.append(h_NTD)
+        return states, self.task.similarity.against(runner.finish(h_NTD), self.task.kernel)
+
+    def _runner(self, dtype: str | None) -> BlockRunner:
+        import torch
+
+        if dtype not in self._runners:
+            as_type = None if dtype is None else getattr(torch, dtype)
+            self._runners[dtype] = BlockRunner(self.task.handle, self.task.tokens.tokens_NT, as_type)
+        return self._runners[dtype]
+
+    def _committed(self, group: Group, current: tuple[Group, ...]) -> Slot:
+        """The slot of a layer above the window; the first few combined ones stay in memory."""
+        if group in self._merges:
+            return self._merges[group]
+        slot = merged_slot(self.task, group)
+        if group.stop - group.start > 1:
+            for stale in set(self._merges) - set(current):
+                del self._merges[stale]
+            if len(self._merges) < KEPT_MERGES:
+                self._merges[group] = slot
+        return slot
+
+    def _journal(self, dtype: str | None) -> Journal:
+        """Scores of this model, tokens, rule and similarity, as far as the store has them."""
+        if dtype not in self._journals:
+            task = self.task
+            score: dict[str, object] = {"similarity": task.similarity.name}
+            if task.similarity.uses_kernel():
+                score = {"similarity": task.similarity.identity(), "kernel": task.kernel.identity()}
+            inputs = {
+                **score,
+                "model": task.handle.digest,
+                "device": task.handle.device.type,
+                "tokens": task.tokens.digest,
+                "rule": task.rule.identity(),
+                "computed_in": dtype,
+            }
+            folder = task.store.folder
+            self._journals[dtype] = Journal(folder and folder / "scores" / task.store.key("scores", inputs))
+        return self._journals[dtype]

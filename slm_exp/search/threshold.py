@@ -1,0 +1,117 @@
+"""The search at one threshold: score, compare, go on. With a screen, most scores come from a cheaper dtype."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from slm_exp.search.progress import Progress
+from slm_exp.search.state import SearchState
+
+if TYPE_CHECKING:
+    from slm_exp.search.scoring import CandidateScorer
+
+log = logging.getLogger(__name__)
+
+SAFETY = 4.0
+"""The margin of a screen in units of the largest error measured."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decision: the state it was made in, the score it was made on, and whether that score was screened."""
+
+    state: SearchState
+    score: float
+    accepted: bool
+    screened: bool = False
+
+    @property
+    def next(self) -> SearchState:
+        return self.state.accept() if self.accepted else self.state.reject()
+
+
+def search(scorer: CandidateScorer, start: SearchState, threshold: float) -> list[Step]:
+    """Every decision of the search from `start`, each on a score in the model's own dtype."""
+    steps: list[Step] = []
+    with Progress(start, f"search at {threshold:g}") as progress:
+        state = start
+        while candidate := state.candidate:
+            score = scorer.score(candidate)
+            steps.append(Step(state, score, score > threshold))
+            progress.show(steps[-1])
+            state = steps[-1].next
+    return steps
+
+
+@dataclass
+class Screen:
+    """What is known about the error of a cheaper dtype: the largest difference where both scores are known."""
+
+    scorer: CandidateScorer
+    threshold: float
+    dtype: str
+    error: float = 0.0
+    depth: int = 0
+    """Blocks of the deepest candidate measured."""
+
+    @property
+    def margin(self) -> float:
+        """A screened score this near the threshold decides nothing."""
+        return SAFETY * self.error
+
+    def exact(self, step: Step) -> Step:
+        """The same decision on the exact score; the difference is a measurement."""
+        assert step.state.candidate is not None
+        score = self.scorer.score(step.state.candidate)
+        self.error = max(self.error, abs(score - step.score))
+        return replace(step, score=score, accepted=score > self.threshold, screened=False)
+
+    def decide(self, state: SearchState) -> Step:
+        """A decision on the screened score where that is safe, else on the exact one.
+
+        Rounding errors grow with the layers they pass through, so the first candidate at every doubling of depth is
+        scored in both dtypes whatever its score.
+        """
+        assert state.candidate is not None
+        score = self.scorer.score(state.candidate, self.dtype)
+        step = Step(state, score, score > self.threshold, screened=True)
+        blocks = state.candidate.blocks(self.scorer.task.handle.n_layers)
+        if blocks >= 2 * self.depth:
+            self.depth = blocks
+            return self.exact(step)
+        return self.exact(step) if self.unsafe(step) else step
+
+    def unsafe(self, step: Step) -> bool:
+        return step.screened and not abs(step.score - self.threshold) > self.margin
+
+
+def screened_search(scorer: CandidateScorer, start: SearchState, threshold: float, dtype: str) -> list[Step]:
+    """The decisions of `search`, most of them on scores computed in `dtype`.
+
+    A screened score within a margin of the threshold is computed again in the model's own dtype. The margin is
+    SAFETY times the largest difference measured so far; when a later measurement widens it, earlier decisions that
+    are no longer safe are repeated too, and where one turns out differently the search goes back to it.
+    """
+    screen = Screen(scorer, threshold, dtype)
+    steps: list[Step] = []
+    with Progress(start, f"search at {threshold:g}, screened in {dtype}") as progress:
+        state = start
+        while state.candidate:
+            steps.append(screen.decide(state))
+            for i, step in enumerate(steps):
+                if screen.unsafe(step):
+                    steps[i] = screen.exact(step)
+                    if steps[i].accepted != step.accepted:
+                        del steps[i + 1 :]
+                        break
+            progress.show(steps[-1])
+            state = steps[-1].next
+    log.info(
+        "%s scores differed by at most %.1e from exact ones; those within %.1e of the threshold were repeated.",
+        dtype,
+        screen.error,
+        screen.margin,
+    )
+    return steps

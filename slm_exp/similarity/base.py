@@ -1,0 +1,70 @@
+"""The `similarity` group: the score a candidate must pass, against the dense model's last hidden state."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slm_exp.errors import require, require_one_of
+from slm_exp.registry import Component
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_exp.kernels.base import Kernel
+
+Scorer = Callable[["Tensor"], float]
+
+
+@dataclass
+class Similarity(Component, ABC):
+    """An acceptance score; the fields also set the CKA estimator of the layer similarity matrix."""
+
+    estimator: str = "unbiased"
+    """HSIC estimator of CKA: unbiased (Song et al. 2012) or biased."""
+    batch: int = 256
+    """Tokens per minibatch of CKA, at most."""
+    skip_first_token: bool = True
+    """Leave every sequence's first token out of CKA: its norm is huge and draws the picture."""
+
+    def check(self) -> None:
+        require_one_of("similarity.estimator", self.estimator, ("unbiased", "biased"))
+        require(self.batch >= 4, "similarity.batch", self.batch, "a whole number >= 4")
+
+    def uses_kernel(self) -> bool:
+        """Whether the acceptance score depends on the `kernel` group."""
+        return False
+
+    @abstractmethod
+    def against(self, dense_NTD: Tensor, kernel: Kernel) -> Scorer:
+        """A function scoring a trial's last hidden state (after the final norm, [N, T, D]) against the dense one.
+
+        Work on the dense side is done once, here. Sums are float32 or wider whatever the states' dtype.
+        1 is identical, two states of zeros included; a state of zeros against another counts as a right angle.
+        A trial with a NaN or an infinity in it scores -1: nothing is less alike, and no threshold accepts it.
+        """
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32 or wider: half-precision tensors are cast, others come back as they are."""
+    return x if x.itemsize >= 4 else x.float()
+
+
+def token_dots(x_NTD: Tensor, y_NTD: Tensor) -> Tensor:
+    """Inner product of every token's two states: float32 over D, [N, T] float64 for the sums to come."""
+    return (x_NTD * y_NTD).sum(-1).double()
+
+
+def cosines(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
+    """x.y / (|x| |y|) from float64 inner products, elementwise. Two zero vectors: 1 (they are identical). One: 0."""
+    size = (xx * yy).sqrt()
+    return (xy / size.where(size != 0, 1)).where(size != 0, (xx == yy).to(xy.dtype))
+
+
+def as_score(value: Tensor) -> float:
+    """A one-element tensor as a float; what is not finite becomes -1 (see `Similarity.against`)."""
+    score = float(value)
+    return score if math.isfinite(score) else -1.0

@@ -1,0 +1,35 @@
+"""The released selection's score: one cosine per sample over all its tokens at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slm_exp.registry import register
+from slm_exp.similarity.base import Scorer, Similarity, as_score, cosines, token_dots, wide
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_exp.kernels.base import Kernel
+
+
+@register("similarity", "flat_cosine")
+@dataclass
+class FlatCosine(Similarity):
+    """Cosine of the flattened [T D] last hidden state, averaged over samples; first token included, as released.
+
+    Tokens of large norm weigh most; `token_cosine` gives every token the same weight.
+    Source: SLM.py of the released code; Ding et al. 2025, arXiv:2502.19159.
+    """
+
+    def against(self, dense_NTD: Tensor, kernel: Kernel) -> Scorer:
+        dense = wide(dense_NTD)
+        dense_sq_N = token_dots(dense, dense).sum(-1)
+
+        def score(trial_NTD: Tensor) -> float:
+            trial = wide(trial_NTD)
+            dot_N, trial_sq_N = token_dots(dense, trial).sum(-1), token_dots(trial, trial).sum(-1)
+            return as_score(cosines(dot_N, dense_sq_N, trial_sq_N).mean())
+
+        return score

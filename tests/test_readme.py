@@ -1,0 +1,80 @@
+"""Commands that the documents print do what they say."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slm_exp import cli, door
+from slm_exp.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "outputs" / "README.md", ROOT / "sweeps" / "README.md",
+         *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = ["model=tiny", "evaluation=none", "tracking=none"]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) for every command line in a ```bash block or in a table's backticks."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+        lines += re.findall(r"`((?:python -m slm_exp|slm-exp|slm|make) [^`]+)`", text)
+        found += [(page.name, line.split(" #")[0].strip()) for line in lines if line.strip() and line[0] != "#"]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_every_command_is_one_that_exists(page, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    if words[:3] == ["python", "-m", "slm_exp"] or words[0] == "slm-exp":
+        arguments = words[3:] if words[0] == "python" else words[1:]
+        (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
+        (tmp_path / "text.txt").write_text("a\n")
+        if "FOLDER_OR_REPO" in command or "FOLDER" in command:
+            arguments = [a.replace("FOLDER_OR_REPO", "owner/name") for a in arguments]
+        if "..." in command or "[" in command or "NAME" in command:
+            pytest.skip("a pattern, not a command")
+        if arguments and arguments[0] in ("--help", "--cfg"):
+            return
+        arguments = [a for a in arguments if a not in ("-m", "--multirun")]
+        try:
+            door.check_all(arguments, multirun="-m" in words)
+        except ConfigError as error:
+            pytest.fail(f"{page}: {command}: {error}")
+    elif words[0] == "slm":
+        assert words[1] in cli.COMMANDS, command
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), command
+    elif words[0] not in ("pip", ".", "wandb", "squeue", "sbatch", "export"):
+        pytest.fail(f"{page}: {command}: a command this test does not know")
+
+
+def test_the_readme_run_runs(tmp_path):
+    """The README's own example, on the random model, as a user types it."""
+    command = next(c for page, c in commands() if page == "README.md" and "kernel=rbf similarity=cka" in c)
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "slm_exp"]
+    done = subprocess.run([sys.executable, *words[1:], *SMALL, f"cache.dir={tmp_path / 'cache'}"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=300, env=_env())
+    assert done.returncode == 0, done.stderr
+    (record,) = tmp_path.glob("outputs/*/record.json")
+    assert (record.parent / "report.html").is_file()
+    again = subprocess.run([sys.executable, *words[1:], *SMALL, f"cache.dir={tmp_path / 'cache'}"], cwd=tmp_path,
+                           capture_output=True, text=True, timeout=300, env=_env())
+    assert again.returncode == 0
+    assert "finished" in again.stdout
+    report = subprocess.run([sys.executable, "-m", "slm_exp.report", str(record.parent)], cwd=tmp_path,
+                            capture_output=True, text=True, timeout=300, env=_env())
+    assert report.returncode == 0, report.stderr
+
+
+def _env() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
