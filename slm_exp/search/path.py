@@ -1,0 +1,153 @@
+"""The exact threshold path: every plan that any threshold in a range can produce, each with its exact interval.
+
+The search compares scores with the threshold and does nothing else with it. So a candidate's score s splits the
+thresholds still in question, [low, high), into those that accept it, below s, and those that do not, from s on.
+Following both sides, with every score computed once, answers for all thresholds what a run answers for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from slm_exp.search.state import Candidate, SearchState
+from slm_exp.types import Group
+
+
+class Scores(Protocol):
+    """What the path asks of a scorer."""
+
+    def score(self, candidate: Candidate) -> float:
+        """The candidate's score; computed at most once."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A state of the search that exactly the thresholds [low, high) reach."""
+
+    state: SearchState
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PathPlan:
+    """What every threshold in [low, high) merges."""
+
+    low: float
+    high: float
+    groups: tuple[Group, ...]
+    """Highest first."""
+    n_layers: int
+    """Layers left."""
+    final_score: float
+    """The merged model against the dense one; 1 where nothing is merged."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "threshold_low": self.low,
+            "threshold_high": self.high,
+            "n_layers": self.n_layers,
+            "groups": sorted(list(g) for g in self.groups),
+            "final_score": self.final_score,
+        }
+
+
+@dataclass(frozen=True)
+class Path:
+    """Plans and, where a budget ended the search or a size was out of reach, what was not followed."""
+
+    plans: tuple[PathPlan, ...]
+    """Ascending in threshold; neighbours differ."""
+    unknown: tuple[tuple[float, float], ...] = ()
+    """Intervals that a budget left open."""
+    evaluations: int = 0
+    """Candidates scored."""
+
+    @property
+    def complete(self) -> bool:
+        return not self.unknown
+
+
+def follow(
+    scores: Scores,
+    start: SearchState,
+    n_layers: int,
+    low: float,
+    high: float,
+    commit_open_window: bool = True,
+    max_evaluations: int | None = None,
+    wanted: Callable[[range], bool] | None = None,
+    show: Callable[[Branch, int], None] | None = None,
+) -> Path:
+    """Every plan of the thresholds [low, high), from the highest threshold down.
+
+    Args:
+        scores: scores candidates, none twice.
+        start: where every search begins.
+        n_layers: layers of the dense model.
+        commit_open_window: as in the search.
+        max_evaluations: candidates that may be scored; what is left then is `unknown`.
+        wanted: sees the sizes (layers left) that a branch can still reach, and says whether to follow it; those it
+            refuses are left out of the plans without being `unknown`.
+        show: called with a branch before it is decided, and the number of candidates scored so far.
+    Cost: one score for every distinct candidate of any threshold in the range.
+    """
+    plans: list[PathPlan] = []
+    unknown: list[tuple[float, float]] = []
+    asked: set[Candidate] = set()
+    todo = [Branch(start, low, high)]
+    while todo:
+        branch = todo.pop()
+        state = branch.state
+        if wanted is not None and not wanted(sizes(state, n_layers, commit_open_window)):
+            continue
+        candidate = state.candidate
+        if candidate is None:
+            plans.append(_leaf(scores, branch, n_layers, commit_open_window))
+            continue
+        if max_evaluations is not None and candidate not in asked and len(asked) >= max_evaluations:
+            unknown.append((branch.low, branch.high))
+            continue
+        if show is not None:
+            show(branch, len(asked))
+        asked.add(candidate)
+        score = scores.score(candidate)
+        if branch.low < score:
+            todo.append(Branch(state.accept(), branch.low, min(branch.high, score)))
+        if score < branch.high:
+            todo.append(Branch(state.reject(), max(branch.low, score), branch.high))
+    return Path(tuple(_joined(plans)), tuple(sorted(unknown)), len(asked))
+
+
+def sizes(state: SearchState, n_layers: int, commit_open_window: bool = True) -> range:
+    """Layers left that some end of the search from here on can have; bounds, from the fewest to the most.
+
+    Fewest: every candidate passes. Most: none does; or, where an open window is forgotten, all do.
+    """
+    committed = sum(g.stop - g.start - 1 for g in state.groups)
+    window = state.high - state.low - 1  # removed once the open window is committed; 0 for a single layer
+    if state.candidate is None:
+        removed = committed + (window if commit_open_window else 0)
+        return range(n_layers - removed, n_layers - removed + 1)
+    most = committed + state.high - state.floor - (0 if commit_open_window else 1)
+    least = committed + (window if commit_open_window else 0)
+    return range(n_layers - most, n_layers - least + 1)
+
+
+def _leaf(scores: Scores, branch: Branch, n_layers: int, commit_open_window: bool) -> PathPlan:
+    end = branch.state.close() if commit_open_window else branch.state
+    left = n_layers - sum(g.stop - g.start - 1 for g in end.groups)
+    final = 1.0 if end.model is None else scores.score(end.model)  # it passed once: known
+    return PathPlan(branch.low, branch.high, end.groups, left, final)
+
+
+def _joined(plans: Iterable[PathPlan]) -> list[PathPlan]:
+    """In ascending order, neighbours of equal groups as one: different decisions can end in the same plan."""
+    out: list[PathPlan] = []
+    for plan in sorted(plans, key=lambda p: p.low):
+        if out and out[-1].high == plan.low and out[-1].groups == plan.groups:
+            plan = PathPlan(out.pop().low, plan.high, plan.groups, plan.n_layers, plan.final_score)
+        out.append(plan)
+    return out
