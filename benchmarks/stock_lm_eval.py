@@ -57,8 +57,8 @@ def measure(model: Path, tasks: list[str], limit: int | None, dtype: str, device
             "--output_path", str(folder / "out"), *(["--limit", str(limit)] if limit else []),
         ]
         print("$", " ".join(command), flush=True)
-        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
-        subprocess.run([sys.executable, "-m", *command], check=True, env=os.environ | offline, stdout=subprocess.DEVNULL)
+        env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+        subprocess.run([sys.executable, "-m", *command], check=True, env=env, stdout=subprocess.DEVNULL)
         (found,) = (folder / "out").rglob("results*.json")
         return dict(json.loads(found.read_text())["results"])
 

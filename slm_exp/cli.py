@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from slm_exp.errors import SlmError, did_you_mean
 
 COMMANDS = {
+    "path": "path [overrides]    every plan any threshold can produce, with its exact interval",
     "cache": "cache [show|prune|verify]   what the stage cache holds; by age, by size; whether it is whole",
     "sweep": "sweep status|resume|rerun DIR   how a sweep stands; finish what is missing",
     "report": "report DIR...       one self-contained page, DIR/report.html, of a run",

@@ -34,6 +34,7 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
             with rec.stage("load"):
                 device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
                 dense = cfg.model.open(device, Path(cfg.cache.dir))
+                cfg.method.check_model(dense)
                 cfg.evaluation.check_data(dense.random)
                 rec.note(device=cfg.runtime.describe(device),
                          model={"name": dense.name, "note": dense.note, "digest": dense.digest})

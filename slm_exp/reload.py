@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-NEW_TOKENS = 8
+NEW_TOKENS = 4
 
 
 def tensor_digests(model: Any) -> dict[str, str]:

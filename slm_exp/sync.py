@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -94,9 +96,15 @@ def sync(runs: Sequence[OfflineRun]) -> None:
         import wandb
     except ImportError as error:
         raise SlmError(f"slm sync needs the wandb package ({error}). pip install wandb.") from None
-    check_reachable(str(wandb.setup().settings.base_url))
-    subprocess.run([sys.executable, "-m", "wandb", "sync", *(str(run.folder) for run in runs)],
-                   stdin=subprocess.DEVNULL)  # never ask for a key: say what is missing instead
+    url = str(wandb.setup().settings.base_url)
+    if wandb.run is None:
+        wandb.teardown()  # setup() started a helper process; the one below starts its own
+    check_reachable(url)
+    command = [sys.executable, "-m", "wandb", "sync", *(str(run.folder) for run in runs)]
+    with tempfile.TemporaryDirectory() as scratch:  # for its debug logs, which it would leave in the current folder
+        subprocess.run(command, cwd=scratch, check=False,
+                       env={**os.environ, "WANDB_DIR": scratch, "WANDB_BASE_URL": url},
+                       stdin=subprocess.DEVNULL)  # never ask for a key: say what is missing instead
     left = [run for run in runs if not run.sent]
     if left:
         raise SlmError(

@@ -193,7 +193,9 @@ def _row(task: Any, example: dict[str, Any]) -> dict[str, Any]:
         row["filter"] = example["filter"]
     if task.OUTPUT_TYPE == "multiple_choice":
         doc = example["doc"]
-        row["target"] = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        choices = task.doc_to_choice(doc)
+        target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        row["target"] = choices.index(target) if target in choices else target  # some tasks name the answer's text
         row["loglikelihoods"] = [float(score) for score, _ in example["filtered_resps"]]
         if not all(map(math.isfinite, row["loglikelihoods"])):
             raise DataError(f"{task.config.task}, document {row['doc_id']}: log-likelihoods {row['loglikelihoods']} "

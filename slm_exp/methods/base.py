@@ -28,7 +28,7 @@ class PlanTask:
     similarity: Similarity
     kernel: Kernel
     rule: MergeRule
-    layer_similarity: LayerSimilarity
+    layer_similarity: LayerSimilarity | None
     store: StageStore
     seed: int = 0
 
@@ -71,6 +71,9 @@ class Method(Component, ABC):
     def refuses(self, cfg: RunConfig) -> str | None:
         """Why this method cannot run with the rest of the config, or None. Checked before anything loads."""
         return None
+
+    def check_model(self, handle: ModelHandle) -> None:
+        """Raise ConfigError where this model has no such size. Called before weights load; may not load them."""
 
     @abstractmethod
     def plan(self, task: PlanTask) -> MergePlan:

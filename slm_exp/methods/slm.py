@@ -11,7 +11,8 @@ from slm_exp.registry import register
 from slm_exp.types import MergePlan, Trial
 
 if TYPE_CHECKING:
-    from slm_exp.config import RunConfig
+    from slm_exp.models.base import ModelHandle
+    from slm_exp.search.state import SearchState
 
 THRESHOLD = 0.9
 """Where no size is asked for."""
@@ -65,26 +66,59 @@ class SLM(Method):
     def _threshold(self) -> float:
         return THRESHOLD if self.threshold is None else self.threshold
 
-    def refuses(self, cfg: RunConfig) -> str | None:
-        if self.target_layers is not None or self.target_ratio is not None:
-            asked = "target_layers" if self.target_layers is not None else "target_ratio"
-            return (
-                f"method.{asked} = {getattr(self, asked)}: slm finds sizes along the threshold path, which is not "
-                "part of this version. Set method.threshold instead."
-            )
-        return None
+    def check_model(self, handle: ModelHandle) -> None:
+        self._layers_asked(handle)
+
+    def _layers_asked(self, handle: ModelHandle) -> int | None:
+        """Layers to be left, or None where a threshold decides.
+
+        Raises:
+            ConfigError: the size cannot be reached; names the nearest.
+        """
+        from slm_exp.search.target import layers_for_ratio
+
+        start = self.start(handle.n_layers)
+        fewest = max(1, handle.n_layers - max(0, start.high - start.floor))
+        if self.target_ratio is not None:
+            return layers_for_ratio(handle, self.target_ratio, fewest)
+        if self.target_layers is not None:
+            require(fewest <= self.target_layers <= handle.n_layers, "method.target_layers", self.target_layers,
+                    f"{fewest} to {handle.n_layers} for {handle.name}",
+                    "method.protect_first and protect_last keep layers.")
+        return self.target_layers
+
+    def start(self, n_layers: int) -> SearchState:
+        """Where the search begins: the two layers below the protected top."""
+        from slm_exp.search.state import SearchState
+
+        return SearchState.start(n_layers, self.protect_first, self.protect_last)
 
     def plan(self, task: PlanTask) -> MergePlan:
         """Decide. Cost: L block forwards for the dense model, then 1 + the layers above the window per candidate."""
         from slm_exp.search.scoring import CandidateScorer
-        from slm_exp.search.state import SearchState
+        from slm_exp.search.target import best_of_size
         from slm_exp.search.threshold import screened_search, search
 
-        threshold = self._threshold
+        threshold, target = self._threshold, None
         n_layers = task.handle.n_layers
-        start = SearchState.start(n_layers, self.protect_first, self.protect_last)
+        start = self.start(n_layers)
         scorer = CandidateScorer(task, top=start.high)
-        if self.screen_dtype is None:
+        layers = self._layers_asked(task.handle)
+        if layers is not None:
+            low, high = self.threshold_range
+            found = best_of_size(scorer, start, n_layers, layers, low, high, self.commit_open_window,
+                                 self.max_evaluations)
+            threshold = (found.plan.low + found.plan.high) / 2
+            target = {
+                "asked": self.target_layers if self.target_ratio is None else self.target_ratio,
+                "complete": found.complete,
+                "layers": layers,
+                "threshold": [found.plan.low, found.plan.high],
+                "neighbours": [
+                    {"threshold": p.low, "n_layers": p.n_layers, "final_score": p.final_score} for p in found.neighbours
+                ],
+            }
+        if self.screen_dtype is None or layers is not None:  # the path's scores are exact and known
             steps = search(scorer, start, threshold)
         else:
             steps = screened_search(scorer, start, threshold, self.screen_dtype)
@@ -105,6 +139,7 @@ class SLM(Method):
             rule=task.rule.name,
             similarity=task.similarity.name,
             threshold=threshold,
+            target=target,
             final_score=final,
             trace=tuple(Trial(s.state.low, s.state.high, s.score, s.accepted) for s in steps),
             evaluations=len(scorer.asked),

@@ -45,7 +45,8 @@ def describe(plan: MergePlan) -> str:
     """What the plan does, in one sentence."""
     done = []
     if plan.groups:
-        done.append("layers " + ", ".join(span(g) for g in plan.groups) + " merged into one layer each")
+        each = " each" if len(plan.groups) > 1 else ""
+        done.append("layers " + ", ".join(span(g) for g in plan.groups) + f" merged into one{each}")
     if plan.dropped:
         done.append(f"{_layers(plan.dropped)} removed")
     for kind in ("attention", "mlp"):
@@ -222,7 +223,8 @@ def candidates(plan: MergePlan) -> Markup:
 def intervals(rows: Sequence[Comparison]) -> Markup:
     """One line per task: dense and compressed with one standard error to each side, on one scale."""
     both = [e for row in rows for e in (row.dense, row.compressed) if e]
-    ticks = _ticks(max(0.0, min(e.value - (e.stderr or 0) for e in both)), max(e.value + (e.stderr or 0) for e in both))
+    least = max(0.0, min(e.value - (e.stderr or 0) for e in both))
+    ticks = _ticks(least, max(least + 0.01, *(e.value + (e.stderr or 0) for e in both)))  # all may be equal
     low, high = ticks[0], ticks[-1]
 
     def x(value: float) -> str:

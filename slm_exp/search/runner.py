@@ -102,8 +102,12 @@ class BlockRunner:
             else:
                 weights, h_NTD = self._weights(slot), h_NTD.to(self._device(host), self.dtype)
                 run = lambda rows: self._library_layer(host, weights, self._calls[host], rows)  # noqa: E731
-            parts = [run(rows) for rows in h_NTD.split(self.rows)]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            if len(h_NTD) <= self.rows:
+                return run(h_NTD)
+            out = torch.empty_like(h_NTD)
+            for start in range(0, len(h_NTD), self.rows):
+                out[start : start + self.rows] = run(h_NTD[start : start + self.rows])
+            return out
 
     def finish(self, h_NTD: Tensor) -> Tensor:
         """The model's last hidden state, after the final norm: [N, T, D] -> [N, T, D]."""

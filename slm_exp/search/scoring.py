@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from slm_exp.search.state import Candidate
     from slm_exp.similarity.base import Scorer
 
-KEPT_MERGES = 2
-"""Committed layers whose combined weights stay in memory (selected ones cost none); others are combined as they run."""
-
 
 def merged_slot(task: PlanTask, group: Group) -> Slot:
     """The layer that a group becomes by the task's rule; a group of one is the layer itself."""
@@ -46,7 +43,6 @@ class CandidateScorer:
         """What has been scored here, and in which dtype."""
         self._journals: dict[str | None, Journal] = {}
         self._runners: dict[str | None, BlockRunner] = {}
-        self._merges: dict[Group, Slot] = {}
 
     @property
     def block_forwards(self) -> int:
@@ -70,9 +66,10 @@ class CandidateScorer:
         states, against = self._dense
         runner = self._runner(dtype)
         h_NTD = states[candidate.low]
-        h_NTD = runner.block(merged_slot(self.task, Group(candidate.low, candidate.high + 1)), h_NTD)
-        for group in candidate.above(self.task.handle.n_layers):
-            h_NTD = runner.block(self._committed(group, candidate.groups), h_NTD)
+        window = Group(candidate.low, candidate.high + 1)
+        for group in (window, *candidate.above(self.task.handle.n_layers)):
+            # a merged layer is combined again each time it runs: a twentieth of running it, and nothing to keep
+            h_NTD = runner.block(merged_slot(self.task, group), h_NTD)
         return against(runner.finish(h_NTD))
 
     @cached_property
@@ -94,18 +91,6 @@ class CandidateScorer:
             as_type = None if dtype is None else getattr(torch, dtype)
             self._runners[dtype] = BlockRunner(self.task.handle, self.task.tokens.tokens_NT, as_type)
         return self._runners[dtype]
-
-    def _committed(self, group: Group, current: tuple[Group, ...]) -> Slot:
-        """The slot of a layer above the window; the first few combined ones stay in memory."""
-        if group in self._merges:
-            return self._merges[group]
-        slot = merged_slot(self.task, group)
-        if group.stop - group.start > 1:
-            for stale in set(self._merges) - set(current):
-                del self._merges[stale]
-            if len(self._merges) < KEPT_MERGES:
-                self._merges[group] = slot
-        return slot
 
     def _journal(self, dtype: str | None) -> Journal:
         """Scores of this model, tokens, rule and similarity, as far as the store has them."""

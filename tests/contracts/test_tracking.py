@@ -8,7 +8,8 @@ import pytest
 
 from slm_exp import registry
 
-RECORD = {"run_id": "0123456789abcdef", "config": {"model": {"name": "tiny"}, "seed": 0}, "overrides": [], "group": None}
+CONFIG = {"model": {"name": "tiny"}, "seed": 0}
+RECORD = {"run_id": "0123456789abcdef", "config": CONFIG, "overrides": [], "group": None}
 
 
 @pytest.mark.parametrize("name", registry.available("tracking"))

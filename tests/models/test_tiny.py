@@ -70,6 +70,7 @@ def test_bytes_round_trip_and_survive_saving(tmp_path: Path):
         ({"sliding_window": 8}, r"model.sliding_window = 8; .*other than llama"),
         ({"path": "x"}, r"model.path = x; .*use model=hf"),
         ({"dtype": "float64"}, r"model.dtype = float64; expected one of auto, bfloat16"),
+        ({"device": "gpu"}, r"model.device = gpu; expected null, auto, cpu, cuda or cuda:N"),
         ({"device_map": "balanced"}, r"model.device_map = balanced; expected null or auto"),
     ],
 )

@@ -131,7 +131,10 @@ def test_no_key_names_the_remedy(
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(sync, "check_reachable", lambda _: None)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     assert sync.main([str(tmp_path)]) == 1
+    assert list(Path().iterdir()) == []
     err = capfd.readouterr().err
     assert "No API key" in err
     assert "`wandb login`, or WANDB_API_KEY" in err
@@ -145,9 +148,14 @@ def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
 class _FakeWandb:
     """As much of wandb as tells the server's address; the real one reads its environment once per process."""
 
+    run = None
+
     def __init__(self, base_url: str) -> None:
         self.settings = self
         self.base_url = base_url
+
+    def teardown(self) -> None:
+        pass
 
     def setup(self) -> _FakeWandb:
         return self

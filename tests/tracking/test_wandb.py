@@ -43,7 +43,7 @@ def running_record(**more: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _no_wandb_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [n for n in os.environ if n.startswith("WANDB_")]:
+    for name in [n for n in os.environ if n.startswith("WANDB_") and n != "WANDB_SERVICE"]:  # that one is W&B's own
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 

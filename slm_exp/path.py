@@ -1,0 +1,166 @@
+"""`slm path [overrides]`: every plan that any threshold in method.threshold_range can produce, with its interval.
+
+Writes path.json, path.png and path.md. A killed path resumes: every score it had is in the stage cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slm_exp.config import RunConfig
+
+USAGE = """usage: slm path [overrides]        (= python -m slm_exp.path)
+
+  slm path                                             the default model, thresholds 0.5 to 1
+  slm path method.threshold_range=[0.85,0.95] merge_rule=mean
+  slm path method.max_evaluations=200                  stop early and say which intervals are unknown
+  slm path hydra.run.dir=FOLDER                        where path.json goes; default outputs/path/<id>
+
+The overrides are those of a run. method.threshold, a target size, evaluation, width, recovery and tracking are not used."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status 0: the whole range is known; 1: the budget ended it; 2: a wrong call."""
+    if any(a in ("-h", "--help") for a in argv):
+        print(USAGE)
+        return 0
+    from slm_exp.door import compose_run
+    from slm_exp.records import check_writable
+
+    folder = next((a.partition("=")[2].strip("'\"") for a in argv if a.startswith("hydra.run.dir=")), None)
+    cfg = compose_run([a for a in argv if not a.startswith("hydra.")])
+    if cfg.method.name != "slm":
+        raise ConfigError(f"method = {cfg.method.name}; expected slm: only it decides by a threshold.")
+    out = Path(folder) if folder else Path("outputs/path") / path_id(cfg)
+    check_writable(out)
+    return follow_and_write(cfg, out)
+
+
+def path_id(cfg: RunConfig) -> str:
+    """16 hex digits over what decides the path."""
+    from slm_exp.files import digest
+
+    science = {k: v for k, v in cfg.science().items() if k in ("model", "calibration", "seed")}
+    return digest(science | cfg.plan_identity() | {"path": _range(cfg)})
+
+
+def _range(cfg: RunConfig) -> list[float]:
+    return [float(x) for x in cfg.method.threshold_range]  # type: ignore[attr-defined]
+
+
+def follow_and_write(cfg: RunConfig, out: Path) -> int:
+    """Follow the path of a config's model and write it into a folder. Returns main's exit status."""
+    from slm_exp.cache.store import StageStore
+    from slm_exp.files import write_json, write_text
+    from slm_exp.merging.surgery import apply_plan
+    from slm_exp.methods.base import PlanTask
+    from slm_exp.methods.slm import SLM
+    from slm_exp.reporting.staircase import draw_staircase
+    from slm_exp.search.cost import flops_per_token, latencies
+    from slm_exp.search.path import follow
+    from slm_exp.search.scoring import CandidateScorer
+    from slm_exp.search.target import watching
+    from slm_exp.types import MergePlan
+
+    method = cfg.method
+    assert isinstance(method, SLM)
+    low, high = _range(cfg)
+    device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
+    dense = cfg.model.open(device, Path(cfg.cache.dir))
+    tokens = cfg.calibration.draw(dense, cfg.seed)
+    store = StageStore(Path(cfg.cache.dir) if cfg.cache.enabled else None)
+    task = PlanTask(dense, tokens, cfg.similarity, cfg.kernel, cfg.merge_rule, None, store, cfg.seed)
+    start = method.start(dense.n_layers)
+    scorer = CandidateScorer(task, top=start.high)
+    with watching(low, high, "path") as show:
+        path = follow(scorer, start, dense.n_layers, low, high, method.commit_open_window, method.max_evaluations,
+                      show=show)
+
+    sizes = {}
+    best: dict[int, Any] = {}
+    for plan in path.plans:
+        if plan.n_layers not in best or plan.final_score > best[plan.n_layers].final_score:
+            best[plan.n_layers] = plan
+    models = {
+        n: apply_plan(dense, MergePlan(dense.n_layers, plan.groups, rule=cfg.merge_rule.name), cfg.merge_rule)
+        for n, plan in sorted(best.items())
+    }
+    seq_len = int(tokens.tokens_NT.shape[1])
+    seconds = latencies(models, seq_len)
+    for n, handle in models.items():
+        sizes[n] = {
+            "n_layers": n, "params": handle.n_params, "ratio_removed": 1 - handle.n_params / dense.n_params,
+            "flops_per_token": flops_per_token(dense, n, seq_len), "latency_s": seconds[n],
+            "best_final_score": best[n].final_score,
+            "threshold": [best[n].low, best[n].high],
+        }
+    result = {
+        "range": [low, high],
+        "plans": [plan.to_json() for plan in path.plans],
+        "unknown": [list(interval) for interval in path.unknown],
+        "evaluations": path.evaluations,
+        "block_forwards": scorer.block_forwards,
+        "sizes": list(sizes.values()),
+        "seq_len": seq_len,
+        "model": {"name": dense.name, "note": dense.note, "digest": dense.digest, "n_layers": dense.n_layers},
+        "calibration": tokens.describe(),
+        "config": cfg.resolved(),
+        "device": cfg.runtime.describe(device),
+    }
+    write_json(out / "path.json", result)
+    tokens.save(out)
+    draw_staircase(result, out / "path.png")
+    page = table(result)
+    write_text(out / "path.md", page)
+    print(page)
+    print(f"{out / 'path.json'}\n{out / 'path.png'}")
+    if path.unknown:
+        print(f"method.max_evaluations = {method.max_evaluations} ended the path; unknown: "
+              + ", ".join(f"[{a:.4f}, {b:.4f})" for a, b in path.unknown)
+              + ". The same command with a larger one goes on from here.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def table(result: dict[str, Any]) -> str:
+    """The path as Markdown: every plan, then every size."""
+    dense = result["model"]["n_layers"]
+    lines = [
+        f"{result['model']['name']}: {len(result['plans'])} plans for thresholds {result['range'][0]:g} to "
+        f"{result['range'][1]:g}; {result['evaluations']} candidates scored, "
+        f"{result['block_forwards']} block forwards.",
+        *([f"({result['model']['note']})"] if result["model"]["note"] else []),
+        "",
+        "| threshold from | below | layers | merged | final score |",
+        "|---:|---:|---:|---|---:|",
+    ]
+    for plan in result["plans"]:
+        merged = " ".join(f"{a}-{b - 1}" for a, b in plan["groups"]) or "nothing"
+        lines.append(f"| {plan['threshold_low']:.5f} | {plan['threshold_high']:.5f} | {plan['n_layers']} | {merged} "
+                     f"| {plan['final_score']:.4f} |")
+    lines += [
+        "",
+        f"The best plan of every size; latency is the median of a prefill over {result['seq_len']} tokens "
+        f"({result['device']['name'] or result['device']['type']}, {result['device']['threads']} threads).",
+        "",
+        "| layers | parameters removed | GFLOP per token | latency, ms | best final score | threshold |",
+        "|---:|---:|---:|---:|---:|---|",
+    ]
+    for size in reversed(result["sizes"]):
+        of = f"{size['n_layers']} of {dense}"
+        lines.append(f"| {of} | {size['ratio_removed']:.1%} | {size['flops_per_token'] / 1e9:.3f} "
+                     f"| {1e3 * size['latency_s']:.1f} | {size['best_final_score']:.4f} "
+                     f"| [{size['threshold'][0]:.5f}, {size['threshold'][1]:.5f}) |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    from slm_exp.cli import run_command
+
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,53 @@
+"""What a model of some depth costs to run: operations by arithmetic, seconds by measurement."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from slm_exp.models.base import ModelHandle
+
+ROUNDS = 5
+
+
+def flops_per_token(handle: ModelHandle, n_layers: int, seq_len: int) -> float:
+    """Floating-point operations of one token of a prefill over `seq_len` tokens, with `n_layers` of the layers.
+
+    Two per weight of every matrix product (head included, embedding look-up not), and 4 x width x the tokens seen
+    (half the sequence on average) for attention. Norms and activations, well under 1 %, are left out.
+    """
+    from slm_exp.models.base import empty_model
+
+    model = empty_model(handle.config)
+    layer = handle.layout.layers(model)[0]
+    weights = {name: layer.get_parameter(f"{name}.weight") for name in handle.layout.projections}
+    head: Any = model.get_output_embeddings()
+    attention = 4 * weights[handle.layout.q].shape[0] * (seq_len + 1) / 2
+    return 2 * head.weight.numel() + n_layers * (2 * sum(w.numel() for w in weights.values()) + attention)
+
+
+def latencies(models: Mapping[int, ModelHandle], seq_len: int) -> dict[int, float]:
+    """Median seconds of a prefill over one sequence, for models by number of layers.
+
+    The models take turns within every round, so that the ratios hold on a machine whose speed drifts.
+    """
+    import torch
+
+    times: dict[int, list[float]] = {n: [] for n in models}
+    for turn in range(ROUNDS + 1):  # the first is not counted
+        for n, handle in models.items():
+            ids = torch.arange(seq_len, device=handle.model.device)[None] % handle.config.vocab_size
+            if ids.is_cuda:
+                torch.cuda.synchronize(ids.device)
+            started = time.perf_counter()
+            with torch.inference_mode():
+                handle.model(ids, use_cache=False)
+            if ids.is_cuda:
+                torch.cuda.synchronize(ids.device)
+            if turn:
+                times[n].append(time.perf_counter() - started)
+    return {n: statistics.median(t) for n, t in times.items()}
