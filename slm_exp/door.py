@@ -131,6 +131,9 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     text = "\n".join(parts)
     if found := re.search(r"(?:Could not find|Could not load|In '[^']*': Could not find) '([\w/]+)/([\w.-]+)'", text):
         group, name = found.groups()
+        extra = next((e for e in ("joblib", "submitit") if e in name), None)
+        if group == "hydra/launcher" and extra:
+            return f"{group} = {name}; that launcher is not installed. pip install 'slm-exp[{extra}]'."
         options = sorted(set(re.findall(r"^\t(\S+)$", text, re.M)) or _choices(group))
         return f"{group} = {name}; expected one of {', '.join(options)}. {did_you_mean(name, options)}".strip()
     if found := re.search(r"(?:override|Error merging override) '?([\w.@/+~]+)", text):

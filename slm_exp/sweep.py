@@ -56,10 +56,8 @@ def main(argv: Sequence[str]) -> int:
     asking = commands.add_parser("status", help="one line per cell; exit status 1 while one is not finished")
     asking.add_argument("--json", action="store_true", help="for programs")
     resuming = commands.add_parser("resume", help="run every cell that is not finished; recompute nothing that is")
-    again = commands.add_parser("rerun", help="run cells again, from the stage cache where it still fits")
-    which = again.add_mutually_exclusive_group(required=True)
-    which.add_argument("--failed", action="store_true", help="those that failed or died, not those never started")
-    which.add_argument("--all", action="store_true", help="every one; the old record stays as record.before.json")
+    again = commands.add_parser("rerun", help="run every cell again; an old record stays as record.before.json")
+    again.add_argument("--failed", action="store_true", help="only those that failed or died")
     for command in (asking, resuming, again):
         command.add_argument("dir", type=Path, metavar="DIR", help="the sweep's folder, outputs/multirun/NAME")
     for command in (resuming, again):

@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is importe
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as slm_exp sets it: before torch is imported
 
 SHARED = Path(os.environ.get("SLM_EXP_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 

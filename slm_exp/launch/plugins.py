@@ -22,7 +22,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 
 from slm_exp.errors import SlmError, require, require_one_of
-from slm_exp.launch.folder import FAILED, FINISHED, Cell, Job, SweepFolder, complaints, read_cell, table
+from slm_exp.launch.folder import FAILED, FINISHED, Cell, Job, SweepFolder, complaints, note_death, read_cell, table
 from slm_exp.launch.pool import Interrupted, Pool
 from slm_exp.launch.queued import every_job_answers
 from slm_exp.launch.screen import Screen
@@ -146,6 +146,9 @@ class GridSweeper(Sweeper):
             print(f"{len(already)} of {len(asked)} jobs are finished in {self.path}")
         told: dict[str, str] = {}
         status = self._launch(todo, told)
+        for job in todo:
+            if job.run_id in told:
+                note_death(job, told[job.run_id])
         cells = [_with_reason(cell, told.get(cell.job.run_id)) for cell in sweep.cells()]
         print(table(cells, already))
         try:

@@ -70,7 +70,7 @@ class CandidateScorer:
         for group in (window, *candidate.above(self.task.handle.n_layers)):
             # a merged layer is combined again each time it runs: a twentieth of running it, and nothing to keep
             h_NTD = runner.block(merged_slot(self.task, group), h_NTD)
-        return against(runner.finish(h_NTD))
+        return against(self._runner(None).finish(h_NTD))
 
     @cached_property
     def _dense(self) -> tuple[list[Tensor], Scorer]:

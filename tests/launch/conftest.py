@@ -15,9 +15,11 @@ from sweeping import Sweep
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Sweep:
+def sweep(tmp_path: Path) -> Iterator[Sweep]:
     """A sweep folder of its own, with a stage cache of its own."""
-    return Sweep(tmp_path / "sweep", tmp_path / "cache", ["hydra.launcher.workers=2"])
+    made = Sweep(tmp_path / "sweep", tmp_path / "cache", ["hydra.launcher.workers=2"])
+    yield made
+    made.close()
 
 
 @pytest.fixture

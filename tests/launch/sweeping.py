@@ -45,6 +45,7 @@ class Sweep:
     folder: Path
     cache: Path
     settings: list[str] = field(default_factory=list)
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def command(self, seeds: str, *overrides: str) -> list[str]:
         return [
@@ -62,7 +63,7 @@ class Sweep:
 
     def start(self, seeds: str, *overrides: str, **deeds: tuple[str, str, str]) -> subprocess.Popen[str]:
         """The multirun as a process; `s3=("plan", "raise", "no luck")` is what the cell with seed 3 does."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.command(seeds, *overrides),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -71,6 +72,15 @@ class Sweep:
             cwd=ROOT,
             start_new_session=True,
         )
+        self.started.append(process)
+        return process
+
+    def close(self) -> None:
+        """Leave no launcher behind, whatever the test did; jobs die with it."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
 
     def run(self, seeds: str, *overrides: str, **deeds: tuple[str, str, str]) -> Ended:
         process = self.start(seeds, *overrides, **deeds)

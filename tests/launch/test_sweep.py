@@ -63,7 +63,7 @@ def test_jobs_die_with_a_killed_launcher_and_resume_completes(sweep: Sweep, whol
     process.communicate()
     wait_for(lambda: not os.path.exists(f"/proc/{pid}") or "Z" in open(f"/proc/{pid}/stat").read().split()[2])
     shown = sweep.slm("status")
-    assert re.search(r"died .*seed=1 .*in merge", shown.out)
+    assert re.search(r"died .*seed=1 .*stage merge", shown.out)
     sweep.check_whole()
     again = sweep.slm("resume")
     assert again.code == 0, again.err

@@ -1,0 +1,211 @@
+"""Sliding layer merging as a method: plans, notes, costs, settings. Its decisions: tests/reference, tests/search."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slm_exp import registry
+from slm_exp.cache.store import StageStore
+from slm_exp.errors import ConfigError
+from slm_exp.methods.base import PlanTask
+from slm_exp.methods.slm import SLM
+from slm_exp.search.runner import BlockRunner
+from slm_exp.search.scoring import CandidateScorer
+from slm_exp.search.state import Candidate
+from slm_exp.types import Group
+
+
+@pytest.fixture
+def task(tiny_handle: Any, tokens: Any) -> PlanTask:
+    return PlanTask(
+        tiny_handle, tokens, registry.available("similarity")["flat_cosine"](),
+        registry.available("kernel")["linear"](), registry.available("merge_rule")["top_layer"](),
+        None, StageStore(None),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@pytest.fixture
+def scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Candidate], float]], None]:
+    """Replace the model by a function of the candidate."""
+
+    def use(score: Callable[[Candidate], float]) -> None:
+        monkeypatch.setattr(CandidateScorer, "_compute", lambda self, candidate, dtype: score(candidate))
+
+    return use
+
+
+def test_never_similar_merges_nothing(task: PlanTask, scores: Any) -> None:
+    scores(lambda candidate: 0.1)
+    plan = SLM().plan(task)
+    assert plan.groups == ()
+    assert plan.final_score == 1.0
+    assert plan.threshold == 0.9
+    assert [(t.low, t.high) for t in plan.trace] == [(5, 6), (4, 5), (3, 4), (2, 3), (1, 2), (0, 1)]
+    # the dense pass, then one merged layer and what stays above: 2, 3, ... 7
+    assert plan.block_forwards == 8 + (2 + 3 + 4 + 5 + 6 + 7)
+    assert plan.notes == ()
+
+
+def test_always_similar_merges_all_but_the_top_and_says_what_the_released_code_would_do(
+    task: PlanTask, scores: Any
+) -> None:
+    scores(lambda candidate: 0.95 + candidate.low / 1000)
+    plan = SLM().plan(task)
+    assert plan.groups == (Group(0, 7),)
+    assert plan.final_score == 0.95
+    assert plan.block_forwards == 8 + 6 * 2
+    assert "layers 0..6 had passed" in plan.notes[0]
+    assert "commit_open_window=false" in plan.notes[0]
+    released = SLM(commit_open_window=False).plan(task)
+    assert released.groups == ()
+    assert released.final_score == 1.0
+    assert "left as they are" in released.notes[0]
+    assert released.trace == plan.trace
+
+
+def test_a_score_equal_to_the_threshold_does_not_pass(task: PlanTask, scores: Any) -> None:
+    scores(lambda candidate: 0.5)
+    assert SLM(threshold=0.5).plan(task).groups == ()
+    assert SLM(threshold=0.4999999).plan(task).groups == (Group(0, 7),)
+
+
+def test_a_score_that_is_not_a_number_does_not_pass(task: PlanTask) -> None:
+    task.handle.model.model.layers[3].mlp.down_proj.weight.data[:] = float("nan")
+    plan = SLM(threshold=-0.5).plan(task)
+    assert plan.groups == ()
+
+
+def test_protected_layers_stay(task: PlanTask, scores: Any) -> None:
+    scores(lambda candidate: 1.0)
+    assert SLM(protect_first=2, protect_last=3).plan(task).groups == (Group(2, 5),)
+    assert SLM(protect_first=7).plan(task).groups == ()
+
+
+@pytest.mark.parametrize("rule", sorted(registry.available("merge_rule")))
+def test_block_forwards_are_those_executed(rule: str, task: PlanTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    executed = []
+    block = BlockRunner.block
+    monkeypatch.setattr(BlockRunner, "block", lambda self, *a: executed.append(1) or block(self, *a))
+    task = replace(task, rule=registry.available("merge_rule")[rule]())
+    every = SLM(threshold=1.0).plan(task)
+    middle = sorted(t.score for t in every.trace)[3]
+    executed.clear()
+    plan = SLM(threshold=middle).plan(task)
+    assert plan.groups
+    assert plan.block_forwards == len(executed)
+    assert plan.evaluations == len(plan.trace)
+
+
+@pytest.mark.parametrize("similarity", ["flat_cosine", "token_cosine", "angular", "cka"])
+def test_every_score_decides(similarity: str, task: PlanTask) -> None:
+    task = replace(task, similarity=registry.available("similarity")[similarity]())
+    every = SLM(threshold=1.0).plan(task)
+    assert every.groups == ()
+    best = max(every.trace, key=lambda t: t.score)
+    plan = SLM(threshold=best.score - 1e-9).plan(task)
+    assert plan.groups
+    assert plan.similarity == similarity
+
+
+def test_weights_are_whole_after_an_exception_in_the_middle(task: PlanTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {n: p.clone() for n, p in task.handle.model.state_dict().items()}
+    calls = []
+    block = BlockRunner.block
+
+    def failing(self: BlockRunner, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 20:
+            raise RuntimeError("out of memory")
+        return block(self, *args)
+
+    monkeypatch.setattr(BlockRunner, "block", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        SLM(threshold=-1).plan(task)
+    assert all(torch.equal(before[n], p) for n, p in task.handle.model.state_dict().items())
+    assert all("forward" not in m.__dict__ for m in task.handle.model.modules())
+
+
+def test_a_killed_search_goes_on_from_its_scores(
+    task: PlanTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_tiny: Any
+) -> None:
+    """Also for another threshold, and without loading weights when no score is missing."""
+    task = replace(task, store=StageStore(tmp_path))
+    compute, computed = CandidateScorer._compute, []
+
+    def dying(self: CandidateScorer, candidate: Candidate, dtype: str | None) -> float:
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        computed.append(candidate)
+        return compute(self, candidate, dtype)
+
+    monkeypatch.setattr(CandidateScorer, "_compute", dying)
+    with pytest.raises(KeyboardInterrupt):
+        SLM(threshold=1.0).plan(task)
+    first, computed[:] = list(computed), []
+    monkeypatch.setattr(
+        CandidateScorer, "_compute", lambda self, c, dtype: computed.append(c) or compute(self, c, dtype)
+    )
+    plan = SLM(threshold=1.0).plan(task)
+    assert len(first) == 3
+    assert not set(first) & set(computed)
+    assert len(first) + len(computed) == len(plan.trace)
+    fresh = make_tiny()
+    again = SLM(threshold=1.0).plan(replace(task, handle=fresh))
+    assert again == plan
+    assert not fresh.loaded
+
+
+def test_scores_of_other_tokens_or_rules_are_not_taken(task: PlanTask, tmp_path: Path) -> None:
+    task = replace(task, store=StageStore(tmp_path))
+    plan = SLM(threshold=1.0).plan(task)
+    other_tokens = replace(task.tokens, tokens_NT=task.tokens.tokens_NT[::-1, ::-1].copy())
+    other_rule = registry.available("merge_rule")["mean"]()
+    for other in (replace(task, tokens=other_tokens), replace(task, rule=other_rule)):
+        assert [t.score for t in SLM(threshold=1.0).plan(other).trace] != [t.score for t in plan.trace]
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"threshold": 1.5}, "method.threshold = 1.5"),
+    ({"threshold_range": [0.9, 0.5]}, "method.threshold_range"),
+    ({"threshold_range": [0.5]}, "method.threshold_range"),
+    ({"protect_first": -1}, "method.protect_first = -1"),
+    ({"max_evaluations": 0}, "method.max_evaluations = 0"),
+    ({"screen_dtype": "float16"}, "method.screen_dtype = float16; expected one of bfloat16"),
+    ({"threshold": 0.9, "target_layers": 5}, "set at most one"),
+])  # fmt: skip
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SLM(**settings)
+
+
+def test_the_default_threshold_is_the_threshold_it_stands_for() -> None:
+    assert SLM().identity() == SLM(threshold=0.9).identity()
+    assert SLM().identity() != SLM(threshold=0.8).identity()
+    assert SLM(max_evaluations=7).identity() == SLM().identity()
+    assert SLM(max_evaluations=7, target_layers=5).identity() != SLM(target_layers=5).identity()
+
+
+@pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="this CPU has no bfloat16 in oneDNN",
+)
+def test_a_screen_gives_the_same_groups_and_an_exact_final_score(task: PlanTask) -> None:
+    """At thresholds between scores, and within 1e-5 of one, where the screened score cannot tell."""
+    every = sorted(t.score for t in SLM(threshold=1.0).plan(task).trace)
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(every)]
+    for threshold in [*middles, *(s + d for s in random.Random(0).sample(every, 2) for d in (-1e-5, 1e-5))]:
+        exact = SLM(threshold=threshold).plan(task)
+        screened = SLM(threshold=threshold, screen_dtype="bfloat16").plan(task)
+        assert screened.groups == exact.groups
+        assert screened.final_score == exact.final_score
+        assert [(t.low, t.high, t.accepted) for t in screened.trace] == [
+            (t.low, t.high, t.accepted) for t in exact.trace
+        ]
