@@ -32,7 +32,6 @@ test-slurm: setup  ## a real one-node Slurm (as root; apt-get install --no-insta
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -q -m slurm tests/slurm
 
 check: setup  ## ruff and mypy
-	$(BIN)/ruff format --check slm_exp tests benchmarks
 	$(BIN)/ruff check slm_exp tests benchmarks
 	$(BIN)/mypy
 

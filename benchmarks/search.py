@@ -93,8 +93,9 @@ def pairs(handle: ModelHandle, tokens: CalibrationTokens, args: argparse.Namespa
         print(f"  pair {i + 1}: plain {slow:.1f} s, search {fast:.1f} s, {slow / fast:.2f} times", file=sys.stderr)
     growth = memory_growth(args)
     plain_s, ours_s = (statistics.median(column) for column in zip(*seconds, strict=True))
-    print(f"\n{tokens.tokens_NT.shape[0]} x {tokens.tokens_NT.shape[1]} tokens, {args.rule}, threshold {args.threshold}, "
-          f"{'bfloat16 screen' if args.screen else 'float32'}, {torch.get_num_threads()} threads, {args.pairs} pairs")  # fmt: skip
+    shape = " x ".join(map(str, tokens.tokens_NT.shape))
+    print(f"\n{shape} tokens, {args.rule}, threshold {args.threshold}, "
+          f"{'bfloat16 screen' if args.screen else 'float32'}, {torch.get_num_threads()} threads, {args.pairs} pairs")
     rows = [
         ("times faster, median (min to max)",
          f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"),

@@ -12,7 +12,7 @@ COMMANDS = {
     "path": "path [overrides]    every plan any threshold can produce, with its exact interval",
     "cache": "cache [show|prune|verify]   what the stage cache holds; by age, by size; whether it is whole",
     "sweep": "sweep status|resume|rerun DIR   how a sweep stands; finish what is missing",
-    "report": "report DIR...       one self-contained page, DIR/report.html, of a run",
+    "report": "report DIR...       one self-contained page, DIR/report.html, of a run or a sweep",
     "sync": "sync DIR...         send offline W&B runs, each once",
 }
 

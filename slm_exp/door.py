@@ -59,7 +59,8 @@ def _let_presets_open_with_their_command() -> None:
         return
 
     def header(text: str) -> dict[str, str | None]:
-        comments = itertools.takewhile(lambda line: not line.strip() or line.lstrip().startswith("#"), text.splitlines())
+        lines = text.splitlines()
+        comments = itertools.takewhile(lambda line: not line.strip() or line.lstrip().startswith("#"), lines)
         return read("\n".join(line for line in comments if re.match(r"\s*#\s*@", line)))
 
     header.through_comments = True  # type: ignore[attr-defined]
@@ -143,7 +144,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
             fields = _fields_beside(key)
             word = key.rsplit(".", 1)[-1]
             return f"{given}: there is no {key}. Known here: {', '.join(fields)}. {did_you_mean(word, fields)}".strip()
-        reason = re.search(r"(Value '.*?' of type .*? could not be converted to \w+|Invalid value .*|Cannot convert .*)", text)
+        known = r"(Value '.*?' of type .*? could not be converted to \w+|Invalid value .*|Cannot convert .*)"
+        reason = re.search(known, text)
         return f"{given}: {reason.group(1) if reason else text.splitlines()[0]}."
     return " ".join(line.strip() for line in text.splitlines()[:3] if line.strip())
 

@@ -78,7 +78,8 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
 
             with rec.stage("evaluate") as stage:
                 report = stage.compute(EvalReport, lambda: cfg.evaluation.run(compressed),
-                                       **(model_key | {"model": compressed.digest}), evaluation=cfg.evaluation.identity())
+                                       **model_key | {"model": compressed.digest},
+                                       evaluation=cfg.evaluation.identity())
                 rec.keep_evaluation("compressed", report)
 
             with rec.stage("save"):

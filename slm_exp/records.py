@@ -230,7 +230,8 @@ class Recorder:
         from slm_exp.reporting.page import write_report
 
         picture = self.folder / "similarity.png"
-        draw_heatmap(alike, plan, picture, title=f"{self.record['model']['name']}: layer similarity ({alike.kernel} CKA)")
+        title = f"{self.record['model']['name']}: layer similarity ({alike.kernel} CKA)"
+        draw_heatmap(alike, plan, picture, title=title)
         if self.track:
             self.track.image("similarity", picture)
         write_report(self.folder, self.record | {"status": "finished"})
@@ -256,8 +257,18 @@ class Recorder:
         log.error("run %s failed in stage %s: %s: %s\n%s", self.cfg.run_id, stage, type(cause).__name__, cause, trace)
         try:
             self.write()
+            self._draw_failure()
         except OSError as second:  # e.g. the disk is full: the running record stays, which resume takes for unfinished
             print(f"could not write the failed record in {self.folder}: {second}", file=sys.stderr)
+
+    def _draw_failure(self) -> None:
+        """report.html of a failed run: which stage, why, what to do. A page that fails must not hide the failure."""
+        from slm_exp.reporting.page import write_report
+
+        try:
+            write_report(self.folder)
+        except Exception as error:
+            log.warning("no report page: %s", error)
 
 
 def check_writable(folder: Path) -> None:

@@ -18,7 +18,7 @@ QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calib
          "calibration.seq_len=32", "method.threshold=0.5"]
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(tmp_path):
     def go(*overrides: str, folder: str = "run") -> dict:
         cfg = compose_run([*QUICK, f"cache.dir={tmp_path / 'cache'}", *overrides])

@@ -22,8 +22,15 @@ def die_with(parent: int) -> None:
         sys.exit(1)
 
 
+class Terminated(SystemExit):
+    """The job was asked to end, by its launcher or by hand."""
+
+    def __str__(self) -> str:
+        return "told to stop by SIGTERM"
+
+
 def _terminated(signum: int, frame: Any) -> None:
-    raise SystemExit(128 + signum)  # unwinds: the record says failed, W&B closes
+    raise Terminated(128 + signum)  # unwinds: the record says failed, W&B closes
 
 
 def main(argv: list[str]) -> int:

@@ -60,7 +60,9 @@ class Runtime(Component):
 
         import torch
 
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
         return {"type": device.type, "name": name, "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -125,6 +125,40 @@ def test_a_job_the_kernel_took_for_memory_is_tried_again(
     monkeypatch.setattr(pool_module, "oom_kills", lambda: 0)  # killed by somebody: once
     states, _ = run(pool_of({"b": body}), [job("b")])
     assert states == [FAILED]
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A memory cgroup of 100 MB; skips where none can be made."""
+    roots = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]  # v1, v2
+    for group, limit in ((roots[0] / "slm_test", "memory.limit_in_bytes"), (roots[1] / "slm_test", "memory.max")):
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            (group / limit).write_text("100M")
+            yield group
+            return
+        except OSError:
+            continue
+        finally:
+            group.rmdir()
+    pytest.skip("no memory cgroup can be made here")
+
+
+@pytest.mark.slow
+def test_the_kernels_own_out_of_memory_killer(job: Callable[[str], Job], small_memory: Path) -> None:
+    body = f"""
+    pathlib.Path({str(small_memory / "cgroup.procs")!r}).write_text(str(os.getpid()))
+    x = b"x" * (300_000_000 if batch != 4 else 1000)
+    """
+    states, said = run(pool_of({"a": body}, batch_size=lambda job: 8), [job("a")])
+    assert states == [FINISHED]
+    assert "again with evaluation.batch_size=4" in said
+    states, _ = run(pool_of({"b": body}, retries=0), [job("b")])
+    assert states == [FAILED]
+    assert "out-of-memory killer" in (read_cell(job("b")).error or "")
 
 
 def test_what_a_job_leaves_behind_is_killed(job: Callable[[str], Job]) -> None:

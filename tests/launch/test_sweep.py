@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
-from sweeping import STAGES, Sweep, wait_for
+from sweeping import QUICK, STAGES, Sweep, environment, wait_for
 
 
 def test_a_sweep_survives_what_its_cells_do_and_resume_completes_it(sweep: Sweep) -> None:
@@ -90,6 +92,7 @@ def test_a_cell_that_raises_in_every_stage(sweep: Sweep) -> None:
     sweep.check_whole()
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once_on_one_cache_compute_shared_stages_once(sweep: Sweep) -> None:
     other = Sweep(sweep.folder.with_name("other"), sweep.cache, sweep.settings)
     grids = [(sweep, "0"), (other, "0")]
@@ -102,6 +105,28 @@ def test_two_sweeps_at_once_on_one_cache_compute_shared_stages_once(sweep: Sweep
     assert [computed.count(name) for name in ("calibrate", "similarity", "evaluate_dense")] == [1, 1, 1]
     shown = sweep.slm("status", "--json")
     assert [c["state"] for c in json.loads(shown.out)] == ["finished"]
+
+
+@pytest.mark.slow
+def test_a_job_that_outlived_its_launcher_is_waited_for(sweep: Sweep) -> None:
+    first = sweep.run("0", s0=("load", "raise", "x"))
+    assert first.code == 1
+    folder, go = sweep.folder_of(0), sweep.folder.with_name("go")
+    alone = [sys.executable, "-m", "slm_exp", *QUICK, "seed=0", "save_model=false", f"cache.dir={sweep.cache}"]
+    deeds = {"s0": ("merge", "until", str(go))}
+    with open(sweep.folder.with_name("orphan.log"), "w") as log:
+        orphan = subprocess.Popen([*alone, f"hydra.run.dir={folder}"], stdout=log, stderr=log, env=environment(deeds))
+    try:
+        assert sweep.until(0, "merge")["pid"] == orphan.pid
+        process = sweep.start("0")
+        wait_for(lambda: "another process is computing run" in (folder / "run.log").read_text())
+        assert process.poll() is None
+        go.touch()
+        assert process.wait(60) == 0
+    finally:
+        orphan.kill()
+        orphan.wait()
+    assert sweep.records()[0]["pid"] == orphan.pid  # its result stands; nothing was computed again
 
 
 @pytest.mark.slow

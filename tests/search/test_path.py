@@ -1,6 +1,7 @@
 """The threshold path against single searches, at every threshold that could differ."""
 
 import hashlib
+import itertools
 import math
 
 import pytest
@@ -87,7 +88,7 @@ def test_a_budget_says_what_is_unknown_and_nothing_else_is_missing():
     pieces = sorted([(p.low, p.high) for p in part.plans] + list(part.unknown))
     assert pieces[0][0] == 0
     assert pieces[-1][1] == 1
-    assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
     for plan in part.plans:
         middle = (plan.low + plan.high) / 2
         (same,) = [p for p in whole.plans if p.low <= middle < p.high]

@@ -110,3 +110,21 @@ def test_processes_is_the_default_launcher() -> None:
     hydra = compose_raw([], with_hydra=True).hydra
     assert hydra.launcher._target_.endswith("ProcessLauncher")
     assert hydra.sweeper._target_.endswith("GridSweeper")
+
+
+def documented() -> list[list[str]]:
+    lines = (ROOT / "docs" / "sweeps.md").read_text().splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python -m slm_exp ")]
+    return [c[3:] for c in commands]
+
+
+@pytest.mark.parametrize("words", documented(), ids=" ".join)
+def test_documented_commands_compose(words: list[str]) -> None:
+    overrides = [w.replace("NAME", "cpu") for w in words if w != "-m"]
+    if any("launcher=" in w for w in words):
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    params = dict(compose_raw([o for o in overrides if "," not in o], with_hydra=True).hydra.sweeper.params or {})
+    jobs = split_sweep(overrides, params)
+    assert len(jobs) >= 4
+    compose_run([o for o in jobs[-1] if not o.startswith("hydra")])

@@ -36,6 +36,8 @@ if os.environ.get("SLM_TEST_MISBEHAVE"):
             os.kill(os.getpid(), signal.SIGKILL)
         if deed == "hang" or (deed == "hang_once" and first_time(argument)):
             time.sleep(600)
+        while deed == "until" and not os.path.exists(argument):
+            time.sleep(0.1)
         if deed == "fill":  # take every byte the file system has left
             with contextlib.suppress(OSError), open(argument, "wb", buffering=0) as f:
                 while True:
