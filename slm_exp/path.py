@@ -22,7 +22,7 @@ USAGE = """usage: slm path [overrides]        (= python -m slm_exp.path)
   slm path method.max_evaluations=200                  stop early and say which intervals are unknown
   slm path hydra.run.dir=FOLDER                        where path.json goes; default outputs/path/<id>
 
-The overrides are those of a run; method.threshold, target sizes, evaluation, width, recovery and tracking play no part."""
+The overrides are those of a run; method.threshold, target sizes, evaluation, width, recovery, tracking play no part."""
 
 
 def main(argv: Sequence[str]) -> int:

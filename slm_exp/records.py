@@ -120,6 +120,8 @@ class Recorder:
             self.finished = True
             self.record = read_record(self.folder) or {}
             return self
+        if (before := read_record(self.folder)) and before.get("status") == "finished":
+            write_json(self.folder / "record.before.json", before)  # computed again: nothing finished is lost
         self._started = time.perf_counter()
         self.record = {
             "run_id": run_id,
