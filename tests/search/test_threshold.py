@@ -40,12 +40,20 @@ def test_an_error_within_the_margin_changes_no_decision(seed: int) -> None:
 
 
 def test_what_is_far_from_the_threshold_is_not_repeated() -> None:
-    scorer = TwoScores(0, 1e-6)
+    scorer = TwoScores(0, 1e-6, spread=0.09)
     steps = screened_search(scorer, SearchState.start(20), 0.5, "cheap")
     repeated = [c for c, dtype in scorer.asked if dtype is None]
     # only the measurements at every doubling of depth
     assert [c.blocks(20) for c in repeated] == [2, 4, 8, 16][: len(repeated)]
     assert 2 <= len(repeated) < len(steps) / 2
+
+
+def test_errors_are_measured_only_where_they_could_decide() -> None:
+    """Scores far from the threshold have errors of their own, which would only widen the margin."""
+    scorer = TwoScores(0, 1e-2)
+    steps = screened_search(scorer, SearchState.start(20), 0.9, "cheap")
+    assert all(step.screened for step in steps)
+    assert all(dtype == "cheap" for _, dtype in scorer.asked)
 
 
 def test_a_margin_that_widens_repeats_earlier_decisions_and_goes_back() -> None:
