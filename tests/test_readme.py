@@ -47,6 +47,9 @@ def test_every_command_is_one_that_exists(page, command, tmp_path, monkeypatch):
             door.check_all(arguments, multirun="-m" in words)
         except ConfigError as error:
             pytest.fail(f"{page}: {command}: {error}")
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        script = (ROOT / words[1]).read_text()
+        assert all(f'"{word}"' in script for word in words[2:] if word.startswith("--")), command
     elif words[0] == "slm":
         assert words[1] in cli.COMMANDS, command
     elif words[0] == "make":
