@@ -28,6 +28,10 @@ class Kernel(Component, ABC):
         `x_BND`. Needs N >= 2. Cost: O(N^2 D) time, O(N^2) memory.
         """
 
+    def over(self, x_ND: Tensor) -> Kernel:
+        """The kernel for minibatches of these rows; override where the whole set fixes something, e.g. a scale."""
+        return self
+
 
 def relative_distances(x_BND: Tensor) -> Tensor:
     """L2 distance of every pair of rows, in units of the median over the pairs: [..., N, D] -> [..., N, N].

@@ -85,6 +85,7 @@ def fingerprint(rows_ND: Tensor, kernel: Kernel, parts: Sequence[Tensor], estima
     """
     import torch
 
+    kernel = kernel.over(rows_ND)
     return torch.cat(
         [centred(kernel.gram(rows_ND[part.to(rows_ND.device)].double()), estimator).flatten() for part in parts]
     )

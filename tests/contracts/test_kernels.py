@@ -74,6 +74,14 @@ def test_blind_to_rotation(kernel, x):
     torch.testing.assert_close(kernel.gram(x.double() @ turn), kernel.gram(x.double()), atol=1e-7, rtol=1e-7)
 
 
+def test_what_the_whole_set_fixes_leaves_the_whole_set_as_it_was(kernel, x):
+    fixed = kernel.over(x)
+    torch.testing.assert_close(fixed.gram(x), kernel.gram(x))
+    assert fixed.gram(3 * x).isfinite().all()
+    # the kernel itself did not change
+    torch.testing.assert_close(kernel.gram(x), available("kernel")[kernel.name]().gram(x))
+
+
 def test_leaves_its_input_alone(kernel, x):
     before = x.clone()
     kernel.gram(x)

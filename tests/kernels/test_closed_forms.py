@@ -50,6 +50,7 @@ def test_polynomial_divides_by_the_mean_squared_norm():
     close(Polynomial(degree=2, gamma=1, coef=1).gram(x), [[(4 / 3) ** 2, (4 / 3) ** 2], [(4 / 3) ** 2, (8 / 3) ** 2]])
     close(Polynomial(degree=3, gamma=6, coef=0).gram(x), [[8, 8], [8, 1000]])
     close(Polynomial(degree=1, gamma=3, coef=0).gram(x), Linear().gram(x).tolist())
+    close(Polynomial(degree=2, gamma=6, coef=0).over(x).gram(x[1:]), [[100]])  # the whole set's 3, not this row's 5
 
 
 def test_cosine_and_angular():
