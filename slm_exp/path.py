@@ -154,7 +154,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for size in reversed(result["sizes"]):
         of = f"{size['n_layers']} of {dense}"
-        lines.append(f"| {of} | {size['ratio_removed']:.1%} | {size['flops_per_token'] / 1e9:.3f} "
+        lines.append(f"| {of} | {size['ratio_removed']:.1%} | {size['flops_per_token'] / 1e9:.3g} "
                      f"| {1e3 * size['latency_s']:.1f} | {size['best_final_score']:.4f} "
                      f"| [{size['threshold'][0]:.5f}, {size['threshold'][1]:.5f}) |")
     return "\n".join(lines) + "\n"
