@@ -24,7 +24,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-SETTINGS = ["calibration.n_samples=4", "calibration.seq_len=32", "tracking=none", "evaluation=smoke", "save_model=false"]
+SETTINGS = [
+    "calibration.n_samples=4", "calibration.seq_len=32", "tracking=none", "evaluation=smoke", "save_model=false",
+]  # fmt: skip
 RANGE = (0.7, 0.95)
 
 
