@@ -102,7 +102,7 @@ def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: Calibration
         script = Path(__file__).with_name("reload.py")
         ran = subprocess.run(
             [sys.executable, "-P", str(script), where],  # -P: the script's folder stays off the import path
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_MODULES_CACHE": where},
             capture_output=True,
             text=True,
             check=False,
@@ -146,6 +146,7 @@ def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "exact": exact,
+        "own_code": bool(getattr(compressed.config, "layer_widths", None)),
         "tolerance": 1e-5 if exact else (1e-3 if same else 5e-2) * scale,
         "kv_tolerance": (1e-3 if exact else 5e-2) * scale,
     }
@@ -234,8 +235,11 @@ def model_card(compressed: ModelHandle, plan: MergePlan, record: dict[str, Any])
     size = f"{after:,} parameters" + (f", {before:,} before ({1 - after / before:.1%} removed)" if before else "")
     merged = ", ".join(f"{g.start}..{g.stop - 1}" for g in plan.groups) or "none"
     dropped = ", ".join(map(str, plan.dropped)) or "none"
+    zeros = ", ".join(f"{half['kind']} of {half['layer']}" for half in plan.sublayers)
     score = "" if plan.final_score is None else f"; score {plan.final_score:.4f} against the dense model"
     threshold = "" if plan.threshold is None else f", threshold {plan.threshold:g}"
+    own_code = bool(getattr(compressed.config, "layer_widths", None))
+    load = '"path/to/this/folder", trust_remote_code=True' if own_code else '"path/to/this/folder"'
     lines = [
         "---",
         *front,
@@ -247,8 +251,14 @@ def model_card(compressed: ModelHandle, plan: MergePlan, record: dict[str, Any])
         "",
         f"- Size: {size}.",
         f"- Layers merged into one: {merged}. Layers removed: {dropped}.",
+        *([f"- Sublayers whose output is zero (of the original layers): {zeros}. The checkpoint holds them; an engine "
+           "that skips them could leave them out."] if plan.sublayers else []),
         f"- Method {plan.method or 'given plan'}, merge rule {plan.rule or 'none'}, similarity "
         f"{plan.similarity or 'none'}{threshold}{score}.",
+        *(["- The stream above every cut is rescaled (magnitude compensation, arXiv:2507.18212)."]
+          if "compensation" in plan.effect() else []),
+        *_width_lines(plan.width, own_code),
+        *([f"- Healed by {healed['name']}."] if (healed := compressed.lineage.get("recovery")) else []),
         "- The whole decision is in `plan.json`.",
         "",
     ]
@@ -265,9 +275,22 @@ def model_card(compressed: ModelHandle, plan: MergePlan, record: dict[str, Any])
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        f"model = AutoModelForCausalLM.from_pretrained({load})",
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         "```",
         "",
     ]
     return "\n".join(lines)
+
+
+def _width_lines(width: dict[str, Any] | None, own_code: bool) -> list[str]:
+    """What the card says of narrowed layers; nothing where there are none."""
+    if not width:
+        return []
+    lines = [f"- Width pruned by {width['method']}, {width['order']} the layers: {width['reached']:.1%} of the decoder "
+             "layers' parameters, whole attention heads and MLP channels."]
+    if own_code:
+        lines.append("- **Layers have widths of their own**, which no ordinary config describes. The folder brings the "
+                     "code that builds them (`modeling_layerwise.py`): load it with `trust_remote_code=True`, or with "
+                     "`model=hf model.path=...` of slm_exp, which has that code itself.")
+    return lines

@@ -64,6 +64,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "a whole number >= 0")
+        self.merge_rule = self.method.merge_rule(self.merge_rule)
         check_together(self)
 
     @property
@@ -77,11 +78,12 @@ class RunConfig:
         return {**groups, "seed": self.seed}
 
     def plan_identity(self) -> dict[str, Any]:
-        """What decides the plan besides model and tokens: the kernel only where the score or method looks at it."""
+        """What decides the plan besides model and tokens: kernel and rule only where score or method look at them."""
         similarity = {"name": self.similarity.name}
         if self.similarity.uses_kernel() or self.method.uses_layer_similarity:
             similarity |= self.similarity.identity() | {"kernel": self.kernel.identity()}
-        return {"method": self.method.identity(), "rule": self.merge_rule.identity(), "similarity": similarity}
+        rule = self.merge_rule.identity() if self.method.uses_merge_rule() else None
+        return {"method": self.method.identity(), "rule": rule, "similarity": similarity}
 
     def matrix_identity(self) -> dict[str, Any]:
         """What decides the layer similarity matrix besides model and tokens: kernel and CKA estimator."""
@@ -91,11 +93,14 @@ class RunConfig:
 
     def advice(self) -> list[str]:
         """Settings that are allowed but do less than they seem to."""
+        out = []
         kernel_decides = self.similarity.uses_kernel() or self.method.uses_layer_similarity
         if self.kernel.name != "linear" and not kernel_decides:
-            return [f"kernel={self.kernel.name} shapes the similarity matrix only; candidates are scored by "
-                    f"{self.similarity.name}. Add similarity=cka to let the kernel decide."]
-        return []
+            out.append(f"kernel={self.kernel.name} shapes the similarity matrix only; candidates are scored by "
+                       f"{self.similarity.name}. Add similarity=cka to let the kernel decide.")
+        if self.merge_rule.name != "top_layer" and not self.method.uses_merge_rule():
+            out.append(f"merge_rule={self.merge_rule.name} plays no part: method={self.method.name} merges nothing.")
+        return out
 
     def resolved(self) -> dict[str, Any]:
         """Every setting with the member's name in each group, JSON-able: `config` of the record."""
@@ -105,7 +110,8 @@ class RunConfig:
 
 def check_together(cfg: RunConfig) -> None:
     """Checks across groups. Raises ConfigError."""
-    for refused in (cfg.method.refuses(cfg), cfg.evaluation.refuses()):
+    of_groups = (group.refuses(cfg) for group in (cfg.method, cfg.width, cfg.recovery))
+    for refused in (*of_groups, cfg.evaluation.refuses()):
         if refused:
             raise ConfigError(refused)
 

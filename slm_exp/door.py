@@ -91,7 +91,8 @@ def science_only(cfg: DictConfig) -> DictConfig:
 
 def open_mappings(overrides: Sequence[str]) -> list[str]:
     """Let `evaluation.corpora.NAME=FILE` and `evaluation.corpora={NAME:FILE}` add names without Hydra's plus sign."""
-    return [f"++{o}" if o.startswith("evaluation.corpora") else o for o in overrides]
+    open_ended = ("evaluation.corpora", "evaluation.dense_range")
+    return [f"++{o}" if o.startswith(open_ended) else o for o in overrides]
 
 
 @contextmanager

@@ -23,6 +23,10 @@ class DataError(SlmError):
     """Calibration or evaluation data is missing, too short or malformed."""
 
 
+class ProtocolError(SlmError):
+    """Numbers were not measured as stated, so they must not be compared."""
+
+
 class PlanError(SlmError):
     """A merge plan contradicts itself or the model it is applied to."""
 

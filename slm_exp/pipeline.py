@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from slm_exp.config import RunConfig
 from slm_exp.evaluation.base import EvalReport
-from slm_exp.merging.surgery import apply_plan
+from slm_exp.merging.surgery import apply_plan, zeroed
 from slm_exp.methods.base import PlanTask
+from slm_exp.models.base import ModelHandle
 from slm_exp.records import Recorder
+from slm_exp.recovery.base import HealTask, healed
 from slm_exp.similarity.layers import layer_similarity
 from slm_exp.types import CalibrationTokens, LayerSimilarity, MergePlan
+from slm_exp.width.base import WidthDecision, WidthTask
+from slm_exp.width.score import rescored
+from slm_exp.width.surgery import apply_width
 
 
 def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str | None = None) -> dict[str, Any]:
@@ -34,8 +40,10 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
             with rec.stage("load"):
                 device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
                 dense = cfg.model.open(device, Path(cfg.cache.dir))
-                cfg.method.check_model(dense)
+                cfg.width.depth_method(cfg.method, dense, dense).check_model(dense)
+                cfg.width.check_model(dense, cfg.method)
                 cfg.evaluation.check_data(dense.random)
+                cfg.recovery.check_data(dense)
                 rec.note(device=cfg.runtime.describe(device),
                          model={"name": dense.name, "note": dense.note, "digest": dense.digest})
             model_key = {"model": dense.digest, "dtype": cfg.model.dtype, "device": device.type}
@@ -56,31 +64,48 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
                 report = stage.compute(EvalReport, lambda: cfg.evaluation.run(dense),
                                        **model_key, evaluation=cfg.evaluation.identity())
                 rec.keep_evaluation("dense", report)
+                cfg.evaluation.accept(report, dense=True)
+
+            start, width = dense, None
+            if cfg.width.order == "before":
+                start, width = narrow(cfg, rec, dense, tokens, dense, MergePlan(dense.n_layers))
 
             with rec.stage("plan") as stage:
                 task = PlanTask(dense, tokens, cfg.similarity, cfg.kernel, cfg.merge_rule, alike, stage.store, cfg.seed)
-                plan = stage.compute(MergePlan, lambda: cfg.method.plan(task),
-                                     **model_key, tokens=tokens.digest, **cfg.plan_identity(), seed=cfg.seed)
+                method = cfg.width.depth_method(cfg.method, dense, start)
+                decides = cfg.plan_identity() | {"method": method.identity()}
+                plan = stage.compute(MergePlan, lambda: method.plan(replace(task, handle=start)),
+                                     **model_key | {"model": start.digest}, tokens=tokens.digest, **decides,
+                                     seed=cfg.seed)
+                plan = replace(plan, width=width or plan.width)
                 rec.keep_plan(plan)
 
             with rec.stage("merge"):
                 compressed = apply_plan(dense, plan, cfg.merge_rule)
 
-            with rec.stage("width"):
-                compressed = cfg.width.prune(compressed, tokens)
+            if cfg.width.order == "after":
+                compressed, width = narrow(cfg, rec, dense, tokens, compressed, plan)
 
-            with rec.stage("recover"):
-                compressed = cfg.recovery.heal(compressed, dense, tokens)
+            if width or plan.width:
+                plan = rescored(task, compressed, replace(plan, width=width or plan.width))
+                rec.keep_width(plan)
+
+            with rec.stage("recover") as stage:
+                illness = HealTask(compressed, dense, plan, tokens, folder, rec.track, cfg.seed)
+                compressed, healing = healed(cfg.recovery, illness, stage)
+                rec.note(recovery=healing)
 
             rec.note(layers={"before": dense.n_layers, "after": compressed.n_layers},
                      params={"before": dense.n_params, "after": compressed.n_params,
-                             "ratio_removed": 1 - compressed.n_params / dense.n_params})
+                             "ratio_removed": 1 - compressed.n_params / dense.n_params,
+                             "zeroed": zeroed(compressed, plan)})
 
             with rec.stage("evaluate") as stage:
                 report = stage.compute(EvalReport, lambda: cfg.evaluation.run(compressed),
                                        **model_key | {"model": compressed.digest},
                                        evaluation=cfg.evaluation.identity())
                 rec.keep_evaluation("compressed", report)
+                cfg.evaluation.accept(report, dense=False)
 
             with rec.stage("save"):
                 if cfg.save_model:
@@ -90,3 +115,17 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
                 rec.draw(alike, plan)
 
             return rec.done()
+
+
+def narrow(
+    cfg: RunConfig, rec: Recorder, dense: ModelHandle, tokens: CalibrationTokens, handle: ModelHandle, plan: MergePlan
+) -> tuple[ModelHandle, dict[str, Any] | None]:
+    """The width stage: a model narrowed as the width group decides, and the decision; `plan` made it from the dense."""
+    with rec.stage("width") as stage:
+        task = WidthTask(handle, tokens, plan.slots, cfg.width.ratio_for(cfg.method, dense, handle), cfg.seed)
+        if not cfg.width.prunes:
+            return handle, cfg.width.decide(task).data
+        decided = stage.compute(WidthDecision, lambda: cfg.width.decide(task), model=handle.digest,
+                                dtype=cfg.model.dtype, device=handle.device.type, tokens=tokens.digest,
+                                width=cfg.width.identity(), ratio=task.ratio, slots=plan.slots, seed=cfg.seed).data
+        return (handle if decided is None else apply_width(handle, decided)), decided

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 from slm_exp import __version__
 from slm_exp.cache.store import S, StageStore, library_versions
 from slm_exp.errors import ConfigError, SlmError, StageError
+from slm_exp.evaluation.protocol import FILE as PROTOCOL
 from slm_exp.files import write_json, write_text
 from slm_exp.tracking.base import Tracker
 
@@ -196,8 +197,9 @@ class Recorder:
             self.record["warnings"].append(message)
 
     def keep_evaluation(self, which: str, report: EvalReport) -> None:
-        """Per-document results into samples/<which>/, scores into `eval.<which>` of the record."""
+        """Per-document results into samples/<which>/, scores into `eval.<which>` of the record, protocol.json."""
         report.save_samples(self.folder / "samples" / which)
+        write_json(self.folder / PROTOCOL, report.protocol)
         self.record["eval"][which] = report.to_json()
         if self.track:
             self.track.log({"eval": {which: report.to_json()}})
@@ -208,7 +210,7 @@ class Recorder:
         self.note(plan=plan.to_json())
         for message in plan.notes:
             self.warn(message)
-        if plan.n_layers_out == plan.n_layers:
+        if plan.n_layers_out == plan.n_layers and not plan.sublayers:
             best = max((t.score for t in plan.trace), default=None)
             hint = "" if best is None else f" The best candidate scored {best:.4f}: lower method.threshold below that."
             self.warn(f"the plan merges and removes nothing.{hint}")
@@ -219,6 +221,13 @@ class Recorder:
                               for i, g in enumerate(plan.slots)])
             self.track.table("trace", ["low", "high", "score", "accepted"],
                              [[t.low, t.high, t.score, t.accepted] for t in plan.trace])
+
+    def keep_width(self, plan: MergePlan) -> None:
+        """plan.json and the record's `plan` again, with what was decided about widths, and its notes as warnings."""
+        plan.save(self.folder)
+        self.note(plan=plan.to_json())
+        for message in (plan.width or {}).get("notes", ()):
+            self.warn(message)
 
     def keep_model(self, compressed: ModelHandle, plan: MergePlan, tokens: CalibrationTokens) -> None:
         """model/: the checkpoint, verified in a fresh process before it appears."""

@@ -50,6 +50,7 @@ def check(expected: dict[str, Any], logits_NTV: Any) -> dict[str, Any]:
         dtype="auto",
         use_safetensors=True,
         local_files_only=True,
+        trust_remote_code=expected["own_code"],
         output_loading_info=True,
         device_map="auto" if device == "auto" else None,
     )

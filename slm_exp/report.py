@@ -15,6 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="slm report", description=__doc__)
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path,
                         help="a run's folder (outputs/<run_id>) or a sweep's (outputs/multirun/<name>)")
+    parser.add_argument("--mixed-protocols", action="store_true",
+                        help="on a sweep's page, show averages measured by different protocols side by side")
     args = parser.parse_args(argv)
     from slm_exp.reporting.page import write_report
     from slm_exp.reporting.sweep import is_sweep, write_sweep_report
@@ -22,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = 0
     for folder in args.folders:
         try:
-            print(write_sweep_report(folder) if is_sweep(folder) else write_report(folder))
+            sweep = is_sweep(folder)
+            print(write_sweep_report(folder, args.mixed_protocols) if sweep else write_report(folder))
         except SlmError as error:
             print(f"slm report: {error}", file=sys.stderr)
             status = 1

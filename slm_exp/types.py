@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+SUBLAYERS = ("attention", "mlp")
+"""The halves of a decoder layer, in the order in which they run."""
+
+
 class Group(NamedTuple):
     """Layers [start, stop) in original indices that share one slot of the compressed model."""
 
@@ -57,9 +61,11 @@ class MergePlan:
     final_score: float | None = None
     """Compressed against dense by the similarity asked; 1 is identical."""
     sublayers: tuple[dict[str, Any], ...] = ()
-    """`{layer, kind}`, kind `attention` or `mlp`: halves of layers removed."""
+    """`{layer, kind}`, kind `attention` or `mlp`: halves of layers removed. Both of one layer: it is dropped."""
     width: dict[str, Any] | None = None
     """`{method, ratio, order, sizes}` when width was pruned."""
+    compensation: dict[str, Any] | None = None
+    """`{kind, cuts: [{start, stop, alpha}]}` when the stream is rescaled behind cuts: see merging/compensation.py."""
     trace: tuple[Trial, ...] = ()
     evaluations: int = 0
     block_forwards: int = 0
@@ -69,10 +75,18 @@ class MergePlan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(sorted(Group(*g) for g in self.groups)))
-        object.__setattr__(self, "dropped", tuple(sorted(self.dropped)))
+        try:
+            halves = {(int(half["layer"]), str(half["kind"])) for half in self.sublayers}
+        except (KeyError, TypeError, ValueError):
+            raise PlanError(f"sublayers = {list(self.sublayers)}; expected {{layer, kind}} for each.") from None
+        whole = {layer for layer, _ in halves if all((layer, kind) in halves for kind in SUBLAYERS)}
+        object.__setattr__(self, "dropped", tuple(sorted((*self.dropped, *whole))))
+        halves = {half for half in halves if half[0] not in whole}
+        object.__setattr__(self, "sublayers", tuple({"layer": i, "kind": kind} for i, kind in sorted(halves)))
         taken: dict[int, str] = {}
         members = [(f"group [{g.start}, {g.stop})", range(g.start, g.stop)) for g in self.groups]
         members += [(f"dropped layer {i}", range(i, i + 1)) for i in self.dropped]
+        members += [(f"layer {i} without {kind}", range(i, i + 1)) for i, kind in sorted(halves)]
         for label, layers in members:
             if layers.start < 0 or layers.stop > self.n_layers or len(layers) == 0:
                 raise PlanError(f"{label} lies outside a model of {self.n_layers} layers.")
@@ -82,6 +96,17 @@ class MergePlan:
                 if i in taken:
                     raise PlanError(f"{label} and {taken[i]} overlap at layer {i}.")
                 taken[i] = label
+        for _, kind in halves:
+            if kind not in SUBLAYERS:
+                raise PlanError(f"sublayers has kind {kind!r}; known: {', '.join(SUBLAYERS)}.")
+        about = self.compensation or {"kind": "magnitude"}
+        cuts = about.get("cuts", ())
+        if about.get("kind") != "magnitude" or not all({"start", "stop", "alpha"} <= set(cut) for cut in cuts):
+            raise PlanError(f"compensation = {about}; expected {{kind: magnitude, cuts: [{{start, stop, alpha}}]}}.")
+        for cut in cuts:
+            if not 0 < cut["alpha"] < float("inf"):
+                raise PlanError(f"compensation of layers {cut['start']}..{cut['stop'] - 1} has alpha = {cut['alpha']}; "
+                                "expected a number above 0.")
         if len(self.slots) == 0:
             raise PlanError(f"the plan leaves none of {self.n_layers} layers.")
 
@@ -106,6 +131,7 @@ class MergePlan:
             "sublayers": [dict(s) for s in self.sublayers],
             "rule": self.rule if self.groups else None,
             "width": self.width,
+            **({"compensation": self.compensation} if (self.compensation or {}).get("cuts") else {}),
         }
 
     def to_json(self) -> dict[str, Any]:

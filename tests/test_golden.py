@@ -34,6 +34,11 @@ def record(folder, request):
     return pipeline.run(cfg, folder)
 
 
+def test_the_demo_keeps_its_name():
+    """A new setting that is off must not rename runs made before there was it."""
+    assert compose_run(["experiment=demo"]).run_id == "144dafdfae62412d"
+
+
 def test_calibration(record):
     assert record["calibration"]["digest"] == "b7ff2b7bc34ed80e"
 

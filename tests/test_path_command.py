@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -41,10 +42,10 @@ def task(tiny_handle: Any, tokens: Any, tmp_path: Path) -> PlanTask:
     )  # type: ignore[arg-type]  # fmt: skip
 
 
-def path_of(task: PlanTask, low: float = -1, high: float = 1, commit: bool = True) -> tuple[ThresholdPath, CandidateScorer]:
+def path_of(task: PlanTask, low: float = -1, high: float = 1) -> tuple[ThresholdPath, CandidateScorer]:
     start = SLM().start(task.handle.n_layers)
     scorer = CandidateScorer(task, top=start.high)
-    return follow(scorer, start, task.handle.n_layers, low, high, commit), scorer
+    return follow(scorer, start, task.handle.n_layers, low, high), scorer
 
 
 COMBINATIONS = [
@@ -81,8 +82,8 @@ def test_the_command_writes_what_the_contract_says(tmp_path: Path, capsys: pytes
     assert path["unknown"] == []
     plans = path["plans"]
     assert (plans[0]["threshold_low"], plans[-1]["threshold_high"]) == (-1, 1)
-    assert all(a["threshold_high"] == b["threshold_low"] for a, b in zip(plans, plans[1:], strict=False))
-    assert all(a["groups"] != b["groups"] for a, b in zip(plans, plans[1:], strict=False))
+    assert all(a["threshold_high"] == b["threshold_low"] for a, b in itertools.pairwise(plans))
+    assert all(a["groups"] != b["groups"] for a, b in itertools.pairwise(plans))
     for plan in plans:
         assert plan["n_layers"] == 8 - sum(stop - start - 1 for start, stop in plan["groups"])
     assert plans[-1]["final_score"] == 1
@@ -122,7 +123,7 @@ def test_a_budget_ends_it_and_the_same_command_goes_on(
     pieces = [[p["threshold_low"], p["threshold_high"]] for p in part["plans"]] + part["unknown"]
     pieces.sort()
     assert (pieces[0][0], pieces[-1][1]) == (-1, 1)
-    assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
     error = capsys.readouterr().err
     assert "method.max_evaluations = 5 ended the path" in error
     assert f"[{part['unknown'][0][0]:.4f}, " in error
@@ -207,19 +208,27 @@ def test_a_ratio_is_the_nearest_number_of_layers(tmp_path: Path) -> None:
 
 
 def test_a_budget_marks_the_size_incomplete_or_names_what_was_met(task: PlanTask) -> None:
-    whole = SLM(target_layers=6, threshold_range=[-1, 1]).plan(task)
-    seen = set()
-    for budget in range(1, whole.evaluations + 1):
-        try:
-            plan = SLM(target_layers=6, threshold_range=[-1, 1], max_evaluations=budget).plan(task)
-        except PlanError as error:
-            assert f"method.max_evaluations = {budget}" in str(error)
-            seen.add("refused")
-            continue
-        assert plan.n_layers_out == 6
-        assert plan.target is not None
-        seen.add(plan.target["complete"])
-    assert {"refused", True} <= seen
+    sized = {"target_layers": 6, "threshold_range": [-1, 1]}
+    whole = SLM(**sized).plan(task)
+    first_size = next(n for n in range(1, whole.evaluations + 1) if finds(sized, n, task))
+    assert first_size > 1
+    for budget in range(1, first_size):
+        with pytest.raises(PlanError, match=f"method.max_evaluations = {budget} ended the search"):
+            SLM(**sized, max_evaluations=budget).plan(task)
+    plans = [SLM(**sized, max_evaluations=n).plan(task) for n in range(first_size, whole.evaluations + 1)]
+    assert all(plan.n_layers_out == 6 for plan in plans)
+    complete = [plan.target["complete"] for plan in plans if plan.target]
+    assert complete == sorted(complete)
+    assert complete[-1]
+    assert plans[-1].groups == whole.groups
+
+
+def finds(sized: dict[str, Any], budget: int, task: PlanTask) -> bool:
+    try:
+        SLM(**sized, max_evaluations=budget).plan(task)
+    except PlanError:
+        return False
+    return True
 
 
 def test_a_size_that_no_threshold_in_the_range_gives_fails_the_run_and_names_others(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ PATCHES = {
     "similarity": "slm_exp.pipeline.layer_similarity",
     "plan": "slm_exp.methods.slm.SLM.plan",
     "merge": "slm_exp.pipeline.apply_plan",
-    "width": "slm_exp.width.none.NoWidth.prune",
+    "width": "slm_exp.width.none.NoWidth.decide",
     "recover": "slm_exp.recovery.none.NoRecovery.heal",
     "evaluate_dense": "slm_exp.evaluation.base.Evaluation.run",
     "save": "slm_exp.checkpoint.save_checkpoint",

@@ -30,11 +30,15 @@ CODE = {  # stage -> files and folders of the package that its result depends on
     "model": ("models/smollm2_135m.py",),  # the conversion of the embedded weights
     "calibrate": ("calibration", "types.py"),
     "similarity": ("similarity", "kernels", "search", "models/layouts.py"),
-    "plan": ("methods", "search", "merging/rules", "similarity", "kernels", "models/layouts.py"),
-    "scores": ("search", "merging/rules", "similarity", "kernels", "models/layouts.py"),
-    "evaluate": ("evaluation", "merging", "models"),
+    "plan": ("methods", "search", "merging/rules", "merging/compensation.py", "similarity", "kernels",
+             "models/layouts.py"),
+    "scores": ("search", "merging/rules", "merging/compensation.py", "similarity", "kernels", "models/layouts.py"),
+    "width": ("width", "search/runner.py", "search/fused.py", "similarity", "kernels", "models/layouts.py"),
+    "recover": ("recovery", "calibration", "search/runner.py", "search/fused.py", "merging", "models/layouts.py"),
+    "evaluate": ("evaluation", "merging", "models", "width/surgery.py", "width/saved_code", "search/fused.py"),
 }
-LIBRARIES = {"evaluate": ("torch", "transformers", "lm_eval"), "calibrate": ("transformers",)}
+LIBRARIES = {"evaluate": ("torch", "transformers", "lm_eval"), "calibrate": ("transformers",),
+             "recover": ("torch", "transformers", "peft")}
 
 
 class Storable(Protocol):

@@ -34,8 +34,8 @@ class Evaluation(Component):
     """The first N documents of each task; null takes all."""
     batch_size: int | None = knob(None)
     """Sequences per forward pass; null chooses."""
-    backend: str = knob("hflm")
-    """`hflm` is lm-eval's own model class."""
+    backend: str = knob("fast")
+    """`fast` computes what a document's choices share once; `hflm` is lm-eval's own model class. Same numbers."""
     add_bos: bool | None = None
     """Start every request with BOS; null leaves it to the tokenizer, as stock lm-eval does."""
     corpora: dict[str, str] = field(default_factory=dict)
@@ -44,15 +44,30 @@ class Evaluation(Component):
     """Tokens per chunk for perplexity."""
     ppl_bos: str = "once"
     """BOS `once` at the very start, at the start of `every_chunk`, or `never`. Token files are taken as they are."""
+    protocol: str | None = knob(None)
+    """The protocol.json of a run: anything measured otherwise stops the run, naming the field that differs."""
+    dense_range: dict[str, Any] = field(default_factory=dict, metadata={"science": False})
+    """What the dense model is known to reach, e.g. {average: [38, 44]}; outside of it nothing is compressed.
+
+    Keys: `average`, a task (per cent, by the metric that counts for it) or a corpus (perplexity).
+    """
 
     def check(self) -> None:
         require(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, "null or a number >= 1")
         require(self.batch_size is None or self.batch_size >= 1, "evaluation.batch_size", self.batch_size,
                 "null or a number >= 1")
         require(len(set(self.tasks)) == len(self.tasks), "evaluation.tasks", self.tasks, "each task once")
-        require_one_of("evaluation.backend", self.backend, ("hflm",))
+        require_one_of("evaluation.backend", self.backend, ("fast", "hflm"))
         require_one_of("evaluation.ppl_bos", self.ppl_bos, ("once", "every_chunk", "never"))
         require(self.ppl_seq_len >= 2, "evaluation.ppl_seq_len", self.ppl_seq_len, "a number >= 2")
+        for name, bounds in self.dense_range.items():
+            where = f"evaluation.dense_range.{name}"
+            pair = isinstance(bounds, (list, tuple)) and len(bounds) == 2
+            numbers = pair and all(isinstance(bound, (int, float)) for bound in bounds)
+            require(numbers and bounds[0] <= bounds[1], where, bounds, "two numbers [low, high]")
+            seven = name == "average" and set(SEVEN) <= set(self.tasks)
+            require(seven or name in self.tasks or name in self.corpora, where, bounds,
+                    "average (of the seven tasks), or one of evaluation.tasks or evaluation.corpora")
 
     def refuses(self) -> str | None:
         """Why this evaluation makes no sense: an unknown task, an unknown corpus, a file that is not there; or None.
@@ -65,6 +80,8 @@ class Evaluation(Component):
             reason = unknown_corpus(where)
             if reason:
                 return f"evaluation.corpora.{name} = {where}: {reason}"
+        if self.protocol is not None and not Path(self.protocol).is_file():
+            return f"evaluation.protocol = {self.protocol}: there is no such file; give the protocol.json of a run."
         return self._unknown_task()
 
     def check_data(self, random_model: bool = False) -> None:
@@ -106,6 +123,21 @@ class Evaluation(Component):
         from slm_exp.evaluation.measure import measure
 
         return measure(self, handle)
+
+    def accept(self, report: EvalReport, dense: bool) -> None:
+        """Refuse a report of another protocol than `protocol`, or of a dense model outside `dense_range`.
+
+        Raises:
+            ProtocolError: what was expected, what came, and what to check.
+        """
+        from slm_exp.evaluation.gate import check_range
+        from slm_exp.evaluation.protocol import read_protocol, require_same
+
+        if self.protocol is not None:
+            require_same({f"evaluation.protocol={self.protocol}": read_protocol(Path(self.protocol)),
+                          "this run": report.protocol}, "Change the settings, or leave evaluation.protocol unset.")
+        if dense:
+            check_range(report, self.dense_range)
 
 
 @dataclass(frozen=True)

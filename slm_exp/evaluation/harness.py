@@ -16,10 +16,10 @@ from slm_exp.evaluation.documents import HUB, Documents, local_documents, remedy
 from slm_exp.files import digest
 
 if TYPE_CHECKING:
-    import torch
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from slm_exp.evaluation.backends.hflm import CheckedHFLM
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class TaskResults(NamedTuple):
     tasks: dict[str, dict[str, Any]]
     samples: dict[str, list[dict[str, Any]]]
     protocol: dict[str, Any]
-    """task -> {version, metric, num_fewshot, n, documents}, `documents` a digest of their contents in order."""
+    """task -> {version, metric, n, num_fewshot, documents, document_ids}: digests of contents and ids, in order."""
     sources: dict[str, str]
     """task -> where its documents came from."""
     settings: dict[str, Any]
@@ -43,7 +43,7 @@ class TaskResults(NamedTuple):
 
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[str], limit: int | None = None,
-    batch_size: int | None = None, add_bos: bool | None = None, random_model: bool = False,
+    batch_size: int | None = None, add_bos: bool | None = None, random_model: bool = False, backend: str = "fast",
 ) -> TaskResults:
     """Ask a model in memory the first `limit` documents of each task.
 
@@ -57,7 +57,7 @@ def run_tasks(
     with quiet():
         from lm_eval.evaluator import evaluate
 
-        lm = language_model(model, tokenizer, batch_size, add_bos)
+        lm = language_model(model, tokenizer, batch_size, add_bos, backend)
         loaded, sources = load_tasks(tasks, limit, random_model)
         found = evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
         assert found is not None  # None is for the other ranks of a distributed run
@@ -68,6 +68,7 @@ def run_tasks(
         name: {
             "version": found["versions"].get(name), "metric": SEVEN.get(name), "n": results[name]["n"],
             "num_fewshot": found["n-shot"].get(name), "documents": digest([row["doc_hash"] for row in rows]),
+            "document_ids": digest([row["doc_id"] for row in rows]),
         }
         for name, rows in samples.items()
     }
@@ -77,43 +78,16 @@ def run_tasks(
 
 def language_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None,
-    add_bos: bool | None = None,
-) -> HFLM:
-    """lm-eval's Hugging Face model class around a model in memory, refusing NaN and infinite logits.
+    add_bos: bool | None = None, backend: str = "fast",
+) -> CheckedHFLM:
+    """lm-eval's interface to a model in memory: its own class, or the fast one. Both refuse NaN and infinite logits."""
+    if backend == "fast":
+        from slm_exp.evaluation.backends.fast import FastLM
 
-    The batch size belongs to this class: lm-eval ignores the one given to its evaluate functions.
-    """
-    import copy
+        return FastLM(model, tokenizer, batch_size, add_bos)
+    from slm_exp.evaluation.backends.hflm import CheckedHFLM
 
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    class Model(HFLM):  # type: ignore[misc]
-        def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
-            if not torch.isfinite(logits.amax()):  # NaN and +inf show in the maximum, which costs no memory
-                raise DataError("the model gives NaN or infinite logits, so it has no accuracy. Try model.dtype=float32"
-                                " or bfloat16 (float16 overflows easily), or a plan that merges less.")
-            return logits
-
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            cut = sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-            if cut:
-                log.warning("%d of %d requests are longer than the model's %d tokens and lose their beginning.",
-                            cut, len(requests), self.max_length)
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
-
-    return Model(
-        pretrained=model,
-        tokenizer=copy.deepcopy(tokenizer),  # HFLM gives it a pad token, and checkpoints must not
-        batch_size=batch_size or default_batch_size(model.device),
-        add_bos_token=add_bos,
-    )
-
-
-def default_batch_size(device: torch.device) -> int:
-    """Sequences per forward pass. On a CPU padding costs more than larger batches win."""
-    return 16 if device.type == "cuda" else 4
+    return CheckedHFLM(model, tokenizer, batch_size, add_bos)
 
 
 def load_tasks(tasks: list[str], limit: int | None, random_model: bool = False) -> tuple[Any, dict[str, str]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_exp.errors import DataError
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
-from slm_exp.files import digest
+from slm_exp.evaluation.protocol import protocol
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle
@@ -30,7 +30,7 @@ def measure(cfg: Evaluation, handle: ModelHandle) -> EvalReport:
             raise DataError(f"{handle.name} has no tokenizer, and tasks are text. Use evaluation=none, or corpora of "
                             "token files.")
         found = run_tasks(handle.model, handle.tokenizer, cfg.tasks, cfg.limit, cfg.batch_size, cfg.add_bos,
-                          handle.random)
+                          handle.random, cfg.backend)
     values = {name: perplexity(handle.model, corpus.tokens_NT, cfg.batch_size, name)
               for name, corpus in corpora.items()}
     fields: dict[str, Any] = {
@@ -40,7 +40,7 @@ def measure(cfg: Evaluation, handle: ModelHandle) -> EvalReport:
     }
     return EvalReport(
         tasks=found.tasks, average=average(found.tasks), perplexity=values,
-        protocol={"hash": digest(fields), "fields": fields, "sources": found.sources}, samples=found.samples,
+        protocol=protocol(fields, found.sources), samples=found.samples,
     )
 
 

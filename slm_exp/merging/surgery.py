@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.errors import PlanError
 from slm_exp.files import digest
+from slm_exp.merging.compensation import scaled_outputs, scales
 from slm_exp.models.base import ModelHandle
 
 if TYPE_CHECKING:
@@ -21,11 +24,13 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
     """The model that a plan makes of `handle`'s, built on first use of `.model`.
 
     Kept layers, embeddings and head are the dense model's own tensors, not copies; only combined projections are
-    new. The dense model stays as it is. So do not train the result without cloning what you train.
+    new. A removed sublayer keeps its place with its output projection at zero, so that the checkpoint is an ordinary
+    one; a layer without both is gone. The dense model stays as it is. So do not train the result without cloning what
+    you train.
 
     Args:
         handle: the dense model.
-        plan: which layers are merged or removed.
+        plan: which layers are merged or removed, and how wide they become (`width`, in the order it names).
         rule: what a merged layer is made of; needed when the plan has groups.
     Raises:
         PlanError: the plan is for another number of layers or another rule, or asks for what is not done here.
@@ -37,11 +42,15 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
         raise PlanError(f"the plan merges {len(plan.groups)} groups, which takes a merge rule.")
     if plan.groups and rule is not None and plan.rule and plan.rule != rule.name:
         raise PlanError(f"the plan was made with merge_rule={plan.rule}, not {rule.name}.")
-    if plan.sublayers or plan.width:
-        asked = "removed sublayers" if plan.sublayers else "width pruning"
-        raise PlanError(f"the plan has {asked}; apply_plan carries out groups and dropped layers only.")
+    if plan.width:
+        from slm_exp.width.surgery import apply_width
+
+        depth = dataclasses.replace(plan, width=None)
+        if plan.width.get("order") == "before":
+            return apply_plan(apply_width(handle, plan.width), depth, rule)
+        return apply_width(apply_plan(handle, depth, rule), plan.width)
     effect = {**plan.effect(), "rule": rule.name if plan.groups and rule is not None else None}
-    unchanged = plan.n_layers_out == plan.n_layers
+    unchanged = plan.n_layers_out == plan.n_layers and not plan.sublayers and "compensation" not in effect
     return ModelHandle(
         name=handle.name,
         config=_shorter_config(handle, handle.config, plan, rule),
@@ -95,7 +104,7 @@ def _build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None) -> PreT
     memo[id(layers)] = shorter = torch.nn.ModuleList()
     memo[id(dense.config)] = config
     model: PreTrainedModel = copy.deepcopy(dense, memo)
-    for at, (slot, host) in enumerate(zip(plan.slots, hosts, strict=True)):
+    for at, (slot, host, scale) in enumerate(zip(plan.slots, hosts, scales(plan), strict=True)):
         layer = copy.deepcopy(layers[host], memo)
         if slot.stop - slot.start > 1:
             assert rule is not None
@@ -105,6 +114,12 @@ def _build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None) -> PreT
                 raise PlanError(f"merge_rule={rule.name} hosts {slot} in layer {slot.start + merged.host}, not {host}.")
             for name, tensor in merged.weights.items():
                 _put(layer, name, tensor)
+        if scale != 1:
+            for name, tensor in scaled_outputs(layout, layer, {}, scale).items():
+                _put(layer, name, tensor)
+        for half in plan.sublayers:
+            if half["layer"] == host:
+                _silence(layer, layout.outputs[half["kind"]])
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = at  # type: ignore[assignment]
@@ -114,6 +129,46 @@ def _build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None) -> PreT
             module.config = config  # type: ignore[assignment]
     _renumber_device_map(model, layout.layer_list, hosts)
     return model
+
+
+def _silence(layer: nn.Module, outputs: tuple[str, ...]) -> None:
+    """New zeros for what writes a half of a layer into the stream: an ordinary layer whose half does nothing."""
+    import torch
+
+    for module in outputs:
+        for name, p in layer.get_submodule(module).named_parameters():
+            _put(layer, f"{module}.{name}", torch.zeros_like(p))
+
+
+def half_sizes(handle: ModelHandle, layer: int = 0) -> dict[str, int]:
+    """Parameters of a layer's attention and MLP sublayers: projections and their biases. Loads no weights."""
+    from slm_exp.models.base import empty_model
+
+    module = handle.layout.layers(handle.model if handle.loaded else empty_model(handle.config))[layer]
+    return {half: sum(p.numel() for name in names for p in module.get_submodule(name).parameters())
+            for half, names in handle.layout.halves.items()}
+
+
+def zeroed(compressed: ModelHandle, plan: MergePlan) -> int:
+    """Parameters that a plan's sublayers leave in the checkpoint, and in `n_params`, without effect.
+
+    An engine that skips such sublayers could leave them out.
+    """
+    at = {slot.start: i for i, slot in enumerate(plan.slots)}
+    return sum(half_sizes(compressed, at[half["layer"]])[half["kind"]] for half in plan.sublayers)
+
+
+def zeroed_note(handle: ModelHandle, plan: MergePlan) -> tuple[str, ...]:
+    """What a reader of the sizes should know of a plan for `handle`; nothing where no sublayer goes."""
+    kinds = Counter(half["kind"] for half in plan.sublayers)
+    if not kinds:
+        return ()
+    which = " and ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+    sizes = half_sizes(handle)
+    size = sum(sizes[half["kind"]] for half in plan.sublayers)
+    are = "sublayer is" if len(plan.sublayers) == 1 else "sublayers are"
+    return (f"{which} {are} zeroed: {size / 1e6:.3g} M parameters ({size / handle.n_params:.1%}) could be left out by "
+            "an engine that skips them; the checkpoint keeps them.",)
 
 
 def _put(layer: nn.Module, name: str, tensor: Tensor) -> None:

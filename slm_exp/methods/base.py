@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_exp.errors import ConfigError, require
+from slm_exp.errors import ConfigError, PlanError, require, require_one_of
 from slm_exp.registry import Component
+from slm_exp.types import Group, MergePlan, Trial
 
 if TYPE_CHECKING:
     from slm_exp.cache.store import StageStore
@@ -15,8 +17,11 @@ if TYPE_CHECKING:
     from slm_exp.kernels.base import Kernel
     from slm_exp.merging.rules.base import MergeRule
     from slm_exp.models.base import ModelHandle
+    from slm_exp.search.reduced import ReducedModels
     from slm_exp.similarity.base import Similarity
-    from slm_exp.types import CalibrationTokens, LayerSimilarity, MergePlan
+    from slm_exp.types import CalibrationTokens, LayerSimilarity
+
+COMPENSATIONS = ("magnitude",)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Method(Component, ABC):
     """Layers to be left."""
     target_ratio: float | None = None
     """Share of parameters to remove."""
+    compensate: str | None = None
+    """magnitude: rescale the stream behind every cut (Prune&Comp; see merging/compensation.py)."""
 
     def check(self) -> None:
         asked = {
@@ -67,6 +74,20 @@ class Method(Component, ABC):
         if self.target_ratio is not None:
             require(0 < self.target_ratio < 1, "method.target_ratio", self.target_ratio,
                     "a share of the parameters in (0, 1)", "0.1 removes a tenth.")
+        if self.compensate is not None:
+            require_one_of("method.compensate", self.compensate, COMPENSATIONS)
+
+    def identity(self) -> dict[str, Any]:
+        """An option that is off leaves no trace: what was named before there was the option keeps its name."""
+        return {k: v for k, v in super().identity().items() if k != "compensate" or v is not None}
+
+    def uses_merge_rule(self) -> bool:
+        """Whether the plan depends on the `merge_rule` group."""
+        return True
+
+    def merge_rule(self, asked: MergeRule) -> MergeRule:
+        """The rule the run merges by, given the `merge_rule` group's: that one, unless the method brings its own."""
+        return asked
 
     def refuses(self, cfg: RunConfig) -> str | None:
         """Why this method cannot run with the rest of the config, or None. Checked before anything loads."""
@@ -78,3 +99,173 @@ class Method(Component, ABC):
     @abstractmethod
     def plan(self, task: PlanTask) -> MergePlan:
         """Decide. Weights are left bit for bit as they were, also on an exception."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a baseline chose. Layers are original indices."""
+
+    dropped: tuple[int, ...] = ()
+    groups: tuple[Group, ...] = ()
+    """Half-open runs merged into one layer, where the method merges by itself."""
+    sublayers: tuple[dict[str, Any], ...] = ()
+    """`{layer, kind}`, kind `attention` or `mlp`."""
+    trace: tuple[Trial, ...] = ()
+    """What was scored, in the method's own score."""
+    notes: tuple[str, ...] = ()
+    target: dict[str, Any] = field(default_factory=dict)
+    """More to say of the size asked for, beside `asked`, `complete` and `layers`."""
+    models: ReducedModels | None = None
+    """The engine it was found with, if any: its dense pass serves the final score, its cost goes into the plan."""
+    evaluations: int = 0
+    """Candidates scored outside `models`."""
+    block_forwards: int = 0
+    """Spent outside `models`."""
+
+
+@dataclass
+class Baseline(Method):
+    """A method that removes a number of layers asked for, never by a threshold.
+
+    A subclass gives `choose`, and its published `protect_first` and `protect_last` as defaults.
+    """
+
+    targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_ratio")
+    """Fields that ask for a size; exactly one must be set."""
+    mergeable: ClassVar[bool] = True
+    """Whether what is removed are whole layers, which `merge` can merge instead."""
+    keeps_one: ClassVar[bool] = False
+    """Whether one layer that is not protected always stays, because the others are merged into it."""
+
+    protect_first: int = 0
+    """Layers at the bottom that are never removed."""
+    protect_last: int = 0
+    """Layers at the top that are never removed."""
+    merge: bool = False
+    """Merge every run of chosen layers into the kept layer below it, by the run's merge_rule, instead of removing."""
+
+    def check(self) -> None:
+        require(self.threshold is None, "method.threshold", self.threshold, f"null: method={self.name} takes a size",
+                f"Set {_either(self.targets)} instead.")
+        super().check()
+        asked = [name for name in self.targets if getattr(self, name) is not None]
+        if len(asked) != 1:
+            raise ConfigError(f"method={self.name} takes a size: set exactly one of {_either(self.targets)}; got "
+                              f"{' and '.join(asked) or 'none'}. For example method.target_ratio=0.1.")
+        for name in ("protect_first", "protect_last"):
+            require(getattr(self, name) >= 0, f"method.{name}", getattr(self, name), "a whole number >= 0")
+        require(self.mergeable or not self.merge, "method.merge", self.merge,
+                f"false: method={self.name} removes parts of layers", "Only whole layers can be merged.")
+
+    def uses_merge_rule(self) -> bool:
+        return self.merge
+
+    def check_model(self, handle: ModelHandle) -> None:
+        self.layers_to_remove(handle)
+
+    def removable(self, n_layers: int) -> range:
+        """The layers that are not protected."""
+        return range(min(self.protect_first, n_layers), max(self.protect_first, n_layers - self.protect_last))
+
+    def layers_to_remove(self, handle: ModelHandle) -> int:
+        """How many layers the size asked for takes away. Loads no weights.
+
+        Raises:
+            ConfigError: the size cannot be reached; names the nearest.
+        """
+        from slm_exp.search.target import layers_for_ratio
+
+        n = handle.n_layers
+        fewest = max(1, n - max(0, len(self.removable(n)) - self.keeps_one))
+        if self.target_ratio is not None:
+            return n - layers_for_ratio(handle, self.target_ratio, fewest)
+        assert self.target_layers is not None
+        protected = f"method.protect_first={self.protect_first} and protect_last={self.protect_last} keep layers."
+        require(fewest <= self.target_layers <= n, "method.target_layers", self.target_layers,
+                f"{fewest} to {n} for {handle.name}", protected if self.protect_first + self.protect_last else "")
+        return n - self.target_layers
+
+    @abstractmethod
+    def choose(self, task: PlanTask, n_remove: int) -> Choice:
+        """Which `n_remove` layers go (0 included)."""
+
+    def plan(self, task: PlanTask) -> MergePlan:
+        """Decide, find the compensation where asked, and score the result. Cost: the choice, then one model."""
+        choice = self.choose(task, self.layers_to_remove(task.handle))
+        return self.carried_out(task, choice)
+
+    def carried_out(self, task: PlanTask, choice: Choice) -> MergePlan:
+        """The plan of a choice, with its compensation, final score and cost."""
+        from slm_exp.search.reduced import ReducedModels
+
+        n, dropped, groups = task.handle.n_layers, choice.dropped, choice.groups
+        if self.merge and dropped:
+            dropped, groups = (), (*groups, *merged_runs(dropped, n))
+        plan = MergePlan(
+            n_layers=n, groups=groups, dropped=dropped, sublayers=choice.sublayers, method=self.name,
+            rule=task.rule.name if groups else "", similarity=task.similarity.name, trace=choice.trace,
+            evaluations=choice.evaluations, block_forwards=choice.block_forwards, notes=choice.notes,
+        )
+        asked = [value for name in self.targets if (value := getattr(self, name)) is not None]
+        if asked:
+            target = {"asked": asked[0], "complete": True, "layers": plan.n_layers_out, **choice.target}
+            plan = replace(plan, target=target)
+        return scored(task, plan, choice.models or ReducedModels(task), self.compensate)
+
+
+def scored(task: PlanTask, plan: MergePlan, models: ReducedModels, compensate: str | None) -> MergePlan:
+    """A plan with its compensation, its final score, what its sublayers leave behind, and the cost added to its own.
+
+    Cost: what `models` has spent so far, one model, and for a compensation one pass over the dense layers.
+    """
+    from slm_exp.merging.compensation import magnitudes
+    from slm_exp.merging.surgery import zeroed_note
+    from slm_exp.search.reduced import slots_of
+
+    if compensate:
+        compensation, forwards = magnitudes(task, plan, models)
+        plan = replace(plan, compensation=compensation, block_forwards=plan.block_forwards + forwards)
+    score = models.score(slots_of(plan, task.rule))
+    return replace(plan, final_score=score, evaluations=plan.evaluations + models.evaluations,
+                   block_forwards=plan.block_forwards + models.block_forwards,
+                   notes=(*plan.notes, *zeroed_note(task.handle, plan)))
+
+
+def lowest(
+    scores: Mapping[int, float], n: int, shown: Callable[[float], float] = float
+) -> tuple[tuple[int, ...], tuple[Trial, ...]]:
+    """The n layers of lowest score (the lower layer at a tie), and the trace of all.
+
+    Args:
+        shown: what the trace holds of a score.
+    Raises:
+        PlanError: a score is not a number; names its layer.
+    """
+    for i, score in scores.items():
+        if score != score:
+            raise PlanError(f"layer {i} has a score that is not a number: its weights or states are not finite. "
+                            "Use model.dtype=float32 or bfloat16; if it is float32 already, the weights are damaged.")
+    dropped = set(sorted(scores, key=lambda i: (scores[i], i))[:n])
+    trace = tuple(Trial(i, i, shown(score), i in dropped) for i, score in sorted(scores.items()))
+    return tuple(sorted(dropped)), trace
+
+
+def merged_runs(dropped: Iterable[int], n_layers: int) -> tuple[Group, ...]:
+    """Every run of dropped layers with the kept layer below it, as groups: as many layers are left either way.
+
+    As in LaCo (arXiv:2402.11187), where layers collapse into the one below them. A run at the very bottom takes the
+    kept layer above it, and the run that would have taken that one joins.
+    """
+    gone = set(dropped)
+    groups: list[Group] = []
+    for i in sorted(gone):
+        low, high = (max(i - 1, 0), i + 1 if i else next(k for k in range(n_layers) if k not in gone) + 1)
+        if groups and low < groups[-1].stop:
+            groups[-1] = Group(groups[-1].start, max(high, groups[-1].stop))
+        else:
+            groups.append(Group(low, high))
+    return tuple(groups)
+
+
+def _either(fields: Iterable[str]) -> str:
+    return " or ".join(f"method.{name}" for name in fields)

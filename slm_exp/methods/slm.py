@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.errors import require, require_one_of
-from slm_exp.methods.base import Method, PlanTask
+from slm_exp.methods.base import Method, PlanTask, scored
 from slm_exp.registry import register
 from slm_exp.types import MergePlan, Trial
 
@@ -95,6 +95,7 @@ class SLM(Method):
 
     def plan(self, task: PlanTask) -> MergePlan:
         """Decide. Cost: L block forwards for the dense model, then 1 + the layers above the window per candidate."""
+        from slm_exp.search.reduced import ReducedModels
         from slm_exp.search.scoring import CandidateScorer
         from slm_exp.search.target import best_of_size
         from slm_exp.search.threshold import screened_search, search
@@ -132,7 +133,7 @@ class SLM(Method):
             else:
                 notes = (f"{about}: left as they are, as the released code does.",)
         final = 1.0 if end.model is None else scorer.score(end.model)  # known already, unless it was screened
-        return MergePlan(
+        plan = MergePlan(
             n_layers=n_layers,
             groups=end.groups,
             method=self.name,
@@ -146,3 +147,4 @@ class SLM(Method):
             block_forwards=scorer.block_forwards,
             notes=notes,
         )
+        return scored(task, plan, ReducedModels(task), self.compensate) if self.compensate and end.groups else plan

@@ -15,6 +15,7 @@ from slm_exp.files import digest
 from slm_exp.models.base import ModelHandle, ModelSource, dtype_name, empty_model
 from slm_exp.models.layouts import LayerLayout, layout_for
 from slm_exp.registry import register
+from slm_exp.width.layerwise import PREFIX, layerwise_classes
 
 if TYPE_CHECKING:
     import torch
@@ -212,6 +213,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
         kind = about.get("model_type")
     except (OSError, ValueError, AttributeError) as cause:
         raise ConfigError(f"model.path = {folder}: config.json cannot be read ({cause}).") from cause
+    if str(kind).startswith(PREFIX):
+        layerwise_classes()  # this package's own: nothing in the folder is run
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as cause:

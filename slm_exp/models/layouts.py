@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slm_exp.errors import ArchitectureError, did_you_mean
+from slm_exp.width.layerwise import PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ class LayerLayout:
     mlp_out: str = "mlp.down_proj"
     attention_per_layer: bool = False
     """Whether config.layer_types decides each layer's attention; else the whole model has one kind."""
-    per_layer_config: tuple[str, ...] = ("layer_types", "mlp_layer_types")
+    per_layer_config: tuple[str, ...] = ("layer_types", "mlp_layer_types", "layer_widths")
     """Config lists with one entry per layer."""
     layer_counts: tuple[str, ...] = ("num_hidden_layers",)
     """Config fields that equal the number of layers."""
@@ -42,6 +43,16 @@ class LayerLayout:
         """The matrices that merge rules combine; `.weight` of each."""
         return (self.q, self.k, self.v, self.o, *self.mlp_in, self.mlp_out)
 
+    @property
+    def halves(self) -> dict[str, tuple[str, ...]]:
+        """The matrices of each half of a layer."""
+        return {"attention": (self.q, self.k, self.v, self.o), "mlp": (*self.mlp_in, self.mlp_out)}
+
+    @property
+    def outputs(self) -> dict[str, tuple[str, ...]]:
+        """What writes each half into the residual stream: with these at zero, the half does nothing."""
+        return {"attention": (self.o,), "mlp": (self.mlp_out,)}
+
     def layers(self, model: PreTrainedModel) -> torch.nn.ModuleList:
         """The decoder layers, bottom to top."""
         return model.get_submodule(self.layer_list)  # type: ignore[return-value]
@@ -49,7 +60,8 @@ class LayerLayout:
     def check(self, model: PreTrainedModel) -> None:
         """Refuse a model whose layers hold a tensor this layout does not account for. Shapes suffice: meta tensors do.
 
-        Everything in a layer must be one of `projections` or a vector (a norm gain or a bias), and all layers alike.
+        Everything in a layer must be one of `projections` or a vector (a norm gain or a bias), and all layers alike,
+        unless the config gives widths per layer (see width/layerwise.py).
 
         Raises:
             ArchitectureError: names the layer and the tensor.
@@ -66,7 +78,7 @@ class LayerLayout:
                         f"{where} has {name} of shape {list(shape)}, unknown to the {self.family} "
                         "layout. See CONTRIBUTING, 'A new model family'."
                     )
-            if found != shapes[0]:
+            if found != shapes[0] and not getattr(model.config, "layer_widths", None):
                 name = min(n for n in {*found, *shapes[0]} if found.get(n) != shapes[0].get(n))
                 raise ArchitectureError(
                     f"{where}: {name} has shape {found.get(name)}, in layer 0 "
@@ -92,7 +104,7 @@ def layout_for(config: PretrainedConfig) -> LayerLayout:
     Raises:
         ArchitectureError: the family or a feature is unknown; names it and, for a family, the known ones.
     """
-    family = str(config.model_type)
+    family = str(config.model_type).removeprefix(PREFIX)
     if getattr(config, "is_encoder_decoder", False):
         raise ArchitectureError(f"model_type = {family!r} is an encoder-decoder; only decoder-only models will do.")
     if family not in FAMILIES:

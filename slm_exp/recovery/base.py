@@ -1,22 +1,132 @@
-"""The `recovery` group: heal what compression broke."""
+"""The `recovery` group: heal what compression broke. A recipe gives new tensors; putting them in is one for all."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from slm_exp.files import digest, write_json
 from slm_exp.registry import Component
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from slm_exp.config import RunConfig
     from slm_exp.models.base import ModelHandle
-    from slm_exp.types import CalibrationTokens
+    from slm_exp.records import Stage
+    from slm_exp.tracking.base import Tracker
+    from slm_exp.types import CalibrationTokens, MergePlan
+
+
+@dataclass(frozen=True)
+class HealTask:
+    """Everything a recovery may look at."""
+
+    handle: ModelHandle
+    """The compressed model; its tensors are shared with `dense` and stay as they are."""
+    dense: ModelHandle
+    plan: MergePlan
+    """What made the one of the other."""
+    tokens: CalibrationTokens
+    """Those the plan was found with."""
+    folder: Path
+    """The run's, for checkpoints of a training."""
+    track: Tracker | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What a recovery changed: new tensors by parameter name, and what there is to tell. Everything else is shared."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """By name as in the compressed model's `named_parameters()`; a tied tensor once."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """`recovery` of the record."""
+
+    def save(self, folder: Path) -> None:
+        """Write healed.safetensors and healed.json."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.detach().cpu().contiguous() for name, t in self.tensors.items()},
+                  folder / "healed.safetensors")
+        write_json(folder / "healed.json", self.report)
+
+    @classmethod
+    def load(cls, folder: Path) -> Healed:
+        from safetensors.torch import load_file
+
+        return cls(load_file(folder / "healed.safetensors"),
+                   json.loads((folder / "healed.json").read_text(encoding="utf-8")))
 
 
 @dataclass
 class Recovery(Component, ABC):
     """A recovery recipe."""
 
+    def refuses(self, cfg: RunConfig) -> str | None:
+        """Why this recipe cannot run with the rest of the config, or None. Checked before anything loads."""
+        return None
+
+    def check_data(self, dense: ModelHandle) -> None:
+        """Raise ConfigError or DataError where the recipe's data is absent or malformed. Called before weights load."""
+
+    def stored(self) -> bool:
+        """Whether the stage cache may keep the result: the same task gives it again."""
+        return True
+
     @abstractmethod
-    def heal(self, handle: ModelHandle, dense: ModelHandle, tokens: CalibrationTokens) -> ModelHandle:
-        """Return a healed model; `handle` keeps its weights."""
+    def heal(self, task: HealTask) -> Healed:
+        """New tensors for the compressed model. Neither model is changed, bit for bit, also on an exception."""
+
+
+def healed(recovery: Recovery, task: HealTask, stage: Stage) -> tuple[ModelHandle, dict[str, Any]]:
+    """The recover stage: the healed model, and the recipe's report. From the stage cache where it is there."""
+    identity = {"recovery": recovery.identity(), "tokens": task.tokens.digest, "seed": task.seed}
+    if recovery.stored():
+        found = stage.compute(Healed, lambda: recovery.heal(task), **identity, model=task.handle.digest,
+                              dense=task.dense.digest, plan=task.plan.effect(), device=task.handle.device.type)
+    else:
+        found = recovery.heal(task)
+    return with_tensors(task.handle, found, identity), found.report
+
+
+def with_tensors(handle: ModelHandle, found: Healed, identity: dict[str, Any]) -> ModelHandle:
+    """A model with some tensors replaced, built on first use of `.model`; the input where there are none.
+
+    Its digest is of the model, the recipe and its data (`identity`), and of what the recipe reports: where it stopped
+    by the clock, say.
+    """
+    if not found.tensors:
+        return handle
+    return dataclasses.replace(
+        handle,
+        digest=digest({"model": handle.digest, **identity, "report": found.report.get("digest")}),
+        load_model=lambda: replaced(handle.model, found.tensors),
+        load_tokenizer=lambda: handle.tokenizer,
+        lineage={**(handle.lineage or {"base": handle.name, "base_digest": handle.digest}),
+                 "recovery": identity["recovery"]},
+    )
+
+
+def replaced(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A copy of a model's modules that shares every tensor but those given; tied ones stay tied.
+
+    The new tensors take the device and dtype of the ones they replace.
+    """
+    import torch
+
+    # A deep copy that finds every tensor already copied: as itself, or as its replacement wherever it occurs.
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for name, tensor in tensors.items():
+        old = model.get_parameter(name)
+        memo[id(old)] = torch.nn.Parameter(tensor.detach().to(old.device, old.dtype), requires_grad=False)
+    return copy.deepcopy(model, memo)

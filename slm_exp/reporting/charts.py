@@ -74,6 +74,7 @@ def stack(plan: MergePlan) -> Markup:
         merged = group.stop - group.start > 1
         kind = "merged" if merged else "kept"
         told = f"layers {span(group)} merged by {plan.rule}" if merged else f"layer {group.start} kept"
+        told += "".join(f" without its {half['kind']}" for half in plan.sublayers if half["layer"] == group.start)
         drawn.append(tag(
             "g",
             tag("title", f"compressed layer {slot}: {told}"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slm_exp.evaluation.base import SEVEN
+from slm_exp.evaluation.protocol import mixed
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,25 @@ def compare(evaluation: dict[str, Any], samples: Path) -> list[Comparison]:
 
     Args:
         samples: the run's `samples/`, holding `dense/<task>.jsonl.gz` and `compressed/<task>.jsonl.gz`; where both
-            have the same documents, the difference is taken document by document.
+            have the same documents, the difference is taken document by document. Models measured by different
+            protocols have no difference.
     """
     dense, compressed = ((evaluation.get(which) or {}).get("tasks") or {} for which in ("dense", "compressed"))
-    return [_compare_task(task, dense.get(task) or {}, compressed.get(task) or {}, samples)
+    rows = [_compare_task(task, dense.get(task) or {}, compressed.get(task) or {}, samples)
             for task in dict.fromkeys([*dense, *compressed])]
+    return [replace(row, difference=None, paired=False) for row in rows] if protocols_differ(evaluation) else rows
+
+
+def protocols_differ(evaluation: dict[str, Any]) -> str | None:
+    """Why the numbers of a run's two models cannot be compared, or None."""
+    return mixed({which: (evaluation.get(which) or {}).get("protocol") for which in ("dense", "compressed")})
 
 
 def average(evaluation: dict[str, Any], rows: list[Comparison]) -> Comparison | None:
-    """The seven-task mean as one more row; None unless both models have it. Tasks are independent of each other."""
+    """The seven-task mean as one more row; None unless both models have it by one protocol. Tasks are independent."""
     dense, compressed = ((evaluation.get(which) or {}).get("average") for which in ("dense", "compressed"))
     seven = [row for row in rows if row.task in SEVEN]
-    if dense is None or compressed is None or len(seven) != len(SEVEN):
+    if dense is None or compressed is None or len(seven) != len(SEVEN) or protocols_differ(evaluation):
         return None
     return Comparison(
         "average", "seven-task mean", None,

@@ -12,7 +12,8 @@ def summary(record: dict[str, Any], folder: Path) -> str:
     """Sizes, scores dense and compressed, where the time went, where things lie, what to do next."""
     plan, layers, params = record["plan"], record["layers"], record["params"]
     merged = ", ".join(f"{a}-{b - 1}" for a, b in plan["groups"]) or "none"
-    removed = f"; removed {', '.join(map(str, plan['dropped']))}" if plan["dropped"] else ""
+    gone = [*map(str, plan["dropped"]), *(f"{half['kind']} of {half['layer']}" for half in plan["sublayers"])]
+    removed = f"; removed {', '.join(gone)}" if gone else ""
     note = f" ({record['model']['note']})" if record["model"]["note"] else ""
     lines = [
         f"run {record['run_id']} finished in {record['seconds']:.0f} s",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slm_exp.evaluation.protocol import mixed
 from slm_exp.files import write_text
 from slm_exp.reporting import charts
 from slm_exp.reporting.page import environment, read_record, write_report
@@ -48,8 +49,12 @@ def is_sweep(folder: Path) -> bool:
     return not (folder / "record.json").exists() and any(folder.glob("*/record.json"))
 
 
-def write_sweep_report(folder: Path) -> Path:
+def write_sweep_report(folder: Path, mixed_protocols: bool = False) -> Path:
     """Write `folder/report.html` from the runs in its subfolders, and a page of every run that has none.
+
+    Args:
+        mixed_protocols: show averages side by side although they were measured by different protocols; else the page
+            shows none and says in what they differ.
 
     Raises:
         SlmError: a record cannot be read.
@@ -58,11 +63,18 @@ def write_sweep_report(folder: Path) -> Path:
     for run in runs:
         if not (run / "report.html").exists():
             write_report(run)
-    rows = _rows({run.name: read_record(run) for run in runs})
+    records = {run.name: read_record(run) for run in runs}
+    refused = None if mixed_protocols else mixed(
+        {f"{name} ({which})": (side or {}).get("protocol")
+         for name, record in records.items() for which, side in (record.get("eval") or {}).items()})
+    if refused:
+        records = {name: record | {"eval": {}} for name, record in records.items()}
+    rows = _rows(records)
     env = environment()
     env.filters["setting"] = _setting
     page = env.get_template("sweep.html.j2").render(
-        name=folder.resolve().name, rows=rows, columns=list(rows[0].settings), charts=charts, **_tradeoff(rows))
+        name=folder.resolve().name, rows=rows, columns=list(rows[0].settings), charts=charts, refused=refused,
+        **_tradeoff(rows))
     path = folder / "report.html"
     write_text(path, page)
     return path

@@ -7,7 +7,7 @@ of the states. Only layers whose every parameter is known are taken; the runner 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,7 +50,12 @@ def supported(layer: Any, call: Mapping[str, Any], dtype: torch.dtype) -> bool:
 
 
 def fused_layer(
-    layer: Any, weights: Mapping[str, Tensor], call: Mapping[str, Any], h_BTD: Tensor, dtype: torch.dtype
+    layer: Any,
+    weights: Mapping[str, Tensor],
+    call: Mapping[str, Any],
+    h_BTD: Tensor,
+    dtype: torch.dtype,
+    without: Collection[str] = (),
 ) -> Tensor:
     """One decoder layer: [B, T, D] -> [B, T, D] in the dtype of `h_BTD`.
 
@@ -61,6 +66,7 @@ def fused_layer(
         layer: for its shapes and constants; must be `supported`.
         weights: every parameter of the layer by name, already in `dtype`.
         call: what the decoder calls the layer with, floats in `dtype`.
+        without: `attention` or `mlp`: that half is not computed.
     """
     import torch
     from torch.nn import functional
@@ -81,26 +87,28 @@ def fused_layer(
         w, b = weights[f"{name}.weight"], weights.get(f"{name}.bias")
         return linear.binary(x, h, w, b, "add") if h.dtype == dtype else h + linear(x, w, b, "none", [], "")
 
-    y = norm(h, "input_layernorm")
-    cos, sin = (t.unsqueeze(2) for t in call["position_embeddings"])
-    heads = []
-    for p in "qkv":
-        name = f"self_attn.{p}_proj"
-        x = linear(y, weights[f"{name}.weight"], weights.get(f"{name}.bias"), "none", [], "").view(B, T, -1, hd)
-        if f"self_attn.{p}_norm.weight" in weights:
-            x = norm(x, f"self_attn.{p}_norm")
-        heads.append(x if p == "v" else _rotate(x, cos, sin))
-    q, k, v = (x.transpose(1, 2) for x in heads)
-    mask = call.get("attention_mask")
-    o = functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=attention.scaling, enable_gqa=True
-    )
-    h = into(h, o.transpose(1, 2).reshape(B * T, -1), "self_attn.o_proj")
-
-    y = norm(h, "post_attention_layernorm")
-    gate = linear(y, weights["mlp.gate_proj.weight"], weights.get("mlp.gate_proj.bias"), "swish", [], "")
-    y = linear.binary(y, gate, weights["mlp.up_proj.weight"], weights.get("mlp.up_proj.bias"), "mul")
-    return into(h, y, "mlp.down_proj").view(B, T, D)
+    if "attention" not in without:
+        y = norm(h, "input_layernorm")
+        cos, sin = (t.unsqueeze(2) for t in call["position_embeddings"])
+        heads = []
+        for p in "qkv":
+            name = f"self_attn.{p}_proj"
+            x = linear(y, weights[f"{name}.weight"], weights.get(f"{name}.bias"), "none", [], "").view(B, T, -1, hd)
+            if f"self_attn.{p}_norm.weight" in weights:
+                x = norm(x, f"self_attn.{p}_norm")
+            heads.append(x if p == "v" else _rotate(x, cos, sin))
+        q, k, v = (x.transpose(1, 2) for x in heads)
+        mask = call.get("attention_mask")
+        o = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=attention.scaling, enable_gqa=True
+        )
+        h = into(h, o.transpose(1, 2).reshape(B * T, -1), "self_attn.o_proj")
+    if "mlp" not in without:
+        y = norm(h, "post_attention_layernorm")
+        gate = linear(y, weights["mlp.gate_proj.weight"], weights.get("mlp.gate_proj.bias"), "swish", [], "")
+        y = linear.binary(y, gate, weights["mlp.up_proj.weight"], weights.get("mlp.up_proj.bias"), "mul")
+        h = into(h, y, "mlp.down_proj")
+    return h.view(B, T, D)
 
 
 def _rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

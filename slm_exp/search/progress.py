@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -45,3 +47,26 @@ class Progress:
         if self.bar.disable and time.monotonic() - self.logged > LOG_EVERY_S:
             self.logged = time.monotonic()
             log.info("%s: %s", self.what, about)
+
+
+@contextmanager
+def ticking(what: str, total: int, unit: str = "model") -> Iterator[Callable[[str], None]]:
+    """Show how many of `total` models are done: a bar on a terminal, a line in the log now and then elsewhere.
+
+    Yields a function to call after each, with what is known by then.
+    """
+    from tqdm import tqdm
+
+    done, logged = 0, time.monotonic()
+
+    def tick(about: str = "") -> None:
+        nonlocal done, logged
+        done += 1
+        bar.set_postfix_str(about, refresh=False)
+        bar.update()
+        if bar.disable and time.monotonic() - logged > LOG_EVERY_S:
+            logged = time.monotonic()
+            log.info("%s: %d of %d %ss, %s", what, done, total, unit, about)
+
+    with tqdm(total=total, desc=what, unit=unit, disable=not sys.stderr.isatty()) as bar:
+        yield tick

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_exp.errors import ArchitectureError
 from slm_exp.search.fused import fused_layer, supported
+from slm_exp.types import SUBLAYERS, Group
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,12 +36,23 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Slot:
-    """One layer of a trial model: an original layer's module, some of its parameters replaced."""
+    """One layer of a trial model: an original layer's module, some of its parameters replaced or a half left out."""
 
     host: int
     """The original layer whose module, attention type and per-layer config entries run."""
     weights: Mapping[str, Tensor] = field(default_factory=lambda: _NOTHING, compare=False)
     """Replaced parameters by name inside the layer, e.g. `self_attn.q_proj.weight`. Empty: a kept layer."""
+    merged: Group | None = None
+    """Layers to be merged by the task's rule in place of `weights`; only `ReducedModels` does that, as it runs."""
+    without: frozenset[str] = frozenset()
+    """`attention` or `mlp`: that half, with its norm, does not run and the states pass it by."""
+    scale: float = 1.0
+    """What the layer adds to the stream is multiplied by this; likewise only by `ReducedModels`."""
+
+    def __post_init__(self) -> None:
+        if not self.without < set(SUBLAYERS):
+            raise ValueError(f"a slot may be without one of {', '.join(SUBLAYERS)}, not {sorted(self.without)}; a "
+                             "layer without both halves is left out of the model.")
 
 
 class BlockRunner:
@@ -97,10 +109,11 @@ class BlockRunner:
             if self._fused[host] is None:
                 self._fused[host] = self._may_fuse(host, h_NTD)
             if self._fused[host]:
-                weights, call = self._weights(slot, everything=True), self._calls[host]
-                run = lambda rows: fused_layer(self.handle.layers[host], weights, call, rows, self.dtype)  # noqa: E731
+                weights, call, layer = self._weights(slot, everything=True), self._calls[host], self.handle.layers[host]
+                run = lambda rows: fused_layer(layer, weights, call, rows, self.dtype, slot.without)  # noqa: E731
             else:
-                weights, h_NTD = self._weights(slot), h_NTD.to(self._device(host), self.dtype)
+                weights = self._weights(slot) | self._silenced(slot)
+                h_NTD = h_NTD.to(self._device(host), self.dtype)
                 run = lambda rows: self._library_layer(host, weights, self._calls[host], rows)  # noqa: E731
             if len(h_NTD) <= self.rows:
                 return run(h_NTD)
@@ -119,11 +132,29 @@ class BlockRunner:
             device = next(iter(weights.values())).device
             return torch.func.functional_call(norm, weights, (h_NTD.to(device, self.dtype),))
 
+    def logits(self, last_MD: Tensor, vocabulary: slice = slice(None)) -> Tensor:
+        """The head on last hidden states: [M, D] -> [M, V], or the columns of a part of the vocabulary."""
+        import torch
+
+        head: Any = self.model.get_output_embeddings()
+        weight, bias = head.weight[vocabulary], head.bias
+        with torch.inference_mode():
+            x_MD = last_MD.to(weight.device, self.dtype)
+            return torch.nn.functional.linear(
+                x_MD, weight.to(self.dtype), None if bias is None else bias[vocabulary].to(self.dtype)
+            )
+
+    def call(self, i: int, dtype: torch.dtype) -> dict[str, Any]:
+        """What layer i is called with beside the states (mask, rotary tables), its floats in `dtype`."""
+        return self._cast(self._calls[i], self._device(i), dtype)  # type: ignore[no-any-return]
+
     def _device(self, i: int) -> torch.device:
         return next(self.handle.layers[i].parameters()).device
 
     def _weights(self, slot: Slot, everything: bool = False) -> dict[str, Tensor]:
         """Parameters and buffers as the layer runs with them: all, or those that differ from the module's own."""
+        if slot.merged is not None or slot.scale != 1:
+            raise ValueError(f"{slot} has yet to be merged or scaled; ReducedModels does that.")
         layer = self.handle.layers[slot.host]
         own = dict(layer.named_parameters()) | dict(layer.named_buffers())
         unknown = sorted(set(slot.weights) - set(own))
@@ -133,6 +164,18 @@ class BlockRunner:
             name: t
             for name, mine in own.items()
             if (t := self._to(slot.weights.get(name, mine), mine.device, self.dtype)) is not mine or everything
+        }
+
+    def _silenced(self, slot: Slot) -> dict[str, Tensor]:
+        """Zeros in place of what writes a left-out half into the stream; the library's layer computes the rest."""
+        import torch
+
+        layer = self.handle.layers[slot.host]
+        return {
+            f"{module}.{name}": torch.zeros_like(p, dtype=self.dtype)
+            for half in slot.without
+            for module in self.handle.layout.outputs[half]
+            for name, p in layer.get_submodule(module).named_parameters()
         }
 
     def _library_layer(self, host: int, weights: dict[str, Tensor], call: dict[str, Any], h_BTD: Tensor) -> Tensor:
@@ -150,7 +193,8 @@ class BlockRunner:
         exact = {name: self._to(t, device, row.dtype) for name, t in layer.state_dict().items()}
         library = self._library_layer(host, exact, self._cast(call, device, row.dtype), row) - row
         fused = fused_layer(layer, self._weights(Slot(host), everything=True), call, row, self.dtype) - row
-        error = float((fused.double() - library.double()).norm() / library.double().norm())
+        size = library.double().norm().clamp(min=1e-30)  # a layer may add nothing at all
+        error = float((fused.double() - library.double()).norm() / size)
         if not error < FUSED_TOLERANCE[str(self.dtype)]:
             log.warning(
                 "layer %d: the fused block differs from the library's by %.1e of its update; not used.", host, error

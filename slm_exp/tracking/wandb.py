@@ -216,11 +216,12 @@ def slug(config: dict[str, Any]) -> str:
         return "" if chosen == usual else chosen
 
     model, similarity, width = name("model"), name("similarity"), name("width")
-    sizes = {"threshold": "{:g}", "target_layers": "{}layers", "target_ratio": "{:g}less"}
+    sizes = {"threshold": "{:g}", "target_layers": "{}layers", "target_ratio": "{:g}less",
+             "target_sublayers": "less{}halves"}
     parts = [
         Path(str(node("model").get("path") or model)).name if model == "hf" else model,
         name("method"),
-        name("merge_rule"),
+        "" if node("method").get("merge") is False else name("merge_rule"),  # a baseline that merges nothing
         *(form.format(node("method")[key]) for key, form in sizes.items() if node("method").get(key) is not None),
         f"cka_{name('kernel')}" if similarity == "cka" else similarity,
         f"{width}{node('width').get('ratio') or ''}" if width else "",

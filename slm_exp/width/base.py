@@ -1,22 +1,76 @@
-"""The `width` group: narrower layers."""
+"""The `width` group: narrower layers. Deciding (what is kept, a small JSON) is separate from doing (`apply_width`)."""
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.registry import Component
 
 if TYPE_CHECKING:
+    from slm_exp.config import RunConfig
+    from slm_exp.methods.base import Method
     from slm_exp.models.base import ModelHandle
-    from slm_exp.types import CalibrationTokens
+    from slm_exp.types import CalibrationTokens, Group
+
+
+@dataclass(frozen=True)
+class WidthTask:
+    """Everything a width pruner may look at."""
+
+    handle: ModelHandle
+    """The model to narrow: the merged one, or with order=before the dense one."""
+    tokens: CalibrationTokens
+    slots: tuple[Group, ...]
+    """For every layer of `handle`, the dense model's layers it stands for."""
+    ratio: float
+    """Share of the parameters of `handle`'s decoder layers to remove."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class WidthDecision:
+    """What to keep of each layer; `width` of plan.json. Empty where nothing is pruned."""
+
+    data: dict[str, Any] | None = None
+
+    def save(self, folder: Path) -> None:
+        from slm_exp.files import write_json
+
+        write_json(folder / "width.json", self.data)
+
+    @classmethod
+    def load(cls, folder: Path) -> WidthDecision:
+        return cls(json.loads((folder / "width.json").read_text(encoding="utf-8")))
 
 
 @dataclass
 class Width(Component, ABC):
     """A width pruner."""
 
+    prunes: ClassVar[bool] = True
+    order: str = "after"
+    """after: the merged model is narrowed. before: the dense model is narrowed, then the depth plan is searched on
+    the narrower model, scores being against its own last hidden state; `final_score` is against the dense model."""
+
+    def refuses(self, cfg: RunConfig) -> str | None:
+        """Why this pruner cannot run with the rest of the config, or None. Checked before anything loads."""
+        return None
+
+    def check_model(self, handle: ModelHandle, method: Method) -> None:
+        """Raise ConfigError where the dense model cannot be narrowed so. Called before weights load."""
+
+    def depth_method(self, method: Method, dense: ModelHandle, start: ModelHandle) -> Method:
+        """The depth method with its part of a shared target; `start` is the model it works on."""
+        return method
+
+    def ratio_for(self, method: Method, dense: ModelHandle, handle: ModelHandle) -> float:
+        """The share of `handle`'s decoder layers to remove."""
+        return 0.0
+
     @abstractmethod
-    def prune(self, handle: ModelHandle, tokens: CalibrationTokens) -> ModelHandle:
-        """Return a narrower model; `handle` keeps its weights."""
+    def decide(self, task: WidthTask) -> WidthDecision:
+        """Which units stay. Weights are left bit for bit as they were, also on an exception."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar
 
+from slm_exp.errors import require
 from slm_exp.registry import register
-from slm_exp.width.base import Width
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
-    from slm_exp.types import CalibrationTokens
+from slm_exp.width.base import Width, WidthDecision, WidthTask
 
 
 @register("width", "none")
@@ -18,5 +15,13 @@ if TYPE_CHECKING:
 class NoWidth(Width):
     """No width pruning."""
 
-    def prune(self, handle: ModelHandle, tokens: CalibrationTokens) -> ModelHandle:
-        return handle
+    prunes: ClassVar[bool] = False
+
+    def check(self) -> None:
+        require(self.order == "after", "width.order", self.order, "after with width=none", "For example width=flap.")
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name}  # nothing to order
+
+    def decide(self, task: WidthTask) -> WidthDecision:
+        return WidthDecision()

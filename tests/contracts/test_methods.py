@@ -24,13 +24,17 @@ def make_method(tmp_path: Path) -> Any:
     """A method with the settings it cannot do without."""
 
     def make(name: str) -> Any:
-        needed = {}
+        needed: dict[str, Any] = {}
         if name == "from_plan":
             plan = MergePlan(8, ((3, 5),), rule="top_layer")
             plan.save(tmp_path)
             needed = {"path": str(tmp_path / "plan.json")}
         elif name == "slm":
             needed = {"threshold": 0.99}
+        elif "target_layers" not in registry.available("method")[name].targets:
+            needed = {"target_sublayers": 3}
+        else:
+            needed = {"target_layers": 6}  # 8, less the two that the "+" rule of Shortened LLaMA leaves
         return registry.available("method")[name](**needed)
 
     return make

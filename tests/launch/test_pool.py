@@ -228,7 +228,8 @@ except Interrupted as stop:
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_jobs_die_with_their_launcher(tmp_path: Path, signum: int) -> None:
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path)])
+    heard = lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)]  # noqa: E731 - nohup, &
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path)], preexec_fn=heard)
     pids = [tmp_path / n / "pid" for n in "ab"]
     deadline = time.monotonic() + 30
     while not all(p.exists() and p.read_text() for p in pids):

@@ -119,3 +119,14 @@ def test_average_needs_all_seven_and_adds_errors_of_independent_tasks(tmp_path: 
 def test_a_model_not_yet_measured_leaves_its_column_empty(tmp_path: Path) -> None:
     (row,) = compare({"dense": {"tasks": {"piqa": side(np.array([1.0, 0.0]))}}, "compressed": None}, tmp_path)
     assert (row.compressed, row.difference, row.n) == (None, None, 2)
+
+
+def test_models_measured_by_different_protocols_have_no_difference(tmp_path: Path) -> None:
+    values = np.array([1.0, 0, 1])
+    evaluation = {which: {"tasks": {"piqa": side(values)}, "average": 0.5,
+                          "protocol": {"hash": str(limit), "fields": {"limit": limit}}}
+                  for which, limit in (("dense", 3), ("compressed", 4))}
+    (row,) = compare(evaluation, tmp_path)
+    assert row.difference is None
+    assert row.dense
+    assert average(evaluation, [row] * 7) is None

@@ -50,3 +50,20 @@ def test_the_command_knows_a_sweep_from_a_run(tmp_path: Path) -> None:
     assert not is_sweep(folder / "aaa")
     assert report.main([str(folder), str(folder / "aaa")]) == 0
     assert (folder / "report.html").is_file()
+
+
+def test_averages_of_different_protocols_are_not_shown_side_by_side(tmp_path: Path) -> None:
+    folder = sweep(tmp_path)
+    path = folder / "aaa" / "record.json"
+    record = json.loads(path.read_text())
+    for side in record["eval"].values():
+        side["protocol"] = {"hash": "another", "fields": side["protocol"]["fields"] | {"limit": 3}}
+    write_json(path, record)
+    page = write_sweep_report(folder).read_text()
+    assert re.search(r"No averages: .* were measured by different protocols \(limit: 3 and \d+\)", page)
+    assert "43.6" not in page
+    assert "Similarity to dense over parameters removed" in page
+    assert report.main([str(folder), "--mixed-protocols"]) == 0
+    page = (folder / "report.html").read_text()
+    assert "43.6" in page
+    assert "No averages" not in page

@@ -1,0 +1,385 @@
+"""The fast backend: the log-likelihoods of lm-eval's HFLM for half of its time.
+
+Requests that begin alike become one tree (see trees.py): a document's context is computed once and every choice is a
+branch that sees its own ancestors only. Rows of a batch are trees of about the same size, so there is little padding;
+logits exist only where a continuation is predicted, a few megabytes at a time; on CPUs the decoder layers run fused
+(search/fused.py). Rolling likelihoods come through the same door; generation is HFLM's own.
+
+Before it trusts a model it compares itself with a plain forward pass, and goes HFLM's way where it cannot agree.
+
+Letters: B trees, T nodes, D hidden size, V vocabulary, P predicting nodes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from slm_exp.errors import ArchitectureError, DataError
+from slm_exp.evaluation.backends.hflm import CheckedHFLM, refuse_broken
+from slm_exp.evaluation.backends.trees import Request, Tree, common_prefix, grow
+from slm_exp.models.layouts import layout_for
+from slm_exp.search.fused import fused_layer, supported
+
+log = logging.getLogger(__name__)
+
+TOKENS_PER_BATCH = {"cpu": 640, "cuda": 16384}
+"""Nodes per forward pass, padding included. On a CPU a layer's inner states then stay in the cache."""
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
+"""Logits held at a time: few enough to stay in a CPU's cache, enough to read the head's weights seldom."""
+AGREEMENT = {torch.float32: 1e-4}
+"""How far logits may be from a plain forward pass's, relative to their spread; 5e-2 in narrower types."""
+PROBE = 16
+"""Tokens before and after a fork that are compared."""
+UNCERTAIN = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What a model that does not understand trees raises."""
+
+
+class Score(NamedTuple):
+    """One request's answer, in lm-eval's terms."""
+
+    loglikelihood: float
+    greedy: bool
+    """Whether every target is the most likely token."""
+
+
+class FastLM(CheckedHFLM):
+    """HFLM with the log-likelihoods computed along trees. Results in float32 differ from HFLM's by rounding.
+
+    In narrower types log-probabilities are still float32 here, where HFLM rounds them to the model's type.
+
+    Args:
+        batch_size: trees (about: documents) per forward pass; None fills passes up to TOKENS_PER_BATCH, which is
+            halved when memory runs out.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, batch_size: int | None = None, add_bos: bool | None = None
+    ) -> None:
+        super().__init__(model, tokenizer, batch_size, add_bos)
+        self.trees_per_batch = batch_size
+        self.nodes_per_batch = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"])
+        self._way: TreeForward | None = None
+        self._falls_back: str | None = unfit(model)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Score]:
+        """As lm-eval's, with nothing at all after nothing at all certain instead of an error."""
+        void = [i for i, request in enumerate(requests) if request.args == ("", "")]
+        out = super().loglikelihood([r for i, r in enumerate(requests) if i not in set(void)], disable_tqdm)
+        for i in void:
+            out.insert(i, Score(0.0, True))
+        return list(out)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[Score]:
+        """Log-likelihood of each continuation after its context, and whether it is what the model would say.
+
+        A sequence that is too long loses its beginning, as in HFLM.
+
+        Raises:
+            DataError: NaN or infinite logits, a text that became no tokens, a continuation longer than the model.
+        """
+        asked = [self._request(i, *request) for i, request in enumerate(requests)]
+        out = [Score(0.0, True)] * len(asked)  # an empty continuation is certain
+        trees = grow([r for r in asked if r.targets])
+        if not trees:
+            return out
+        if self._way is None and self._falls_back is None:
+            self._choose_way(trees)
+        if self._falls_back is None:
+            self.warn_of_cuts(requests)
+            found = self._scores(trees)
+        else:
+            found = self._plain_scores([r for r in asked if r.targets], requests)
+        with tqdm(total=len(asked), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+            for scores in found:
+                for owner, score in scores:
+                    out[owner] = score
+                bar.update(len(scores))
+        for (text, *_), score in zip(requests, out, strict=True):
+            if text is not None:  # None: a window of a rolling likelihood
+                self.cache_hook.add_partial("loglikelihood", text, score)
+        return out
+
+    def _plain_scores(self, asked: Sequence[Request], requests: Sequence[Any]) -> Iterator[list[tuple[int, Score]]]:
+        """HFLM's own way, for models that do not take trees."""
+        log.warning("evaluation.backend=fast goes the way of hflm: %s.", self._falls_back)
+        plain = [(None, requests[r.owner][1] or [self.prefix_token_id], requests[r.owner][2]) for r in asked]
+        scores = super()._loglikelihood_tokens(plain, disable_tqdm=True)
+        yield [(r.owner, Score(*score)) for r, score in zip(asked, scores, strict=True)]
+
+    def _request(self, owner: int, text: Any, context: list[int], continuation: list[int]) -> Request:
+        if not continuation and text is not None and text[1]:
+            raise DataError(f"the continuation {text[1]!r} gives no token of its own after {text[0][-60:]!r}, so it "
+                            "has no likelihood.")
+        if len(continuation) > self.max_length:
+            raise DataError(f"a continuation of {len(continuation)} tokens is longer than the model's "
+                            f"{self.max_length}.")
+        whole = [*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) :]
+        return Request(owner, tuple(whole[:-1]), tuple(continuation))
+
+    def _choose_way(self, trees: list[Tree]) -> None:
+        """The fastest way through the model that agrees with a plain forward pass on small trees of these."""
+        probes = [(tree, self._plain_logits(tree)) for tree in _probes(trees, window_of(self.model))]
+        reason = ""
+        for fuse in (True, False):
+            try:
+                with torch.inference_mode():
+                    way = TreeForward(self.model, fuse)
+                with torch.inference_mode(), way.ready():
+                    errors = [_disagreement(way, tree, plain) for tree, plain in probes]
+            except torch.OutOfMemoryError:
+                raise
+            except UNCERTAIN as problem:
+                kind = type(self.model).__name__
+                reason = f"{kind} does not take a mask per tree ({type(problem).__name__}: {problem})"
+                continue
+            if all(error <= AGREEMENT.get(self.model.dtype, 5e-2) for error in errors):
+                self._way = way
+                return
+            reason = f"its logits differ from a plain forward pass's by {max(errors):.1e} of their spread"
+        self._falls_back = reason
+
+    def _plain_logits(self, tree: Tree) -> list[Tensor]:
+        """[P, V] for each request of a tree, where it predicts, from a forward pass of its own."""
+        return [self._model_call(torch.tensor([r.tokens], device=self.device))[0, -len(r.targets) :].float()
+                for r in tree.requests]  # fmt: skip
+
+    def _scores(self, trees: list[Tree]) -> Iterator[list[tuple[int, Score]]]:
+        """Scores of a batch at a time; longest trees first, so memory runs out at once or never."""
+        assert self._way is not None
+        left = deque(trees)
+        with torch.inference_mode(), self._way.ready():
+            while left:
+                batch = self._next(left)
+                try:
+                    found = _score(self._way, batch)
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not _out_of_memory(error):
+                        raise
+                    left.extendleft(reversed(self._smaller(batch, error)))
+                    continue
+                yield found
+
+    def _next(self, left: deque[Tree]) -> list[Tree]:
+        """Take trees from the left: as many as fit, at least one."""
+        rows = max(1, self.nodes_per_batch // len(left[0]))
+        rows = min(rows, self.trees_per_batch or rows, len(left))
+        return [left.popleft() for _ in range(rows)]
+
+    def _smaller(self, batch: list[Tree], error: BaseException) -> list[Tree]:
+        """Halve the batch size after memory ran out; a single tree is cut into two."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            requests = sorted(batch[0].requests, key=lambda r: r.tokens)
+            if len(requests) == 1:
+                raise DataError(f"a request of {len(requests[0].tokens)} tokens does not fit into memory ({error}). "
+                                "Use a smaller model.dtype or another device.") from error
+            half = len(requests) // 2
+            return sorted([*grow(requests[:half]), *grow(requests[half:])], key=len, reverse=True)
+        self.nodes_per_batch = max(1, len(batch) * len(batch[0]) // 2)
+        log.warning("out of memory; going on with %d tokens per forward pass.", self.nodes_per_batch)
+        return batch
+
+
+class TreeForward:
+    """A causal LM's decoder and head over trees."""
+
+    def __init__(self, model: PreTrainedModel, fuse: bool) -> None:
+        self.model = model
+        self.decoder = model.base_model
+        self.head: Any = model.get_output_embeddings()
+        self.device = model.device
+        self.fused = _fused_forwards(model) if fuse and self.device.type == "cpu" else []
+        """Layers and what they run as inside `ready`; then the head runs by the same library."""
+        self.window = window_of(model)
+        v = self.head.weight.shape[0]
+        self.positions_at_once = max(1, LOGITS_AT_ONCE.get(self.device.type, LOGITS_AT_ONCE["cuda"]) // v)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Inside, layers run fused where they can; afterwards the model is as it was."""
+        try:
+            for layer, forward in self.fused:
+                layer.forward = forward
+            yield
+        finally:
+            for layer, _ in self.fused:
+                layer.__dict__.pop("forward", None)
+
+    def hidden(self, trees: Sequence[Tree]) -> Tensor:
+        """Last hidden states after the final norm: [B, T, D], T the longest tree; padding holds anything finite."""
+        size = max(map(len, trees))
+        ids_BT = np.zeros((len(trees), size), dtype=np.int64)
+        positions_BT = np.zeros_like(ids_BT)
+        visible_BTT = np.empty((len(trees), size, size), dtype=bool)
+        for row, tree in enumerate(trees):
+            ids_BT[row, : len(tree)] = tree.tokens
+            positions_BT[row, : len(tree)] = tree.positions
+            visible_BTT[row] = tree.visible(size)
+        positions = torch.as_tensor(positions_BT, device=self.device)
+        return self.decoder(
+            input_ids=torch.as_tensor(ids_BT, device=self.device),
+            position_ids=positions,
+            attention_mask=self._mask(torch.as_tensor(visible_BTT, device=self.device)[:, None], positions),
+            use_cache=False,
+        ).last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, h_PD: Tensor) -> Tensor:
+        """[P, D] -> [P, V]."""
+        if self.fused and type(self.head) is torch.nn.Linear and not self.head._forward_hooks:
+            return torch.ops.mkldnn._linear_pointwise(h_PD, self.head.weight, self.head.bias, "none", [], "")
+        return self.head(h_PD)  # type: ignore[no-any-return]
+
+    def _mask(self, visible_B1TT: Tensor, positions_BT: Tensor) -> Any:
+        """What is added to attention scores, 0 or -inf, as the decoder takes it: a mask, or one per attention kind."""
+        full = self._additive(visible_B1TT)
+        if self.window is None:
+            return full
+        distance_B1TT = positions_BT[:, None, :, None] - positions_BT[:, None, None, :]
+        near = self._additive(visible_B1TT & (distance_B1TT < self.window))
+        kinds = set(getattr(self.model.config, "layer_types", None) or [])
+        return {"full_attention": full, "sliding_attention": near} if len(kinds) > 1 else near
+
+    def _additive(self, visible_B1TT: Tensor) -> Tensor:
+        zero = torch.zeros((), dtype=self.model.dtype, device=self.device)
+        return torch.where(visible_B1TT, zero, float("-inf"))
+
+
+def _score(way: TreeForward, trees: Sequence[Tree]) -> list[tuple[int, Score]]:
+    """(owner, score) of every request of some trees: one forward pass, logits in portions."""
+    h_BTD = way.hidden(trees)
+    size = h_BTD.shape[1]
+    found = [(owner, row * size + nodes, targets)
+             for row, tree in enumerate(trees) for owner, nodes, targets in tree.predictions()]  # fmt: skip
+    wanted = np.concatenate([nodes for _, nodes, _ in found])
+    nodes_P, inverse = np.unique(wanted, return_inverse=True)
+    targets = np.concatenate([np.asarray(t) for *_, t in found])
+    logp, best = _log_probabilities(way, h_BTD.flatten(0, 1)[torch.as_tensor(nodes_P, device=way.device)],
+                                    inverse.reshape(-1), targets)  # fmt: skip
+    ends = np.cumsum([len(t) for *_, t in found])
+    return [(owner, Score(float(logp[end - len(t) : end].sum()), bool(best[end - len(t) : end].all())))
+            for (owner, _, t), end in zip(found, ends, strict=True)]  # fmt: skip
+
+
+def _log_probabilities(
+    way: TreeForward, h_PD: Tensor, which: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """log p(target) in float64 from float32 logits, and whether the target is the argmax.
+
+    Args:
+        h_PD: states that predict.
+        which: for each target, the row of `h_PD` that predicts it; same length as `targets`.
+
+    Raises:
+        DataError: NaN or infinite logits.
+    """
+    order = np.argsort(which, kind="stable")
+    logp, best = np.empty(len(targets)), np.empty(len(targets), dtype=bool)
+    step = way.positions_at_once
+    for start in range(0, len(h_PD), step):
+        part = order[slice(*np.searchsorted(which[order], [start, start + step]))]
+        logits_PV = way.logits(h_PD[start : start + step])
+        highest_P = logits_PV.amax(dim=-1)
+        refuse_broken(highest_P)
+        rows = torch.as_tensor(which[part] - start, device=logits_PV.device)
+        columns = torch.as_tensor(targets[part], device=logits_PV.device)
+        equal = logits_PV[rows, columns] == highest_P[rows]  # the maximum is much cheaper than its place
+        best_here = equal.clone()
+        best_here[equal] = logits_PV[rows[equal]].argmax(dim=-1) == columns[equal]
+        best[part] = best_here.cpu().numpy()
+        logp[part] = logits_PV.log_softmax(dim=-1, dtype=torch.float32)[rows, columns].double().cpu().numpy()
+    return logp, best
+
+
+def unfit(model: PreTrainedModel) -> str | None:
+    """Why trees cannot run through a model, as far as its description tells; or None."""
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        return f"the model is spread over {len(devices)} devices"
+    if model.get_output_embeddings() is None or model.base_model is model:
+        return f"{type(model).__name__} has no head apart from its decoder"
+    return None
+
+
+def window_of(model: PreTrainedModel) -> int | None:
+    """Tokens of the local attention window, where any layer has one."""
+    config = model.config
+    kinds = getattr(config, "layer_types", None)
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if kinds is None or "sliding_attention" in kinds else None
+
+
+def _probes(trees: Sequence[Tree], window: int | None) -> list[Tree]:
+    """A piece around a fork of these trees, and one longer than the window where any sequence is."""
+    reaches = [PROBE, window] if window is not None and max(max(t.positions) for t in trees) > window else [PROBE]
+    pairs = [(a.tokens, b.tokens) for tree in trees for a, b in pairwise(tree.requests)]
+    forks = [(a, b, n) for a, b in pairs if (n := common_prefix(a, b)) < min(len(a), len(b))]
+    out = []
+    for reach in reaches:
+        a, b, n = max(forks, key=lambda fork: min(fork[2], reach), default=((), (), 0))
+        if not a or (reach == window and n < window):  # nothing forks, or not where the window matters
+            a, b, n = max((r.tokens for tree in trees for r in tree.requests), key=len), (), 0
+        start, stop = max(0, n - reach), max(n, reach) + PROBE
+        pieces = [Request(0, piece, piece[-PROBE:]) for piece in (a[start:stop], b[start:stop]) if piece]
+        out += grow(pieces)[:1]
+    return out
+
+
+def _disagreement(way: TreeForward, tree: Tree, plain: Sequence[Tensor]) -> float:
+    """Largest difference of a tree's logits from the plain ones, relative to their spread."""
+    h_TD = way.hidden([tree])[0]
+    off = []
+    for (_, nodes, _), plain_PV in zip(tree.predictions(), plain, strict=True):
+        tree_PV = way.logits(h_TD[torch.as_tensor(nodes, device=h_TD.device)]).float()
+        off.append((tree_PV - plain_PV).abs().max() / plain_PV.std())
+    return float(torch.stack(off).max())  # NaN where any is
+
+
+def _fused_forwards(model: PreTrainedModel) -> list[tuple[Any, Callable[..., Tensor]]]:
+    """(layer, its fused forward) for every decoder layer; none where one of them is not understood.
+
+    Cost: a forward pass over two tokens, to see what the layers are called with.
+    """
+    try:
+        layers = list(layout_for(model.config).layers(model))
+    except ArchitectureError:
+        return []
+    calls: dict[int, dict[str, Any]] = {}
+
+    def record(layer: Any, args: Any, call: dict[str, Any]) -> None:
+        calls[id(layer)] = call
+
+    hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    try:
+        kinds = set(getattr(model.config, "layer_types", None) or [])
+        mask = torch.zeros(1, 1, 2, 2, dtype=model.dtype)
+        model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False,
+                         attention_mask=dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask)  # fmt: skip
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not all(id(layer) in calls and supported(layer, calls[id(layer)], model.dtype) for layer in layers):
+        return []
+    return [(layer, _fused_forward(layer, model.dtype)) for layer in layers]
+
+
+def _fused_forward(layer: Any, dtype: torch.dtype) -> Callable[..., Tensor]:
+    weights = dict(layer.named_parameters())
+    return lambda hidden_states, **call: fused_layer(layer, weights, call, hidden_states, dtype)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,0 +1,17 @@
+"""The lowest layers go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slm_exp.methods.base import Baseline, Choice, PlanTask
+from slm_exp.registry import register
+
+
+@register("method", "first")
+@dataclass
+class FirstLayers(Baseline):
+    """Drop the n lowest layers that are not protected; nothing is. A floor for comparisons."""
+
+    def choose(self, task: PlanTask, n_remove: int) -> Choice:
+        return Choice(tuple(self.removable(task.handle.n_layers)[:n_remove]))

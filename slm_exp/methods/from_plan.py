@@ -1,0 +1,98 @@
+"""Replay a plan file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.errors import ConfigError, PlanError, require
+from slm_exp.files import digest
+from slm_exp.methods.base import Method, PlanTask, scored
+from slm_exp.registry import available, register
+from slm_exp.types import MergePlan
+
+if TYPE_CHECKING:
+    from slm_exp.merging.rules.base import MergeRule
+    from slm_exp.models.base import ModelHandle
+
+DEFAULT_RULE = "top_layer"
+"""conf/config.yaml's: a merge_rule of this name may just not have been set."""
+
+
+@register("method", "from_plan")
+@dataclass
+class FromPlan(Method):
+    """Do what a plan.json says; no search. Any run's will do; `n_layers`, `groups`, `dropped` and `rule` suffice.
+
+    The plan's merge rule is used, its compensation applied as it stands (`compensate` finds it anew), and its score
+    measured on this run's tokens. What counts for the run_id is what the plan does, not where the file lies.
+    Cost: the dense pass and one model.
+    """
+
+    path: str = ""
+    """A plan.json, or a run's folder that holds one."""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("threshold", "target_layers", "target_ratio"):
+            require(getattr(self, name) is None, f"method.{name}", getattr(self, name),
+                    "null: method=from_plan takes the size of its plan")
+        require(bool(self.path), "method.path", repr(self.path), "a plan.json or the folder of a run")
+        _ = self.given
+
+    @cached_property
+    def given(self) -> MergePlan:
+        """The plan as it stands in the file.
+
+        Raises:
+            ConfigError: there is no such file, or it is no plan.
+        """
+        path = Path(self.path).expanduser()
+        path = path / "plan.json" if path.is_dir() else path
+        try:
+            return MergePlan.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, PlanError) as error:
+            why = f"there is no {path}" if isinstance(error, FileNotFoundError) else f"{path} is none ({error})"
+            wanted = "a plan.json or the folder of a run"
+            raise ConfigError(f"method.path = {self.path}; expected {wanted}: {why}.") from None
+
+    def identity(self) -> dict[str, Any]:
+        out = super().identity()
+        return {k: v for k, v in out.items() if k != "path"} | {"plan": digest(self.given.effect())}
+
+    def uses_merge_rule(self) -> bool:
+        return bool(self.given.groups)
+
+    def merge_rule(self, asked: MergeRule) -> MergeRule:
+        """The plan's rule, where the plan merges and names one.
+
+        Raises:
+            ConfigError: `asked` is another than the plan's and not the default, or the plan's is unknown.
+        """
+        name = self.given.rule
+        if not (self.given.groups and name) or asked.name == name:
+            return asked
+        rules = available("merge_rule")
+        require(name in rules, "rule of the plan in method.path", name, "one of " + ", ".join(rules))
+        require(asked.name == DEFAULT_RULE, "merge_rule", asked.name, f"{name}, by which the plan merges",
+                "Leave merge_rule out: method=from_plan takes the plan's.")
+        return rules[name]()  # type: ignore[return-value]
+
+    def check_model(self, handle: ModelHandle) -> None:
+        require(self.given.n_layers == handle.n_layers, "method.path", self.path,
+                f"a plan for the {handle.n_layers} layers of {handle.name}",
+                f"This one is for {self.given.n_layers}.")
+
+    def plan(self, task: PlanTask) -> MergePlan:
+        from slm_exp.search.reduced import ReducedModels
+
+        made = self.given
+        size = f" at threshold {made.threshold:g}" if made.threshold is not None else ""
+        note = (f"replays a plan of method={made.method}{size}.",) if made.method else ()
+        plan = replace(made, method=self.name, rule=task.rule.name if made.groups else "", notes=note,
+                       similarity=task.similarity.name, threshold=None, target=None, final_score=None, trace=(),
+                       evaluations=0, block_forwards=0)
+        return scored(task, plan, ReducedModels(task), self.compensate)

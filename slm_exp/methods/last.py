@@ -1,0 +1,18 @@
+"""The highest layers go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slm_exp.methods.base import Baseline, Choice, PlanTask
+from slm_exp.registry import register
+
+
+@register("method", "last")
+@dataclass
+class LastLayers(Baseline):
+    """Drop the n highest layers that are not protected; nothing is. A floor for comparisons."""
+
+    def choose(self, task: PlanTask, n_remove: int) -> Choice:
+        layers = self.removable(task.handle.n_layers)
+        return Choice(tuple(layers[len(layers) - n_remove :]))

@@ -1,0 +1,100 @@
+"""LLM-Drop: remove the layers, attention or MLP sublayers whose output is most like their input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slm_exp.errors import require, require_one_of
+from slm_exp.methods.base import Baseline, Choice, PlanTask
+from slm_exp.methods.sublayers import SublayerBaseline
+from slm_exp.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_exp.methods.sublayers import Wanted
+    from slm_exp.models.base import ModelHandle
+    from slm_exp.search.greedy import Removed, Unit
+    from slm_exp.search.reduced import ReducedModels
+
+UNITS = ("layer", "attention", "mlp", "joint")
+
+
+@register("method", "llm_drop")
+@dataclass
+class LLMDrop(SublayerBaseline):
+    """Drop the parts with the highest mean over tokens of cos(state in, state out). One-shot, on dense states.
+
+    A sublayer counts with its norm and residual: cos(x, x + f(norm(x))). `joint` ranks attention and MLP sublayers
+    together. Nothing protected; the lower one wins a tie. Source: LLM-Drop, arXiv:2406.15786, discrete mode.
+    Deviations: all runs at once over the run's calibration (released: C4 validation, 256 x 2048 tokens); its mode of
+    consecutive blocks, whose code scores runs one longer than it drops, is method=angular.
+    Cost: the dense pass, and half a layer more for each layer where sublayers are asked for.
+    """
+
+    targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_sublayers", "target_ratio")
+    mergeable: ClassVar[bool] = True
+
+    unit: str | None = None
+    """layer, attention, mlp, or joint (either sublayer). Null: layer where target_layers asks, else attention."""
+
+    def check(self) -> None:
+        if self.unit is not None:
+            require_one_of("method.unit", self.unit, UNITS)
+        wrong, instead = "target_layers", "Set method.unit=layer, or method.target_sublayers."
+        if self._unit == "layer":
+            wrong, instead = "target_sublayers", "Set method.target_layers, or another method.unit."
+        else:
+            require(not self.merge, "method.merge", self.merge, f"false with method.unit={self._unit}",
+                    "Only whole layers can be merged: method.unit=layer.")
+        require(getattr(self, wrong) is None, f"method.{wrong}", getattr(self, wrong),
+                f"null with method.unit={self._unit}", instead)
+        super().check()
+
+    @property
+    def _unit(self) -> str:
+        return self.unit or ("attention" if self.target_layers is None else "layer")
+
+    def identity(self) -> dict[str, Any]:
+        """With the unit that null comes to."""
+        return {**super().identity(), "unit": self._unit}
+
+    def units(self, n_layers: int) -> list[Unit]:
+        from slm_exp.search.greedy import Unit
+
+        if self._unit == "layer":
+            return [Unit(i) for i in self.removable(n_layers)]
+        return [u for u in super().units(n_layers) if self._unit in (u.half, "joint")]
+
+    def layers_to_remove(self, handle: ModelHandle) -> int:
+        return Baseline.layers_to_remove(self, handle) if self._unit == "layer" else super().layers_to_remove(handle)
+
+    def choose(self, task: PlanTask, n_remove: int) -> Choice:
+        from slm_exp.search.reduced import ReducedModels
+
+        if self._unit != "layer":
+            return super().choose(task, n_remove)
+        models = ReducedModels(task)
+        found = self.find(models, lambda removed, _: len(removed) < n_remove)
+        return Choice(tuple(u.layer for u in found.units), trace=found.trace, models=models)
+
+    def find(self, models: ReducedModels, wanted: Wanted) -> Removed:
+        from slm_exp.methods.shortgpt import token_cosine
+        from slm_exp.search.greedy import Removed, one_shot, traced
+        from slm_exp.search.runner import Slot
+
+        states, units = models.dense_states, self.units(len(models.dense))
+        costs: dict[Unit, float] = {}
+        between: tuple[int, Tensor] | None = None  # the states between the halves of one layer
+        for unit in units:
+            i = unit.layer
+            low, high = states[i], states[i + 1]
+            if unit.half is not None:
+                if between is None or between[0] != i:
+                    between = i, models.block(Slot(i, without=frozenset({"mlp"})), low)
+                low, high = (low, between[1]) if unit.half == "attention" else (between[1], high)
+            costs[unit] = -token_cosine(low, high)
+        taken = one_shot(models.dense, costs, wanted)
+        halves = 0 if self._unit == "layer" else len({unit.layer for unit in units})
+        return Removed(taken, tuple(traced(costs, taken, models.dense)), block_forwards=(halves + 1) // 2)

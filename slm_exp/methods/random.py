@@ -1,0 +1,28 @@
+"""Layers drawn by lot: what any selection must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from slm_exp.methods.base import Baseline, Choice, PlanTask
+from slm_exp.registry import register
+
+
+@register("method", "random")
+@dataclass
+class RandomLayers(Baseline):
+    """Drop n layers drawn without replacement by the run's `seed`; `contiguous` draws a run. Nothing protected.
+
+    Looks at neither tokens nor weights.
+    """
+
+    contiguous: bool = False
+    """Draw the start of one run of n layers instead."""
+
+    def choose(self, task: PlanTask, n_remove: int) -> Choice:
+        draw, layers = Random(task.seed), self.removable(task.handle.n_layers)
+        if self.contiguous:
+            low = draw.randrange(layers.start, layers.stop - n_remove + 1)
+            return Choice(tuple(range(low, low + n_remove)))
+        return Choice(tuple(draw.sample(layers, n_remove)))

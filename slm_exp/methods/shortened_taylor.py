@@ -1,0 +1,49 @@
+"""First-order Taylor importance: drop the layers whose weights matter least to the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slm_exp.errors import require
+from slm_exp.methods.base import Baseline, Choice, PlanTask, lowest
+from slm_exp.registry import register
+
+if TYPE_CHECKING:
+    from slm_exp.models.base import ModelHandle
+
+
+@register("method", "shortened_taylor")
+@dataclass
+class ShortenedTaylor(Baseline):
+    """Drop the n layers of smallest sum over weights of |w dL/dw|, L the mean next-token loss of all samples. One-shot.
+
+    Norm gains count, biases do not. The first 4 and the last 2 layers are protected, as in the released code's "+"
+    rule; protect_first=0 protect_last=0 is without it. Source: Shortened LLaMA, arXiv:2402.02834 (its code gives the
+    same sum with all samples in one batch, its default). Gradients are float32 whatever the model's dtype.
+    Cost: the dense pass, then every layer forward and backward.
+    """
+
+    protect_first: int = 4
+    protect_last: int = 2
+
+    def check_model(self, handle: ModelHandle) -> None:
+        super().check_model(handle)
+        quantised = getattr(handle.config, "quantization_config", None)
+        require(quantised is None, "method", self.name, f"a method without gradients: {handle.name} is quantised",
+                "Take the original checkpoint, or method=shortgpt.")
+
+    def choose(self, task: PlanTask, n_remove: int) -> Choice:
+        import torch
+        from tqdm import tqdm
+
+        from slm_exp.search.gradients import layer_gradients
+        from slm_exp.search.reduced import ReducedModels
+
+        models, n = ReducedModels(task), task.handle.n_layers
+        salience = {}
+        for i, weights in tqdm(layer_gradients(models.runner, models.dense_states), "gradients", n, unit="layer"):
+            salience[i] = sum(float((w * g).abs().sum(dtype=torch.float64))
+                              for name, (w, g) in weights.items() if name.endswith("weight"))
+        dropped, trace = lowest({i: salience[i] for i in self.removable(n)}, n_remove)
+        return Choice(dropped, trace=trace, models=models, block_forwards=n)

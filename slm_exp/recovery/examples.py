@@ -1,0 +1,168 @@
+"""Training examples: instructions by the Alpaca template with the prompt masked, or prose packed into windows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from slm_exp.errors import ConfigError, DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from slm_exp.models.base import ModelHandle
+
+SOURCES = ("hub", "jsonl", "bundled")
+ALPACA = "yahma/alpaca-cleaned"
+HUB_FILES = {ALPACA: "alpaca_data_cleaned.json"}
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+IGNORED = -100  # the label of a token that is not trained on
+
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:\n"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+class Examples(NamedTuple):
+    """Rows for training and the held-out ones, each `{input_ids, labels}`, and how many had nothing to learn from."""
+
+    train: list[dict[str, list[int]]]
+    held_out: list[dict[str, list[int]]]
+    dropped: int
+
+
+def read_rows(data: str, path: str | None, dense: ModelHandle) -> list[dict[str, str]]:
+    """The rows of a source: all with `instruction` and `output`, or all with `text`.
+
+    Raises:
+        ConfigError / DataError: a file or repo that cannot be had, rows without the needed fields; names the remedy.
+    """
+    if data == "bundled":
+        from slm_exp.calibration.bundled import Bundled
+
+        return [{"text": d.text} for d in Bundled(seq_len=512).documents(dense)[1]]
+    if data == "hub":
+        from slm_exp.hub import Repo
+
+        name = path or ALPACA
+        repo, _, file = name.partition(":")
+        if not file and repo not in HUB_FILES:
+            raise ConfigError(f"recovery.path = {name}; expected OWNER/NAME:FILE for a data set other than {ALPACA}, "
+                              f"FILE ending in {', '.join(SUFFIXES)}.")
+        where = Repo(repo, None, "dataset", "recovery.path", DataError).file(file or HUB_FILES[repo])
+    else:
+        where = Path(path or "").expanduser()
+        if not where.is_file():
+            raise ConfigError(f"recovery.path = {path}; expected an existing file ({', '.join(SUFFIXES)}). "
+                              "There is no such file.")
+    return [checked(row, f"{where}, row {n}") for n, row in enumerate(_rows(where), 1)]
+
+
+def checked(row: Any, where: str) -> dict[str, str]:
+    """A row's needed fields: instruction, output and the optional input; or text.
+
+    Raises:
+        DataError: they are absent or no text.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a JSON {type(row).__name__}; expected an object.")
+    wanted = ("text",) if "text" in row and "instruction" not in row else ("instruction", "output")
+    for name in wanted:
+        if not isinstance(row.get(name), str):
+            has = ", ".join(map(str, row)) or "none"
+            found = f"is a {type(row[name]).__name__}" if name in row else f"is absent; the row has {has}"
+            raise DataError(f"{where}: field {name!r} {found}. Expected `instruction` and `output` (maybe `input`), or "
+                            f"`text`. {did_you_mean(name, map(str, row))}".rstrip())
+    return {name: str(row[name]) for name in (*wanted, "input") if row.get(name)} | {n: row[n] for n in wanted}
+
+
+def _rows(file: Path) -> Iterator[Any]:
+    if not file.name.endswith(SUFFIXES):
+        raise DataError(f"{file}: expected a file ending in {', '.join(SUFFIXES)}.")
+    try:
+        raw = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
+        text = raw.decode("utf-8")
+        if text.lstrip().startswith("["):
+            yield from json.loads(text)
+            return
+        for line in text.split("\n"):
+            if line.strip():
+                yield json.loads(line)
+    except (OSError, EOFError, ValueError) as cause:
+        raise DataError(f"{file}: not readable as JSON lines or a JSON list ({cause}).") from cause
+
+
+def make_examples(
+    rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None, seq_len: int, held_out: int, seed: int
+) -> Examples:
+    """Tokenise, shuffle by the seed, and hold some out (at most a fifth of them).
+
+    Raises:
+        DataError: no tokenizer, or fewer than two examples.
+    """
+    import random
+
+    if tokenizer is None:
+        raise DataError("the model has no tokenizer; recovery by training reads text.")
+    prose = [row["text"] for row in rows if "text" in row]
+    made = [instruction_example(row, tokenizer, seq_len) for row in rows if "text" not in row]
+    made += packed(prose, tokenizer, seq_len)
+    good = [e for e in made if any(label != IGNORED for label in e["labels"][1:])]  # the first token is not predicted
+    if len(good) < 2:
+        raise DataError(f"recovery: {len(good)} examples with something to learn in {len(rows)} rows; 2 are needed. "
+                        "Lower recovery.seq_len for short texts, raise it for long prompts, or give more data.")
+    random.Random(seed).shuffle(good)
+    held = min(held_out, len(good) // 5) if held_out else 0
+    return Examples(good[held:], good[:held], len(made) - len(good))
+
+
+def instruction_example(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> dict[str, list[int]]:
+    """Prompt and answer, cut to `seq_len`; the prompt is not trained on. EOS follows where there is room.
+
+    Source: prompter and tokenisation of Alpaca-LoRA, as in lora_retrain.py of Shortened-LLaMA.
+    """
+    prompt = (WITH_INPUT if row.get("input") else WITHOUT_INPUT).format(**row)
+    start = tokenizer(prompt, verbose=False)["input_ids"]
+    ids = tokenizer(prompt + row["output"], verbose=False)["input_ids"][:seq_len]
+    eos = tokenizer.eos_token_id
+    if eos is not None and start and start[-1] == eos:  # a tokenizer that ends every text itself
+        start = start[:-1]
+    elif eos is not None and len(ids) < seq_len:
+        ids = [*ids, eos]
+    masked = min(len(start), len(ids))
+    return {"input_ids": ids, "labels": [IGNORED] * masked + ids[masked:]}
+
+
+def packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> list[dict[str, list[int]]]:
+    """Texts one behind the other, EOS after each, cut into windows of `seq_len`; a shorter rest is left out."""
+    stream: list[int] = []
+    for text in texts:
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            stream.append(tokenizer.eos_token_id)
+    windows = [stream[at : at + seq_len] for at in range(0, len(stream) - seq_len + 1, seq_len)]
+    return [{"input_ids": window, "labels": list(window)} for window in windows]
+
+
+def left_padded(examples: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
+    """A batch: rows filled on the left to a multiple of eight, what was filled neither attended to nor trained on."""
+    import torch
+
+    longest = -(-max(len(e["input_ids"]) for e in examples) // 8) * 8
+
+    def fill(name: str, with_: int) -> Tensor:
+        return torch.tensor([[with_] * (longest - len(e["input_ids"])) + e[name] for e in examples])
+
+    attended = [[0] * (longest - len(e["input_ids"])) + [1] * len(e["input_ids"]) for e in examples]
+    return {"input_ids": fill("input_ids", pad), "labels": fill("labels", IGNORED),
+            "attention_mask": torch.tensor(attended)}

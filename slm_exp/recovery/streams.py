@@ -1,0 +1,39 @@
+"""Which layers lie beside a plan's cuts, and which state of the dense model the stream behind each should be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slm_exp.config import RunConfig
+    from slm_exp.types import MergePlan
+
+
+def ends(plan: MergePlan) -> list[int]:
+    """For every slot, the dense layer whose input the stream behind it stands for: where the next slot starts."""
+    return [*(slot.start for slot in plan.slots[1:]), plan.n_layers]
+
+
+def beside_cuts(plan: MergePlan, layers: str) -> list[int]:
+    """Positions in the compressed model of the layers to refit."""
+    slots = plan.slots
+    halved = {half["layer"] for half in plan.sublayers}
+    found = [at for at, (slot, end) in enumerate(zip(slots, ends(plan), strict=True))
+             if plan.width or end - slot.start > 1 or slot.start in halved or (at == 0 and slot.start > 0)]
+    return [*range(found[0], len(slots))] if found and layers == "all" else found
+
+
+def stream_scales(plan: MergePlan) -> list[float]:
+    """For every slot, how large the stream behind it is against the dense model's: 1 without compensation."""
+    from slm_exp.merging.compensation import scales
+
+    own = scales(plan)
+    return [*own[1:], own[-1]]
+
+
+def needs_the_dense_stream(cfg: RunConfig) -> str | None:
+    """Why a recovery that compares streams cannot run with a config, or None."""
+    if size := getattr(cfg.width, "hidden_size", None):
+        return (f"width.hidden_size = {size}; expected null with recovery={cfg.recovery.name}, which matches the dense "
+                "model's stream: that changes its size.")
+    return None

@@ -1,0 +1,79 @@
+"""FLAP: prune what fluctuates least, and put its mean into a bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slm_exp.errors import ConfigError
+from slm_exp.registry import register
+from slm_exp.width.base import WidthTask
+from slm_exp.width.inputs import walk
+from slm_exp.width.pruner import Choose, Pruner, Scored
+from slm_exp.width.sizes import Kept, LayerScores, head_dim, standardised
+
+if TYPE_CHECKING:
+    from slm_exp.models.base import ModelHandle
+
+
+@register("width", "flap")
+@dataclass
+class FLAP(Pruner):
+    """Variance of an input channel of o or the MLP's last projection, times the squared norm of its column.
+
+    Standardised within each layer; a head's score is the mean over its channels (whose product is squared once
+    more, as released). With uniform=false all units of all layers share one threshold (FLAP's AL-AM) unless
+    allocation=equal. What the removed channels were on average goes into biases, which needs a family whose config
+    switches them on for every projection (Llama). Source: arXiv:2312.11983; variances here are over all tokens, not
+    by the released update, which counts the new mean twice.
+
+    Cost: one block forward per layer. The means are stored in the plan (5 bytes of base64 per removed channel).
+    """
+
+    published_allocation: ClassVar[str] = "score"
+    compare: ClassVar[str] = "as_given"
+    compensate: bool = True
+    """Add biases for the means of what is removed."""
+
+    def check_biases(self, handle: ModelHandle) -> None:
+        if not self.compensate:
+            return
+        for switch, projection in (("attention_bias", handle.layout.o), ("mlp_bias", handle.layout.mlp_out)):
+            if not hasattr(handle.config, switch):
+                raise ConfigError(
+                    f"width.compensate = True: {handle.layout.family} has no {switch} in its config, so a bias of "
+                    f"{projection} could not be saved. Set width.compensate=false, or use a Llama model."
+                )
+
+    def scores(self, task: WidthTask, choose: Choose) -> Scored:
+        import torch
+
+        layout, config = task.handle.layout, task.handle.config
+        zero_K = torch.zeros(config.num_key_value_heads, dtype=torch.float64)
+        out, means = [], []
+        for i, stats in walk(task.handle, task.tokens, (layout.o, layout.mlp_out)):
+            layer = task.handle.layers[i]
+            found = {}
+            for name in (layout.o, layout.mlp_out):
+                columns_C = layer.get_parameter(f"{name}.weight").detach().double().square().sum(0).cpu()
+                found[name] = stats[name].variance_C * columns_C
+            query_H = standardised(found[layout.o].square()).view(config.num_attention_heads, -1).mean(1)
+            out.append(LayerScores(query_H, zero_K, standardised(found[layout.mlp_out])))
+            means.append({name: s.mean_C for name, s in stats.items()})
+        return Scored(out, means=means)
+
+    def extras(self, task: WidthTask, kept: Sequence[Kept], found: Scored) -> dict[str, Any]:
+        from slm_exp.width.surgery import pack_floats
+
+        if not self.compensate or found.means is None:
+            return {}
+        layout, per = task.handle.layout, head_dim(task.handle.config)
+        means: dict[str, list[str]] = {"attention": [], "mlp": []}
+        for mean, units in zip(found.means, kept, strict=True):
+            stay = {layout.o: {h * per + c for h in units.query for c in range(per)},
+                    layout.mlp_out: set(units.channels)}
+            for kind, name in (("attention", layout.o), ("mlp", layout.mlp_out)):
+                gone = [float(m) for c, m in enumerate(mean[name]) if c not in stay[name]]
+                means[kind].append(pack_floats(gone))
+        return {"means": means}

@@ -1,0 +1,97 @@
+"""What flows into a layer's projections over the calibration set, gathered in one pass from the bottom up."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from slm_exp.models.base import ModelHandle
+    from slm_exp.types import CalibrationTokens
+
+
+@dataclass
+class InputStats:
+    """Moments of a projection's input channels over all samples and tokens, float64 on the CPU."""
+
+    tokens: int
+    sum_C: Tensor
+    square_C: Tensor
+    """Sum of squares."""
+    mean_abs_square_C: Tensor
+    """Sum over samples of (mean over tokens of |x|) squared."""
+
+    @property
+    def mean_C(self) -> Tensor:
+        return self.sum_C / self.tokens
+
+    @property
+    def variance_C(self) -> Tensor:
+        """Population variance over tokens."""
+        return (self.square_C / self.tokens - self.mean_C.square()).clamp(min=0)
+
+    @property
+    def norm_C(self) -> Tensor:
+        """L2 over all tokens."""
+        return self.square_C.sqrt()
+
+    @classmethod
+    def of(cls, x_BTC: Tensor) -> InputStats:
+        """One batch's."""
+        x = x_BTC.detach().double()
+        return cls(x.shape[0] * x.shape[1], x.sum((0, 1)).cpu(), x.square().sum((0, 1)).cpu(),
+                   x.abs().mean(1).square().sum(0).cpu())
+
+    def add(self, other: InputStats) -> None:
+        self.tokens += other.tokens
+        self.sum_C += other.sum_C
+        self.square_C += other.square_C
+        self.mean_abs_square_C += other.mean_abs_square_C
+
+
+Walk = Generator[tuple[int, dict[str, InputStats]], "Mapping[str, Tensor] | None", None]
+
+
+def walk(handle: ModelHandle, tokens: CalibrationTokens, names: Sequence[str]) -> Walk:
+    """Yield (layer, inputs of the named projections), bottom to top.
+
+    What is sent back replaces parameters of that layer (by name inside it) for all that lies above: the layer runs
+    again with them. The model itself is never modified.
+
+    Cost: one block forward per layer, two where parameters are sent. Memory: the states of the calibration set.
+    """
+    from slm_exp.search.runner import BlockRunner, Slot
+
+    runner = BlockRunner(handle, tokens.tokens_NT, fuse=False)  # the library's layer, whose parts can be listened to
+    h_NTD = runner.embed()
+    for i, layer in enumerate(handle.layers):
+        with _listening(layer, names) as stats:
+            out_NTD = runner.block(Slot(i), h_NTD)
+        replaced = yield i, stats
+        h_NTD = runner.block(Slot(i, replaced), h_NTD) if replaced else out_NTD
+
+
+@contextmanager
+def _listening(layer: nn.Module, names: Sequence[str]) -> Iterator[dict[str, InputStats]]:
+    stats: dict[str, InputStats] = {}
+
+    def hook_for(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            found = InputStats.of(args[0])
+            if name in stats:
+                stats[name].add(found)
+            else:
+                stats[name] = found
+
+        return hook
+
+    hooks = [layer.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    try:
+        yield stats
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,70 @@
+"""Minitron's activation-based width pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.errors import require
+from slm_exp.registry import register
+from slm_exp.width.base import WidthTask
+from slm_exp.width.inputs import walk
+from slm_exp.width.pruner import Choose, Pruner, Scored
+from slm_exp.width.sizes import Kept, LayerScores, top
+
+if TYPE_CHECKING:
+    from slm_exp.models.base import ModelHandle
+
+
+@register("width", "minitron")
+@dataclass
+class Minitron(Pruner):
+    """Mean over tokens of |activation|, then L2 over samples: inputs of o (L2 within a head) and of the MLP's last
+    projection; for the hidden size, outputs of the layers' norms, summed over all norms.
+
+    Heads are ranked inside each key-value group, and as many stay in every group. Source: arXiv:2407.14679 and
+    NVIDIA's mcore_minitron.py. Cost: one block forward per layer.
+    """
+
+    heads: str = "within_groups"
+    hidden_size: int | None = None
+    """Also narrow the residual stream to this (embeddings and norms too); heads and channels then make up the rest
+    of `ratio`."""
+
+    def check(self) -> None:
+        super().check()
+        if self.hidden_size is not None:
+            require(self.hidden_size >= 8, "width.hidden_size", self.hidden_size, "a whole number >= 8")
+            require(self.uniform, "width.hidden_size", self.hidden_size, "null with width.uniform=false")
+
+    def check_model(self, handle: ModelHandle, method: Any) -> None:
+        if self.hidden_size is not None:
+            require(self.hidden_size < handle.config.hidden_size, "width.hidden_size", self.hidden_size,
+                    f"less than {handle.name}'s {handle.config.hidden_size}")
+        super().check_model(handle, method)
+
+    def _hidden(self, handle: ModelHandle) -> int:
+        return self.hidden_size or super()._hidden(handle)
+
+    def scores(self, task: WidthTask, choose: Choose) -> Scored:
+        import torch
+
+        layout, config = task.handle.layout, task.handle.config
+        zero_K = torch.zeros(config.num_key_value_heads, dtype=torch.float64)
+        hidden_D = torch.zeros(config.hidden_size, dtype=torch.float64)
+        out = []
+        # what q and the first MLP projection take in is what the layer's two norms give
+        for _, stats in walk(task.handle, task.tokens, (layout.q, layout.mlp_in[0], layout.o, layout.mlp_out)):
+            query_H = stats[layout.o].mean_abs_square_C.view(config.num_attention_heads, -1).sum(1).sqrt()
+            out.append(LayerScores(query_H, zero_K, stats[layout.mlp_out].mean_abs_square_C.sqrt()))
+            for norm in (layout.q, layout.mlp_in[0]):
+                hidden_D += stats[norm].mean_abs_square_C.sqrt()
+        return Scored(out, hidden_D=hidden_D)
+
+    def extras(self, task: WidthTask, kept: Sequence[Kept], found: Scored) -> dict[str, Any]:
+        from slm_exp.width.surgery import pack_indices
+
+        if self.hidden_size is None or found.hidden_D is None:
+            return {}
+        return {"hidden": pack_indices(top(found.hidden_D, self.hidden_size), len(found.hidden_D))}

@@ -1,0 +1,360 @@
+"""What all width pruners share: how much goes where. A member adds the scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from slm_exp.errors import ArchitectureError, ConfigError, PlanError, require, require_one_of
+from slm_exp.width import sizes
+from slm_exp.width.base import Width, WidthDecision, WidthTask
+from slm_exp.width.sizes import Costs, Kept, LayerScores, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_exp.config import RunConfig
+    from slm_exp.methods.base import Method
+    from slm_exp.models.base import ModelHandle
+    from slm_exp.types import Group
+
+ALLOCATIONS = ("equal", "score", "ecoflap")
+RATIO = 0.2
+"""Where neither ratio, share nor ratios is set."""
+ECOFLAP_SLACK = 0.1
+"""A layer may lose at most this much more than the ratio (the LLaMA script's 0.7 for 0.6)."""
+
+
+
+class Scored(NamedTuple):
+    """What a member found out."""
+
+    layers: list[LayerScores]
+    """Bottom to top."""
+    means: list[dict[str, Tensor]] | None = None
+    """Per layer, the mean of each input channel of the named projections, for compensation."""
+    hidden_D: Tensor | None = None
+    """Scores of the residual stream's channels."""
+
+
+Choose = Callable[[int, LayerScores], Kept | None]
+
+
+@dataclass
+class Pruner(Width):
+    """Removes attention heads and MLP channels of lowest score.
+
+    Every layer gets the same widths unless `uniform=false`; heads are snapped to what grouped-query attention and
+    the family's config class allow, channels to multiples of 8, and channels make up for what snapped heads leave.
+    """
+
+    published_allocation: ClassVar[str] = "equal"
+    compare: ClassVar[str] = "standardised"
+    """How scores of different layers and kinds compare, see `sizes.allocate_by_score`."""
+
+    ratio: float | None = None
+    """Share of the parameters of all decoder layers to remove; null is 0.2."""
+    share: float | None = None
+    """Instead of ratio: the part of method.target_ratio that is taken from width, in (0, 1). Depth takes the rest
+    first (or last, with order=before), and whoever comes second removes what is still missing."""
+    uniform: bool = True
+    """The same widths in every layer, saved as an ordinary config. Otherwise a checkpoint brings its own code."""
+    layers: list[int] | None = None
+    """[start, stop) of the dense model's layers to narrow; needs uniform=false. A merged layer is narrowed if all
+    the layers it stands for are in the range."""
+    allocation: str | None = None
+    """With uniform=false: `equal` ratios, one threshold for all layers' units (`score`), or by ECoFLaP's
+    zeroth-order importance of each layer (`ecoflap`). Null is what the method published."""
+    ratios: list[float] | None = None
+    """With uniform=false, instead of ratio: one per layer of the dense model; a merged layer takes its layers' mean."""
+    heads: str = "kv_groups"
+    """kv_groups removes key-value heads with all their query heads; within_groups as many query heads from each."""
+    ecoflap_samples: int = 2
+    """Calibration samples that ECoFLaP's importance looks at; its cost grows with them."""
+
+    def check(self) -> None:
+        for name in ("ratio", "share"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < 1, f"width.{name}", value, "null or a share in (0, 1)")
+        require_one_of("width.order", self.order, ("after", "before"))
+        require_one_of("width.heads", self.heads, sizes.HEAD_UNITS)
+        require(self.ecoflap_samples >= 1, "width.ecoflap_samples", self.ecoflap_samples, "a whole number >= 1")
+        if self.allocation is not None:
+            require_one_of("width.allocation", self.allocation, ALLOCATIONS)
+        asked = [f"width.{name}" for name in ("ratio", "share", "ratios") if getattr(self, name) is not None]
+        if len(asked) > 1:
+            raise ConfigError(f"set at most one of width.ratio, width.share, width.ratios; got {' and '.join(asked)}.")
+        for name in ("layers", "allocation", "ratios"):
+            value = getattr(self, name)
+            require(not self.uniform or value is None, f"width.{name}", value, "null with width.uniform=true",
+                    "Layers of different widths need width.uniform=false; their checkpoint brings its own code.")
+        if self.order == "before":
+            require(self.uniform, "width.order", self.order, "after with width.uniform=false",
+                    "Merging needs layers of one shape: merge first, then narrow.")
+        if self.layers is not None:
+            ok = len(self.layers) == 2 and 0 <= self.layers[0] < self.layers[1]
+            require(ok, "width.layers", self.layers, "two layer numbers, first and one past the last", "Try [4,26].")
+        if self.ratios is not None:
+            require(all(0 <= r < 1 for r in self.ratios) and any(self.ratios), "width.ratios", self.ratios,
+                    "shares in [0, 1), not all zero")
+            require(self.allocation is None, "width.allocation", self.allocation, "null when width.ratios are given")
+
+    def identity(self) -> dict[str, Any]:
+        out = super().identity()
+        if self.share is None and self.ratios is None:
+            out["ratio"] = RATIO if self.ratio is None else self.ratio
+        if self._allocation != "ecoflap":
+            out.pop("ecoflap_samples")
+        return out
+
+    @property
+    def _allocation(self) -> str:
+        if self.uniform:
+            return "uniform"
+        if self.ratios is not None:
+            return "given"
+        return self.allocation or self.published_allocation
+
+    def refuses(self, cfg: RunConfig) -> str | None:
+        given = getattr(cfg.method, "given", None)  # the plan that from_plan replays
+        if given is not None and given.width:
+            return (f"width = {self.name}: the plan in method.path has width pruning already. Leave it as it is with "
+                    "width=none, or take a plan without.")
+        if self.share is not None and cfg.method.target_ratio is None:
+            return (f"width.share = {self.share} is a part of method.target_ratio, which is not set. Set "
+                    "method.target_ratio, or width.ratio instead of width.share.")
+        return None
+
+    def depth_method(self, method: Method, dense: ModelHandle, start: ModelHandle) -> Method:
+        if self.share is None or method.target_ratio is None:
+            return method
+        if self.order == "after":
+            return dataclasses.replace(method, target_ratio=(1 - self.share) * method.target_ratio)
+        left = (1 - method.target_ratio) * dense.n_params
+        return dataclasses.replace(method, target_ratio=1 - left / start.n_params)
+
+    def ratio_for(self, method: Method, dense: ModelHandle, handle: ModelHandle) -> float:
+        """What to remove, as a share of `handle`'s decoder layers.
+
+        Raises:
+            PlanError: with `share`, depth has already removed all that was asked.
+        """
+        if self.share is None or method.target_ratio is None:
+            return RATIO if self.ratio is None else self.ratio
+        if self.order == "after":
+            remove = handle.n_params - (1 - method.target_ratio) * dense.n_params
+        else:
+            remove = self.share * method.target_ratio * dense.n_params
+        ratio = remove / (sizes.costs_of(handle).size(sizes.full_shape(handle.config)) * handle.n_layers)
+        if ratio <= 0:
+            raise PlanError(f"width.share = {self.share} leaves nothing to prune: whole layers removed already "
+                            f"{1 - handle.n_params / dense.n_params:.3f} of the parameters, method.target_ratio is "
+                            f"{method.target_ratio}. Raise either.")
+        return ratio
+
+    def check_model(self, handle: ModelHandle, method: Method) -> None:
+        from slm_exp.types import Group
+
+        slots = tuple(Group(i, i + 1) for i in range(handle.n_layers))
+        if self.ratios is not None:
+            require(len(self.ratios) == handle.n_layers, "width.ratios", self.ratios,
+                    f"{handle.n_layers} shares, one per layer of {handle.name}")
+        self.check_biases(handle)
+        ratio = self.ratio if self.share is None else self.share * (method.target_ratio or 0)
+        self._plan_sizes(handle, slots, RATIO if ratio is None else ratio)
+
+    def check_biases(self, handle: ModelHandle) -> None:
+        """Raise ConfigError where this pruner needs biases that the family has no switch for."""
+
+    def _hidden(self, handle: ModelHandle) -> int:
+        """Hidden size of the result."""
+        return int(handle.config.hidden_size)
+
+    def protected_range(self, n_layers: int) -> tuple[int, int]:
+        """The published [start, stop) of layers to narrow when uniform=false and no range is given."""
+        return 0, n_layers
+
+    def _selected(self, slots: Sequence[Group], n_dense: int) -> list[int]:
+        """Layers to narrow, as positions in the model at hand."""
+        if self.uniform:
+            return list(range(len(slots)))
+        start, stop = self.layers or self.protected_range(n_dense)
+        require(stop <= n_dense, "width.layers", self.layers, f"a range within the model's {n_dense} layers")
+        found = [p for p, slot in enumerate(slots) if start <= slot.start and slot.stop <= stop]
+        if not found:
+            raise PlanError(f"width.layers = [{start}, {stop}) holds no whole layer of the {len(slots)} that are left, "
+                            f"of {n_dense}. Widen it, e.g. width.layers=[0,{n_dense}].")
+        return found
+
+    def _plan_sizes(
+        self, handle: ModelHandle, slots: Sequence[Group], ratio: float, importance: Sequence[float] | None = None
+    ) -> list[Shape] | None:
+        """Widths of every layer, or None where scores decide. From shapes alone.
+
+        Args:
+            slots: what each of the handle's layers stands for.
+            importance: per selected layer, for ECoFLaP.
+        Raises:
+            ConfigError: the ratio leaves no head or no channel; says how much is possible.
+            ArchitectureError: the model's layers have different widths already.
+        """
+        if getattr(handle.config, "layer_widths", None):
+            raise ArchitectureError(f"{handle.name} has layers of different widths already; only models of one width "
+                                    "can be narrowed. Narrow the model it was made from.")
+        full = sizes.full_shape(handle.config)
+        hidden = self._hidden(handle)
+        wide, costs = sizes.costs_of(handle), sizes.costs_of(handle, hidden)
+        shapes = sizes.attention_shapes(full, self.heads)
+        if self.uniform:
+            shapes = [s for s in shapes if sizes.legal(handle.config, Shape(*s, full.channels), hidden)]
+        n_dense = slots[-1].stop
+        selected = self._selected(slots, n_dense)
+        if self._allocation == "given":
+            assert self.ratios is not None
+            means = [sum(self.ratios[s.start : s.stop]) / (s.stop - s.start) for s in slots]
+            local = {p: means[p] for p in selected}
+        elif importance is not None:
+            local = dict(zip(selected, ecoflap_ratios(importance, ratio * len(slots) / len(selected)), strict=True))
+        else:
+            local = dict.fromkeys(selected, ratio * len(slots) / len(selected))
+        if not shapes:
+            raise ConfigError(f"width.hidden_size = {hidden}: {type(handle.config).__name__} accepts it with no number "
+                              "of heads that is possible here. Try a multiple of "
+                              f"{full.heads} (the number of heads), e.g. {hidden // full.heads * full.heads}.")
+        whole = wide.size(full)
+        most = 1 - costs.size(sizes.smallest(full, shapes)) / whole
+        out = [full] * len(slots)
+        for p, r in local.items():
+            attention = (1 - r) * wide.attention(full.heads, full.kv_heads)
+            shape = sizes.fit(full, costs, attention, (1 - r) * whole, shapes)
+            if r > most or shape is None:
+                where = f" in {len(selected)} of {len(slots)} layers" if len(selected) < len(slots) else ""
+                raise ConfigError(
+                    f"width.ratio = {ratio:g}{where}: expected at most {most * len(selected) / len(slots):.3f} for "
+                    f"{handle.name}; more leaves no attention head or no MLP channel (one group of "
+                    f"{shapes[0][0]} heads and {sizes.CHANNELS} channels stay). Remove layers as well."
+                )
+            least = 1 - costs.size(full) / whole
+            if r < least - 1e-9:
+                raise ConfigError(f"width.hidden_size = {hidden} alone removes {least:.3f} of every decoder layer; "
+                                  f"expected width.ratio of at least that, not {ratio:g}.")
+            out[p] = shape
+        return None if self._allocation == "score" else out
+
+    def decide(self, task: WidthTask) -> WidthDecision:
+        """Which heads and channels stay.
+
+        Cost: that of the scores (see the member); with allocation=ecoflap two half passes per projection more.
+        """
+        handle, full = task.handle, sizes.full_shape(task.handle.config)
+        importance = None
+        selected = self._selected(task.slots, task.slots[-1].stop)
+        if self._allocation == "ecoflap":
+            from slm_exp.width.ecoflap import layer_importance
+
+            every = layer_importance(handle, task.tokens, self.ecoflap_samples, task.seed)
+            importance = [every[p] for p in selected]
+        shapes = self._plan_sizes(handle, task.slots, task.ratio, importance)
+
+        def choose(layer: int, scores: LayerScores) -> Kept | None:
+            return None if shapes is None else sizes.select(scores, shapes[layer])
+
+        found = self.scores(task, choose)
+        scores = found.layers
+        hidden = self._hidden(handle)
+        costs = sizes.costs_of(handle, hidden)
+        whole = sizes.costs_of(handle).size(full)
+        if shapes is None:
+            remove = task.ratio * whole * len(task.slots)
+            by_score = sizes.allocate_by_score({p: scores[p] for p in selected}, full, costs, self.heads, remove,
+                                               self.compare)
+            shapes = [by_score.get(p, full) for p in range(len(task.slots))]
+        kept = [sizes.select(s, shape) for s, shape in zip(scores, shapes, strict=True)]
+        return WidthDecision(self._describe(task, shapes, kept, costs, whole) | self.extras(task, kept, found))
+
+    @abstractmethod
+    def scores(self, task: WidthTask, choose: Choose) -> Scored:
+        """The scores of every layer's units, bottom to top.
+
+        `choose` says which units of a layer stay, where that is known before all layers have scores, for methods
+        that look at a layer's input after pruning the ones below.
+        """
+
+    def extras(self, task: WidthTask, kept: Sequence[Kept], found: Scored) -> dict[str, Any]:
+        """What else the decision needs to be carried out: `means`, `hidden`."""
+        return {}
+
+    def _describe(
+        self, task: WidthTask, shapes: Sequence[Shape], kept: Sequence[Kept], costs: Costs, whole: int
+    ) -> dict[str, Any]:
+        from slm_exp.width.surgery import pack_indices
+
+        config = task.handle.config
+        full, hidden = sizes.full_shape(config), self._hidden(task.handle)
+        reached = 1 - sum(costs.size(s) for s in shapes) / (whole * len(shapes))
+        uniform = len(set(shapes)) == 1 and sizes.legal(config, shapes[0], hidden)
+        asked = sum(self.ratios) / len(self.ratios) if self.ratios else task.ratio
+        change = ", ".join(
+            f"{name} {before} -> {_span(values)}"
+            for name, before, values in zip(("heads", "key-value heads", "channels"), full, zip(*shapes, strict=True),
+                                            strict=True)
+        )
+        notes = [f"width: {change}, snapped to legal sizes: {reached:.4f} of the decoder layers' parameters removed, "
+                 f"{asked:.4f} asked."]
+        if not uniform:
+            notes.append("width: layers have widths of their own, so the checkpoint brings its own code: load it with "
+                         "slm_exp, or with from_pretrained(..., trust_remote_code=True).")
+        return {
+            "method": self.name,
+            "ratio": asked,
+            "order": self.order,
+            "reached": reached,
+            "uniform": uniform,
+            "sizes": {
+                "heads": [s.heads for s in shapes], "kv_heads": [s.kv_heads for s in shapes],
+                "channels": [s.channels for s in shapes], "hidden": hidden,
+            },
+            "kept": {
+                "query_heads": [k.query for k in kept],
+                "kv_heads": [k.kv for k in kept],
+                "channels": [pack_indices(k.channels, full.channels) for k in kept],
+            },
+            "tokens": task.tokens.digest,
+            "notes": notes,
+        }
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}..{high}"
+
+
+def ecoflap_ratios(importance: Sequence[float], ratio: float) -> list[float]:
+    """Share to remove from each of equal layers: important ones lose less, none more than ratio + 0.1.
+
+    Every layer keeps that floor; the rest of what may stay is shared in proportion to importance, up to a whole
+    layer, and what a full layer cannot take goes to the others. Source: ECoFLaP, arXiv:2310.02998 (whose released
+    code adds such surplus to the wrong side).
+    """
+    n = len(importance)
+    floor = 1 - min(ratio + ECOFLAP_SLACK, 1.0)
+    keep = [floor] * n
+    rest = n * (1 - ratio - floor)
+    weights = [max(float(x), 0.0) for x in importance]
+    if not sum(weights):
+        weights = [1.0] * n
+    while rest > 1e-12:
+        room = [i for i in range(n) if keep[i] < 1 - 1e-12]
+        total = sum(weights[i] for i in room)
+        if not room:
+            break
+        given = 0.0
+        for i in room:
+            part = min(1 - keep[i], rest * (weights[i] / total if total else 1 / len(room)))
+            keep[i] += part
+            given += part
+        rest -= given
+    return [1 - k for k in keep]

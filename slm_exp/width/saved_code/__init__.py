@@ -1,0 +1,1 @@
+"""Code that is copied beside the weights of checkpoints that need it."""

@@ -1,0 +1,164 @@
+"""What every recovery promises. A new one is covered on arrival."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from slm_exp.cache.store import StageStore
+from slm_exp.errors import SlmError
+from slm_exp.merging.surgery import apply_plan
+from slm_exp.records import Stage
+from slm_exp.recovery.base import Healed, HealTask, Recovery, healed
+from slm_exp.registry import available
+from slm_exp.types import CalibrationTokens, MergePlan
+
+RECOVERIES = available("recovery")
+QUICK = {"n_samples": 10, "seq_len": 24, "cutoff_len": 24, "max_steps": 2, "batch_size": 4, "micro_batch_size": 2,
+         "data": "bundled", "warmup_steps": 1, "held_out": 2}  # fmt: skip
+PLAN = MergePlan(8, groups=((4, 6),), dropped=(2,), rule="top_layer")
+
+every_recovery = pytest.mark.parametrize("name", RECOVERIES)
+
+
+def quick(name: str, **fields: Any) -> Recovery:
+    """The member with as little work as its fields allow."""
+    kind = RECOVERIES[name]
+    known = {k: v for k, v in (QUICK | fields).items() if k in kind.__dataclass_fields__}
+    return kind(**known)  # type: ignore[return-value]
+
+
+@pytest.fixture
+def task(make_tiny: Any, tokens: CalibrationTokens, tmp_path: Path) -> HealTask:
+    dense = make_tiny()
+    compressed = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
+    return HealTask(compressed, dense, PLAN, tokens, tmp_path / "run")
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+def go(name: str, task: HealTask, folder: Path | None = None, **fields: Any) -> Any:
+    return healed(quick(name, **fields), task, Stage("recover", StageStore(folder)))
+
+
+@every_recovery
+def test_both_models_are_left_as_they_were(name: str, task: HealTask) -> None:
+    models = (task.dense.model, task.handle.model)
+    before = [weights(m) for m in models]
+    modules = [list(m.modules()) for m in models]
+    go(name, task)[0].model  # noqa: B018 - builds it
+    for model, tensors, parts in zip(models, before, modules, strict=True):
+        assert all(torch.equal(t, model.state_dict()[n]) for n, t in tensors.items())
+        assert list(model.modules()) == parts
+        assert not any(p.requires_grad for p in model.parameters())
+        assert all(p.grad is None for p in model.parameters())
+        assert all(not m._forward_hooks and not m._forward_pre_hooks and not m.training for m in model.modules())
+        assert all("forward" not in m.__dict__ for m in model.modules())
+
+
+@every_recovery
+def test_the_same_task_gives_the_same_model(name: str, task: HealTask, tmp_path: Path, make_tiny: Any) -> None:
+    one = go(name, task)[0]
+    dense = make_tiny()
+    handle = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
+    two = go(name, HealTask(handle, dense, PLAN, task.tokens, tmp_path / "again"))[0]
+    assert one.digest == two.digest
+    assert all(torch.equal(t, two.model.state_dict()[n]) for n, t in one.model.state_dict().items())
+
+
+@every_recovery
+def test_what_did_not_change_is_shared_and_what_did_is_told(name: str, task: HealTask) -> None:
+    found = quick(name).heal(task)
+    model, report = go(name, task)
+    before = dict(task.handle.model.named_parameters())
+    assert set(found.tensors) <= set(before)
+    for key, p in model.model.named_parameters():
+        assert (p is before[key]) == (key not in found.tensors)
+    assert json.loads(json.dumps(report)) == report
+    assert (model.digest != task.handle.digest) == bool(found.tensors)
+    assert ("recovery" in model.lineage) == bool(found.tensors)
+    assert model.n_params == task.handle.n_params
+
+
+@every_recovery
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_checkpoint_is_an_ordinary_one_and_ties_stay(
+    name: str, tied: bool, make_tiny: Any, tokens: CalibrationTokens, tmp_path: Path
+) -> None:
+    dense = make_tiny(tied=tied)
+    compressed = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
+    model, _ = go(name, HealTask(compressed, dense, PLAN, tokens, tmp_path / "run"))
+    assert (model.model.lm_head.weight is model.model.model.embed_tokens.weight) == tied
+    model.model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.model.state_dict().items())
+    ids = torch.as_tensor(tokens.tokens_NT).long()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model.model(ids).logits)
+
+
+@every_recovery
+def test_the_cache_gives_the_same_model_without_work(
+    name: str, task: HealTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, report = go(name, task, tmp_path / "cache")
+    if not quick(name).stored():
+        return
+    monkeypatch.setattr(RECOVERIES[name], "heal", lambda *a: pytest.fail("computed again"))
+    again, told = go(name, task, tmp_path / "cache")
+    assert (again.digest, told) == (first.digest, report)
+    assert all(torch.equal(t, again.model.state_dict()[n]) for n, t in first.model.state_dict().items())
+
+
+@every_recovery
+def test_half_precision_stays_half_precision(name: str, make_tiny: Any, tokens: Any, tmp_path: Path) -> None:
+    dense = make_tiny(dtype="bfloat16")
+    compressed = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
+    model, _ = go(name, HealTask(compressed, dense, PLAN, tokens, tmp_path / "run"))
+    assert {p.dtype for p in model.model.parameters()} == {torch.bfloat16}
+    assert all(p.isfinite().all() for p in model.model.parameters())
+
+
+@every_recovery
+def test_missing_data_is_refused_before_weights_load(name: str, make_tiny: Any, tmp_path: Path) -> None:
+    if "path" not in RECOVERIES[name].__dataclass_fields__:
+        return
+    dense = make_tiny()
+    with pytest.raises(SlmError, match=r"recovery\.path = .*nowhere.jsonl"):
+        quick(name, data="jsonl", path=str(tmp_path / "nowhere.jsonl")).check_data(dense)
+    assert not dense.loaded
+
+
+@every_recovery
+def test_identity_is_json_without_places(name: str, tmp_path: Path) -> None:
+    recovery = quick(name)
+    if "path" in RECOVERIES[name].__dataclass_fields__:
+        np.save(tmp_path / "t.npy", np.zeros((4, 8), dtype="int32"))
+        (tmp_path / "t.jsonl").write_text('{"text": "words"}\n')
+        recovery = quick(name, data="jsonl", path=str(tmp_path / "t.jsonl"))
+    text = json.dumps(recovery.identity())
+    assert name in text
+    assert str(tmp_path) not in text
+
+
+@every_recovery
+def test_documented(name: str) -> None:
+    assert inspect.getdoc(RECOVERIES[name])
+    assert Path(inspect.getfile(RECOVERIES[name])).stem == name
+
+
+def test_what_is_stored_survives_the_disk(tmp_path: Path) -> None:
+    Healed({"a.b": torch.arange(6.0).view(2, 3).T}, {"steps": 3}).save(tmp_path)
+    again = Healed.load(tmp_path)
+    assert torch.equal(again.tensors["a.b"], torch.arange(6.0).view(2, 3).T)
+    assert again.report == {"steps": 3}

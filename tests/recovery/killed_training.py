@@ -1,0 +1,44 @@
+"""A training that kills itself: `python killed_training.py FOLDER STEP` (0: it lives). Prints the report as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from slm_exp.merging.surgery import apply_plan
+from slm_exp.models.tiny import Tiny
+from slm_exp.recovery.base import HealTask
+from slm_exp.registry import available
+from slm_exp.types import CalibrationTokens, MergePlan
+
+
+class Killer:
+    """A tracker that ends the process in the middle of a step's report."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def log(self, section: dict) -> None:
+        if section["recovery"]["step"] == self.step and "loss" in section["recovery"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder: str, step: str) -> None:
+    dense = Tiny(layers=3).open(torch.device("cpu"), Path("unused"))
+    plan = MergePlan(3, dropped=(1,))
+    ids = torch.zeros(1, 2, dtype=torch.int32).numpy()
+    tokens = CalibrationTokens(ids, "none")
+    task = HealTask(apply_plan(dense, plan), dense, plan, tokens, Path(folder), Killer(int(step)))  # type: ignore[arg-type]
+    recovery = available("recovery")["lora"](data="bundled", seq_len=32, max_steps=8, batch_size=4, micro_batch_size=2,
+                                             warmup_steps=2, checkpoint_every=2, held_out=4, lr=1e-2)
+    found = recovery.heal(task)  # type: ignore[attr-defined]
+    print(json.dumps({k: v for k, v in found.report.items() if k != "seconds"}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

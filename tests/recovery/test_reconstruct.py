@@ -1,0 +1,195 @@
+"""The closed-form refit: exact where it can be, never worse on tokens held out, and only where something was cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from slm_exp.errors import ConfigError, DataError
+from slm_exp.merging.surgery import apply_plan
+from slm_exp.recovery.base import HealTask, with_tensors
+from slm_exp.recovery.reconstruct import Reconstruct
+from slm_exp.recovery.regression import Moments, ridge_step
+from slm_exp.recovery.streams import beside_cuts, stream_scales
+from slm_exp.registry import available
+from slm_exp.types import CalibrationTokens, MergePlan
+
+PLANS = {
+    "merged": MergePlan(8, groups=((2, 4), (5, 7)), rule="top_layer"),
+    "removed": MergePlan(8, dropped=(3, 4)),
+    "the lowest removed": MergePlan(8, dropped=(0, 1)),
+    "the top removed": MergePlan(8, dropped=(7,)),
+    "halves": MergePlan(8, sublayers=({"layer": 2, "kind": "mlp"}, {"layer": 5, "kind": "attention"})),
+    "compensated": MergePlan(8, dropped=(3, 4), compensation={"kind": "magnitude",
+                                                              "cuts": [{"start": 3, "stop": 5, "alpha": 1.3}]}),
+}
+
+
+@pytest.fixture
+def ids_file(tmp_path: Path) -> str:
+    np.save(tmp_path / "fit.npy", np.random.default_rng(1).integers(0, 256, (20, 24)))
+    return str(tmp_path / "fit.npy")
+
+
+@pytest.fixture
+def heal(make_tiny: Any, tokens: CalibrationTokens, tmp_path: Path) -> Any:
+    def go(recovery: Reconstruct, plan: MergePlan, dense: Any = None) -> Any:
+        dense = dense or make_tiny()
+        rule = available("merge_rule")["top_layer"]()
+        task = HealTask(apply_plan(dense, plan, rule), dense, plan, tokens, tmp_path)
+        found = recovery.heal(task)
+        return task, found, with_tensors(task.handle, found, {"recovery": recovery.identity()})
+
+    return go
+
+
+def last_state(handle: Any) -> torch.Tensor:
+    ids = torch.from_numpy(np.random.default_rng(9).integers(0, 256, (16, 24)))
+    with torch.no_grad():
+        return handle.model.model(ids, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_healed_model_is_nearer_to_the_dense_one_on_unseen_tokens(name: str, heal: Any, ids_file: str) -> None:
+    task, found, healed = heal(Reconstruct(path=ids_file), PLANS[name])
+    dense = last_state(task.dense)
+    off = [float((last_state(h) - dense).norm()) for h in (task.handle, healed)]
+    assert off[1] < off[0]
+    for step in found.report["layers"]:
+        assert step["errors"] == sorted(step["errors"], reverse=True)
+
+
+def test_only_output_projections_beside_cuts_change(heal: Any, ids_file: str) -> None:
+    task, found, healed = heal(Reconstruct(path=ids_file), PLANS["merged"])
+    names = {f"model.layers.{i}.{p}.weight" for i in (2, 4) for p in ("mlp.down_proj", "self_attn.o_proj")}
+    assert set(found.tensors) == names
+    before = dict(task.handle.model.named_parameters())
+    for name, p in healed.model.named_parameters():
+        assert (p is before[name]) == (name not in names)
+    _, found, _ = heal(Reconstruct(path=ids_file, attention=False), PLANS["merged"])
+    assert set(found.tensors) == {n for n in names if "mlp" in n}
+
+
+def test_a_plan_that_cuts_nothing_changes_nothing(heal: Any, ids_file: str) -> None:
+    task, found, healed = heal(Reconstruct(path=ids_file), MergePlan(8))
+    assert not found.tensors
+    assert healed is task.handle
+
+
+def test_a_removed_half_stays_removed(heal: Any, ids_file: str) -> None:
+    _, found, healed = heal(Reconstruct(path=ids_file), PLANS["halves"])
+    assert set(found.tensors) == {"model.layers.2.self_attn.o_proj.weight", "model.layers.5.mlp.down_proj.weight"}
+    assert not healed.model.model.layers[2].mlp.down_proj.weight.any()
+
+
+def test_biases_are_refitted_where_a_layer_has_them(heal: Any, ids_file: str, make_tiny: Any) -> None:
+    dense = make_tiny()
+    for layer in dense.layers:
+        layer.mlp.down_proj.bias = torch.nn.Parameter(0.1 * torch.randn(32), requires_grad=False)
+    _, found, _ = heal(Reconstruct(path=ids_file, attention=False, passes=1), PLANS["removed"], dense)
+    assert set(found.tensors) == {"model.layers.2.mlp.down_proj.weight", "model.layers.2.mlp.down_proj.bias"}
+
+
+def test_removing_a_layer_that_did_nothing_changes_nothing(heal: Any, ids_file: str, make_tiny: Any) -> None:
+    dense = make_tiny(layers=4)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        dense.layers[2].get_submodule(name).weight.data.zero_()
+    _, found, _ = heal(Reconstruct(path=ids_file), MergePlan(4, dropped=(2,)), dense)
+    assert max(found.report["layers"][0]["errors"]) < 1e-10
+
+
+def test_layers_beside_cuts_and_the_streams_behind_them() -> None:
+    assert {name: beside_cuts(plan, "cuts") for name, plan in PLANS.items()} == {
+        "merged": [2, 4], "removed": [2], "the lowest removed": [0], "the top removed": [6], "halves": [2, 5],
+        "compensated": [2]}
+    assert beside_cuts(PLANS["merged"], "all") == [2, 3, 4, 5]
+    assert beside_cuts(MergePlan(8), "all") == []
+    narrowed = MergePlan(8, width={"method": "flap"})
+    assert beside_cuts(narrowed, "cuts") == [*range(8)]
+    assert stream_scales(PLANS["compensated"]) == pytest.approx([1, 1, 1 / 1.3, 1 / 1.3, 1 / 1.3, 1 / 1.3])
+
+
+def test_ridge_regression_from_batches_is_that_of_all_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, r = torch.randn(90, 6, generator=generator), torch.randn(90, 3, generator=generator)
+    w = torch.rand(90, generator=generator)
+    fit, held = Moments.empty(6, 3, torch.device("cpu")), Moments.empty(6, 3, torch.device("cpu"))
+    for rows in torch.arange(60).split(7):
+        fit.add(x[rows], r[rows], w[rows])
+    r[60:] = x[60:] @ torch.linalg.lstsq(x[:60], r[:60]).solution  # so that a change helps
+    held.add(x[60:], r[60:], w[60:])
+    found = ridge_step(fit, held, [0.01])
+    assert found is not None
+    change, _, error = found
+    a = (x[:60] * w[:60, None]).double().T @ x[:60].double()
+    a += 0.01 * a.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(change, torch.linalg.solve(a, (x[:60] * w[:60, None]).double().T @ r[:60].double()),
+                               rtol=1e-5, atol=1e-6)
+    left = (r[60:].double() - x[60:].double() @ change).square().sum(1) @ w[60:].double()
+    assert error == pytest.approx(float(left), rel=1e-6)
+
+
+def test_no_change_where_none_helps_on_the_tokens_held_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    fit, held = Moments.empty(6, 3, torch.device("cpu")), Moments.empty(6, 3, torch.device("cpu"))
+    x, r = torch.randn(8, 6, generator=generator), torch.randn(8, 3, generator=generator)
+    fit.add(x, r, torch.ones(8))
+    held.add(x, -r, torch.ones(8))
+    assert ridge_step(fit, held, [1e-3, 1.0]) is None
+
+
+def test_the_fit_shares_no_document_with_the_plan(make_tiny: Any, tmp_path: Path) -> None:
+    dense, plan = make_tiny(), PLANS["removed"]
+    tokens = available("calibration")["bundled"](n_samples=4, seq_len=32).draw(dense, 0)
+    task = HealTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path)
+    drawn = Reconstruct(n_samples=8, seq_len=32).draw(task)
+    assert drawn.tokens_NT.shape == (8, 32)
+    documents = [{name.rpartition("@")[0] for name in t.sample_ids} for t in (tokens, drawn)]
+    assert not documents[0] & documents[1]
+    assert Reconstruct(n_samples=8, seq_len=32).draw(task).digest == drawn.digest
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"n_samples": 1}, "recovery.n_samples = 1; expected a whole number >= 2"),
+    ({"passes": 0}, "recovery.passes = 0; expected"),
+    ({"ridges": []}, "recovery.ridges = "),
+    ({"layers": "some"}, "recovery.layers = some; expected one of all, cuts"),
+    ({"weighting": "relativ"}, "Did you mean relative"),
+])  # fmt: skip
+def test_bad_settings_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Reconstruct(**fields)
+
+
+def test_bad_data_is_refused_before_weights_load(make_tiny: Any, tmp_path: Path) -> None:
+    dense = make_tiny()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"words": "too few"}\n')
+    for fields, error, message in (
+        ({"path": str(tmp_path / "none.npy")}, ConfigError, "recovery.path = .*none.npy; expected an existing"),
+        ({"path": str(tmp_path / "none.jsonl")}, ConfigError, "no such file"),
+        ({"path": str(rows)}, DataError, "no field 'text'; it has words"),
+        ({"n_samples": 5000}, DataError, "Lower recovery.n_samples or recovery.seq_len"),
+    ):
+        with pytest.raises(error, match=message):
+            Reconstruct(**fields).check_data(dense)
+    assert not dense.loaded
+
+
+@pytest.mark.slow
+def test_real_weights_recover_more_than_in_the_first_trial(smol_handle: Any, shared_data: Path, tmp_path: Path) -> None:
+    """Perplexity of wt2test_24x256 with 3 layers merged: 55.0 before, 46.0 in the trial."""
+    plan = MergePlan(30, groups=((14, 16), (25, 28)), rule="top_layer")
+    rule = available("merge_rule")["top_layer"]()
+    trial = shared_data / "trial"
+    tokens = available("calibration")["tokens"](path=str(trial / "wt2valid_10x128.npy")).draw(smol_handle, 0)
+    task = HealTask(apply_plan(smol_handle, plan, rule), smol_handle, plan, tokens, tmp_path)
+    found = Reconstruct(path=str(trial / "wt2valid_24x256.npy")).heal(task)
+    from slm_exp.evaluation.perplexity import perplexity
+
+    ids = np.load(trial / "wt2test_24x256.npy").astype("int64")
+    assert perplexity(with_tensors(task.handle, found, {"recovery": {}}).model, ids, 8, "wt2test") < 46.0

@@ -1,0 +1,69 @@
+"""A run with a recovery: its record, its stage in the cache, its run_id, its refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slm_exp import pipeline
+from slm_exp.door import compose_run
+from slm_exp.errors import ConfigError
+
+QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=4",
+         "calibration.seq_len=32", "method=first", "method.target_layers=6", "save_model=false"]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    def go(*overrides: str, folder: str = "run") -> dict[str, Any]:
+        cfg = compose_run([*QUICK, f"cache.dir={tmp_path / 'cache'}", *overrides])
+        return pipeline.run(cfg, tmp_path / folder, overrides)
+
+    return go
+
+
+def stage(record: dict[str, Any]) -> dict[str, Any]:
+    return next(s for s in record["stages"] if s["name"] == "recover")
+
+
+def test_the_record_tells_the_refit_and_the_cache_keeps_it(run: Any) -> None:
+    refit = ["recovery=reconstruct", "recovery.n_samples=10", "recovery.seq_len=32"]
+    first = run(*refit)
+    assert not stage(first)["cached"]
+    about = first["recovery"]
+    assert about["tokens"]["shape"] == [10, 32]
+    assert about["tokens"]["digest"] != first["calibration"]["digest"]
+    assert [step["layer"] for step in about["layers"]] == [0]
+    again = run(*refit, "tracking=none", folder="again")
+    assert stage(again)["cached"]
+    assert again["recovery"] == about
+    other = run(*refit, "seed=1", folder="other")
+    assert not stage(other)["cached"]
+    assert len({r["run_id"] for r in (first, other, run(folder="plain"))}) == 3
+
+
+def test_the_contents_of_the_fit_decide_the_run_id_and_its_place_does_not(tmp_path: Path) -> None:
+    ids = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(seed).integers(0, 256, (8, 16)))
+        cfg = compose_run([*QUICK, "recovery=reconstruct", f"recovery.path={tmp_path / name}.npy"])
+        ids.append(cfg.run_id)
+    assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize("name", ["reconstruct", "feature_distill"])
+def test_streams_of_another_size_are_refused(name: str) -> None:
+    extra = ["recovery.data=bundled"] if name != "reconstruct" else []
+    with pytest.raises(ConfigError, match=rf"width\.hidden_size = 24; expected null with recovery={name}"):
+        compose_run([*QUICK, "width=minitron", "width.ratio=0.2", "width.hidden_size=24", f"recovery={name}", *extra])
+
+
+def test_a_narrowed_model_is_refitted_in_every_layer(run: Any) -> None:
+    record = run("recovery=reconstruct", "recovery.n_samples=10", "recovery.seq_len=32", "width=magnitude",
+                 "width.ratio=0.25")
+    steps = record["recovery"]["layers"]
+    assert [step["layer"] for step in steps] == [*range(6)]
+    assert all(step["errors"][-1] <= step["errors"][0] for step in steps)

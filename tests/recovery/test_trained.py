@@ -1,0 +1,242 @@
+"""Recoveries by training: the right loss, the right tensors, and a kill that costs nothing but time."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slm_exp.errors import ConfigError, DataError
+from slm_exp.merging.surgery import apply_plan
+from slm_exp.recovery.base import HealTask, replaced, with_tensors
+from slm_exp.recovery.distill import divergence
+from slm_exp.recovery.examples import IGNORED, checked, left_padded, make_examples, packed, read_rows
+from slm_exp.registry import available
+from slm_exp.types import CalibrationTokens, MergePlan
+
+QUICK: dict[str, Any] = {"data": "bundled", "seq_len": 32, "max_steps": 6, "batch_size": 4, "micro_batch_size": 2,
+                         "warmup_steps": 1, "checkpoint_every": 3, "held_out": 8}  # fmt: skip
+TRAINED = ("lora", "full", "distill", "feature_distill")
+
+
+@pytest.fixture
+def task(make_tiny: Any, tokens: CalibrationTokens, tmp_path: Path) -> HealTask:
+    dense, plan = make_tiny(layers=4), MergePlan(4, dropped=(2,))
+    return HealTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path / "run")
+
+
+def make(name: str, **fields: Any) -> Any:
+    return available("recovery")[name](**QUICK | fields)
+
+
+@pytest.mark.parametrize(("name", "lr"), [("lora", 1e-2), ("full", 1e-3), ("distill", 1e-4), ("feature_distill", 1e-3)])
+def test_training_lowers_the_held_out_loss(name: str, lr: float, task: HealTask) -> None:
+    found = make(name, max_steps=8, lr=lr, checkpoint_every=4).heal(task)
+    losses = [loss for _, loss in found.report["held_out_loss"]]
+    assert min(losses[1:]) < losses[0]
+    assert len(found.report["loss"]) == found.report["steps"] == 8
+    assert found.report["examples"]["held_out"] == 8
+    assert not (task.folder / "recovery").exists() or not any((task.folder / "recovery").iterdir())
+
+
+def test_what_each_trains(task: HealTask) -> None:
+    everything = set(dict(task.handle.model.named_parameters()))
+    projections = {f"model.layers.{i}.{p}.weight" for i in range(3) for p in task.handle.layout.projections}
+    beside = {name for name in everything if name.startswith("model.layers.1.")}
+    wanted = {"lora": projections, "full": everything, "distill": everything, "feature_distill": beside}
+    assert {name: set(make(name, max_steps=1).heal(task).tensors) for name in TRAINED} == wanted
+
+
+def test_an_adapter_merged_is_the_adapter_run(task: HealTask) -> None:
+    from peft import PeftModel
+
+    recovery = make("lora", lr=1e-2)
+    found = recovery.heal(task)
+    merged = with_tensors(task.handle, found, {"recovery": recovery.identity()}).model
+    adapted = PeftModel.from_pretrained(replaced(task.handle.model, {}), str(task.folder / "lora")).eval()
+    ids = torch.as_tensor(task.tokens.tokens_NT).long()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(merged(ids).logits, task.handle.model(ids).logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("part", [3, 8, 100])
+@pytest.mark.parametrize(("ce", "temperature"), [(0.0, 1.0), (0.5, 1.0), (0.3, 2.0)])
+def test_the_divergence_in_parts_is_that_of_whole_logits(part: int, ce: float, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    h, w, t, v = (torch.randn(n, d, generator=generator) for n, d in ((5, 4), (20, 4), (5, 6), (20, 6)))
+    labels = torch.randint(0, 20, (5,), generator=generator)
+    h.requires_grad_(True)
+    w.requires_grad_(True)
+    own, theirs = h @ w.T, t @ v.T
+    kl = torch.nn.functional.kl_div((own / temperature).log_softmax(1), (theirs / temperature).log_softmax(1),
+                                    log_target=True, reduction="batchmean")
+    wanted = kl + ce * torch.nn.functional.cross_entropy(own, labels)
+    grads = torch.autograd.grad(3 * wanted, (h, w))
+    found = divergence().apply(h, w, t, v, labels, ce, temperature, part)
+    torch.testing.assert_close(found, wanted)
+    for ours, theirs_ in zip(torch.autograd.grad(3 * found, (h, w)), grads, strict=True):
+        torch.testing.assert_close(ours, theirs_)
+
+
+def test_features_of_a_model_that_lost_nothing_are_the_dense_ones(make_tiny: Any, tokens: Any, tmp_path: Path) -> None:
+    dense = make_tiny(layers=4)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        dense.layers[2].get_submodule(name).weight.data.zero_()
+    plan = MergePlan(4, dropped=(2,))
+    task = HealTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path)
+    recovery = make("feature_distill")
+    ids = torch.as_tensor(tokens.tokens_NT).long()
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    student = recovery.student(task)
+    assert float(recovery.loss(task, student, batch)) < 1e-9
+    dense.layers[2].mlp.down_proj.weight.data.normal_()
+    loss = recovery.loss(task, student, batch)
+    assert float(loss) > 1e-3
+    loss.backward()
+    assert {n for n, p in student.named_parameters() if p.grad is not None} == {
+        n for n, _ in student.named_parameters() if n.startswith("model.layers.1.")}
+
+
+def test_a_killed_training_goes_on_to_the_same_loss_curve(tmp_path: Path) -> None:
+    script = str(Path(__file__).with_name("killed_training.py"))
+
+    def go(folder: str, step: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, script, str(tmp_path / folder), str(step)], capture_output=True,
+                              text=True, check=False)
+
+    whole = go("whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    killed = go("killed", 5)
+    assert killed.returncode == -signal.SIGKILL
+    assert list((tmp_path / "killed" / "recovery").glob("*/checkpoint-4"))
+    again = go("killed", 0)
+    assert again.returncode == 0, again.stderr
+    reports = [json.loads(ran.stdout.splitlines()[-1]) for ran in (whole, again)]
+    assert reports[0] == reports[1]  # every loss, and the digest of the trained tensors
+
+
+def test_the_tracker_hears_of_loss_and_learning_rate(task: HealTask) -> None:
+    heard: list[dict[str, Any]] = []
+
+    class Ear:
+        def log(self, section: dict[str, Any]) -> None:
+            heard.append(section["recovery"])
+
+    import dataclasses
+
+    make("lora").heal(dataclasses.replace(task, track=Ear()))
+    steps = [h for h in heard if "loss" in h]
+    assert [h["step"] for h in steps] == [1, 2, 3, 4, 5, 6]
+    assert all({"loss", "lr", "step"} <= set(h) for h in steps)
+    assert any("held_out_loss" in h for h in heard)
+
+
+def test_the_clock_ends_a_training_and_keeps_it_out_of_the_cache(task: HealTask) -> None:
+    recovery = make("full", max_steps=1000, max_minutes=1e-6)
+    assert not recovery.stored()
+    found = recovery.heal(task)
+    assert found.report["steps"] == 1
+    assert found.tensors
+
+
+def test_instructions_by_the_template_with_the_prompt_masked(make_tiny: Any) -> None:
+    tokenizer = make_tiny().tokenizer
+    rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Go.", "output": "Gone."}]
+    found = make_examples([checked(row, "row") for row in rows], tokenizer, 1000, 0, 0)
+    texts = {tokenizer.decode(e["input_ids"]): tokenizer.decode([t for t in e["labels"] if t != IGNORED])
+             for e in found.train}
+    assert set(texts.values()) == {"3</s>", "Gone.</s>"}
+    with_input = next(t for t, answer in texts.items() if answer == "3</s>")
+    assert with_input.endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3</s>")
+    assert "paired with an input" in with_input
+    assert "### Input" not in next(t for t in texts if t != with_input)
+
+
+def test_examples_without_a_token_to_learn_are_dropped_and_counted(make_tiny: Any) -> None:
+    tokenizer = make_tiny().tokenizer
+    rows = [{"instruction": "x" * n, "output": "answer"} for n in (1, 2, 3, 500)]
+    found = make_examples(rows, tokenizer, 200, 1, 0)
+    assert (len(found.train), len(found.held_out), found.dropped) == (3, 0, 1)
+    with pytest.raises(DataError, match=r"0 examples .* raise it for long prompts"):
+        make_examples(rows, tokenizer, 50, 1, 0)
+
+
+def test_prose_is_packed_and_short_rows_are_filled_on_the_left(make_tiny: Any) -> None:
+    windows = packed(["abc", "defg", "h"], make_tiny().tokenizer, 4)
+    assert [w["input_ids"] for w in windows] == [[97, 98, 99, 257], [100, 101, 102, 103]] or len(windows) == 2
+    batch = left_padded([{"input_ids": [1, 2], "labels": [IGNORED, 2]}, {"input_ids": [3] * 9, "labels": [3] * 9}], 7)
+    assert batch["input_ids"].shape == (2, 16)
+    assert batch["input_ids"][0].tolist() == [7] * 14 + [1, 2]
+    assert batch["labels"][0].tolist() == [IGNORED] * 15 + [2]
+    assert batch["attention_mask"].sum(1).tolist() == [2, 9]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"instruction": "a", "outptu": "b"}', r"row 1: field 'output' is absent.*Did you mean outptu"),
+    ('{"text": 3}', "field 'text' is a int"),
+    ('[1, 2]', "row 1: a JSON int"),
+    ('{"text": "a"', "not readable as JSON lines"),
+])  # fmt: skip
+def test_rows_without_the_needed_fields_are_refused(
+    text: str, message: str, make_tiny: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text + "\n")
+    dense = make_tiny()
+    with pytest.raises(DataError, match=message):
+        make("lora", data="jsonl", path=str(file)).check_data(dense)
+    assert not dense.loaded
+
+
+def test_lists_lines_and_gzip_are_read_alike(make_tiny: Any, tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "input": "", "output": "b"}, {"instruction": "c", "output": ""}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.jsonl").write_text(lines)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    found = [read_rows("jsonl", str(file), make_tiny()) for file in sorted(tmp_path.iterdir())]
+    assert found[0] == found[1] == found[2] == [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": ""}]
+
+
+def test_the_hub_offline_is_refused_before_weights_load(make_tiny: Any) -> None:
+    dense = make_tiny()
+    for fields, message in (({"data": "hub"}, r"recovery\.path = yahma/alpaca-cleaned: not in the local"),
+                            ({"data": "hub", "path": "a/b"}, "expected OWNER/NAME:FILE")):
+        with pytest.raises((DataError, ConfigError), match=message):
+            make("lora", **fields).check_data(dense)
+    assert not dense.loaded
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"data": "hib"}, "recovery.data = hib; expected one of bundled, hub, jsonl"),
+    ({"data": "jsonl"}, "recovery.path = None; expected a file"),
+    ({"path": "x.jsonl"}, "null with recovery.data=bundled"),
+    ({"batch_size": 5}, "recovery.batch_size = 5; expected a multiple of recovery.micro_batch_size = 2"),
+    ({"lr": 0}, "recovery.lr = 0; expected a number > 0"),
+    ({"max_steps": 0}, "recovery.max_steps = 0; expected null or a number > 0"),
+    ({"dropout": 1.0}, "recovery.dropout = 1.0; expected a share"),
+])  # fmt: skip
+def test_bad_settings_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make("lora", **fields)
+
+
+def test_the_papers_recipe_is_the_default() -> None:
+    lora = available("recovery")["lora"]()
+    assert (lora.r, lora.alpha, lora.dropout, lora.lr, lora.epochs) == (8, 16.0, 0.05, 1e-4, 2.0)  # type: ignore[attr-defined]
+    assert (lora.batch_size, lora.seq_len, lora.warmup_steps) == (64, 256, 100)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradient_checkpointing_changes_no_loss(name: str, task: HealTask) -> None:
+    plain, saving = (make(name, gradient_checkpointing=on, max_steps=2).heal(task).report["loss"]
+                     for on in (False, True))
+    assert [loss for _, loss in saving] == pytest.approx([loss for _, loss in plain], rel=1e-5)

@@ -1,0 +1,152 @@
+"""Settings of width pruning: what is refused, how a target is shared, and whole runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from slm_exp import pipeline
+from slm_exp.door import compose_run
+from slm_exp.errors import ConfigError
+from slm_exp.methods.slm import SLM
+from slm_exp.registry import available
+from slm_exp.width.sizes import Costs, Shape, allocate_by_score, attention_shapes, fit, full_shape, legal
+
+QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=2",
+         "calibration.seq_len=32", "method.threshold=0.5"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["width=flap", "width.ratio=1.5"], "width.ratio = 1.5; expected null or a share"),
+        (["width=flap", "width.order=between"], "width.order = between; expected one of after, before"),
+        (["width=flap", "width.layers=[2,5]"], "width.layers = .2, 5.; expected null with width.uniform=true"),
+        (["width=flap", "width.uniform=false", "width.layers=[5,2]"], "two layer numbers"),
+        (["width=flap", "width.uniform=false", "width.order=before"], "Merging needs layers of one shape"),
+        (["width=flap", "width.ratio=0.2", "width.share=0.5"], "set at most one of width.ratio, width.share"),
+        (["width=flap", "width.share=0.5"], "a part of method.target_ratio, which is not set"),
+        (["width=magnitude", "width.norm=3"], "width.norm = 3; expected 1 or 2"),
+        (["width=llm_pruner", "width.taylor=param_frist"], "Did you mean param_first"),
+        (["width=none", "width.order=before"], "width.order = before; expected after with width=none"),
+        (["width=wanda"], "width = wanda; expected one of .*wanda_sp"),
+        (["width=minitron", "width.uniform=false", "width.hidden_size=64"], "width.hidden_size = 64"),
+    ],
+)
+def test_bad_settings_are_refused_while_composing(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_run([*QUICK, *overrides])
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_biases_that_no_config_carries_are_refused_by_name(family, make_tiny):
+    handle = make_tiny(family)
+    wanted = "mlp_bias .* mlp.down_proj" if family == "qwen3" else "attention_bias .* self_attn.o_proj"
+    with pytest.raises(ConfigError, match=f"{family} has no {wanted}.* width.compensate=false"):
+        available("width")["flap"]().check_model(handle, SLM())
+    available("width")["flap"](compensate=False).check_model(handle, SLM())
+    assert not handle.loaded
+
+
+def test_sizes_of_smollm2():
+    """9 heads in 3 groups of head_dim 64, hidden 576, 1536 channels: what ratio 0.2 snaps to, by hand."""
+    full = Shape(9, 3, 1536)
+    costs = Costs(query=2 * 64 * 576, kv=2 * 64 * 576, channel=3 * 576, fixed=2 * 576)
+    whole = costs.size(full)
+    assert whole == 3_540_096
+    groups = attention_shapes(full, "kv_groups")
+    assert groups == [(3, 1), (6, 2), (9, 3)]
+    assert attention_shapes(full, "within_groups") == [(3, 3), (6, 3), (9, 3)]
+    shape = fit(full, costs, 0.8 * costs.attention(9, 3), 0.8 * whole, groups)
+    assert shape == Shape(6, 2, 1296)
+    assert 1 - costs.size(shape) / whole == pytest.approx(0.20045, abs=1e-5)
+
+
+def test_llama_wants_heads_that_divide_its_hidden_size():
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=8, intermediate_size=64)
+    full = full_shape(config)
+    assert [h for h, k in attention_shapes(full, "kv_groups") if legal(config, Shape(h, k, 64))] == [1, 2, 4, 8]
+
+
+def test_score_allocation_takes_the_lowest_wherever_they_are():
+    import torch
+
+    from slm_exp.width.sizes import LayerScores
+
+    def layer(level):
+        return LayerScores(torch.full((4,), 10.0 * level), torch.zeros(2), torch.arange(64.0) + 100 * level)
+
+    full, costs = Shape(4, 2, 64), Costs(query=100, kv=100, channel=10, fixed=0)
+    got = allocate_by_score({0: layer(1.0), 1: layer(5.0)}, full, costs, "kv_groups", 320, "per_parameter")
+    assert got == {0: Shape(2, 1, 64), 1: Shape(4, 2, 64)}, "a group of layer 0 scores .067 a parameter"
+    as_given = allocate_by_score({0: layer(1.0), 1: layer(50.0)}, full, costs, "kv_groups", 460, "as_given")
+    assert as_given[1] == full
+    assert as_given[0] == Shape(2, 1, 48)
+    least = allocate_by_score({0: layer(1.0), 1: layer(5.0)}, full, costs, "kv_groups", 10**6, "standardised")
+    assert set(least.values()) == {Shape(2, 1, 8)}, "one group and one block stay"
+
+
+@pytest.fixture
+def run(tmp_path):
+    def go(*overrides: str, folder: str = "run") -> dict:
+        cfg = compose_run([*QUICK, f"cache.dir={tmp_path / 'cache'}", *overrides])
+        cfg.save_model = False
+        return pipeline.run(cfg, tmp_path / folder, overrides)
+
+    return go
+
+
+@pytest.mark.parametrize("order", ["after", "before"])
+def test_width_and_depth_in_one_run(run, order, tmp_path):
+    overrides = ("method.threshold=0.9", "width=wanda_sp", "width.ratio=0.3", f"width.order={order}")
+    record = run(*overrides)
+    plan = record["plan"]
+    assert plan["width"]["order"] == order
+    assert plan["width"]["method"] == "wanda_sp"
+    n_layers = 8 if order == "before" else record["layers"]["after"]
+    assert len(plan["width"]["sizes"]["channels"]) == n_layers
+    assert json.loads((tmp_path / "run" / "plan.json").read_text()) == plan
+    names = [s["name"] for s in record["stages"]]
+    assert (names.index("width") < names.index("plan")) == (order == "before")
+    assert any("of the decoder layers' parameters removed, 0.3000 asked" in w for w in record["warnings"])
+    again = run(*overrides, folder="again")
+    assert {s["name"] for s in again["stages"] if s["cached"]} >= {"width", "plan", "evaluate"}
+    assert again["plan"] == plan
+    replayed = run("method=from_plan", "method.threshold=null", f"method.path={tmp_path / 'run'}", folder="replay")
+    assert replayed["params"]["after"] == record["params"]["after"]
+    assert replayed["plan"]["final_score"] == pytest.approx(plan["final_score"], abs=1e-6)
+    assert plan["final_score"] < 0.999
+
+
+def test_two_widths_are_refused(run, tmp_path):
+    run("width=random")
+    with pytest.raises(ConfigError, match="has width pruning already"):
+        run("width=random", "method=from_plan", "method.threshold=null", f"method.path={tmp_path / 'run'}", folder="no")
+
+
+@pytest.mark.parametrize("order", ["after", "before"])
+def test_a_target_is_shared_out(run, order):
+    record = run("method.threshold=null", "method.target_ratio=0.4", "width=magnitude", "width.share=0.5",
+                 f"width.order={order}", "model.hidden=64", "model.heads=8", "model.kv_heads=4")  # fmt: skip
+    assert record["layers"]["after"] < 8
+    assert record["plan"]["width"]["ratio"] > 0.1
+    step = 0.12 if order == "before" else 0.02  # whoever comes second meets the rest: layers in steps of a layer
+    assert record["params"]["ratio_removed"] == pytest.approx(0.4, abs=step)
+
+
+def test_a_run_end_to_end(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", "slm_exp", *QUICK, "width=magnitude", "width.ratio=0.2", "method.threshold=0.9",
+         f"cache.dir={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'run'}"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["plan"]["width"]["ratio"] == 0.2
+    about = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert about["intermediate_size"] == record["plan"]["width"]["sizes"]["channels"][0] < 64
