@@ -2,9 +2,9 @@
 
     python benchmarks/methods.py --tokens wt2valid_10x128.npy --perplexity wt2test_24x256.npy
 
-Three multiruns (depth methods, sublayer methods, width pruners) with the folder `outputs/multirun/methods`; the same
-command goes on where it was stopped. The table is written between the two markers of docs/methods.md, from records.
-`--table-only` writes it from what is there.
+Multiruns (depth methods, sublayer methods, merging instead of removing, compensation, width pruners) in
+`outputs/multirun/methods`; the same command goes on where it was stopped. The table is written between the two
+markers of docs/methods.md, from records. `--table-only` writes it from what is there.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from slm_exp.errors import CheckpointError
 from slm_exp.files import honour_umask, write_json, write_text
 from slm_exp.models.hf import save_tokenizer
 from slm_exp.reload import tensor_digests
+from slm_exp.width.layerwise import has_own_code
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -64,6 +65,8 @@ def save_checkpoint(
         model = compressed.model
         with _savable(model.generation_config):
             model.save_pretrained(tmp, max_shard_size=max_shard_size)
+        if not has_own_code(compressed.config):
+            _name_no_code(tmp / "config.json")
         if compressed.tokenizer is not None:
             save_tokenizer(compressed.tokenizer, tmp)
         plan.save(tmp)
@@ -146,7 +149,7 @@ def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "exact": exact,
-        "own_code": bool(getattr(compressed.config, "layer_widths", None)),
+        "own_code": has_own_code(compressed.config),
         "tolerance": 1e-5 if exact else (1e-3 if same else 5e-2) * scale,
         "kv_tolerance": (1e-3 if exact else 5e-2) * scale,
     }
@@ -166,6 +169,13 @@ def _second_device(model: PreTrainedModel) -> str:
     torch.cuda.empty_cache()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return str(model.device) if torch.cuda.mem_get_info(model.device)[0] > 1.2 * size else "cpu"
+
+
+def _name_no_code(path: Path) -> None:
+    """Take out what a source model's config said of code to load it by: this package did not run it, nor check it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("auto_map", None) is not None:
+        write_json(path, config)
 
 
 @contextlib.contextmanager
@@ -238,7 +248,7 @@ def model_card(compressed: ModelHandle, plan: MergePlan, record: dict[str, Any])
     zeros = ", ".join(f"{half['kind']} of {half['layer']}" for half in plan.sublayers)
     score = "" if plan.final_score is None else f"; score {plan.final_score:.4f} against the dense model"
     threshold = "" if plan.threshold is None else f", threshold {plan.threshold:g}"
-    own_code = bool(getattr(compressed.config, "layer_widths", None))
+    own_code = has_own_code(compressed.config)
     load = '"path/to/this/folder", trust_remote_code=True' if own_code else '"path/to/this/folder"'
     lines = [
         "---",

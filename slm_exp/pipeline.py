@@ -32,6 +32,7 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
     """
     with Recorder(cfg, folder, overrides, group) as rec:
         if rec.finished:
+            rec.accept_evaluations()
             return rec.record
         with cfg.tracking.session(rec.record, folder) as rec.track:
             for message in cfg.advice():
@@ -62,7 +63,7 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
 
             with rec.stage("evaluate_dense") as stage:
                 report = stage.compute(EvalReport, lambda: cfg.evaluation.run(dense),
-                                       **model_key, evaluation=cfg.evaluation.identity())
+                                       **model_key, **cfg.evaluation.measured_by())
                 rec.keep_evaluation("dense", report)
                 cfg.evaluation.accept(report, dense=True)
 
@@ -103,7 +104,7 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
             with rec.stage("evaluate") as stage:
                 report = stage.compute(EvalReport, lambda: cfg.evaluation.run(compressed),
                                        **model_key | {"model": compressed.digest},
-                                       evaluation=cfg.evaluation.identity())
+                                       **cfg.evaluation.measured_by())
                 rec.keep_evaluation("compressed", report)
                 cfg.evaluation.accept(report, dense=False)
 
@@ -122,7 +123,8 @@ def narrow(
 ) -> tuple[ModelHandle, dict[str, Any] | None]:
     """The width stage: a model narrowed as the width group decides, and the decision; `plan` made it from the dense."""
     with rec.stage("width") as stage:
-        task = WidthTask(handle, tokens, plan.slots, cfg.width.ratio_for(cfg.method, dense, handle), cfg.seed)
+        task = WidthTask(handle, tokens, plan.slots, cfg.width.ratio_for(cfg.method, dense, handle), cfg.seed,
+                         n_dense=dense.n_layers)
         if not cfg.width.prunes:
             return handle, cfg.width.decide(task).data
         decided = stage.compute(WidthDecision, lambda: cfg.width.decide(task), model=handle.digest,

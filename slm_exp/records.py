@@ -196,6 +196,14 @@ class Recorder:
             log.warning(message)
             self.record["warnings"].append(message)
 
+    def accept_evaluations(self) -> None:
+        """Hold a finished record to `evaluation.protocol` and `dense_range`, which a run_id does not tell apart."""
+        from slm_exp.evaluation.base import EvalReport
+
+        for which, found in self.record["eval"].items():
+            if found:
+                self.cfg.evaluation.accept(EvalReport(**found, samples={}), dense=which == "dense")
+
     def keep_evaluation(self, which: str, report: EvalReport) -> None:
         """Per-document results into samples/<which>/, scores into `eval.<which>` of the record, protocol.json."""
         report.save_samples(self.folder / "samples" / which)
@@ -212,7 +220,8 @@ class Recorder:
             self.warn(message)
         if plan.n_layers_out == plan.n_layers and not plan.sublayers:
             best = max((t.score for t in plan.trace), default=None)
-            hint = "" if best is None else f" The best candidate scored {best:.4f}: lower method.threshold below that."
+            lower = best is not None and plan.threshold is not None
+            hint = f" The best candidate scored {best:.4f}: lower method.threshold below that." if lower else ""
             self.warn(f"the plan merges and removes nothing.{hint}")
         if self.track:
             kind = {1: "kept"}

@@ -44,7 +44,7 @@ def check(expected: dict[str, Any], logits_NTV: Any) -> dict[str, Any]:
 
     folder, device = expected["folder"], expected["device"]
     torch.set_num_threads(expected["threads"])
-    torch.use_deterministic_algorithms(expected["deterministic"])
+    torch.set_deterministic_debug_mode("error" if expected["deterministic"] else "default")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="auto",

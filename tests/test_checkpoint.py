@@ -14,9 +14,10 @@ import torch
 
 from slm_exp import checkpoint, reload
 from slm_exp.checkpoint import expectation, model_card, save_checkpoint
-from slm_exp.errors import CheckpointError
+from slm_exp.errors import ArchitectureError, CheckpointError
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.hf import HF
+from slm_exp.models.layouts import layout_for
 from slm_exp.registry import available
 from slm_exp.types import MergePlan
 
@@ -261,3 +262,14 @@ def test_a_model_without_tokenizer_is_saved_without(short, tmp_path, unverified)
     short.load_tokenizer = lambda: None
     save_checkpoint(short, tmp_path / "model", PLAN)
     assert not list((tmp_path / "model").glob("tokenizer*"))
+
+
+def test_a_config_cannot_smuggle_code_into_a_checkpoint(tmp_path, make_tiny):
+    """Neither an auto_map of the source model nor widths that its type does not have."""
+    handle = make_tiny()
+    handle.model.config.auto_map = {"AutoModelForCausalLM": "elsewhere--evil.Model"}
+    save_checkpoint(handle, tmp_path / "model", MergePlan(8))
+    assert "auto_map" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    handle.config.layer_widths = [[4, 2, 64]] * 8
+    with pytest.raises(ArchitectureError, match="layer_widths in a config of model_type llama"):
+        layout_for(handle.config)

@@ -217,6 +217,8 @@ def test_a_budget_marks_the_size_incomplete_or_names_what_was_met(task: PlanTask
             SLM(**sized, max_evaluations=budget).plan(task)
     plans = [SLM(**sized, max_evaluations=n).plan(task) for n in range(first_size, whole.evaluations + 1)]
     assert all(plan.n_layers_out == 6 for plan in plans)
+    for budget, plan in enumerate(plans, first_size):
+        assert plan.evaluations <= budget
     complete = [plan.target["complete"] for plan in plans if plan.target]
     assert complete == sorted(complete)
     assert complete[-1]

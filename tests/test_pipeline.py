@@ -9,7 +9,7 @@ import pytest
 
 from slm_exp import pipeline, records
 from slm_exp.door import compose_run
-from slm_exp.errors import StageError
+from slm_exp.errors import ProtocolError, StageError
 from slm_exp.types import MergePlan
 
 STAGES = ["load", "calibrate", "similarity", "evaluate_dense", "plan", "merge", "width", "recover", "evaluate", "save",
@@ -168,3 +168,12 @@ def test_two_processes_on_one_folder_compute_once(tmp_path):
         job.join(timeout=240)
     assert [job.exitcode for job in jobs] == [0, 0]
     assert json.loads((folder / "record.json").read_text())["status"] == "finished"
+
+
+def test_a_finished_run_is_held_to_a_range_given_later(run):
+    """The range is no part of the run_id, so the record is found; and then looked at."""
+    measured = ("evaluation.tasks=[piqa]", "evaluation.limit=2")
+    run(*measured)
+    with pytest.raises(ProtocolError, match=r"outside evaluation.dense_range: piqa: expected 101 to 102"):
+        run(*measured, "evaluation.dense_range={piqa: [101, 102]}")
+    assert run(*measured)["status"] == "finished"

@@ -26,16 +26,20 @@ from slm_exp.files import digest, file_digest, write_json
 log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent.parent
+BUILT = (
+    "types.py", "models", "merging",
+    "width/surgery.py", "width/sizes.py", "width/layerwise.py", "width/saved_code",
+)  # fmt: skip
+"""What a compressed model is built by: the result of any stage that looks at one depends on it."""
 CODE = {  # stage -> files and folders of the package that its result depends on
     "model": ("models/smollm2_135m.py",),  # the conversion of the embedded weights
     "calibrate": ("calibration", "types.py"),
     "similarity": ("similarity", "kernels", "search", "models/layouts.py"),
-    "plan": ("methods", "search", "merging/rules", "merging/compensation.py", "similarity", "kernels",
-             "models/layouts.py"),
-    "scores": ("search", "merging/rules", "merging/compensation.py", "similarity", "kernels", "models/layouts.py"),
-    "width": ("width", "search/runner.py", "search/fused.py", "similarity", "kernels", "models/layouts.py"),
-    "recover": ("recovery", "calibration", "search/runner.py", "search/fused.py", "merging", "models/layouts.py"),
-    "evaluate": ("evaluation", "merging", "models", "width/surgery.py", "width/saved_code", "search/fused.py"),
+    "plan": (*BUILT, "methods", "search", "similarity", "kernels"),
+    "scores": (*BUILT, "search", "similarity", "kernels"),
+    "width": (*BUILT, "width", "search", "similarity", "kernels"),
+    "recover": (*BUILT, "recovery", "calibration", "search"),
+    "evaluate": (*BUILT, "evaluation", "search/fused.py"),
 }
 LIBRARIES = {"evaluate": ("torch", "transformers", "lm_eval"), "calibrate": ("transformers",),
              "recover": ("torch", "transformers", "peft")}

@@ -118,6 +118,10 @@ class Evaluation(Component):
         out["documents"] = documents_source() if self.tasks else None
         return out
 
+    def measured_by(self) -> dict[str, Any]:
+        """What the stage cache tells measurements apart by: the backend too, whose rounding is its own."""
+        return {"evaluation": self.identity(), "backend": self.backend}
+
     def run(self, handle: ModelHandle) -> EvalReport:
         """Measure a model. See evaluation/harness.py and evaluation/perplexity.py."""
         from slm_exp.evaluation.measure import measure

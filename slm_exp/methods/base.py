@@ -142,7 +142,8 @@ class Baseline(Method):
     protect_last: int = 0
     """Layers at the top that are never removed."""
     merge: bool = False
-    """Merge every run of chosen layers into the kept layer below it, by the run's merge_rule, instead of removing."""
+    """Merge every run of chosen layers into the kept layer below it (above, where that one is protected), by the run's
+    merge_rule, instead of removing. One layer that is not protected always stays."""
 
     def check(self) -> None:
         require(self.threshold is None, "method.threshold", self.threshold, f"null: method={self.name} takes a size",
@@ -165,7 +166,8 @@ class Baseline(Method):
 
     def removable(self, n_layers: int) -> range:
         """The layers that are not protected."""
-        return range(min(self.protect_first, n_layers), max(self.protect_first, n_layers - self.protect_last))
+        low = min(self.protect_first, n_layers)
+        return range(low, max(low, n_layers - self.protect_last))
 
     def layers_to_remove(self, handle: ModelHandle) -> int:
         """How many layers the size asked for takes away. Loads no weights.
@@ -176,11 +178,13 @@ class Baseline(Method):
         from slm_exp.search.target import layers_for_ratio
 
         n = handle.n_layers
-        fewest = max(1, n - max(0, len(self.removable(n)) - self.keeps_one))
+        fewest = max(1, n - max(0, len(self.removable(n)) - (self.keeps_one or self.merge)))
         if self.target_ratio is not None:
             return n - layers_for_ratio(handle, self.target_ratio, fewest)
         assert self.target_layers is not None
         protected = f"method.protect_first={self.protect_first} and protect_last={self.protect_last} keep layers."
+        if self.merge:
+            protected += " With method.merge=true one more stays, into which the others are merged."
         require(fewest <= self.target_layers <= n, "method.target_layers", self.target_layers,
                 f"{fewest} to {n} for {handle.name}", protected if self.protect_first + self.protect_last else "")
         return n - self.target_layers
@@ -200,7 +204,7 @@ class Baseline(Method):
 
         n, dropped, groups = task.handle.n_layers, choice.dropped, choice.groups
         if self.merge and dropped:
-            dropped, groups = (), (*groups, *merged_runs(dropped, n))
+            dropped, groups = (), (*groups, *merged_runs(dropped, n, self.removable(n)))
         plan = MergePlan(
             n_layers=n, groups=groups, dropped=dropped, sublayers=choice.sublayers, method=self.name,
             rule=task.rule.name if groups else "", similarity=task.similarity.name, trace=choice.trace,
@@ -250,16 +254,26 @@ def lowest(
     return tuple(sorted(dropped)), trace
 
 
-def merged_runs(dropped: Iterable[int], n_layers: int) -> tuple[Group, ...]:
+def merged_runs(dropped: Iterable[int], n_layers: int, free: range | None = None) -> tuple[Group, ...]:
     """Every run of dropped layers with the kept layer below it, as groups: as many layers are left either way.
 
-    As in LaCo (arXiv:2402.11187), where layers collapse into the one below them. A run at the very bottom takes the
-    kept layer above it, and the run that would have taken that one joins.
+    As in LaCo (arXiv:2402.11187), where layers collapse into the one below them. A run at the very bottom, or above a
+    protected layer, takes the kept layer above it, and the run that would have taken that one joins.
+
+    Args:
+        free: the layers that are not protected; null is all.
+    Raises:
+        PlanError: a run has protected layers, or none, on both sides.
     """
-    gone = set(dropped)
+    gone, free = set(dropped), range(n_layers) if free is None else free
     groups: list[Group] = []
     for i in sorted(gone):
-        low, high = (max(i - 1, 0), i + 1 if i else next(k for k in range(n_layers) if k not in gone) + 1)
+        low, high = i - 1, i + 1
+        if low not in free:
+            low, high = i, next((k for k in free if k >= i and k not in gone), n_layers) + 1
+            if high > n_layers:
+                raise PlanError(f"method.merge = True: the layers from {i} up have only protected ones beside them. "
+                                "Lower method.protect_first or method.protect_last, or remove fewer layers.")
         if groups and low < groups[-1].stop:
             groups[-1] = Group(groups[-1].start, max(high, groups[-1].stop))
         else:

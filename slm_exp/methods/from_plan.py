@@ -41,7 +41,10 @@ class FromPlan(Method):
             require(getattr(self, name) is None, f"method.{name}", getattr(self, name),
                     "null: method=from_plan takes the size of its plan")
         require(bool(self.path), "method.path", repr(self.path), "a plan.json or the folder of a run")
-        _ = self.given
+        narrowed_before = (self.given.width or {}).get("order") == "before"
+        require(not (self.compensate and narrowed_before), "method.compensate", self.compensate,
+                "null: the plan in method.path narrows the model before it cuts layers",
+                "The compensation would be that of the wide model; ask for it in the run that makes the plan.")
 
     @cached_property
     def given(self) -> MergePlan:
@@ -85,6 +88,23 @@ class FromPlan(Method):
         require(self.given.n_layers == handle.n_layers, "method.path", self.path,
                 f"a plan for the {handle.n_layers} layers of {handle.name}",
                 f"This one is for {self.given.n_layers}.")
+        if self.given.width:
+            self._check_width(handle)
+
+    def _check_width(self, handle: ModelHandle) -> None:
+        """Raise ConfigError where the plan's width is incomplete or for another model. Loads no weights."""
+        from slm_exp.merging.surgery import apply_plan
+
+        rule = available("merge_rule").get(self.given.rule or DEFAULT_RULE)
+        try:
+            apply_plan(handle, self.given, rule() if rule else None)  # type: ignore[arg-type]
+        except KeyError as missing:
+            why = f"its width has no {missing}"
+        except (PlanError, AttributeError, IndexError, TypeError, ValueError) as error:
+            why = str(error)
+        else:
+            return
+        raise ConfigError(f"method.path = {self.path}; expected a plan whose width fits {handle.name}: {why}.")
 
     def plan(self, task: PlanTask) -> MergePlan:
         from slm_exp.search.reduced import ReducedModels

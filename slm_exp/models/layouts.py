@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slm_exp.errors import ArchitectureError, did_you_mean
-from slm_exp.width.layerwise import PREFIX
+from slm_exp.width.layerwise import PREFIX, has_own_code
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ class LayerLayout:
                         f"{where} has {name} of shape {list(shape)}, unknown to the {self.family} "
                         "layout. See CONTRIBUTING, 'A new model family'."
                     )
-            if found != shapes[0] and not getattr(model.config, "layer_widths", None):
+            if found != shapes[0] and not has_own_code(model.config):
                 name = min(n for n in {*found, *shapes[0]} if found.get(n) != shapes[0].get(n))
                 raise ArchitectureError(
                     f"{where}: {name} has shape {found.get(name)}, in layer 0 "
@@ -118,6 +118,12 @@ def layout_for(config: PretrainedConfig) -> LayerLayout:
         if reason:
             raise ArchitectureError(f"{type(config).__name__}: {reason}")
     return layout
+
+
+def _widths(config: PretrainedConfig, layout: LayerLayout) -> str | None:
+    if getattr(config, "layer_widths", None) and not has_own_code(config):
+        return f"layer_widths in a config of model_type {config.model_type}, which has layers of one width."
+    return None
 
 
 def _quantised(config: PretrainedConfig, layout: LayerLayout) -> str | None:
@@ -181,6 +187,7 @@ def _rope_per_layer(config: PretrainedConfig, layout: LayerLayout) -> str | None
 _REFUSALS: tuple[Callable[[PretrainedConfig, LayerLayout], str | None], ...] = (
     _quantised,
     _not_causal,
+    _widths,
     _heterogeneous,
     _unknown_lists,
     _attention_kinds,

@@ -90,7 +90,8 @@ class Recovery(Component, ABC):
 
 def healed(recovery: Recovery, task: HealTask, stage: Stage) -> tuple[ModelHandle, dict[str, Any]]:
     """The recover stage: the healed model, and the recipe's report. From the stage cache where it is there."""
-    identity = {"recovery": recovery.identity(), "tokens": task.tokens.digest, "seed": task.seed}
+    identity = {"recovery": recovery.identity(), "tokens": task.tokens.digest,
+                "samples": digest(list(task.tokens.sample_ids)), "seed": task.seed}
     if recovery.stored():
         found = stage.compute(Healed, lambda: recovery.heal(task), **identity, model=task.handle.digest,
                               dense=task.dense.digest, plan=task.plan.effect(), device=task.handle.device.type)
@@ -102,19 +103,32 @@ def healed(recovery: Recovery, task: HealTask, stage: Stage) -> tuple[ModelHandl
 def with_tensors(handle: ModelHandle, found: Healed, identity: dict[str, Any]) -> ModelHandle:
     """A model with some tensors replaced, built on first use of `.model`; the input where there are none.
 
-    Its digest is of the model, the recipe and its data (`identity`), and of what the recipe reports: where it stopped
-    by the clock, say.
+    Its digest is of the model, the recipe and its data (`identity`), and of the new tensors: other code of a recipe, or
+    a stop by the clock, gives another model.
     """
     if not found.tensors:
         return handle
     return dataclasses.replace(
         handle,
-        digest=digest({"model": handle.digest, **identity, "report": found.report.get("digest")}),
+        digest=digest({"model": handle.digest, **identity, "tensors": tensors_digest(found.tensors)}),
         load_model=lambda: replaced(handle.model, found.tensors),
         load_tokenizer=lambda: handle.tokenizer,
         lineage={**(handle.lineage or {"base": handle.name, "base_digest": handle.digest}),
                  "recovery": identity["recovery"]},
     )
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and contents: what stopped by the clock, or on a GPU, is told apart."""
+    import hashlib
+
+    import torch
+
+    found = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def replaced(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:

@@ -155,7 +155,10 @@ def packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: in
 
 
 def left_padded(examples: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
-    """A batch: rows filled on the left to a multiple of eight, what was filled neither attended to nor trained on."""
+    """A batch: rows filled on the left to a multiple of eight, what was filled neither attended to nor trained on.
+
+    Nor is a row's first token, which only padding comes before.
+    """
     import torch
 
     longest = -(-max(len(e["input_ids"]) for e in examples) // 8) * 8
@@ -164,5 +167,7 @@ def left_padded(examples: Sequence[dict[str, list[int]]], pad: int) -> dict[str,
         return torch.tensor([[with_] * (longest - len(e["input_ids"])) + e[name] for e in examples])
 
     attended = [[0] * (longest - len(e["input_ids"])) + [1] * len(e["input_ids"]) for e in examples]
-    return {"input_ids": fill("input_ids", pad), "labels": fill("labels", IGNORED),
-            "attention_mask": torch.tensor(attended)}
+    batch = {"input_ids": fill("input_ids", pad), "labels": fill("labels", IGNORED),
+             "attention_mask": torch.tensor(attended)}
+    batch["labels"][batch["attention_mask"].cumsum(1) <= 1] = IGNORED
+    return batch

@@ -65,8 +65,7 @@ class FeatureDistill(Trained):
             dense.get_decoder()(**inputs, use_cache=False)
         with _states(task.handle.layout.layers(student), blocks, detached=starts) as given:
             student.get_decoder()(**inputs, use_cache=False)
-        counted = batch["labels"] != IGNORED
-        counted[:, 0] = False
+        counted = (batch["labels"] != IGNORED) & (batch["attention_mask"].cumsum(1) > 1)
         loss = torch.zeros((), device=counted.device)
         for b in blocks:
             target = wanted[last[b] - 1][counted].float() * scales[b]

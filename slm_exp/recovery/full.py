@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slm_exp.recovery.base import HealTask
+from slm_exp.recovery.streams import silenced
 from slm_exp.recovery.trained import Trained, trainable_copy, trained_tensors
 from slm_exp.registry import register
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 @register("recovery", "full")
 @dataclass
 class Full(Trained):
-    """Next-token training of all parameters on packed windows of text. Tied embeddings stay tied.
+    """Next-token training of all parameters on packed windows of text. Tied embeddings stay tied, removed halves zero.
 
     Beats LoRA where much was removed (README of github.com/Nota-NetsPresso/shortened-llm, windows of 2048 there).
     Memory: 16 bytes a parameter beside the models.
@@ -28,7 +29,8 @@ class Full(Trained):
 
     def student(self, task: HealTask) -> nn.Module:
         model = task.handle.model
-        return trainable_copy(model, [name for name, _ in model.named_parameters()])
+        gone = silenced(task.handle, task.plan)
+        return trainable_copy(model, [n for n, _ in model.named_parameters() if n.rpartition(".")[0] not in gone])
 
     def result(self, task: HealTask, model: nn.Module) -> dict[str, Tensor]:
         return trained_tensors(task, model)

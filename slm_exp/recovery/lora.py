@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_exp.errors import require
 from slm_exp.recovery.base import HealTask, replaced
+from slm_exp.recovery.streams import silenced
 from slm_exp.recovery.trained import Trained
 from slm_exp.registry import register
 
@@ -48,7 +49,8 @@ class Lora(Trained):
 
         names = [name.rpartition(".")[2] for name in task.handle.layout.projections]
         config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, bias="none",  # type: ignore[arg-type]
-                            target_modules=names, task_type="CAUSAL_LM")
+                            target_modules=names, exclude_modules=silenced(task.handle, task.plan) or None,
+                            task_type="CAUSAL_LM")
         model = get_peft_model(replaced(task.handle.model, {}), config)
         if self.gradient_checkpointing:
             model.enable_input_require_grads()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from slm_exp.config import RunConfig
+    from slm_exp.models.base import ModelHandle
     from slm_exp.types import MergePlan
 
 
@@ -31,9 +32,21 @@ def stream_scales(plan: MergePlan) -> list[float]:
     return [*own[1:], own[-1]]
 
 
+def silenced(handle: ModelHandle, plan: MergePlan) -> list[str]:
+    """Modules of the compressed model that are zero because the plan removed their half: to train them undoes it."""
+    at = {slot.start: i for i, slot in enumerate(plan.slots)}
+    return [f"{handle.layout.layer_list}.{at[half['layer']]}.{module}" for half in plan.sublayers
+            for module in handle.layout.outputs[half["kind"]]]
+
+
 def needs_the_dense_stream(cfg: RunConfig) -> str | None:
     """Why a recovery that compares streams cannot run with a config, or None."""
     if size := getattr(cfg.width, "hidden_size", None):
         return (f"width.hidden_size = {size}; expected null with recovery={cfg.recovery.name}, which matches the dense "
                 "model's stream: that changes its size.")
+    given = getattr(cfg.method, "given", None)  # the plan that from_plan replays
+    if given is not None and (given.width or {}).get("hidden"):
+        return (f"method.path = {cfg.method.path}: its width pruning changes the hidden size; "  # type: ignore[attr-defined]
+                f"recovery={cfg.recovery.name} matches the dense model's stream. Take a plan without, or another "
+                "recovery.")
     return None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_exp.errors import DataError, require, require_one_of
 from slm_exp.files import digest
-from slm_exp.recovery.base import Healed, HealTask, Recovery, replaced
+from slm_exp.recovery.base import Healed, HealTask, Recovery, replaced, tensors_digest
 from slm_exp.recovery.examples import SOURCES, Examples, left_padded, make_examples, read_rows
 from slm_exp.registry import knob
 
@@ -131,7 +131,7 @@ class Trained(Recovery):
                 return Healed({}, {"steps": 0})
             report = self._train(task, model, examples)
             found = {name: t.detach() for name, t in self.result(task, model).items()}
-        return Healed(found, {**report, "digest": _tensors_digest(found)})
+        return Healed(found, {**report, "digest": tensors_digest(found)})
 
     def _train(self, task: HealTask, model: nn.Module, examples: Examples) -> dict[str, Any]:
         from transformers.trainer_utils import get_last_checkpoint
@@ -287,16 +287,3 @@ def trained_tensors(task: HealTask, model: nn.Module) -> dict[str, Tensor]:
     """What was trained, by name, in the dtype of the compressed model."""
     return {name: p.detach().to(task.handle.model.get_parameter(name).dtype)
             for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """Of names and contents: what stopped by the clock, or on a GPU, is told apart."""
-    import hashlib
-
-    import torch
-
-    found = hashlib.sha256()
-    for name, t in sorted(tensors.items()):
-        found.update(name.encode())
-        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]

@@ -42,7 +42,8 @@ class Runtime(Component):
 
         if self.threads:
             torch.set_num_threads(self.threads)
-        torch.use_deterministic_algorithms(self.deterministic, warn_only=False)
+        # the same switch as use_deterministic_algorithms, which imports the compiler (2 s) besides
+        torch.set_deterministic_debug_mode("error" if self.deterministic else "default")
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

@@ -80,6 +80,7 @@ def follow(
     max_evaluations: int | None = None,
     wanted: Callable[[range], bool] | None = None,
     show: Callable[[Branch, int], None] | None = None,
+    asked: set[Candidate] | None = None,
 ) -> Path:
     """Every plan of the thresholds [low, high), from the highest threshold down.
 
@@ -91,12 +92,13 @@ def follow(
         max_evaluations: candidates that may be scored; what is left then is `unknown`.
         wanted: sees the sizes (layers left) that a branch can still reach, and says whether to follow it; those it
             refuses are left out of the plans without being `unknown`.
+        asked: candidates scored before that count towards `max_evaluations`; those scored here join them.
         show: called with a branch before it is decided, and the number of candidates scored so far.
     Cost: one score for every distinct candidate of any threshold in the range.
     """
     plans: list[PathPlan] = []
     unknown: list[tuple[float, float]] = []
-    asked: set[Candidate] = set()
+    asked = set() if asked is None else asked
     todo = [Branch(start, low, high)]
     while todo:
         branch = todo.pop()

@@ -16,7 +16,7 @@ from slm_exp.search.progress import LOG_EVERY_S
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle
-    from slm_exp.search.state import SearchState
+    from slm_exp.search.state import Candidate, SearchState
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Found:
     complete: bool
     """False when the budget ended the search: a better plan of this size may exist."""
     neighbours: tuple[PathPlan, ...]
-    """What a threshold just below and just above the plan's interval gives, where the range goes on."""
+    """What a threshold just below and just above the plan's interval gives, where range and budget allow."""
 
 
 def best_of_size(
@@ -45,9 +45,10 @@ def best_of_size(
         PlanError: no threshold in the range leaves that many layers (or the budget ended first); names the nearest.
     """
     budget = BUDGET if max_evaluations is None else max_evaluations
+    asked: set[Candidate] = set()
     with watching(low, high, f"search for {layers} layers") as show:
         path = follow(scores, start, n_layers, low, high, commit_open_window, budget,
-                      wanted=lambda sizes: layers in sizes, show=show)
+                      wanted=lambda sizes: layers in sizes, show=show, asked=asked)
     of_size = [p for p in path.plans if p.n_layers == layers]
     if not of_size:
         met = sorted({p.n_layers for p in path.plans}, key=lambda n: abs(n - layers))[:2]
@@ -61,7 +62,8 @@ def best_of_size(
     neighbours = [
         plan
         for t in beside
-        for plan in follow(scores, start, n_layers, t, math.nextafter(t, math.inf), commit_open_window).plans
+        for plan in follow(scores, start, n_layers, t, math.nextafter(t, math.inf), commit_open_window, budget,
+                           asked=asked).plans
     ]
     return Found(best, path.complete, tuple(neighbours))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +29,8 @@ class WidthTask:
     ratio: float
     """Share of the parameters of `handle`'s decoder layers to remove."""
     seed: int = 0
+    n_dense: int = field(kw_only=True)
+    """Layers of the dense model: more than `slots` reach where top layers were removed."""
 
 
 @dataclass(frozen=True)

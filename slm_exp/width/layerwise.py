@@ -9,6 +9,11 @@ PREFIX = "layerwise_"
 """Of the model_type of such models; what follows is the family."""
 
 
+def has_own_code(config: Any) -> bool:
+    """Whether a model of this config is built by the code this package saves beside it; by nobody else's."""
+    return str(getattr(config, "model_type", "")).startswith(PREFIX)
+
+
 @cache
 def layerwise_classes() -> dict[str, tuple[Any, Any]]:
     """(config, model) class of every family that can have layers of different widths.

@@ -126,6 +126,11 @@ class Pruner(Width):
         if self.share is not None and cfg.method.target_ratio is None:
             return (f"width.share = {self.share} is a part of method.target_ratio, which is not set. Set "
                     "method.target_ratio, or width.ratio instead of width.share.")
+        halves = hasattr(cfg.method, "target_sublayers") and getattr(cfg.method, "unit", None) != "layer"
+        if self.share is not None and halves:
+            return (f"width.share = {self.share} with method={cfg.method.name}: method.target_ratio counts sublayers "
+                    "that stay in the checkpoint at zero, so width would remove the target again. Set width.ratio "
+                    "instead of width.share, or take a method that removes whole layers.")
         return None
 
     def depth_method(self, method: Method, dense: ModelHandle, start: ModelHandle) -> Method:
@@ -164,7 +169,7 @@ class Pruner(Width):
                     f"{handle.n_layers} shares, one per layer of {handle.name}")
         self.check_biases(handle)
         ratio = self.ratio if self.share is None else self.share * (method.target_ratio or 0)
-        self._plan_sizes(handle, slots, RATIO if ratio is None else ratio)
+        self._plan_sizes(handle, slots, handle.n_layers, RATIO if ratio is None else ratio)
 
     def check_biases(self, handle: ModelHandle) -> None:
         """Raise ConfigError where this pruner needs biases that the family has no switch for."""
@@ -190,12 +195,14 @@ class Pruner(Width):
         return found
 
     def _plan_sizes(
-        self, handle: ModelHandle, slots: Sequence[Group], ratio: float, importance: Sequence[float] | None = None
+        self, handle: ModelHandle, slots: Sequence[Group], n_dense: int, ratio: float,
+        importance: Sequence[float] | None = None,
     ) -> list[Shape] | None:
         """Widths of every layer, or None where scores decide. From shapes alone.
 
         Args:
             slots: what each of the handle's layers stands for.
+            n_dense: layers of the dense model.
             importance: per selected layer, for ECoFLaP.
         Raises:
             ConfigError: the ratio leaves no head or no channel; says how much is possible.
@@ -210,7 +217,6 @@ class Pruner(Width):
         shapes = sizes.attention_shapes(full, self.heads)
         if self.uniform:
             shapes = [s for s in shapes if sizes.legal(handle.config, Shape(*s, full.channels), hidden)]
-        n_dense = slots[-1].stop
         selected = self._selected(slots, n_dense)
         if self._allocation == "given":
             assert self.ratios is not None
@@ -251,13 +257,13 @@ class Pruner(Width):
         """
         handle, full = task.handle, sizes.full_shape(task.handle.config)
         importance = None
-        selected = self._selected(task.slots, task.slots[-1].stop)
+        selected = self._selected(task.slots, task.n_dense)
         if self._allocation == "ecoflap":
             from slm_exp.width.ecoflap import layer_importance
 
             every = layer_importance(handle, task.tokens, self.ecoflap_samples, task.seed)
             importance = [every[p] for p in selected]
-        shapes = self._plan_sizes(handle, task.slots, task.ratio, importance)
+        shapes = self._plan_sizes(handle, task.slots, task.n_dense, task.ratio, importance)
 
         def choose(layer: int, scores: LayerScores) -> Kept | None:
             return None if shapes is None else sizes.select(scores, shapes[layer])

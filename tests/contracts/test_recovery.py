@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,23 @@ def test_the_cache_gives_the_same_model_without_work(
     again, told = go(name, task, tmp_path / "cache")
     assert (again.digest, told) == (first.digest, report)
     assert all(torch.equal(t, again.model.state_dict()[n]) for n, t in first.model.state_dict().items())
+
+
+@every_recovery
+def test_other_tensors_are_another_model_and_other_samples_another_task(
+    name: str, task: HealTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = go(name, task, tmp_path / "cache")[0]
+    found = quick(name).heal(task)
+    if not found.tensors:
+        return
+    other = Healed({n: t + 1 for n, t in found.tensors.items()}, found.report)
+    monkeypatch.setattr(RECOVERIES[name], "heal", lambda *a: other)
+    assert go(name, task, tmp_path / "elsewhere")[0].digest != first.digest
+    assert go(name, task, tmp_path / "cache")[0].digest == first.digest
+    elsewhere = replace(task, tokens=replace(task.tokens, sample_ids=("other",)))
+    again = go(name, elsewhere, tmp_path / "cache")[0]
+    assert all(torch.equal(again.model.get_parameter(n), t.to(again.model.dtype)) for n, t in other.tensors.items())
 
 
 @every_recovery

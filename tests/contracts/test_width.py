@@ -33,7 +33,7 @@ def pruner(name: str, handle: Any = None, **fields: Any) -> Any:
 
 def decide(cfg: Any, handle: Any, tokens: Any, ratio: float = RATIO, seed: int = 0) -> dict[str, Any]:
     cfg.check_model(handle, SLM())
-    task = WidthTask(handle, tokens, MergePlan(handle.n_layers).slots, ratio, seed)
+    task = WidthTask(handle, tokens, MergePlan(handle.n_layers).slots, ratio, seed, n_dense=handle.n_layers)
     return json.loads(json.dumps(cfg.decide(task).data))
 
 

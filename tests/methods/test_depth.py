@@ -16,7 +16,7 @@ import torch
 from slm_exp import registry
 from slm_exp.cache.store import StageStore
 from slm_exp.door import compose_run
-from slm_exp.errors import ConfigError
+from slm_exp.errors import ConfigError, PlanError
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.methods.base import Baseline, PlanTask, merged_runs
 from slm_exp.methods.cka_patch import segments
@@ -344,6 +344,34 @@ def test_runs_merge_into_the_layer_below(dropped: Any, groups: Any) -> None:
     assert merged_runs(dropped, 8) == groups
 
 
+@pytest.mark.parametrize(("dropped", "groups"), [
+    ((3,), ((2, 4),)),
+    ((2, 3), ((2, 5),)),
+    ((2, 5), ((2, 4), (4, 6))),
+    ((2, 4), ((2, 5),)),  # 3 is wanted by both
+])  # fmt: skip
+def test_protected_layers_are_not_merged(dropped: Any, groups: Any) -> None:
+    assert merged_runs(dropped, 8, range(2, 6)) == groups
+
+
+@pytest.mark.parametrize(("free", "dropped"), [((2, 6), (2, 3, 4, 5)), ((2, 8), range(2, 8)), ((0, 6), range(6))])
+def test_merging_needs_a_layer_that_is_not_protected(free: Any, dropped: Any, make_tiny: Any) -> None:
+    with pytest.raises(PlanError, match=r"method\.merge = True.*method\.protect_first or method\.protect_last"):
+        merged_runs(dropped, 8, range(*free))
+    handle = make_tiny()
+    with pytest.raises(ConfigError, match=r"protect_first=.*method\.merge=true one more stays"):
+        METHODS["random"](target_layers=8 - len(dropped), merge=True, protect_first=free[0],
+                          protect_last=8 - free[1]).check_model(handle)
+    assert not handle.loaded
+
+
+def test_a_method_leaves_its_protected_layers_out_of_the_merge(task: PlanTask) -> None:
+    for p in task.handle.layers[4].parameters():
+        p.data.mul_(0.5)  # so that 4 goes; of 4 and 5, which are not protected
+    plan = METHODS["shortened_magnitude"](target_layers=7, merge=True).plan(task)
+    assert plan.groups == ((4, 6),)
+
+
 def test_merging_leaves_as_many_layers_as_removing() -> None:
     for n in range(8):
         for dropped in itertools.combinations(range(8), n):
@@ -450,6 +478,42 @@ def test_a_plan_for_another_depth_is_refused_before_weights_load(tmp_path: Path,
     with pytest.raises(ConfigError, match=r"expected a plan for the 6 layers of tiny-llama. This one is for 8"):
         METHODS["from_plan"](path=written(tmp_path, dropped=[3])).check_model(handle)
     assert not handle.loaded
+
+
+WIDTH = {
+    "order": "after", "sizes": {"heads": [2] * 8, "kv_heads": [1] * 8, "channels": [8] * 8, "hidden": 32},
+    "kept": {"query_heads": [[0, 1]] * 8, "kv_heads": [[0]] * 8, "channels": ["/w=="] * 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "message"), [
+    ({"order": "after"}, "its width has no 'sizes'"),
+    ({**WIDTH, "kept": {"query_heads": [[0, 1]] * 8, "kv_heads": [[0]] * 8}}, "its width has no 'channels'"),
+    ({**WIDTH, "kept": {**WIDTH["kept"], "kv_heads": [[2]] * 8}}, "key-value heads of layer 0, the highest 2"),
+    ({**WIDTH, "sizes": {**WIDTH["sizes"], "heads": [2] * 7}}, "width is for 7 layers"),
+])  # fmt: skip
+def test_a_plan_with_a_bad_width_is_refused_before_weights_load(
+    width: Any, message: str, tmp_path: Path, make_tiny: Any
+) -> None:
+    handle = make_tiny()
+    METHODS["from_plan"](path=written(tmp_path, width=WIDTH)).check_model(handle)
+    with pytest.raises(ConfigError, match=rf"method\.path = .*plan\.json; .*{message}"):
+        METHODS["from_plan"](path=written(tmp_path, width=width)).check_model(handle)
+    assert not handle.loaded
+
+
+def test_a_plan_narrowed_before_takes_no_new_compensation(tmp_path: Path) -> None:
+    METHODS["from_plan"](path=written(tmp_path, width=WIDTH), compensate="magnitude")
+    with pytest.raises(ConfigError, match=r"method\.compensate = magnitude; expected null: the plan in method\.path"):
+        METHODS["from_plan"](path=written(tmp_path, width={**WIDTH, "order": "before"}), compensate="magnitude")
+
+
+@pytest.mark.parametrize("recovery", ["reconstruct", "feature_distill"])
+def test_a_plan_that_changes_the_stream_is_refused_where_streams_are_compared(recovery: str, tmp_path: Path) -> None:
+    quick = ["model=tiny", "tracking=none", "method=from_plan", f"recovery={recovery}"]
+    compose_run([*quick, f"method.path={written(tmp_path, width=WIDTH)}"])
+    with pytest.raises(ConfigError, match=rf"method\.path = .*hidden size; recovery={recovery}"):
+        compose_run([*quick, f"method.path={written(tmp_path, width={**WIDTH, 'hidden': '/w=='})}"])
 
 
 @pytest.mark.parametrize(("settings", "message"), [

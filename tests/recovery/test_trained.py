@@ -54,6 +54,20 @@ def test_what_each_trains(task: HealTask) -> None:
     assert {name: set(make(name, max_steps=1).heal(task).tensors) for name in TRAINED} == wanted
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_removed_halves_stay_removed(name: str, make_tiny: Any, tokens: Any, tmp_path: Path) -> None:
+    dense = make_tiny(layers=4)
+    plan = MergePlan(4, dropped=(0,), sublayers=({"layer": 2, "kind": "mlp"}, {"layer": 3, "kind": "attention"}))
+    task = HealTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path)
+    gone = {"model.layers.1.mlp.down_proj.weight", "model.layers.2.self_attn.o_proj.weight"}
+    found = make(name, max_steps=2, lr=1e-2).heal(task)
+    assert found.tensors
+    model = with_tensors(task.handle, found, {"recovery": {}}).model
+    assert not any(model.get_parameter(n).any() for n in gone)
+    trained = {n for n in found.tensors if not torch.equal(found.tensors[n], task.handle.model.get_parameter(n))}
+    assert {"model.layers.1.self_attn.o_proj.weight", "model.layers.2.mlp.down_proj.weight"} <= trained
+
+
 def test_an_adapter_merged_is_the_adapter_run(task: HealTask) -> None:
     from peft import PeftModel
 
@@ -177,6 +191,17 @@ def test_prose_is_packed_and_short_rows_are_filled_on_the_left(make_tiny: Any) -
     assert batch["input_ids"][0].tolist() == [7] * 14 + [1, 2]
     assert batch["labels"][0].tolist() == [IGNORED] * 15 + [2]
     assert batch["attention_mask"].sum(1).tolist() == [2, 9]
+    assert batch["labels"][1].tolist() == [IGNORED] * 8 + [3] * 8  # the first token follows padding alone
+
+
+def test_features_of_the_first_real_token_do_not_count(task: HealTask) -> None:
+    recovery = make("feature_distill")
+    student, seen = recovery.student(task), []
+    for first in (5, 200):  # alone in its row: whatever it is, nothing is compared
+        ids = torch.tensor([[0, 0, 0, first]])
+        batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.tensor([[0, 0, 0, 1]])}
+        seen.append(float(recovery.loss(task, student, {**batch, "labels": torch.tensor([[-100, -100, -100, first]])})))
+    assert seen == [0, 0]
 
 
 @pytest.mark.parametrize(("text", "message"), [

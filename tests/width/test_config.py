@@ -129,6 +129,14 @@ def test_two_widths_are_refused(run, tmp_path):
         run("width=random", "method=from_plan", "method.threshold=null", f"method.path={tmp_path / 'run'}", folder="no")
 
 
+@pytest.mark.parametrize("method", ["blockpruner", "llm_drop"])
+def test_a_share_with_sublayers_at_zero_is_refused(method):
+    asked = [*QUICK, "method.threshold=null", "method.target_ratio=0.2", "width=magnitude", "width.share=0.5"]
+    with pytest.raises(ConfigError, match=rf"width.share = 0.5 with method={method}: method.target_ratio counts"):
+        compose_run([*asked, f"method={method}"])
+    compose_run([*asked, "method=llm_drop", "method.unit=layer"])
+
+
 @pytest.mark.parametrize("order", ["after", "before"])
 def test_a_target_is_shared_out(run, order):
     record = run("method.threshold=null", "method.target_ratio=0.4", "width=magnitude", "width.share=0.5",

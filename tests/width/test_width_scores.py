@@ -22,7 +22,7 @@ def small(make_tiny):
 @pytest.fixture
 def found(small, tokens):
     def go(name, **fields):
-        task = WidthTask(small, tokens, MergePlan(2).slots, 0.2, 3)
+        task = WidthTask(small, tokens, MergePlan(2).slots, 0.2, 3, n_dense=2)
         return available("width")[name](**fields).scores(task, lambda i, s: None).layers
 
     return go
@@ -125,11 +125,11 @@ def test_wanda_sees_the_pruned_layers_below(small, tokens):
     from slm_exp.width.surgery import apply_width
 
     cfg = available("width")["wanda_sp"](uniform=False, ratios=[0.5, 0])
-    task = WidthTask(small, tokens, MergePlan(2).slots, 0.25)
+    task = WidthTask(small, tokens, MergePlan(2).slots, 0.25, n_dense=2)
     narrow = apply_width(small, cfg.decide(task).data)
     one_pass = available("width")["wanda_sp"](sequential=False)
-    expected = one_pass.scores(WidthTask(narrow, tokens, MergePlan(2).slots, 0.25), lambda i, s: None)
-    shapes = cfg._plan_sizes(small, task.slots, 0.25)
+    expected = one_pass.scores(WidthTask(narrow, tokens, MergePlan(2).slots, 0.25, n_dense=2), lambda i, s: None)
+    shapes = cfg._plan_sizes(small, task.slots, 2, 0.25)
     from slm_exp.width.sizes import select
 
     got = cfg.scores(task, lambda i, s: select(s, shapes[i])).layers[1]
@@ -152,7 +152,7 @@ def test_minitron(found, small, tokens):
 
 def test_random_is_another_one_for_another_seed(small, tokens):
     def draw(seed):
-        task = WidthTask(small, tokens, MergePlan(2).slots, 0.2, seed)
+        task = WidthTask(small, tokens, MergePlan(2).slots, 0.2, seed, n_dense=2)
         return available("width")["random"]().scores(task, lambda i, s: None).layers[0].channel_F
 
     assert torch.equal(draw(1), draw(1))

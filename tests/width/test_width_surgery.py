@@ -29,7 +29,8 @@ def decide(name: str, handle: Any, tokens: Any, ratio: float, slots: Any = None,
     cfg = available("width")[name](ratio=ratio, **fields)
     if slots is None:
         cfg.check_model(handle, SLM())
-    task = WidthTask(handle, tokens, slots or MergePlan(handle.n_layers).slots, ratio)
+    n_dense = 8 if slots else handle.n_layers
+    task = WidthTask(handle, tokens, slots or MergePlan(handle.n_layers).slots, ratio, n_dense=n_dense)
     return cfg.decide(task).data
 
 
@@ -138,11 +139,12 @@ def test_a_merged_layer_is_narrowed_if_all_it_stands_for_is_in_the_range(make_ti
     handle = make_tiny(layers=8)
     depth = MergePlan(8, ((1, 3), (4, 6)), (7,), rule="top_layer")  # slots 0 | 1-2 | 3 | 4-5 | 6
     merged = apply_plan(handle, depth, TOP)
-    width = decide("random", merged, tokens, 0.2, depth.slots, uniform=False, layers=[2, 7], allocation="equal")
-    assert [c < 64 for c in width["sizes"]["channels"]] == [False, False, True, True, True]
+    for layers in ([2, 7], [2, 8]):  # the dense model's top layer is gone, and counts all the same
+        width = decide("random", merged, tokens, 0.2, depth.slots, uniform=False, layers=layers, allocation="equal")
+        assert [c < 64 for c in width["sizes"]["channels"]] == [False, False, True, True, True]
     with pytest.raises(PlanError, match=r"width.layers = \[1, 2\) holds no whole layer of the 5 that are left, of 8"):
         available("width")["random"](uniform=False, layers=[1, 2], allocation="equal").decide(
-            WidthTask(merged, tokens, (*depth.slots[:-1], depth.slots[-1]._replace(stop=8)), 0.05)
+            WidthTask(merged, tokens, depth.slots, 0.05, n_dense=8)
         )
 
 
