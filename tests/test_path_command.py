@@ -135,7 +135,7 @@ def test_a_budget_ends_it_and_the_same_command_goes_on(
 
 def test_a_killed_path_resumes_with_every_score_it_had(tmp_path: Path) -> None:
     """SIGKILL in the middle; what is computed afterwards are the scores that were missing."""
-    arguments = [*QUICK, "model.layers=20", WIDE, f"cache.dir={tmp_path / 'c'}", f"hydra.run.dir={tmp_path / 'out'}"]
+    arguments = [*QUICK, "model.layers=14", WIDE, f"cache.dir={tmp_path / 'c'}", f"hydra.run.dir={tmp_path / 'out'}"]
     command = [sys.executable, "-m", "slm_exp.path", *arguments]
     journals = lambda: list((tmp_path / "c").rglob("journal.jsonl"))  # noqa: E731
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

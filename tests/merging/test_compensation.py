@@ -144,7 +144,7 @@ def test_any_method_compensates_and_its_score_is_of_the_model_it_builds(name: st
 
 
 def test_a_merged_group_is_brought_to_the_size_its_layers_gave(task: PlanTask, tokens: Any) -> None:
-    method = METHODS["shortgpt"](target_layers=7, protect_first=4, protect_last=3, merge=True, compensate="magnitude")
+    method = METHODS["shortgpt"](target_layers=7, protect_first=3, protect_last=3, merge=True, compensate="magnitude")
     plan = method.plan(task)
     assert plan.groups == ((3, 5),)
     assert plan.compensation is not None
