@@ -72,7 +72,8 @@ def documents() -> None:
             contexts = tokenizer([r.args[0] for r in task.instances], add_special_tokens=False)["input_ids"]
             wholes = tokenizer([r.args[0] + r.args[1] for r in task.instances], add_special_tokens=False)["input_ids"]
             asked = [Request(i, tuple(w[:-1]), tuple(w[len(c) :]))
-                     for i, (c, w) in enumerate(zip(contexts, wholes, strict=True)) if len(w) > max(1, len(c))]  # fmt: skip
+                     for i, (c, w) in enumerate(zip(contexts, wholes, strict=True))
+                     if len(w) > max(1, len(c))]  # fmt: skip
             trees = grow(asked)
             nodes = sum(map(len, trees)) / n
             predicting = sum(len({int(i) for _, at, _ in t.predictions() for i in at}) for t in trees) / n

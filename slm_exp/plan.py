@@ -176,7 +176,8 @@ def make_plan(
     gpus = visible_gpus() if asked != "cpu" else []
     device = "cuda" if asked.startswith("cuda") or (asked == "auto" and gpus) else "cpu"
     grid.device = device
-    grid.workers, grid.threads = _workers(cfg, hydra, gpus, grid.multirun) if device == "cpu" or gpus else (1, cores())
+    here = device == "cpu" or bool(gpus)
+    grid.workers, grid.threads = _workers([c for _, c in made], hydra, gpus, grid.multirun) if here else (1, cores())
     sketches: dict[str, Sketch] = {}
     lookup = Lookup(Path(cfg.cache.dir) if cfg.cache.enabled else None)
     for job, cfg in made:
@@ -189,7 +190,7 @@ def make_plan(
     first = grid.models[0]
     if tflops is not None:
         grid.machine = told(tflops, device, first.dtype)
-    elif device == "cpu" or gpus:
+    elif here:
         grid.machine = machine(Path(cfg.cache.dir), device, first.dtype, grid.threads, anew)
     else:
         grid.notes.append("no GPU is visible here, so times are not known: --tflops N gives those of a machine that "
@@ -207,10 +208,11 @@ def compose(overrides: Sequence[str], multirun: bool) -> tuple[GridPlan, list[tu
     from slm_exp.launch.folder import Job
     from slm_exp.tracking.wandb import slug
 
-    cells = _of_table(overrides)
+    table, cells = _of_table(overrides)
+    if cells is not None:
+        overrides = [o for o in overrides if o.startswith("hydra")]
     swept = [o for o in overrides if not o.startswith("hydra.") and door._is_sweep(o)]
-    plain = [o for o in overrides if o not in swept] if cells is None else []
-    whole = door.compose_raw(plain, with_hydra=True)
+    whole = door.compose_raw([o for o in overrides if o not in swept], with_hydra=True)
     multirun = multirun or bool(swept) or cells is not None or str(whole.hydra.mode).endswith("MULTIRUN")
     if not multirun:
         cfg = to_run_config(door.science_only(whole))
@@ -219,7 +221,8 @@ def compose(overrides: Sequence[str], multirun: bool) -> tuple[GridPlan, list[tu
         where = Path("outputs/RUN_ID") if not run_id else Path(str(whole.hydra.run.dir))  # resolving it hashes weights
         found = [(Job(run_id, tuple(o for o in overrides if not o.startswith("hydra")), where, "", save), cfg)]
         return GridPlan(where, False, [], [], "cpu", 1, 1, None), found, whole.hydra
-    where = Path(str(whole.hydra.sweep.dir))
+    named = any(o.startswith("hydra.sweep.dir=") for o in overrides)
+    where = Path("outputs/multirun") / Path(table).stem if table and not named else Path(str(whole.hydra.sweep.dir))
     jobs = cells
     if jobs is None:
         params = dict(whole.hydra.sweeper.get("params") or {})
@@ -251,17 +254,22 @@ def _sweep_dir(overrides: Sequence[str], whole: Any) -> Path:
     return Path("outputs/multirun") / f"{base}-{digest(task)[:8]}"
 
 
-def _of_table(overrides: Sequence[str]) -> list[list[str]] | None:
-    """The jobs that fill a table's missing cells, for `table=NAME [DIR...]`; None where no table is asked for."""
-    names = [o.partition("=")[2] for o in overrides if o.startswith("table=")]
-    if not names:
-        return None
+def _of_table(overrides: Sequence[str]) -> tuple[str, list[list[str]] | None]:
+    """A table's name and the jobs that fill it, for `table=NAME [PARAM=VALUE]`; None where no table is asked for."""
+    name = next((o.partition("=")[2] for o in overrides if o.startswith("table=")), None)
+    if name is None:
+        return "", None
     try:
-        from slm_exp.tables.definition import cells  # type: ignore[import-not-found]
+        from slm_exp.tables.definition import cells, read_table
     except ImportError:
-        raise ConfigError(f"table={names[0]}: this version of slm_exp has no tables.") from None
-    others = [o for o in overrides if not o.startswith("table=")]
-    return [[*cell.overrides, *(o for o in others if "=" in o)] for cell in cells(names[0])]
+        raise ConfigError(f"table={name}: this version of slm_exp has no tables.") from None
+    import yaml
+
+    others = [o for o in overrides if not o.startswith(("table=", "hydra"))]
+    known = read_table(name).params
+    given = {k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in others) if k in known}
+    added = [o for o in others if o.partition("=")[0] not in known]
+    return name, [[*cell, *added] for cell in cells(name, given)]
 
 
 def _run_id(cfg: RunConfig) -> str:
@@ -276,17 +284,19 @@ def _run_id(cfg: RunConfig) -> str:
     return cfg.run_id
 
 
-def _workers(cfg: RunConfig, hydra: Any, gpus: list[str], multirun: bool) -> tuple[int, int]:
-    """Jobs at a time, and CPU threads of each."""
+def _workers(cfgs: Sequence[RunConfig], hydra: Any, gpus: list[str], multirun: bool) -> tuple[int, int]:
+    """Jobs at a time, and CPU threads of each, as the launcher decides them."""
     import os
 
+    from slm_exp.launch.plugins import heaviest
     from slm_exp.launch.workers import cores, make_workers
 
-    own = cfg.runtime.threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
+    own = cfgs[0].runtime.threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
     if not multirun:
         return 1, own or cores()
     launcher = hydra.launcher
-    pool = make_workers(launcher.get("workers") or launcher.get("n_jobs"), launcher.get("threads"), gpus)
+    workers = launcher.get("workers") or launcher.get("n_jobs")
+    pool = make_workers(workers, launcher.get("threads"), gpus, heaviest(cfgs))
     return len(pool), own or int(pool[0].env.get("OMP_NUM_THREADS") or cores())
 
 
@@ -377,6 +387,8 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch) -> None:
     after, _ = work.evaluation(cfg, sizes, layers, model.random)
     healing, more = work.recovery(cfg, sizes, layers)
     size = float(model.bytes)
+    if getattr(cfg.evaluation, "speed_runs", 0):  # measured anew every time, both models in turns
+        after += work.generation(cfg, sizes, layers, size)
     works: dict[str, Work] = {
         "load": work.Work(starts=1, moved=size / 4, fixed=0.3 + (sizes.total / 5e7 if model.random else 0)),
         "calibrate": work.Work(fixed=0.1 if model.random else 1.0),
@@ -487,9 +499,10 @@ def show(grid: GridPlan) -> str:
         lines.append(f"time      {duration(grid.wall)}, {hours:.2g} {unit} hours")
     else:
         lines.append("time      unknown")
+    notes = [*grid.notes]
     if any(MAYBE in job.stages.values() for job in todo):
-        grid.notes.append("unknown stages depend on what an earlier one finds; they are counted as computed.")
-    lines += [f"note      {note}" for note in grid.notes]
+        notes.append("unknown stages depend on what an earlier one finds; they are counted as computed.")
+    lines += [f"note      {note}" for note in notes]
     return "\n".join(lines)
 
 

@@ -150,7 +150,7 @@ def outline(cfg: RunConfig, model: Sketch, device_type: str, lookup: Lookup, sav
             out.stages["recover"], _ = lookup.state("recover", asked)
         result = f"{UNKNOWN}{digest([result, identity])}"
     state = lookup.state("evaluate", {**key, "model": result, **measured})[0] if measures else NOTHING
-    out.stages["evaluate"] = state
+    out.stages["evaluate"] = COMPUTE if getattr(cfg.evaluation, "speed_runs", 0) else state  # times are never kept
     out.stages["save"] = COMPUTE if save_model else NOTHING
     out.stages["report"] = COMPUTE
     works = (CACHED, SHARED, NOTHING)

@@ -59,6 +59,12 @@ FEW = 200
 """Up to so many documents of a task are taken to be like its first 20."""
 
 
+PER_LAYER_S = 3e-4
+"""Seconds that a layer takes to start for one token, whatever its size."""
+READ = 1e10
+"""Bytes of weights a second that generation reads from memory, about."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What a stage computes, by what it is fast or slow at."""
@@ -243,13 +249,24 @@ def evaluation(cfg: RunConfig, sizes: Sizes, layers: float, random: bool) -> tup
                      fixed=0.0006 * docs * (5 if task == "hellaswag" else 2))  # fmt: skip
     if e.tasks:
         work += Work(harness=1, fixed=1.0)
-    for name, where in e.corpora.items():
+    corpora = e.wanted_corpora() if hasattr(e, "wanted_corpora") else e.corpora
+    for name, where in corpora.items():
         found = _corpus(where, e.ppl_seq_len, stretch)
         if found is None:
             notes.append(f"evaluation.corpora.{name}: its length is not known")
             continue
-        work += Work(blocks=layers * sizes.block_flops(found[0], found[1]), head=1.3 * sizes.head_flops(found[0]))
+        once = Work(blocks=layers * sizes.block_flops(found[0], found[1]), head=1.3 * sizes.head_flops(found[0]))
+        work += once * (2 if e.ppl_bos == "both" and not where.endswith(".npy") else 1)
     return work, notes
+
+
+def generation(cfg: RunConfig, sizes: Sizes, layers: float, bytes_: float) -> Work:
+    """Timed generations, dense and compressed: a token reads every weight once, and starts every layer."""
+    e: Any = cfg.evaluation
+    cases = len(e.speed_batches) * len(e.speed_prompts) * len(e.speed_new)
+    tokens = 128 * e.speed_runs + max(e.speed_new) * e.speed_grid_runs * max(0, cases - 1)
+    each = (sizes.n_layers + layers) * PER_LAYER_S + bytes_ * (1 + layers / sizes.n_layers) / READ
+    return Work(fixed=tokens * each)
 
 
 def _corpus(where: str, seq_len: int, stretch: float) -> tuple[float, float] | None:
