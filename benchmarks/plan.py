@@ -1,10 +1,12 @@
 """How far the estimates of `slm plan` are off: time and memory, for SmolLM2 and two random models of other sizes.
 
-    python benchmarks/plan.py                 every model once, on one thread
-    python benchmarks/plan.py --documents     the tokens that documents of the seven tasks cost (planning/work.py)
+    python benchmarks/plan.py                  every model, on one thread
+    python benchmarks/plan.py --records DIR    against the stages that finished records below DIR had to compute
+    python benchmarks/plan.py --documents      the tokens that documents of the seven tasks cost (planning/work.py)
 
-Both sides are processor seconds of one thread, children included, so that others at work on the machine do not count.
-Peak memory is the largest process's. Exit status 1 when a factor is above 2.
+Without --records both sides are processor seconds of one thread, children included, so that others at work on the
+machine do not count; records have seconds of the clock. Peak memory is the largest process's. Exit status 1 when a
+factor is above 2.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-COMMON = ["runtime.threads=1", "runtime.device=cpu", "tracking=none", "save_model=true"]
+COMMON = ["runtime.threads=1", "runtime.device=cpu", "tracking=none", "save_model=true", "evaluation.limit=5"]
 MODELS = {
     "SmolLM2-135M": [],
     "random, 10 M": ["model=tiny", "model.layers=12", "model.hidden=256", "model.vocab=8192"],
-    "random, 93 M": ["model=tiny", "model.layers=10", "model.hidden=1024", "model.heads=16", "model.kv_heads=4",
-                     "evaluation.limit=5"],
+    "random, 93 M": ["model=tiny", "model.layers=10", "model.hidden=1024", "model.heads=16", "model.kv_heads=4"],
 }  # fmt: skip
 CASES = {"the main job": [], "no evaluation": ["evaluation=none", "save_model=false"]}
+SHORT = 0.2
+"""Stages of a record that took fewer seconds are left out."""
 
 
 def measured(overrides: list[str], folder: Path) -> tuple[float, float]:
@@ -82,14 +85,45 @@ def documents() -> None:
                   f"{predicting:6.1f} predicting, {plain:6.1f} plain")  # fmt: skip
 
 
+def against_records(folder: Path) -> float:
+    """Print a line for every finished record below a folder; returns the worst factor."""
+    from slm_exp.plan import make_plan
+
+    worst = 1.0
+    for path in sorted(folder.rglob("record.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["status"] != "finished":
+            continue
+        threads = record["device"]["threads"]
+        overrides = [o for o in record["overrides"] if not o.startswith(("cache.", "runtime.", "hydra."))]
+        (job,) = make_plan([*overrides, f"runtime.threads={threads}", "cache.enabled=false",
+                            "hydra.run.dir=not/there"]).jobs  # fmt: skip
+        took = {s["name"]: s["seconds"] for s in record["stages"] if not s["cached"] and s["seconds"] > SHORT}
+        told = {name: job.seconds[name] for name in took if name in job.seconds}
+        if not told:
+            continue
+        seconds, measured_s = sum(told.values()), sum(took[name] for name in told)
+        factor = max(seconds / measured_s, measured_s / seconds)
+        worst = max(worst, factor)
+        parts = ", ".join(f"{n} {told[n]:.0f}/{took[n]:.0f}" for n in told if took[n] > 2)
+        what = " ".join(o for o in overrides if o.startswith("method"))
+        print(f"{what:<50} {seconds:6.0f} s {measured_s:6.0f} s {factor:5.2f}   {parts}", flush=True)
+    return worst
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", action="store_true", help="measure the tokens of documents instead")
+    parser.add_argument("--records", type=Path, metavar="DIR", help="compare with finished records instead")
     parser.add_argument("--only", help="models whose name contains this")
     args = parser.parse_args()
     if args.documents:
         documents()
         return 0
+    if args.records:
+        worst = against_records(args.records)
+        print(f"worst factor: {worst:.2f}")
+        return int(worst > 2)
     worst = 1.0
     print(f"{'model':<14} {'what':<14} {'estimate':>9} {'measured':>9} {'factor':>7}   "
           f"{'memory':>8} {'measured':>9} {'factor':>7}")  # fmt: skip
