@@ -149,3 +149,16 @@ def test_large_models_plan_without_the_hub(monkeypatch, tmp_path):
     assert job.params == pytest.approx(0.82 * 6_738_415_616, rel=2e-3)
     assert grid.to_json()["totals"]["gpu_hours"] > 0
     assert 13e9 < grid.device_memory < 20e9
+
+
+def test_a_table_plans_the_jobs_that_fill_it(tmp_path):
+    tables = pytest.importorskip("slm_exp.tables.definition")
+    name = min(tables.table_names(), key=lambda n: len(tables.cells(n)))
+    grid = plan.make_plan([f"table={name}", f"cache.dir={tmp_path}"], tflops=1.0)
+    assert 1 <= len(grid.jobs) <= len(tables.cells(name))
+    assert grid.folder == Path("outputs/multirun") / name
+
+
+def test_a_table_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="table"):
+        plan.make_plan(["table=no_such_table"], tflops=1.0)
