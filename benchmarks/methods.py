@@ -27,18 +27,19 @@ FOLDER = ROOT / "outputs" / "multirun" / "methods"
 PAGE = ROOT / "docs" / "methods.md"
 START, END = "<!-- table: python benchmarks/methods.py -->", "<!-- end of table -->"
 LAYERS_LEFT = "27,22"
+HALVES = "6,16"  # as many sublayers as 3 and 8 layers have
 SHARES = "0.079,0.2105"  # of the parameters: 3 and 8 of 30 layers
 WIDTH = "0.2"
 
 
 def grids() -> Iterator[tuple[str, list[str]]]:
-    """(name of the folder, overrides) of every multirun."""
+    """(name of the folder, overrides) of every multirun. The smaller sizes come first: greedy methods go on from them."""
     methods = {name: cls for name, cls in available("method").items() if name != "from_plan"}
     whole = [name for name, cls in methods.items() if "target_layers" in getattr(cls, "targets", ("target_layers",))]
     halves = [name for name in methods if name not in whole]
     pruners = [name for name in available("width") if name != "none"]
-    yield "layers", [f"method={','.join(whole)}", f"method.target_layers={LAYERS_LEFT}"]
-    yield "sublayers", [f"method={','.join(halves)}", f"method.target_ratio={SHARES}"]
+    yield "layers", [f"method.target_layers={LAYERS_LEFT}", f"method={','.join(whole)}"]
+    yield "sublayers", [f"method.target_sublayers={HALVES}", f"method={','.join(halves)}"]
     yield "joint", ["method=llm_drop", "method.unit=joint", f"method.target_ratio={SHARES}"]
     yield "merged", ["method=angular,shortgpt", f"method.target_layers={LAYERS_LEFT}", "method.merge=true",
                      "merge_rule=top_layer,sum_of_deltas,mean"]  # fmt: skip
