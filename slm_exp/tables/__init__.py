@@ -1,0 +1,1 @@
+"""Tables of a paper from records: `conf/table/*.yaml` declares them, `slm tables NAME DIR...` draws them."""
