@@ -103,9 +103,14 @@ def table_names() -> list[str]:
     return sorted(p.stem for p in (conf_dir() / "table").glob("*.yaml") if not p.stem.startswith("_"))
 
 
+def table_path(name: str) -> Path:
+    """The file of a table, whether it is there or not."""
+    return Path(name) if name.endswith((".yaml", ".yml")) else conf_dir() / "table" / f"{name}.yaml"
+
+
 def read_table(name: str, params: Mapping[str, Any] | None = None) -> Table:
     """A table by name or by the path of its file; see `cells` for arguments and errors."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else conf_dir() / "table" / f"{name}.yaml"
+    path = table_path(name)
     if not path.is_file():
         names = ["sweep", *table_names()]
         raise ConfigError(f"table = {name}; expected one of {', '.join(names)}, or an existing .yaml file. "
@@ -274,4 +279,5 @@ def _shares(params: Mapping[str, Any]) -> dict[str, Any]:
         share = (layers - left) * int(params["per_layer"]) / int(params["parameters"])
     except (KeyError, TypeError, ValueError):
         return {}
-    return {"share": f"{share:.4f}", "percent": f"{100 * share:.1f}", "width_ratio": f"{(layers - left) / layers:.4f}"}
+    return {"share": str(round(share, 4)), "percent": f"{100 * share:.1f}",
+            "width_ratio": str(round((layers - left) / layers, 4))}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.errors import ConfigError, did_you_mean
 from slm_exp.evaluation.base import SEVEN
+from slm_exp.files import digest
 from slm_exp.statistics.scores import estimate, metric_of, stderr_of_mean
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ class Quantity:
     stderr: Callable[[Measured], float | None] = lambda _: None
     tasks: tuple[str, ...] = ()
     """The tasks whose documents a difference is tested on; none: no test, so no row is marked."""
-    measured: bool = False
-    """Whether it depends on the evaluation's protocol."""
+    protocol: Callable[[Measured], dict[str, Any] | None] = lambda _: None
+    """`{hash, fields}` of what it was measured by; numbers of different hashes do not stand in one column."""
+    spread: str = "error"
+    """What `stderr` is: a standard error over documents, or half the distance of the `quartiles`."""
 
 
 def _at(*path: str) -> Callable[[Measured], Any]:
@@ -66,12 +69,43 @@ def _task(name: str) -> Quantity:
         found = estimate(m.scores(name), metric_of(name, m.scores(name)) or "")
         return None if found is None or found.stderr is None else 100 * found.stderr
 
-    return Quantity(name, score, 2, stderr, (name,), measured=True)
+    return Quantity(name, score, 2, stderr, (name,), _protocol)
 
 
 def _average_stderr(m: Measured) -> float | None:
     found = stderr_of_mean(estimate(m.scores(task), metric) for task, metric in SEVEN.items())
     return None if found is None else 100 * found
+
+
+def _protocol(m: Measured) -> dict[str, Any] | None:
+    return m.protocol
+
+
+def _speed(name: str, case: str = "1x12x128") -> Quantity:
+    """Medians; the dense model's speedup over itself is not told."""
+    label, factor, digits = TIMED[name]
+
+    def found(m: Measured) -> Any:
+        cells = (m.record.get("speed") or {}).get("cells") or ()
+        cell = next((c for c in cells if c.get("name") == case), {})
+        return (cell if m.which == "compressed" else {}).get(name) if name == "speedup" else (
+            (cell.get(m.which) or {}).get(name))
+
+    def value(m: Measured) -> float | None:
+        told = found(m)
+        told = told.get("median") if isinstance(told, dict) else told
+        return None if told is None else factor * float(told)
+
+    def half(m: Measured) -> float | None:
+        told = found(m)
+        return factor * (told["q3"] - told["q1"]) / 2 if isinstance(told, dict) else None
+
+    def protocol(m: Measured) -> dict[str, Any] | None:
+        told = (m.record.get("speed") or {}).get("protocol")
+        fields = {**told, "machine": (m.record.get("device") or {}).get("name")} if told else {}
+        return {"hash": digest(fields), "fields": fields} if told else None
+
+    return Quantity(label if case == PAPERS_CASE else f"{label} {case}", value, digits, half, (), protocol, "quartiles")
 
 
 def _plan(m: Measured) -> str | None:
@@ -94,6 +128,7 @@ NAMED = {
     "layers": Quantity("layers", _sided(_at("layers", "before"), _at("layers", "after"))),
     "params": Quantity("params (M)", _sided(_scaled(_at("params", "before"), 1e-6),
                                             _scaled(_at("params", "after"), 1e-6)), 1),
+    "parameters": Quantity("params", _sided(_at("params", "before"), _at("params", "after"))),
     "removed": Quantity("removed (%)", _sided(lambda _: 0.0, _scaled(_at("params", "ratio_removed"), 100)), 1),
     "score": Quantity("score", _compressed(_at("plan", "final_score")), 4),
     "plan": Quantity("plan", _compressed(_plan)),
@@ -102,10 +137,18 @@ NAMED = {
     "block_forwards": Quantity("block forwards", _compressed(_at("plan", "block_forwards"))),
     "seconds": Quantity("seconds", _at("seconds")),
     "average": Quantity("average", _scaled(lambda m: m.evaluation.get("average"), 100), 2, _average_stderr,
-                        tuple(SEVEN), measured=True),
+                        tuple(SEVEN), _protocol),
     **{name: _task(name) for name in SEVEN},
 }
+PAPERS_CASE = "1x12x128"
+"""Batch x prompt x new tokens of the papers' latency."""
+TIMED = {  # field of a cell of the record's `speed` -> (heading, factor, decimals)
+    "latency_s": ("latency (s)", 1.0, 2), "tokens_per_s": ("tokens/s", 1.0, 1),
+    "first_token_s": ("first token (s)", 1.0, 3), "peak_bytes": ("memory (GB)", 1e-9, 2),
+    "flops": ("GFLOP", 1e-9, 1), "speedup": ("speedup", 1.0, 2),
+}
 FAMILIES = {
+    "speed": f"{', '.join(TIMED)} of generating, medians; .BATCHxPROMPTxNEW for another case than {PAPERS_CASE}",
     "task": "an lm-eval task besides the seven, by the metric that counts for it: task.sciq",
     "perplexity": "a corpus of the evaluation: perplexity.wikitext2",
     "config": "a setting: config.method.target_layers",
@@ -120,7 +163,10 @@ def quantity(name: str) -> Quantity:
     if family == "task":
         return _task(rest)
     if family == "perplexity":
-        return Quantity(f"ppl {rest}", lambda m: (m.evaluation.get("perplexity") or {}).get(rest), 2, measured=True)
+        return Quantity(f"ppl {rest}", lambda m: (m.evaluation.get("perplexity") or {}).get(rest), 2,
+                        protocol=_protocol)
+    if family == "speed":
+        return _speed(*rest.split(".", 1))
     return Quantity(rest.removesuffix(".name"), _compressed(_setting(rest)))
 
 
@@ -134,14 +180,19 @@ def default_label(name: str) -> str:
     return quantity(name).label
 
 
-def check_quantity(name: str, where: str) -> None:
+def check_quantity(name: str, where: str, more: Iterable[str] = ()) -> None:
     """Refuse a column that does not exist.
+
+    Args:
+        more: other names that would do at this place.
 
     Raises:
         ConfigError: names it, where it was asked, and the closest that exists.
     """
     family, _, rest = name.partition(".")
-    if name not in NAMED and not (family in FAMILIES and rest):
+    known = family in FAMILIES and bool(rest) and (family != "speed" or rest.partition(".")[0] in TIMED)
+    if name not in NAMED and not known:
         kinds = "; ".join(f"{kind}.NAME ({about})" for kind, about in FAMILIES.items())
-        raise ConfigError(f"{where} = {name}; expected one of tasks, {', '.join(NAMED)}; or {kinds}. "
-                          f"{did_you_mean(name, ['tasks', *NAMED])}".rstrip())
+        names = list(dict.fromkeys([*more, "tasks", *NAMED]))
+        raise ConfigError(f"{where} = {name}; expected one of {', '.join(names)}; or {kinds}. "
+                          f"{did_you_mean(name, [*names, *(f'speed.{t}' for t in TIMED)])}".rstrip())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from slm_exp.door import compose_run, conf_dir
 from slm_exp.errors import ConfigError
+from slm_exp.tables.command import split_words
 from slm_exp.tables.definition import cells, read_table, read_yaml, table_names, together
 
 MODELS = sorted(set(read_yaml(conf_dir() / "table" / "_models.yaml")) - {"all"})
@@ -124,3 +127,19 @@ def test_unknown_names_are_refused_with_the_closest() -> None:
         cells("main", {"modle": "tiny"})
     with pytest.raises(ConfigError, match=r"nowhere/own\.yaml; expected one of"):
         cells("nowhere/own.yaml")
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "tables.md"
+
+
+def test_the_page_tells_what_is_there(tmp_path: Path) -> None:
+    text = PAGE.read_text()
+    listed = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", text, re.M))
+    assert {name: int(n) for name, n in listed.items()} == {name: len(cells(name)) for name in table_names()}
+    own = tmp_path / "own.yaml"
+    own.write_text(re.findall(r"```yaml\n(.*?)```", text, re.S)[0])
+    assert len(cells(str(own))) == 4
+    for line in re.findall(r"^slm tables .*$", text, re.M):
+        name, *words = shlex.split(line)[2:]
+        params, _ = split_words([word for word in words if not word.startswith("--")])
+        assert name == "sweep" or cells(name, params), line
