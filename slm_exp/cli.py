@@ -12,6 +12,8 @@ COMMANDS = {
     "plan": "plan [overrides]    what a run or a grid would do and cost; loads nothing",
     "path": "path [overrides]    every plan any threshold can produce, with its exact interval",
     "sweep": "sweep status|resume|rerun DIR   how a sweep stands; finish what is missing",
+    "tables": "tables NAME DIR...  a table of a paper from records: md, tex, csv, html; or one row per run",
+    "compare": "compare RUN [RUN...]   paired tests between runs on the same documents",
     "report": "report DIR...       one self-contained page, DIR/report.html, of a run or a sweep",
     "export": "export RUN_OR_PLAN  a plan as another tool's file (mergekit)",
     "doctor": "doctor              what is wrong on this machine, and what to do about it",

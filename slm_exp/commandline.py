@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
         doc: the module's docstring.
         examples: a command -> what it does.
         exits: a status -> when.
-        notes: what else there is to know, one paragraph.
+        notes: what else there is to know; one paragraph is folded, a list stays as it is.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
             width = max(map(len, self.examples))
             parts.append("examples:\n" + "\n".join(f"  {c:<{width}}  {what}" for c, what in self.examples.items()))
         if notes:
-            parts.append(_folded(notes))
+            parts.append(notes if "\n  " in notes else _folded(notes))
         if exits:
             parts.append("exit status:\n" + "\n".join(f"  {status}  {when}" for status, when in exits.items()))
         if name:
@@ -68,4 +68,4 @@ class Parser(argparse.ArgumentParser):
 def _folded(text: str, width: int = 112) -> str:
     import textwrap
 
-    return textwrap.fill(text, width)
+    return textwrap.fill(" ".join(text.split()), width)
