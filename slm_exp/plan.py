@@ -198,6 +198,9 @@ def make_plan(
     for plan, (_, cfg) in zip(grid.jobs, made, strict=True):
         _cost(grid, plan, cfg, sketches[repr(cfg.model)])
     grid.notes += dict.fromkeys(note for plan in grid.to_run for note in plan.notes)
+    searches = sum(plan.bounds is not None and plan.stages.get("plan") == "compute" for plan in grid.to_run)
+    if searches > 1:
+        grid.notes.append("searches of one model, rule and similarity share scores, which is not counted: it is less.")
     return grid
 
 
@@ -245,11 +248,13 @@ def compose(overrides: Sequence[str], multirun: bool) -> tuple[GridPlan, list[tu
 
 def _sweep_dir(overrides: Sequence[str], whole: Any) -> Path:
     """Where a grid of comma lists lies: the folder's name hashes the command's task overrides."""
+    from slm_exp.door import open_mappings
     from slm_exp.files import digest
 
     if any(o.startswith("hydra.sweep.dir=") for o in overrides):
         return Path(str(whole.hydra.sweep.dir))
-    task = sorted(o for o in overrides if not o.startswith(("sweep=", "experiment=", "hydra.", "hydra/")))
+    given = open_mappings(overrides)
+    task = sorted(o for o in given if not o.startswith(("sweep=", "experiment=", "hydra.", "hydra/")))
     base = whole.hydra.runtime.choices.get("sweep") or whole.hydra.runtime.choices.get("experiment") or "grid"
     return Path("outputs/multirun") / f"{base}-{digest(task)[:8]}"
 
