@@ -95,6 +95,24 @@ def open_mappings(overrides: Sequence[str]) -> list[str]:
     return [f"++{o}" if o.startswith(open_ended) else o for o in overrides]
 
 
+def fields_of_swept_groups(overrides: Sequence[str]) -> list[str]:
+    """Let `method=a,b method.merge=true` set a field of the members that are swept, not of the default member.
+
+    Hydra composes a multirun's own config without what is swept, and would look for the field in the default member.
+    A value written as a choice of one is swept too: it reaches every job and nothing else.
+    """
+    params: dict[str, str] = {}
+    if preset := [o for o in overrides if o.startswith("sweep=")]:
+        params = dict(compose_raw(preset, with_hydra=True).hydra.sweeper.get("params") or {})
+    swept = {o.partition("=")[0] for o in overrides if _is_sweep(o)} | set(params)
+    out = []
+    for o in overrides:
+        key, equals, value = o.partition("=")
+        field_of_one = key.partition(".")[0] in swept & set(GROUPS) and "." in key and equals and not _is_sweep(o)
+        out.append(f"{key}=choice({value})" if field_of_one else o)
+    return out
+
+
 @contextmanager
 def _hydra_session() -> Iterator[None]:
     from hydra import initialize_config_dir
@@ -192,6 +210,7 @@ def check_all(overrides: Sequence[str], multirun: bool) -> None:
     """
     from slm_exp.records import check_writable
 
+    overrides = fields_of_swept_groups(overrides)
     plain = [o for o in overrides if o.startswith("hydra.") or not _is_sweep(o)]
     whole = compose_raw(plain, with_hydra=True)
     multirun = multirun or str(whole.hydra.mode).endswith("MULTIRUN")
@@ -232,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     prepare_hydra()
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job)
-    sys.argv = [sys.argv[0] if sys.argv else "slm-exp", *open_mappings(argv)]
+    sys.argv = [sys.argv[0] if sys.argv else "slm-exp", *fields_of_swept_groups(open_mappings(argv))]
     app()
     return 0
 
