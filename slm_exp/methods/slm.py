@@ -32,7 +32,8 @@ class SLM(Method):
     threshold_range: list[float] = field(default_factory=lambda: [0.5, 1.0])
     """Thresholds in which a target size is searched."""
     max_evaluations: int | None = None
-    """Candidates that the search for a target size may score; null is 400."""
+    """Candidates that the search for a target size may score; null is 400, and those of ten single searches more where
+    they did not meet the size."""
     protect_first: int = 0
     """Layers at the bottom that are never merged."""
     protect_last: int = 1

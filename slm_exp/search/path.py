@@ -123,6 +123,26 @@ def follow(
     return Path(tuple(_joined(plans)), tuple(sorted(unknown)), len(asked))
 
 
+def single(
+    scores: Scores, start: SearchState, n_layers: int, low: float, high: float, threshold: float,
+    commit_open_window: bool = True, asked: set[Candidate] | None = None,
+) -> PathPlan:
+    """The plan of one threshold in [low, high), with the interval of those that decide alike.
+
+    Cost: one score for every candidate of a single search.
+    """
+    state = start
+    while candidate := state.candidate:
+        if asked is not None:
+            asked.add(candidate)
+        score = scores.score(candidate)
+        if score > threshold:
+            state, high = state.accept(), min(high, score)
+        else:
+            state, low = state.reject(), max(low, score)
+    return _leaf(scores, Branch(state, low, high), n_layers, commit_open_window)
+
+
 def sizes(state: SearchState, n_layers: int, commit_open_window: bool = True) -> range:
     """Layers left that some end of the search from here on can have; bounds, from the fewest to the most.
 

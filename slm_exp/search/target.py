@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slm_exp.errors import ConfigError, PlanError
-from slm_exp.search.path import Branch, PathPlan, Scores, follow
+from slm_exp.search.path import Branch, PathPlan, Scores, follow, single
 from slm_exp.search.progress import LOG_EVERY_S
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 BUDGET = 400
 """Candidates scored for a size where no budget is set."""
+PROBES = 10
+"""Single searches made then, where none of the plans met has that size."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ def best_of_size(
 ) -> Found:
     """Among the plans of thresholds [low, high) that leave `layers` layers, the one with the best final score.
 
+    Thresholds are followed from the highest down, so a budget ends the search before it has seen small models. Where
+    none is set and BUDGET candidates were not enough, single searches close in on the size: lower thresholds leave
+    fewer layers, by and large.
+
     Raises:
         PlanError: no threshold in the range leaves that many layers (or the budget ended first); names the nearest.
     """
@@ -51,11 +57,24 @@ def best_of_size(
     with watching(low, high, f"search for {layers} layers") as show:
         path = follow(scores, start, n_layers, low, high, commit_open_window, budget,
                       wanted=lambda sizes: layers in sizes, show=show, asked=asked)
-    of_size = [p for p in path.plans if p.n_layers == layers]
+    plans = list(path.plans)
+    if max_evaluations is None and not path.complete and not any(p.n_layers == layers for p in plans):
+        left, right = low, max(stop for _, stop in path.unknown)
+        for _ in range(PROBES):
+            threshold = (left + right) / 2
+            plan = single(scores, start, n_layers, low, high, threshold, commit_open_window, asked)
+            log.info("threshold %.4f leaves %d layers, %d are asked for", threshold, plan.n_layers, layers)
+            plans.append(plan)
+            if plan.n_layers == layers:
+                break
+            left, right = (left, min(plan.low, right)) if plan.n_layers > layers else (max(plan.high, left), right)
+            if left >= right:
+                break
+    of_size = [p for p in plans if p.n_layers == layers]
     if not of_size:
-        met = sorted({p.n_layers for p in path.plans}, key=lambda n: abs(n - layers))[:2]
+        met = sorted({p.n_layers for p in plans}, key=lambda n: abs(n - layers))[:2]
         near = f" Nearest sizes met: {', '.join(map(str, sorted(met)))}." if met else ""
-        why = ("" if path.complete else f" {path.evaluations} candidates were scored, then method.max_evaluations = "
+        why = ("" if path.complete else f" {len(asked)} candidates were scored, then method.max_evaluations = "
                f"{budget} ended the search; raise it.")
         raise PlanError(f"no threshold in [{low:g}, {high:g}) leaves {layers} of {n_layers} layers.{near}{why} "
                         "Another rule or similarity reaches other sizes; method.threshold_range widens the search.")
@@ -67,7 +86,7 @@ def best_of_size(
         for plan in follow(scores, start, n_layers, t, math.nextafter(t, math.inf), commit_open_window, budget,
                            asked=asked).plans
     ]
-    return Found(best, path.complete, tuple(neighbours), (*path.plans, *neighbours))
+    return Found(best, path.complete, tuple(neighbours), (*plans, *neighbours))
 
 
 def layers_for_ratio(handle: ModelHandle, ratio: float, fewest: int) -> int:

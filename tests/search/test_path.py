@@ -6,7 +6,10 @@ import math
 
 import pytest
 
+from slm_exp.errors import PlanError
+from slm_exp.search import target
 from slm_exp.search.path import follow, sizes
+from slm_exp.search.path import single as plan_at
 from slm_exp.search.state import Candidate, SearchState
 
 
@@ -93,3 +96,40 @@ def test_a_budget_says_what_is_unknown_and_nothing_else_is_missing():
         middle = (plan.low + plan.high) / 2
         (same,) = [p for p in whole.plans if p.low <= middle < p.high]
         assert same.groups == plan.groups
+
+
+@pytest.mark.parametrize("commit", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_plan_of_one_threshold_is_the_paths(seed, commit):
+    start, asked = SearchState.start(8), set()
+    path = follow(Table(seed, 40), start, 8, 0.2, 0.9, commit)
+    for plan in path.plans:
+        for threshold in (plan.low, (plan.low + plan.high) / 2, math.nextafter(plan.high, 0)):
+            found = plan_at(Table(seed, 40), start, 8, 0.2, 0.9, threshold, commit, asked)
+            assert (found.groups, found.n_layers, found.final_score) == (plan.groups, plan.n_layers, plan.final_score)
+            assert plan.low <= found.low <= threshold < found.high <= plan.high
+    assert len(asked) <= path.evaluations
+
+
+class Falling(Table):
+    """Scores that fall with every layer merged, as those of real models do: the size falls with the threshold."""
+
+    def score(self, candidate: Candidate) -> float:
+        if candidate not in self.computed:
+            gone = candidate.high - candidate.low + sum(g.stop - g.start - 1 for g in candidate.groups)
+            self.computed[candidate] = 1 - 0.02 * gone - 0.001 * super().score(candidate)
+        return self.computed[candidate]
+
+
+@pytest.mark.parametrize("layers", [20, 12, 5])
+def test_single_searches_find_a_size_that_the_budget_did_not_reach(layers, monkeypatch):
+    monkeypatch.setattr(target, "BUDGET", 40)
+    start, table = SearchState.start(24), Falling(1)
+    found = target.best_of_size(table, start, 24, layers, 0.5, 1.0)
+    assert found.plan.n_layers == layers
+    assert not found.complete
+    middle = (found.plan.low + found.plan.high) / 2
+    assert single(Falling(1), start, middle, commit=True) == found.plan.groups
+    assert len(table.computed) <= 40 + target.PROBES * 23
+    with pytest.raises(PlanError, match=r"40 candidates were scored, then method\.max_evaluations = 40"):
+        target.best_of_size(Falling(1), start, 24, layers, 0.5, 1.0, max_evaluations=40)
