@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from slm_exp.errors import ProtocolError
@@ -204,7 +205,7 @@ def _mark(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: dict[tupl
                 if row.which != "dense" and len(placed[i, j, k]) == len(table.over)
                 and grid.blocks[i][1][j][1][k].value is not None}
         values = {j: float(grid.blocks[i][1][j][1][k].value or 0) for j in rows}
-        marks = marked(values, lambda a, b, rows=rows, k=k: _p_value(rows[a], rows[b], kinds[k]))
+        marks = marked(values, partial(_p_value, rows, kinds[k]))
         if marks is None and len(rows) > 1:
             grid.notes.append(f"column {table.columns[k].label}: no marks, for want of results on the same documents "
                               "in samples/.")
@@ -214,8 +215,8 @@ def _mark(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: dict[tupl
             line[k] = replace(line[k], mark=mark)
 
 
-def _p_value(first: Sequence[Measured], second: Sequence[Measured], kind: Quantity) -> float | None:
-    found = difference(first, second, kind.tasks, interval=False)
+def _p_value(rows: Mapping[int, Sequence[Measured]], kind: Quantity, a: int, b: int) -> float | None:
+    found = difference(rows[a], rows[b], kind.tasks, interval=False)
     return None if found is None else found.p
 
 
