@@ -265,6 +265,10 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity],
         told = "; ".join(f"{mark}: {MARKS[mark]}" for mark in MARKS if mark in used) or "no row is marked"
         out.append(f"Marks: {told}. {test[0].upper()}{test[1:]}, Holm's correction over all pairs of a block and "
                    f"column, level {LEVEL:g}. The dense model takes no part.")
+    used_runs = {str(m.record.get("run_id")): m.record for found in placed.values() for m in found}
+    versions = sorted({f"slm_exp {(r.get('versions') or {}).get('slm_exp')}{_commit(r)}" for r in used_runs.values()})
+    if versions:
+        out.append(f"{len(used_runs)} runs, by {', '.join(versions)}.")
     models = sorted({m.record["model"]["note"] for found in placed.values() for m in found
                      if (m.record.get("model") or {}).get("note")})
     out += [f"Model: {note}." for note in models]
@@ -275,6 +279,12 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity],
         limit = "every document" if fields.get("limit") is None else f"the first {fields['limit']} documents a task"
         out.append(f"Protocol {name}: lm-eval {fields.get('lm_eval')}, {limit}.")
     return out
+
+
+def _commit(record: dict[str, Any]) -> str:
+    git = record.get("git") or {}
+    dirty = " with changes" if git.get("dirty") else ""
+    return f" at {git['commit'][:10]}{dirty}" if git.get("commit") else ""
 
 
 def missing_commands(grid: Grid) -> list[str]:
