@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slm_exp.commandline import Parser
 from slm_exp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,21 +21,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-USAGE = """usage: slm path [overrides]        (= python -m slm_exp.path)
 
-  slm path                                             the default model, thresholds 0.5 to 1
-  slm path method.threshold_range=[0.85,0.95] merge_rule=mean
-  slm path method.max_evaluations=200                  stop early and say which intervals are unknown
-  slm path hydra.run.dir=FOLDER                        where path.json goes; default outputs/path/<id>
-
-The overrides are those of a run; method.threshold, target sizes, evaluation, width, recovery, tracking play no part."""
+def parser() -> Parser:
+    """The command line of `slm path`."""
+    p = Parser(
+        "path", __doc__,
+        examples={
+            "slm path": "the default model, thresholds 0.5 to 1",
+            "slm path method.threshold_range=[0.85,0.95] merge_rule=mean": "a part of it, another rule",
+            "slm path method.max_evaluations=200": "stop early and say which intervals are unknown",
+            "slm path hydra.run.dir=FOLDER": "where path.json goes; default outputs/path/<id>",
+        },
+        exits={0: "the whole range is known", 1: "method.max_evaluations ended it; the same command with more goes on",
+               2: "a wrong call"},
+        notes="The overrides are those of a run; method.threshold, target sizes, evaluation, width, recovery and "
+              "tracking play no part. A killed path goes on where it was.",
+    )  # fmt: skip
+    p.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of a run: group=member, group.field=value")
+    return p
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0: the whole range is known; 1: the budget ended it; 2: a wrong call."""
-    if any(a in ("-h", "--help") for a in argv):
-        print(USAGE)
-        return 0
+    argv = parser().parse_args(list(argv)).overrides
     from slm_exp.door import compose_run
     from slm_exp.records import check_writable
 

@@ -1,5 +1,7 @@
 """Commands that the documents print do what they say."""
 
+import contextlib
+import importlib
 import re
 import shlex
 import subprocess
@@ -15,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "outputs" / "README.md", ROOT / "sweeps" / "README.md",
          *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = ["model=tiny", "evaluation=none", "tracking=none"]
+FOREIGN = ("pip", ".", "wandb", "squeue", "sbatch", "export", "eval", "mergekit-yaml", "mergekit-multimerge")
+"""Commands of other tools, which no test runs: where they stand, the page says what came when they were tried."""
 
 
 def commands() -> list[tuple[str, str]]:
@@ -52,9 +56,12 @@ def test_every_command_is_one_that_exists(page, command, tmp_path, monkeypatch):
         assert all(f'"{word}"' in script for word in words[2:] if word.startswith("--")), command
     elif words[0] == "slm":
         assert words[1] in cli.COMMANDS, command
+        if len(words) > 2 and not set("|[") & set(command) and "..." not in command:
+            with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
+                importlib.import_module(f"slm_exp.{words[1]}").parser().parse_args(words[2:])
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), command
-    elif words[0] not in ("pip", ".", "wandb", "squeue", "sbatch", "export"):
+    elif words[0] not in FOREIGN and not (words[0] == "python" and words[1].startswith("llama.cpp/")):
         pytest.fail(f"{page}: {command}: a command this test does not know")
 
 

@@ -102,10 +102,7 @@ def layers_for_ratio(handle: ModelHandle, ratio: float, fewest: int) -> int:
     Raises:
         ConfigError: even the nearest size is off by more than one layer's share; names it and its ratio.
     """
-    from slm_exp.models.base import count_params, empty_model
-
-    total = handle.n_params
-    share = count_params(handle.layout.layers(empty_model(handle.config))) / handle.n_layers / total
+    share = handle.layer_params / handle.n_params
     layers = min(range(fewest, handle.n_layers + 1), key=lambda n: abs((handle.n_layers - n) * share - ratio))
     reached = (handle.n_layers - layers) * share
     if abs(reached - ratio) > share:
