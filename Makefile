@@ -21,8 +21,9 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: setup  ## the main job on the embedded model, then where its report lies
 	$(BIN)/python -m slm_exp experiment=demo
 
+# one process per core, one thread each: the suite has few large matrix products and many small ones
 test: setup  ## the default suite: offline, CPU
-	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile
 
 test-slow: setup  ## the longer tests on real weights
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -q -m slow

@@ -27,35 +27,56 @@ FOLDER = ROOT / "outputs" / "multirun" / "methods"
 PAGE = ROOT / "docs" / "methods.md"
 START, END = "<!-- table: python benchmarks/methods.py -->", "<!-- end of table -->"
 LAYERS_LEFT = "27,22"
+HALVES = "6,16"  # as many sublayers as 3 and 8 layers have
 SHARES = "0.079,0.2105"  # of the parameters: 3 and 8 of 30 layers
 WIDTH = "0.2"
+INSIDE = "width.layers=[4,28]"  # all but the first four and the last two, as LLM-Pruner's published runs
 
 
 def grids() -> Iterator[tuple[str, list[str]]]:
-    """(name of the folder, overrides) of every multirun."""
+    """(folder, overrides) of every multirun. The smaller sizes come first: greedy methods go on from them."""
     methods = {name: cls for name, cls in available("method").items() if name != "from_plan"}
     whole = [name for name, cls in methods.items() if "target_layers" in getattr(cls, "targets", ("target_layers",))]
     halves = [name for name in methods if name not in whole]
     pruners = [name for name in available("width") if name != "none"]
-    yield "layers", [f"method={','.join(whole)}", f"method.target_layers={LAYERS_LEFT}"]
-    yield "sublayers", [f"method={','.join(halves)}", f"method.target_ratio={SHARES}"]
+    yield "layers", [f"method.target_layers={LAYERS_LEFT}", f"method={','.join(whole)}"]
+    yield "sublayers", [f"method.target_sublayers={HALVES}", f"method={','.join(halves)}"]
     yield "joint", ["method=llm_drop", "method.unit=joint", f"method.target_ratio={SHARES}"]
     yield "merged", ["method=angular,shortgpt", f"method.target_layers={LAYERS_LEFT}", "method.merge=true",
                      "merge_rule=top_layer,sum_of_deltas,mean"]  # fmt: skip
     yield "compensated", ["method=shortgpt", f"method.target_layers={LAYERS_LEFT}", "method.compensate=magnitude"]
-    yield "width", ["method=slm", "method.threshold=1.0", f"width={','.join(pruners)}", f"width.ratio={WIDTH}"]
+    wide = ["method=slm", "method.threshold=1.0", f"width.ratio={WIDTH}"]
+    yield "width", [*wide, f"width={','.join(pruners)}"]
+    yield "width_inside", [*wide, "width=llm_pruner,magnitude,minitron", "width.uniform=false", INSIDE,
+                           "width.allocation=equal"]  # fmt: skip
 
 
 def label(record: dict[str, Any]) -> str:
     config = record["config"]
     method, width = config["method"], config["width"]
     if width["name"] != "none":
-        return f"width: {width['name']}"
+        inside = f", layers {width['layers'][0]}..{width['layers'][1] - 1}" if width.get("layers") else ""
+        return f"width: {width['name']}{inside}"
     words = [method["name"]]
-    words += [method["unit"]] if method["name"] == "llm_drop" else []
+    words += [method["unit"]] if method.get("unit") else []
     words += [f"merged by {record['plan']['rule']}"] if method.get("merge") else []
     words += [f"{method['compensate']} compensation"] if method.get("compensate") else []
     return ", ".join(words)
+
+
+def removed(params: dict[str, Any]) -> str:
+    """The share that is gone, and beside it what the checkpoint keeps at zero."""
+    zeroed = params.get("zeroed", 0) / params["before"]
+    return f"{params['ratio_removed']:.1%}" + (f" + {zeroed:.1%} zeroed" if zeroed else "")
+
+
+def size(record: dict[str, Any]) -> tuple[bool, int]:
+    """Depth before width, the smaller size asked for before the larger one."""
+    config = record["config"]
+    for field, sizes in (("target_layers", LAYERS_LEFT), ("target_sublayers", HALVES), ("target_ratio", SHARES)):
+        if (asked := config["method"].get(field)) is not None:
+            return False, sizes.split(",").index(str(asked))
+    return True, 0
 
 
 def row(record: dict[str, Any], folder: Path) -> tuple[str, ...]:
@@ -64,14 +85,15 @@ def row(record: dict[str, Any], folder: Path) -> tuple[str, ...]:
     assert mean is not None
     assert mean.compressed is not None
     assert mean.difference is not None
+    perplexity = next(iter(evaluation["compressed"]["perplexity"].values()))
     gone = [*(f"{a}-{b - 1}" for a, b in plan["groups"]), *map(str, plan["dropped"])]
     gone += [f"{s['kind'][0].upper()}{s['layer']}" for s in plan["sublayers"]]
     seconds = next(s["seconds"] for s in record["stages"] if s["name"] == "plan")
     stage = next(s["seconds"] for s in record["stages"] if s["name"] == "width")
     narrow = record["config"]["width"]["name"] != "none"
     return (
-        label(record), " ".join(gone), f"{record['params']['ratio_removed']:.1%}",
-        f"{next(iter(evaluation['compressed']['perplexity'].values())):.1f}",
+        label(record), " ".join(gone), removed(record["params"]),
+        f"{perplexity:,.1f}" if perplexity < 1e5 else f"{perplexity:.1e}",
         f"{100 * mean.compressed.value:.1f}",
         f"{100 * mean.difference.value:+.1f} ± {100 * (mean.difference.stderr or 0):.1f}",
         f"{stage if narrow else seconds:.0f}", "" if narrow else str(plan["block_forwards"]),
@@ -86,13 +108,12 @@ def table() -> str:
     dense = found[0][0]["eval"]["dense"]
     lines = [
         "| method | layers merged (a-b) or removed; A attention, M mlp | parameters removed | perplexity | average "
-        "| less than dense | planning, s | block forwards |",
+        "| against dense | planning, s | block forwards |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
         f"| dense |  | 0.0% | {next(iter(dense['perplexity'].values())):.1f} | {100 * dense['average']:.1f} |  |  |  |",
     ]
-    size = lambda r: (r["config"]["width"]["name"] != "none", round(r["params"]["ratio_removed"], 1))  # noqa: E731
     perplexity = lambda r: next(iter(r["eval"]["compressed"]["perplexity"].values()))  # noqa: E731
-    lines += [f"| {' | '.join(row(*f))} |" for f in sorted(found, key=lambda f: (*size(f[0]), perplexity(f[0])))]
+    lines += [f"| {' | '.join(row(*f))} |" for f in sorted(found, key=lambda f: (size(f[0]), perplexity(f[0])))]
     return "\n".join(lines)
 
 

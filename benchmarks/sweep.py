@@ -86,8 +86,7 @@ def main() -> None:
                                  f"hydra.run.dir={where / f'separate{i}'}"))  # fmt: skip
             print(f"separate run at {cell:.4f}: {separate[-1]:.0f} s", flush=True)
 
-        grid = [*SETTINGS, f"method.threshold={','.join(map(repr, asked))}", f"cache.dir={weights}",
-                "hydra.launcher.workers=1"]  # fmt: skip
+        grid = [*SETTINGS, f"method.threshold={','.join(map(repr, asked))}", f"cache.dir={weights}"]
         swept = call("-m", "slm_exp", "-m", *grid, f"hydra.sweep.dir={where / 'sweep'}")
         again = call("-m", "slm_exp", "-m", *grid, f"hydra.sweep.dir={where / 'again'}")
         single = call("-m", "slm_exp", *SETTINGS, f"method.threshold={asked[0]!r}", f"cache.dir={weights}",

@@ -13,6 +13,8 @@ COMMANDS = {
     "cache": "cache [show|prune|verify]   what the stage cache holds; by age, by size; whether it is whole",
     "sweep": "sweep status|resume|rerun DIR   how a sweep stands; finish what is missing",
     "report": "report DIR...       one self-contained page, DIR/report.html, of a run or a sweep",
+    "tables": "tables NAME DIR...  a table of a paper from records: md, tex, csv, html; or one row per run",
+    "compare": "compare RUN [RUN...]   paired tests between runs on the same documents",
     "sync": "sync DIR...         send offline W&B runs, each once",
 }
 

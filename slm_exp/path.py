@@ -58,15 +58,13 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
     """Follow the path of a config's model and write it into a folder. Returns main's exit status."""
     from slm_exp.cache.store import StageStore
     from slm_exp.files import write_json, write_text
-    from slm_exp.merging.surgery import apply_plan
     from slm_exp.methods.base import PlanTask
     from slm_exp.methods.slm import SLM
     from slm_exp.reporting.staircase import draw_staircase
-    from slm_exp.search.cost import flops_per_token, latencies
+    from slm_exp.search.cost import sizes
     from slm_exp.search.path import follow
     from slm_exp.search.scoring import CandidateScorer
     from slm_exp.search.target import watching
-    from slm_exp.types import MergePlan
 
     method = cfg.method
     assert isinstance(method, SLM)
@@ -82,31 +80,14 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
         path = follow(scorer, start, dense.n_layers, low, high, method.commit_open_window, method.max_evaluations,
                       show=show)
 
-    sizes = {}
-    best: dict[int, Any] = {}
-    for plan in path.plans:
-        if plan.n_layers not in best or plan.final_score > best[plan.n_layers].final_score:
-            best[plan.n_layers] = plan
-    models = {
-        n: apply_plan(dense, MergePlan(dense.n_layers, plan.groups, rule=cfg.merge_rule.name), cfg.merge_rule)
-        for n, plan in sorted(best.items())
-    }
     seq_len = int(tokens.tokens_NT.shape[1])
-    seconds = latencies(models, seq_len)
-    for n, handle in models.items():
-        sizes[n] = {
-            "n_layers": n, "params": handle.n_params, "ratio_removed": 1 - handle.n_params / dense.n_params,
-            "flops_per_token": flops_per_token(dense, n, seq_len), "latency_s": seconds[n],
-            "best_final_score": best[n].final_score,
-            "threshold": [best[n].low, best[n].high],
-        }
     result = {
         "range": [low, high],
         "plans": [plan.to_json() for plan in path.plans],
         "unknown": [list(interval) for interval in path.unknown],
         "evaluations": path.evaluations,
         "block_forwards": scorer.block_forwards,
-        "sizes": list(sizes.values()),
+        "sizes": sizes(dense, cfg.merge_rule, path.plans, seq_len),
         "seq_len": seq_len,
         "model": {"name": dense.name, "note": dense.note, "digest": dense.digest, "n_layers": dense.n_layers},
         "calibration": tokens.describe(),

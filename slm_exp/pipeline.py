@@ -12,7 +12,7 @@ from slm_exp.evaluation.base import EvalReport
 from slm_exp.merging.surgery import apply_plan, zeroed
 from slm_exp.methods.base import PlanTask
 from slm_exp.models.base import ModelHandle
-from slm_exp.records import Recorder
+from slm_exp.records import Recorder, Stage
 from slm_exp.recovery.base import HealTask, healed
 from slm_exp.similarity.layers import layer_similarity
 from slm_exp.types import CalibrationTokens, LayerSimilarity, MergePlan
@@ -41,8 +41,8 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
             with rec.stage("load"):
                 device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
                 dense = cfg.model.open(device, Path(cfg.cache.dir))
-                cfg.width.depth_method(cfg.method, dense, dense).check_model(dense)
                 cfg.width.check_model(dense, cfg.method)
+                cfg.width.check_depth(cfg.method, dense)
                 cfg.evaluation.check_data(dense.random)
                 cfg.evaluation.check_model(dense)
                 cfg.recovery.check_data(dense)
@@ -70,27 +70,31 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
 
             start, width = dense, None
             if cfg.width.order == "before":
-                start, width = narrow(cfg, rec, dense, tokens, dense, MergePlan(dense.n_layers))
+                with rec.stage("width") as stage:
+                    start, width = narrow(cfg, stage, dense, tokens, dense, MergePlan(dense.n_layers))
 
             with rec.stage("plan") as stage:
                 task = PlanTask(dense, tokens, cfg.similarity, cfg.kernel, cfg.merge_rule, alike, stage.store, cfg.seed)
                 method = cfg.width.depth_method(cfg.method, dense, start)
                 decides = cfg.plan_identity() | {"method": method.identity()}
-                plan = stage.compute(MergePlan, lambda: method.plan(replace(task, handle=start)),
+                plan = stage.compute(MergePlan, lambda: method.plan(task.on(start, method.uses_layer_similarity)),
                                      **model_key | {"model": start.digest}, tokens=tokens.digest, **decides,
                                      seed=cfg.seed)
-                plan = replace(plan, width=width or plan.width)
+                plan = replace(plan, width=width or plan.width, target=cfg.width.target_of(cfg.method, plan.target))
                 rec.keep_plan(plan)
 
             with rec.stage("merge"):
                 compressed = apply_plan(dense, plan, cfg.merge_rule)
+                if plan.width:  # narrowed before, or as the plan that is replayed says
+                    plan = rescored(task, compressed, plan)
+                    rec.keep_width(plan)
 
             if cfg.width.order == "after":
-                compressed, width = narrow(cfg, rec, dense, tokens, compressed, plan)
-
-            if width or plan.width:
-                plan = rescored(task, compressed, replace(plan, width=width or plan.width))
-                rec.keep_width(plan)
+                with rec.stage("width") as stage:
+                    compressed, width = narrow(cfg, stage, dense, tokens, compressed, plan)
+                    if width:
+                        plan = rescored(task, compressed, replace(plan, width=width))
+                        rec.keep_width(plan)
 
             with rec.stage("recover") as stage:
                 illness = HealTask(compressed, dense, plan, tokens, folder, rec.track, cfg.seed)
@@ -123,15 +127,14 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
 
 
 def narrow(
-    cfg: RunConfig, rec: Recorder, dense: ModelHandle, tokens: CalibrationTokens, handle: ModelHandle, plan: MergePlan
+    cfg: RunConfig, stage: Stage, dense: ModelHandle, tokens: CalibrationTokens, handle: ModelHandle, plan: MergePlan
 ) -> tuple[ModelHandle, dict[str, Any] | None]:
-    """The width stage: a model narrowed as the width group decides, and the decision; `plan` made it from the dense."""
-    with rec.stage("width") as stage:
-        task = WidthTask(handle, tokens, plan.slots, cfg.width.ratio_for(cfg.method, dense, handle), cfg.seed,
-                         n_dense=dense.n_layers)
-        if not cfg.width.prunes:
-            return handle, cfg.width.decide(task).data
-        decided = stage.compute(WidthDecision, lambda: cfg.width.decide(task), model=handle.digest,
-                                dtype=cfg.model.dtype, device=handle.device.type, tokens=tokens.digest,
-                                width=cfg.width.identity(), ratio=task.ratio, slots=plan.slots, seed=cfg.seed).data
-        return (handle if decided is None else apply_width(handle, decided)), decided
+    """A model narrowed as the width group decides, and the decision; `plan` made it from the dense."""
+    task = WidthTask(handle, tokens, plan.slots, cfg.width.ratio_for(cfg.method, dense, handle), cfg.seed,
+                     n_dense=dense.n_layers)
+    if not cfg.width.prunes:
+        return handle, cfg.width.decide(task).data
+    decided = stage.compute(WidthDecision, lambda: cfg.width.decide(task), model=handle.digest, dtype=cfg.model.dtype,
+                            device=handle.device.type, tokens=tokens.digest, width=cfg.width.identity(),
+                            ratio=task.ratio, slots=plan.slots, seed=cfg.seed).data
+    return (handle if decided is None else apply_width(handle, decided)), decided

@@ -191,6 +191,12 @@ def test_every_size_is_the_best_plan_of_that_size(task: PlanTask) -> None:
         at = path.plans.index(best)
         beside = [path.plans[i] for i in (at - 1, at + 1) if 0 <= i < len(path.plans)]
         assert [n["n_layers"] for n in target["neighbours"]] == [p.n_layers for p in beside]
+        sizes = {size["n_layers"]: size for size in target["sizes"]}
+        assert sizes.keys() >= {layers, *(p.n_layers for p in beside)}
+        assert sizes[layers]["best_final_score"] == best.final_score
+        costs = [sizes[n]["flops_per_token"] for n in sorted(sizes)]
+        assert costs == sorted(set(costs))
+        assert all(size["latency_s"] > 0 for size in sizes.values())
 
 
 def run_tiny(tmp_path: Path, *overrides: str) -> dict[str, Any]:

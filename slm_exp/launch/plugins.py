@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ class ProcessesConf:
 
     _target_: str = "hydra_plugins.slm_exp.ProcessLauncher"
     workers: int | None = None
-    """Jobs at a time; null is one per visible GPU, or one per two cores."""
+    """Jobs at a time; null is one per visible GPU, or one per core as far as memory goes."""
     threads: int | None = None
     """CPU threads per job; null shares the cores out."""
     retries: int = 2
@@ -247,7 +247,7 @@ class ProcessLauncher(Launcher):
         cfgs = {job.run_id: cfg for job, cfg in made}
         path = Path(str(self.config.hydra.sweep.dir)).resolve()
         pool = Pool(
-            make_workers(self.workers, self.threads, gpus_for(made[0][1])),
+            make_workers(self.workers, self.threads, gpus_for(made[0][1]), heaviest(cfgs.values())),
             command=lambda job, batch: self._command(job, batch),
             batch_size=lambda job: cfgs[job.run_id].evaluation.batch_size,
             retries=self.retries,
@@ -300,6 +300,12 @@ def gpus_for(cfg: RunConfig) -> list[str]:
     """The GPUs to deal out, one per job: none for jobs on the CPU, on a GPU chosen by number, or on several at once."""
     device = cfg.model.device or cfg.runtime.device
     return visible_gpus() if device in ("auto", "cuda") and cfg.model.device_map is None else []
+
+
+def heaviest(cfgs: Iterable[RunConfig]) -> int | None:
+    """Bytes of the largest model's weights among the jobs; None where one is not known before it is fetched."""
+    sizes = [cfg.model.weights_bytes() for cfg in cfgs]
+    return None if None in sizes else max(size for size in sizes if size is not None)
 
 
 def override(key: str, value: object) -> str:

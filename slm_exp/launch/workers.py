@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 from dataclasses import dataclass, field
+from pathlib import Path
 
-CORES_PER_WORKER = 2
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,43 @@ def visible_gpus() -> list[str]:
     return re.findall(r"UUID: (MIG-[\w/-]+)\)", listing) or re.findall(r"UUID: (GPU-[\w-]+)\)", listing)
 
 
-def make_workers(n: int | None, threads: int | None, gpus: list[str]) -> list[Worker]:
+def available_memory() -> int:
+    """Bytes that new processes may take: what the machine has free, or what is left of this process's cgroup."""
+    import psutil
+
+    free = [psutil.virtual_memory().available]
+    for limit, used in (("memory.max", "memory.current"),
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # cgroup v2, v1
+        with contextlib.suppress(OSError, ValueError):  # no such cgroup, or no limit ("max")
+            root = Path("/sys/fs/cgroup")
+            free.append(int((root / limit).read_text()) - int((root / used).read_text()))
+    return max(0, min(free))
+
+
+def jobs_at_once(threads: int | None, weights: int | None) -> int:
+    """How many jobs the cores and the memory take, one thread each unless `threads` says otherwise.
+
+    Args:
+        weights: bytes of one model's weights; null is unknown, and then one job at a time is what is safe.
+
+    A job is taken to need four times its weights (dense and compressed model, states, checkpoint) and 2 GiB.
+    """
+    if weights is None:
+        return 1
+    fit = available_memory() // (4 * weights + 2 * GIB)
+    return max(1, min(cores() // (threads or 1), fit))
+
+
+def make_workers(n: int | None, threads: int | None, gpus: list[str], weights: int | None = None) -> list[Worker]:
     """The pool: `n` workers over `gpus` in turn, or over the cores where there are none.
 
     Args:
-        n: null is one per GPU; on CPUs one per two cores (see docs/sweeps.md for what was measured).
+        n: null is one per GPU; on CPUs one per core as far as memory goes (see `jobs_at_once`).
         threads: CPU threads per job; null shares the cores out, unless OMP_NUM_THREADS is set.
         gpus: names for CUDA_VISIBLE_DEVICES; empty leaves devices alone.
+        weights: bytes of one job's weights, for the number of workers on CPUs.
     """
-    n = n or len(gpus) or max(1, cores() // CORES_PER_WORKER)
+    n = n or len(gpus) or jobs_at_once(threads, weights)
     env = {"TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false")}
     if threads or "OMP_NUM_THREADS" not in os.environ:
         env["OMP_NUM_THREADS"] = str(threads or max(1, cores() // n))

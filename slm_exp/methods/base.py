@@ -37,6 +37,20 @@ class PlanTask:
     store: StageStore
     seed: int = 0
 
+    def on(self, handle: ModelHandle, with_matrix: bool) -> PlanTask:
+        """The task for the model to be cut, which is not the dense one where width comes before depth.
+
+        Args:
+            with_matrix: whether the layer similarity matrix is asked for: a narrower model has its own.
+        Cost: that of the matrix.
+        """
+        from slm_exp.similarity.layers import layer_similarity
+
+        if handle is self.handle:
+            return self
+        alike = layer_similarity(handle, self.tokens, self.kernel, self.similarity) if with_matrix else None
+        return replace(self, handle=handle, layer_similarity=alike)
+
 
 @dataclass
 class Method(Component, ABC):

@@ -25,10 +25,11 @@ DEFAULT_RULE = "top_layer"
 @register("method", "from_plan")
 @dataclass
 class FromPlan(Method):
-    """Do what a plan.json says; no search. Any run's will do; `n_layers`, `groups`, `dropped` and `rule` suffice.
+    """Do what a plan.json says; no search. Any run's will do; `groups`, `dropped` and `rule` suffice.
 
     The plan's merge rule is used, its compensation applied as it stands (`compensate` finds it anew), and its score
-    measured on this run's tokens. What counts for the run_id is what the plan does, not where the file lies.
+    measured on this run's tokens. A plan without `n_layers` is for whatever model the run has. What counts for the
+    run_id is what the plan does, not where the file lies.
     Cost: the dense pass and one model.
     """
 
@@ -48,23 +49,46 @@ class FromPlan(Method):
 
     @cached_property
     def given(self) -> MergePlan:
-        """The plan as it stands in the file.
+        """The plan as it stands in the file; where that names no `n_layers`, for the fewest it can be for.
 
         Raises:
             ConfigError: there is no such file, or it is no plan.
         """
+        return self._read[0]
+
+    @cached_property
+    def _read(self) -> tuple[MergePlan, bool]:
+        """The plan, and whether the file names the number of layers."""
         path = Path(self.path).expanduser()
         path = path / "plan.json" if path.is_dir() else path
         try:
-            return MergePlan.from_json(json.loads(path.read_text(encoding="utf-8")))
+            data = json.loads(path.read_text(encoding="utf-8"))
+            named = "n_layers" in data
+            return MergePlan.from_json(data if named else {**data, "n_layers": _fewest(data)}), named
         except (OSError, ValueError, TypeError, KeyError, AttributeError, PlanError) as error:
             why = f"there is no {path}" if isinstance(error, FileNotFoundError) else f"{path} is none ({error})"
             wanted = "a plan.json or the folder of a run"
             raise ConfigError(f"method.path = {self.path}; expected {wanted}: {why}.") from None
 
+    def plan_for(self, handle: ModelHandle) -> MergePlan:
+        """The plan, for this model.
+
+        Raises:
+            ConfigError: it is for another number of layers; says which of its layers are not there.
+        """
+        made, named = self._read
+        try:
+            if not named:
+                return replace(made, n_layers=handle.n_layers)
+            require(made.n_layers == handle.n_layers, "method.path", self.path,
+                    f"a plan for the {handle.n_layers} layers of {handle.name}", f"This one is for {made.n_layers}.")
+        except PlanError as error:
+            raise ConfigError(f"method.path = {self.path}; expected a plan for {handle.name}: {error}") from None
+        return made
+
     def identity(self) -> dict[str, Any]:
-        out = super().identity()
-        return {k: v for k, v in out.items() if k != "path"} | {"plan": digest(self.given.effect())}
+        effect = {k: v for k, v in self.given.effect().items() if k != "n_layers"}  # the model's, or refused
+        return {k: v for k, v in super().identity().items() if k != "path"} | {"plan": digest(effect)}
 
     def uses_merge_rule(self) -> bool:
         return bool(self.given.groups)
@@ -85,9 +109,7 @@ class FromPlan(Method):
         return rules[name]()  # type: ignore[return-value]
 
     def check_model(self, handle: ModelHandle) -> None:
-        require(self.given.n_layers == handle.n_layers, "method.path", self.path,
-                f"a plan for the {handle.n_layers} layers of {handle.name}",
-                f"This one is for {self.given.n_layers}.")
+        self.plan_for(handle)
         if self.given.width:
             self._check_width(handle)
 
@@ -97,7 +119,7 @@ class FromPlan(Method):
 
         rule = available("merge_rule").get(self.given.rule or DEFAULT_RULE)
         try:
-            apply_plan(handle, self.given, rule() if rule else None)  # type: ignore[arg-type]
+            apply_plan(handle, self.plan_for(handle), rule() if rule else None)  # type: ignore[arg-type]
         except KeyError as missing:
             why = f"its width has no {missing}"
         except (PlanError, AttributeError, IndexError, TypeError, ValueError) as error:
@@ -109,10 +131,17 @@ class FromPlan(Method):
     def plan(self, task: PlanTask) -> MergePlan:
         from slm_exp.search.reduced import ReducedModels
 
-        made = self.given
+        made = self.plan_for(task.handle)
         size = f" at threshold {made.threshold:g}" if made.threshold is not None else ""
         note = (f"replays a plan of method={made.method}{size}.",) if made.method else ()
         plan = replace(made, method=self.name, rule=task.rule.name if made.groups else "", notes=note,
                        similarity=task.similarity.name, threshold=None, target=None, final_score=None, trace=(),
                        evaluations=0, block_forwards=0)
         return scored(task, plan, ReducedModels(task), self.compensate)
+
+
+def _fewest(data: dict[str, Any]) -> int:
+    """Layers of the smallest model that a plan's layers are in, with one to be left."""
+    ends = [stop for _, stop in data.get("groups") or ()]
+    ends += [i + 1 for i in (*(data.get("dropped") or ()), *(half["layer"] for half in data.get("sublayers") or ()))]
+    return max(ends, default=0) + 1

@@ -35,15 +35,17 @@ class ShortenedTaylor(Baseline):
 
     def choose(self, task: PlanTask, n_remove: int) -> Choice:
         import torch
-        from tqdm import tqdm
 
         from slm_exp.search.gradients import layer_gradients
+        from slm_exp.search.progress import ticking
         from slm_exp.search.reduced import ReducedModels
 
         models, n = ReducedModels(task), task.handle.n_layers
         salience = {}
-        for i, weights in tqdm(layer_gradients(models.runner, models.dense_states), "gradients", n, unit="layer"):
-            salience[i] = sum(float((w * g).abs().sum(dtype=torch.float64))
-                              for name, (w, g) in weights.items() if name.endswith("weight"))
+        with ticking("gradients", n, "layer") as tick:
+            for i, weights in layer_gradients(models.runner, models.dense_states):
+                salience[i] = sum(float((w * g).abs().sum(dtype=torch.float64))
+                                  for name, (w, g) in weights.items() if name.endswith("weight"))
+                tick(f"{salience[i]:.3g} of layer {i}")
         dropped, trace = lowest({i: salience[i] for i in self.removable(n)}, n_remove)
         return Choice(dropped, trace=trace, models=models, block_forwards=n)

@@ -95,6 +95,7 @@ class SLM(Method):
 
     def plan(self, task: PlanTask) -> MergePlan:
         """Decide. Cost: L block forwards for the dense model, then 1 + the layers above the window per candidate."""
+        from slm_exp.search.cost import sizes
         from slm_exp.search.reduced import ReducedModels
         from slm_exp.search.scoring import CandidateScorer
         from slm_exp.search.target import best_of_size
@@ -118,6 +119,7 @@ class SLM(Method):
                 "neighbours": [
                     {"threshold": p.low, "n_layers": p.n_layers, "final_score": p.final_score} for p in found.neighbours
                 ],
+                "sizes": sizes(task.handle, task.rule, found.met, int(task.tokens.tokens_NT.shape[1])),
             }
         if self.screen_dtype is None or layers is not None:  # the path's scores are exact and known
             steps = search(scorer, start, threshold)

@@ -48,6 +48,10 @@ class ModelSource(Component, ABC):
         )
         require(self.device_map in (None, "auto"), "model.device_map", self.device_map, "null or auto")
 
+    def weights_bytes(self) -> int | None:
+        """About how much memory the weights take; None where it is not known before they are fetched. Opens no file."""
+        return None
+
     @abstractmethod
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
         """Find the model and read its config and tokenizer; weights load on first use of `handle.model`.

@@ -63,6 +63,14 @@ class HF(ModelSource):
             return {"name": self.name, "repo": self.path, "revision": self.revision, "dtype": self.dtype}
         return {"name": self.name, "folder": folder_digest(folder), "dtype": self.dtype}
 
+    def weights_bytes(self) -> int | None:
+        """As stored, twice that where half-precision weights may be widened to float32."""
+        folder = self._folder()
+        if folder is None:
+            return None
+        stored = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+        return stored * (2 if self.dtype == "float32" else 1)
+
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
         folder, name = self._folder(), self.path
         if folder is not None:

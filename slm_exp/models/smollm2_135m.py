@@ -49,6 +49,9 @@ class SmolLM2(ModelSource):
     def identity(self) -> dict[str, Any]:
         return {"name": self.name, "gguf": content_digest(gguf_file()), "dtype": self.dtype}
 
+    def weights_bytes(self) -> int:
+        return 540_000_000 // (1 if self.dtype in ("float32", "auto") else 2)
+
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
         from slm_exp.cache.store import StageStore
 

@@ -88,6 +88,9 @@ class Tiny(ModelSource):
             "dtype": self._dtype(),
         }
 
+    def weights_bytes(self) -> int:
+        return 4 * (2 * self.vocab * self.hidden + 10 * self.layers * self.hidden**2)
+
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
         config = self._config()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slm_exp.reporting.results import metric_of
+from slm_exp.statistics.scores import metric_of
 
 
 def summary(record: dict[str, Any], folder: Path) -> str:
@@ -25,6 +25,7 @@ def summary(record: dict[str, Any], folder: Path) -> str:
     if plan["final_score"] is not None:
         lines.append(f"  score      {plan['final_score']:.4f} by {plan['similarity']}"
                      f" ({plan['evaluations']} candidates)")
+    lines += _sizes(plan.get("target") or {})
     dense, small = record["eval"]["dense"], record["eval"]["compressed"]
     if small["tasks"]:
         lines.append(f"  {'task':<16} {'dense':>7} {'compressed':>11}")
@@ -52,6 +53,23 @@ def _speed(cell: dict[str, Any]) -> str:
     times = cell["speedup"]
     return case + (f"{before:.3g} s -> {after:.3g} s, {times['median']:.2f} times faster ({times['q1']:.2f} to "
                    f"{times['q3']:.2f})")
+
+
+def _sizes(target: dict[str, Any]) -> list[str]:
+    """What the search for a size came upon: the size asked for and those beside it, with what they cost to run."""
+    if not target.get("sizes"):
+        return []
+    low, high = target["threshold"]
+    budget = "" if target["complete"] else "; the budget ended the search (method.max_evaluations)"
+    lines = [f"  size       {target['layers']} layers for thresholds from {low:.5f} to below {high:.5f}{budget}"]
+    asked = target["layers"]
+    sizes = sorted(target["sizes"], key=lambda size: -size["n_layers"])
+    beside = [s for s in sizes if abs(s["n_layers"] - asked) <= 2]
+    return [*lines, *(
+        f"  {'->' if s['n_layers'] == asked else '  '} {s['n_layers']:>4} layers: score {s['best_final_score']:.4f}, "
+        f"{s['flops_per_token'] / 1e9:.3g} GFLOP a token, {1e3 * s['latency_s']:.0f} ms a prefill"
+        for s in beside
+    )]
 
 
 def _main_metric(task: str, scores: dict[str, Any]) -> float | None:

@@ -7,11 +7,35 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
+    from slm_exp.merging.rules.base import MergeRule
     from slm_exp.models.base import ModelHandle
+    from slm_exp.search.path import PathPlan
 
 ROUNDS = 5
+
+
+def sizes(dense: ModelHandle, rule: MergeRule, plans: Iterable[PathPlan], seq_len: int) -> list[dict[str, Any]]:
+    """What every size among plans of a threshold path costs to run, by its best plan; the smallest first.
+
+    Cost: the models of all sizes, which share what they do not merge, and ROUNDS + 1 prefills of each.
+    """
+    from slm_exp.merging.surgery import apply_plan
+    from slm_exp.types import MergePlan
+
+    best: dict[int, PathPlan] = {}
+    for plan in plans:
+        if plan.n_layers not in best or plan.final_score > best[plan.n_layers].final_score:
+            best[plan.n_layers] = plan
+    models = {n: apply_plan(dense, MergePlan(dense.n_layers, plan.groups, rule=rule.name), rule)
+              for n, plan in sorted(best.items())}
+    seconds = latencies(models, seq_len)
+    return [{
+        "n_layers": n, "params": handle.n_params, "ratio_removed": 1 - handle.n_params / dense.n_params,
+        "flops_per_token": flops_per_token(dense, n, seq_len), "latency_s": seconds[n],
+        "best_final_score": best[n].final_score, "threshold": [best[n].low, best[n].high],
+    } for n, handle in models.items()]
 
 
 def flops_per_token(handle: ModelHandle, n_layers: int, seq_len: int) -> float:

@@ -33,6 +33,8 @@ class Found:
     """False when the budget ended the search: a better plan of this size may exist."""
     neighbours: tuple[PathPlan, ...]
     """What a threshold just below and just above the plan's interval gives, where range and budget allow."""
+    met: tuple[PathPlan, ...]
+    """Every plan that the search came upon, of this size and of others."""
 
 
 def best_of_size(
@@ -65,7 +67,7 @@ def best_of_size(
         for plan in follow(scores, start, n_layers, t, math.nextafter(t, math.inf), commit_open_window, budget,
                            asked=asked).plans
     ]
-    return Found(best, path.complete, tuple(neighbours))
+    return Found(best, path.complete, tuple(neighbours), (*path.plans, *neighbours))
 
 
 def layers_for_ratio(handle: ModelHandle, ratio: float, fewest: int) -> int:

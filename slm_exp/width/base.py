@@ -65,9 +65,17 @@ class Width(Component, ABC):
     def check_model(self, handle: ModelHandle, method: Method) -> None:
         """Raise ConfigError where the dense model cannot be narrowed so. Called before weights load."""
 
+    def check_depth(self, method: Method, dense: ModelHandle) -> None:
+        """Raise ConfigError where the depth method has no such size on the model it will work on. Loads no weights."""
+        method.check_model(dense)
+
     def depth_method(self, method: Method, dense: ModelHandle, start: ModelHandle) -> Method:
         """The depth method with its part of a shared target; `start` is the model it works on."""
         return method
+
+    def target_of(self, method: Method, target: dict[str, Any] | None) -> dict[str, Any] | None:
+        """A plan's `target`, given the depth method as the user set it and what the depth plan says."""
+        return target
 
     def ratio_for(self, method: Method, dense: ModelHandle, handle: ModelHandle) -> float:
         """The share of `handle`'s decoder layers to remove."""

@@ -22,6 +22,7 @@ def layer_importance(handle: ModelHandle, tokens: CalibrationTokens, n_samples: 
     import torch
     from torch.nn.functional import cross_entropy
 
+    from slm_exp.search.progress import ticking
     from slm_exp.search.runner import BlockRunner, Slot
 
     ids_NT = torch.as_tensor(tokens.tokens_NT[:n_samples]).long()
@@ -39,7 +40,7 @@ def layer_importance(handle: ModelHandle, tokens: CalibrationTokens, n_samples: 
         return torch.stack(out)
 
     importance = []
-    with torch.inference_mode():
+    with torch.inference_mode(), ticking("importance of layers", n_layers, "layer") as tick:
         h_NTD = runner.embed()
         for i, layer in enumerate(handle.layers):
             total = 0.0
@@ -51,5 +52,6 @@ def layer_importance(handle: ModelHandle, tokens: CalibrationTokens, n_samples: 
                          for sign in (1, -1)]
                 total += float((sides[0] - sides[1]).abs().sum()) / (2 * EPSILON)
             importance.append(total)
+            tick(f"{total:.3g} of layer {i}")
             h_NTD = runner.block(Slot(i), h_NTD)
     return importance

@@ -36,6 +36,10 @@ class FLAP(Pruner):
     compensate: bool = True
     """Add biases for the means of what is removed."""
 
+    @property
+    def adds_biases(self) -> bool:
+        return self.compensate
+
     def check_biases(self, handle: ModelHandle) -> None:
         if not self.compensate:
             return

@@ -64,15 +64,18 @@ def walk(handle: ModelHandle, tokens: CalibrationTokens, names: Sequence[str]) -
 
     Cost: one block forward per layer, two where parameters are sent. Memory: the states of the calibration set.
     """
+    from slm_exp.search.progress import ticking
     from slm_exp.search.runner import BlockRunner, Slot
 
     runner = BlockRunner(handle, tokens.tokens_NT, fuse=False)  # the library's layer, whose parts can be listened to
     h_NTD = runner.embed()
-    for i, layer in enumerate(handle.layers):
-        with _listening(layer, names) as stats:
-            out_NTD = runner.block(Slot(i), h_NTD)
-        replaced = yield i, stats
-        h_NTD = runner.block(Slot(i, replaced), h_NTD) if replaced else out_NTD
+    with ticking("width", handle.n_layers, "layer") as tick:
+        for i, layer in enumerate(handle.layers):
+            with _listening(layer, names) as stats:
+                out_NTD = runner.block(Slot(i), h_NTD)
+            replaced = yield i, stats
+            h_NTD = runner.block(Slot(i, replaced), h_NTD) if replaced else out_NTD
+            tick(f"layer {i}")
 
 
 @contextmanager

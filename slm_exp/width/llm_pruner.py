@@ -87,12 +87,14 @@ def gradients(handle: ModelHandle, tokens: CalibrationTokens, second: bool) -> t
     import torch
     from torch.nn.functional import cross_entropy
 
+    from slm_exp.search.progress import ticking
+
     model, layout = handle.model, handle.layout
     ids_NT = torch.as_tensor(tokens.tokens_NT).long()
     device = model.get_input_embeddings().weight.device
     names = {(i, name): f"{layout.layer_list}.{i}.{name}.weight"
              for i in range(handle.n_layers) for name in layout.projections}
-    with torch.enable_grad():
+    with torch.enable_grad(), ticking("gradients", len(ids_NT), "sample") as tick:
         # float32 stand-ins for the parameters: the very tensors where the model is float32 already
         weights = {name: p.detach().float() for name, p in model.named_parameters()}
         wanted = {key: weights[name].detach().requires_grad_() for key, name in names.items()}
@@ -109,4 +111,5 @@ def gradients(handle: ModelHandle, tokens: CalibrationTokens, second: bool) -> t
                 if second:
                     square = g.square() * len(ids_NT)  # g is 1/N of this sample's gradient
                     squares[key] = squares[key].add_(square) if key in squares else square
+            tick(f"loss {float(loss) * len(ids_NT):.4f}")
     return first, squares

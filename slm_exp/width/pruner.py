@@ -138,8 +138,41 @@ class Pruner(Width):
             return method
         if self.order == "after":
             return dataclasses.replace(method, target_ratio=(1 - self.share) * method.target_ratio)
-        left = (1 - method.target_ratio) * dense.n_params
-        return dataclasses.replace(method, target_ratio=1 - left / start.n_params)
+        ratio = 1 - (1 - method.target_ratio) * dense.n_params / start.n_params
+        if ratio <= 0:
+            raise ConfigError(f"{self._shared(method)} leaves nothing to depth: width removes "
+                              f"{1 - start.n_params / dense.n_params:.4f} of the parameters already. Lower width.share "
+                              "or take width.order=after.")
+        return dataclasses.replace(method, target_ratio=ratio)
+
+    def check_depth(self, method: Method, dense: ModelHandle) -> None:
+        start = self._outline(method, dense) if self.order == "before" else dense
+        depth = self.depth_method(method, dense, start)
+        try:
+            depth.check_model(start)
+        except ConfigError as error:
+            if self.share is None:
+                raise
+            raise ConfigError(f"{self._shared(method)} leaves {depth.target_ratio:.4f} to depth: {error}") from None
+
+    def _shared(self, method: Method) -> str:
+        return f"width.share = {self.share} of method.target_ratio = {method.target_ratio}"
+
+    def _outline(self, method: Method, dense: ModelHandle) -> ModelHandle:
+        """The narrower model as far as shapes go: its sizes are right, its weights are not."""
+        from slm_exp.types import MergePlan
+        from slm_exp.width.surgery import narrower_config
+
+        slots = MergePlan(dense.n_layers).slots
+        shapes = self._plan_sizes(dense, slots, len(slots), self.ratio_for(method, dense, dense))
+        width = {"sizes": self._sizes(shapes or [], dense), "means": self.adds_biases}
+        return dataclasses.replace(dense, config=narrower_config(dense.config, dense.layout.family, width))
+
+    def target_of(self, method: Method, target: dict[str, Any] | None) -> dict[str, Any] | None:
+        """With `share`: what was asked of the run, and `depth`, what of that was asked of the model depth worked on."""
+        if self.share is None or target is None:
+            return target
+        return {**target, "asked": method.target_ratio, "depth": target["asked"], "share": self.share}
 
     def ratio_for(self, method: Method, dense: ModelHandle, handle: ModelHandle) -> float:
         """What to remove, as a share of `handle`'s decoder layers.
@@ -153,7 +186,7 @@ class Pruner(Width):
             remove = handle.n_params - (1 - method.target_ratio) * dense.n_params
         else:
             remove = self.share * method.target_ratio * dense.n_params
-        ratio = remove / (sizes.costs_of(handle).size(sizes.full_shape(handle.config)) * handle.n_layers)
+        ratio = (remove - self._outside(handle)) / self._layers_size(handle)
         if ratio <= 0:
             raise PlanError(f"width.share = {self.share} leaves nothing to prune: whole layers removed already "
                             f"{1 - handle.n_params / dense.n_params:.3f} of the parameters, method.target_ratio is "
@@ -168,8 +201,29 @@ class Pruner(Width):
             require(len(self.ratios) == handle.n_layers, "width.ratios", self.ratios,
                     f"{handle.n_layers} shares, one per layer of {handle.name}")
         self.check_biases(handle)
-        ratio = self.ratio if self.share is None else self.share * (method.target_ratio or 0)
-        self._plan_sizes(handle, slots, handle.n_layers, RATIO if ratio is None else ratio)
+        ratio = self._expected_ratio(method, handle)
+        try:
+            self._plan_sizes(handle, slots, handle.n_layers, ratio)
+        except ConfigError as error:
+            if self.share is None:
+                raise
+            raise ConfigError(f"{self._shared(method)} is about {ratio:.3f} of the decoder layers: {error}") from None
+
+    def _expected_ratio(self, method: Method, dense: ModelHandle) -> float:
+        """What `ratio_for` will come to: with `share` after depth, as if depth removed just what it is asked."""
+        if self.share is None or method.target_ratio is None or self.order == "before":
+            return self.ratio_for(method, dense, dense)
+        whole = self._layers_size(dense)
+        left = whole - (1 - self.share) * method.target_ratio * dense.n_params
+        return (self.share * method.target_ratio * dense.n_params - self._outside(dense)) / max(left, 1.0)
+
+    def _layers_size(self, handle: ModelHandle) -> int:
+        """Parameters of all decoder layers."""
+        return sizes.costs_of(handle).size(sizes.full_shape(handle.config)) * handle.n_layers
+
+    def _outside(self, handle: ModelHandle) -> float:
+        """Parameters that a narrower stream takes from embeddings, head and last norm: all in proportion to it."""
+        return (handle.n_params - self._layers_size(handle)) * (1 - self._hidden(handle) / handle.config.hidden_size)
 
     def check_biases(self, handle: ModelHandle) -> None:
         """Raise ConfigError where this pruner needs biases that the family has no switch for."""
@@ -289,6 +343,16 @@ class Pruner(Width):
         that look at a layer's input after pruning the ones below.
         """
 
+    @property
+    def adds_biases(self) -> bool:
+        """Whether the result has biases that the model at hand has not."""
+        return False
+
+    def _sizes(self, shapes: Sequence[Shape], handle: ModelHandle) -> dict[str, Any]:
+        """`sizes` of a decision."""
+        return {"heads": [s.heads for s in shapes], "kv_heads": [s.kv_heads for s in shapes],
+                "channels": [s.channels for s in shapes], "hidden": self._hidden(handle)}
+
     def extras(self, task: WidthTask, kept: Sequence[Kept], found: Scored) -> dict[str, Any]:
         """What else the decision needs to be carried out: `means`, `hidden`."""
         return {}
@@ -319,10 +383,7 @@ class Pruner(Width):
             "order": self.order,
             "reached": reached,
             "uniform": uniform,
-            "sizes": {
-                "heads": [s.heads for s in shapes], "kv_heads": [s.kv_heads for s in shapes],
-                "channels": [s.channels for s in shapes], "hidden": hidden,
-            },
+            "sizes": self._sizes(shapes, task.handle),
             "kept": {
                 "query_heads": [k.query for k in kept],
                 "kv_heads": [k.kv for k in kept],

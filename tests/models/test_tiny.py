@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from slm_exp.errors import ConfigError
+from slm_exp.models.hf import HF
 from slm_exp.models.layouts import FAMILIES
 from slm_exp.models.tiny import Tiny, byte_tokenizer
 
@@ -26,6 +27,16 @@ def test_weights_are_those_of_the_recipe(tiny_handle):
     """If this moves, random_weights draws something else: raise RECIPE in tiny.py, so that caches notice."""
     q = tiny_handle.layers[3].self_attn.q_proj.weight
     assert q[0, :3].tolist() == pytest.approx([0.27414, -0.08410, 0.07454], abs=1e-4)
+
+
+def test_a_sweep_knows_about_how_large_it_is(tmp_path, make_tiny):
+    """Within a factor of two, without opening anything: made in memory, as a folder, as a repo nobody has seen."""
+    handle = make_tiny("llama")
+    true = 4 * handle.n_params
+    assert true / 2 < Tiny(family="llama").weights_bytes() < true * 2
+    handle.model.save_pretrained(tmp_path)
+    assert true / 2 < HF(path=str(tmp_path), dtype="auto").weights_bytes() < true * 2
+    assert HF(path="owner/name").weights_bytes() is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

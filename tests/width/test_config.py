@@ -6,14 +6,19 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from slm_exp import pipeline
 from slm_exp.door import compose_run
-from slm_exp.errors import ConfigError
+from slm_exp.errors import ConfigError, StageError
+from slm_exp.methods.cka_patch import segments
 from slm_exp.methods.slm import SLM
 from slm_exp.registry import available
-from slm_exp.width.sizes import Costs, Shape, allocate_by_score, attention_shapes, fit, full_shape, legal
+from slm_exp.similarity.layers import layer_similarity
+from slm_exp.types import CalibrationTokens
+from slm_exp.width.sizes import Costs, Shape, allocate_by_score, attention_shapes, costs_of, fit, full_shape, legal
+from slm_exp.width.surgery import apply_width
 
 QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=2",
          "calibration.seq_len=32", "method.threshold=0.5"]  # fmt: skip
@@ -48,6 +53,14 @@ def test_biases_that_no_config_carries_are_refused_by_name(family, make_tiny):
     with pytest.raises(ConfigError, match=f"{family} has no {wanted}.* width.compensate=false"):
         available("width")["flap"]().check_model(handle, SLM())
     available("width")["flap"](compensate=False).check_model(handle, SLM())
+    assert not handle.loaded
+
+
+def test_gradients_of_quantised_weights_are_refused(make_tiny):
+    handle = make_tiny()
+    handle.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ConfigError, match=r"width=llm_pruner needs gradients, and tiny-llama is quantised.*magnitude"):
+        available("width")["llm_pruner"]().check_model(handle, SLM())
     assert not handle.loaded
 
 
@@ -137,14 +150,96 @@ def test_a_share_with_sublayers_at_zero_is_refused(method):
     compose_run([*asked, "method=llm_drop", "method.unit=layer"])
 
 
+SHARED = ("method.threshold=null", "method.target_ratio=0.4", "width=magnitude", "width.share=0.5",
+          "model.hidden=64", "model.heads=8", "model.kv_heads=4")  # fmt: skip
+
+
 @pytest.mark.parametrize("order", ["after", "before"])
-def test_a_target_is_shared_out(run, order):
-    record = run("method.threshold=null", "method.target_ratio=0.4", "width=magnitude", "width.share=0.5",
-                 f"width.order={order}", "model.hidden=64", "model.heads=8", "model.kv_heads=4")  # fmt: skip
-    assert record["layers"]["after"] < 8
-    assert record["plan"]["width"]["ratio"] > 0.1
-    step = 0.12 if order == "before" else 0.02  # whoever comes second meets the rest: layers in steps of a layer
-    assert record["params"]["ratio_removed"] == pytest.approx(0.4, abs=step)
+def test_a_target_is_shared_out(run, order, make_tiny):
+    """Whoever comes second meets the rest: width in steps of 8 channels, depth in whole layers of what is left."""
+    record = run(*SHARED, f"width.order={order}")
+    dense = make_tiny(hidden=64, heads=8, kv_heads=4)
+    target, sizes = record["plan"]["target"], record["plan"]["width"]["sizes"]
+    one = Shape(*(sizes[name][0] for name in ("heads", "kv_heads", "channels")))
+    step = (costs_of(dense).size(one) if order == "before" else 8 * costs_of(dense).channel * 8) / dense.n_params
+    removed = record["params"]["ratio_removed"]
+    assert abs(removed - 0.4) <= step / 2 + 1e-3
+    assert (target["asked"], target["share"], target["layers"]) == (0.4, 0.5, record["layers"]["after"])
+    layer = costs_of(dense).size(full_shape(dense.config)) / dense.n_params
+    gone = 8 - record["layers"]["after"]
+    if order == "after":
+        assert target["depth"] == pytest.approx(0.2)
+        assert abs(gone * layer - 0.2) <= layer / 2
+    else:  # of the model that width left
+        narrowed = dense.n_params * (1 - 8 * layer) + 8 * costs_of(dense).size(one)
+        assert target["depth"] == pytest.approx(1 - 0.6 * dense.n_params / narrowed)
+        assert record["plan"]["width"]["ratio"] == pytest.approx(0.2 / (8 * layer))
+
+
+def test_a_share_is_checked_on_what_depth_will_work_on(make_tiny):
+    """With order=before that is the narrower model, known by its shapes: no weights load."""
+    handle = make_tiny(hidden=64, heads=8, kv_heads=4)
+
+    def check(target, share, order="before", **fields):
+        width = available("width")["magnitude"](share=share, order=order)
+        method = available("method")["random"](target_ratio=target, **fields)
+        width.check_model(handle, method)
+        width.check_depth(method, handle)
+
+    check(0.5, 0.6, protect_first=4)  # depth alone could not take half with 4 of 8 layers protected
+    with pytest.raises(ConfigError, match=r"width.share = 0.05 of method.target_ratio = 0.5 leaves 0.4\d+ to depth: "
+                                          r"method.target_ratio = 0.4\d+; expected .* nearest"):
+        check(0.5, 0.05, protect_first=6)
+    with pytest.raises(ConfigError, match=r"leaves nothing to depth: width removes 0.1\d+ .* Lower width.share"):
+        check(0.1, 0.99)
+    for order in ("before", "after"):
+        with pytest.raises(ConfigError, match=r"width.share = 0.98 of method.target_ratio = 0.95 is about .* of the "
+                                              r"decoder layers: width.ratio = .* no attention head"):
+            check(0.95, 0.98, order)
+    assert not handle.loaded
+
+
+def test_a_narrower_stream_counts_embeddings_too(make_tiny):
+    """Minitron's hidden size takes parameters outside the layers, which are no longer to be found inside them."""
+    handle = make_tiny(hidden=64, heads=8, kv_heads=8, vocab=600)
+    width = available("width")["minitron"](share=0.9, hidden_size=48)
+    method = available("method")["last"](target_ratio=0.5)
+    outside = 601 * 64 / 4  # a quarter of the embedding and of the last norm
+    ratio = width.ratio_for(method, handle, handle)
+    layers = 8 * costs_of(handle).size(full_shape(handle.config))
+    assert ratio * layers + outside == pytest.approx(0.5 * handle.n_params)
+
+
+def test_patches_are_those_of_the_model_that_is_cut(run, make_tiny, tmp_path):
+    """cka_patch on a narrower model looks at that one's layers; similarity.npz stays the dense model's."""
+    record = run("method=cka_patch", "method.threshold=null", "method.target_layers=5", "width=random",
+                 "width.ratio=0.5", "width.order=before")  # fmt: skip
+    plan, tokens = record["plan"], CalibrationTokens(np.load(tmp_path / "run" / "calibration_tokens.npy"), "")
+    dense = make_tiny()
+    similarity, kernel = available("similarity")["flat_cosine"](), available("kernel")["linear"]()
+    matrices = [layer_similarity(h, tokens, kernel, similarity).matrix_LL for h in
+                (dense, apply_width(dense, plan["width"]))]  # fmt: skip
+    saved = np.load(tmp_path / "run" / "similarity.npz")["matrix"]
+    np.testing.assert_allclose(saved, matrices[0], atol=1e-5)
+
+    def inside(matrix):
+        return [float(matrix[a:b, a:b][np.triu_indices(b - a, 1)].mean()) for a, b in plan["groups"]]
+
+    assert [t["score"] for t in plan["trace"]] == pytest.approx(inside(matrices[1]), abs=1e-4)
+    assert inside(matrices[0]) != pytest.approx(inside(matrices[1]), abs=1e-3)
+    assert [list(r) for r in segments(matrices[1][:7, :7], 4) if r[1] - r[0] > 1] == plan["groups"]
+
+
+@pytest.mark.parametrize(("order", "stage"), [("after", "width"), ("before", "merge")])
+def test_a_failure_while_scoring_the_narrow_model_has_a_stage(order, stage, run, tmp_path, monkeypatch):
+    def failing(*args):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(pipeline, "rescored", failing)
+    with pytest.raises(StageError, match=f"stage '{stage}' failed"):
+        run("width=random", f"width.order={order}")
+    error = json.loads((tmp_path / "run" / "record.json").read_text())["error"]
+    assert error == {"type": "MemoryError", "message": "no room", "stage": stage}
 
 
 def test_a_run_end_to_end(tmp_path):

@@ -201,3 +201,26 @@ def test_ecoflap_ratios_keep_what_matters():
     assert min(ratios) >= -1e-9
     assert ratios[3] < ratios[1] < ratios[0] < ratios[2]
     assert ecoflap_ratios([0.0, 0.0], 0.2) == pytest.approx([0.2, 0.2])
+
+
+@pytest.mark.parametrize(("importance", "ratio", "ratios"), [
+    ([1, 1, 2, 0], 0.2, [0.2, 0.2, 0.1, 0.3]),  # every layer keeps .7, and .4 is shared in proportion
+    ([0, 0, 0, 1], 0.2, [0.8 / 3] * 3 + [0.0]),  # one is whole with .3; what it cannot take goes to the others
+    ([3, 1], 0.95, [0.925, 0.975]),  # the floor is zero: more than everything cannot go
+])  # fmt: skip
+def test_ecoflap_by_hand(importance, ratio, ratios):
+    from slm_exp.width.pruner import ecoflap_ratios
+
+    assert ecoflap_ratios(importance, ratio) == pytest.approx(ratios)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_minitron_ranks_the_streams_channels_by_what_the_layers_norms_give(family, make_tiny, tokens):
+    handle = make_tiny(family, layers=2)
+    task = WidthTask(handle, tokens, MergePlan(2).slots, 0.3, n_dense=2)
+    got = available("width")["minitron"](hidden_size=24).scores(task, lambda i, s: None).hidden_D
+    expected = torch.zeros(32, dtype=torch.float64)
+    for norm in ("self_attn.q_proj", "mlp.gate_proj"):  # each takes in what its norm gives
+        for x in inputs_of(handle, tokens, norm):
+            expected += x.abs().mean(1).square().sum(0).sqrt()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)

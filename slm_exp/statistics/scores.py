@@ -1,0 +1,63 @@
+"""What a run measured, as numbers with standard errors and document by document."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slm_exp.evaluation.base import SEVEN
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error; None where one document allows none."""
+
+    value: float
+    stderr: float | None
+
+
+def metric_of(task: str, scores: dict[str, Any]) -> str | None:
+    """The metric that counts for a task: the seven-task average's, else acc, acc_norm, or the first number there."""
+    wanted = [SEVEN[task]] if task in SEVEN else ["acc", "acc_norm"]
+    numbers = [k for k, v in scores.items() if isinstance(v, float) and not k.endswith("_stderr")]
+    return next((name for name in [*wanted, *numbers] if scores.get(name) is not None), None)
+
+
+def estimate(scores: dict[str, Any], metric: str) -> Estimate | None:
+    """A task's entry in the record as a number; None where it has no such metric."""
+    value, n = scores.get(metric), scores.get("n")
+    if value is None:
+        return None
+    stderr = scores.get(f"{metric}_stderr")
+    if stderr is None and n and n > 1 and 0 <= value <= 1:
+        stderr = math.sqrt(value * (1 - value) / (n - 1))  # what lm-eval computes for zeros and ones
+    return Estimate(value, stderr)
+
+
+def stderr_of_mean(parts: Iterable[Estimate | None]) -> float | None:
+    """Standard error of the unweighted mean of independent parts; None where one of them has none."""
+    errors = [part.stderr if part is not None else None for part in parts]
+    known = [e for e in errors if e is not None]
+    return math.sqrt(math.fsum(e * e for e in known)) / len(errors) if errors and len(known) == len(errors) else None
+
+
+def by_document(path: Path, metric: str) -> dict[tuple[Any, Any], float]:
+    """(doc_id, doc_hash) -> score; empty where the file is missing or damaged, or has another metric.
+
+    Args:
+        path: `samples/<dense or compressed>/<task>.jsonl.gz` of a run.
+        metric: as in the record; `exact_match(remove_whitespace)` is that metric after that filter.
+    """
+    name, _, chosen = metric.removesuffix(")").partition("(")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f]
+        return {(row.get("doc_id"), row.get("doc_hash")): float(row[name]) for row in rows
+                if row.get("filter", "") == chosen}  # fmt: skip
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        return {}

@@ -1,0 +1,5 @@
+"""Tables of a paper from records: `conf/table/*.yaml` declares them, `slm tables NAME DIR...` draws them."""
+
+from slm_exp.tables.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,48 @@
+"""Jobs as few multirun commands."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+Product = dict[str, tuple[str, ...]]
+"""key -> values: every combination is a job."""
+
+
+def commands(jobs: Sequence[Sequence[str]], name: str) -> list[str]:
+    """Command lines that run the jobs, each job once, into one folder that `slm tables` reads.
+
+    Args:
+        jobs: overrides; no job twice.
+        name: of the table; its runs go to outputs/multirun/NAME.
+    """
+    head = ["python", "-m", "slm_exp", "-m", f"hydra.sweep.dir=outputs/multirun/{name}"]
+    return [shlex.join([*head, *(f"{key}={','.join(values)}" for key, values in product.items())])
+            for product in products(jobs)]
+
+
+def products(jobs: Sequence[Sequence[str]]) -> list[Product]:
+    """Jobs as grids: two grids that differ in the values of one key become one, until none do."""
+    out: list[Product] = []
+    for job in jobs:
+        pairs = (override.partition("=") for override in job)
+        out.append({key: (value,) for key, _, value in pairs})
+    merged = True
+    while merged:
+        merged = False
+        for i, a in enumerate(out):
+            j = next((j for j in range(i + 1, len(out)) if _differ_in(a, out[j]) is not None), None)
+            if j is not None:
+                key = _differ_in(a, b := out.pop(j)) or ""
+                out[i] = a | {key: (*a[key], *b[key])}
+                merged = True
+                break
+    return out
+
+
+def _differ_in(a: Product, b: Product) -> str | None:
+    """The one key whose values differ; None where there are more, or other keys."""
+    if list(a) != list(b):
+        return None
+    apart = [key for key in a if a[key] != b[key]]
+    return apart[0] if len(apart) == 1 else None

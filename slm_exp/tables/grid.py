@@ -1,0 +1,281 @@
+"""A table filled in: every entry with its spread, its mark, or the command that would fill it. Formats draw this."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from slm_exp.errors import ProtocolError
+from slm_exp.evaluation.protocol import mixed
+from slm_exp.statistics.paired import LEVEL, holm
+from slm_exp.statistics.runs import Measured, difference
+from slm_exp.statistics.spread import spread
+from slm_exp.tables.commands import commands
+from slm_exp.tables.definition import Column, Row, Table
+from slm_exp.tables.quantities import Quantity, Value, quantity
+from slm_exp.tables.records import Finder
+
+BEST, SECOND, TIED = "best", "second", "tied"
+MARKS = {
+    BEST: "better than every other row of its block",
+    SECOND: "better than all but the best",
+    TIED: "not to be told from the highest",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What stands at one place."""
+
+    value: Value = None
+    half: float | None = None
+    """What stands behind the plus-minus sign."""
+    digits: int = 0
+    mark: str = ""
+    missing: int | None = None
+    """Number of the gap, when runs are missing."""
+    note: str = ""
+    """In words, e.g. how many of the seeds there are."""
+
+    @property
+    def text(self) -> str:
+        """The value as shown, without its plus-minus; empty where there is none."""
+        return "" if self.value is None else shown(self.value, self.digits)
+
+    @property
+    def half_text(self) -> str:
+        return "" if self.half is None else shown(self.half, self.digits)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Runs that are missing, of one or more places."""
+
+    number: int
+    jobs: tuple[tuple[str, ...], ...]
+    label: str
+    why: str
+    """`not run`, or how it failed."""
+
+
+@dataclass
+class Grid:
+    """A filled table."""
+
+    name: str
+    title: str
+    columns: list[str]
+    blocks: list[tuple[str, list[tuple[str, list[Entry]]]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+    row_heads: tuple[str, str] = ("block", "row")
+    tested: bool = False
+    """Whether marks were looked for."""
+
+    def entries(self) -> Iterable[Entry]:
+        return (entry for _, rows in self.blocks for _, row in rows for entry in row)
+
+
+def shown(value: float | str, digits: int) -> str:
+    """A number with fixed decimals (whole numbers and text as they are)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, marks: bool = True) -> Grid:
+    """Fill a table from runs. Reads records and, for the marks, `samples/`; computes nothing anew.
+
+    Args:
+        marks: whether to test rows against each other.
+
+    Raises:
+        ProtocolError: one column's numbers were measured by different protocols, and `mixed_protocols` is not set;
+            names two rows and the fields.
+    """
+    finder = Finder(runs)
+    kinds = [quantity(column.show) for column in table.columns]
+    found = {(i, j, k): [finder.find(overrides) for overrides in table.cell(row, column)]
+             for i, block in enumerate(table.blocks) for j, row in enumerate(block.rows)
+             for k, column in enumerate(table.columns)}
+    dense = _dense([m for models in found.values() for m in models])
+    grid = Grid(table.name, table.title, [column.label for column in table.columns], notes=list(table.notes))
+    gaps: dict[tuple[tuple[str, ...], ...], Gap] = {}
+    placed: dict[tuple[int, int, int], list[Measured]] = {}
+    for i, block in enumerate(table.blocks):
+        rows = []
+        for j, row in enumerate(block.rows):
+            line = []
+            for k, column in enumerate(table.columns):
+                if row.which == "dense":
+                    models, gap = ([dense] if dense else []), None
+                else:
+                    models = [m for m in found[i, j, k] if _finished(m)]  # type: ignore[misc]
+                    gap = _gap(table, row, column, found[i, j, k], gaps, block.label)
+                digits = kinds[k].digits if column.digits is None else column.digits
+                entry = _entry(models, kinds[k], digits, len(table.over))
+                line.append(replace(entry, missing=gap.number if gap else None))
+                placed[i, j, k] = models
+            rows.append((row.label, line))
+        grid.blocks.append((block.label, rows))
+    grid.gaps = list(gaps.values())
+    other = _one_protocol(table, kinds, placed, mixed_protocols)
+    if marks:
+        _mark(table, grid, kinds, placed, other)
+    grid.notes += _explanations(table, grid, kinds, placed)
+    return grid
+
+
+def _finished(m: Measured | None) -> bool:
+    return m is not None and m.record.get("status") == "finished"
+
+
+def _dense(models: Iterable[Measured | None]) -> Measured | None:
+    """The dense model as a run of the table measured it: of the first by run_id, so always the same."""
+    with_dense = [m for m in models if m is not None and _finished(m)]
+    first = min(with_dense, key=lambda m: str(m.record.get("run_id")), default=None)
+    return replace(first, which="dense") if first else None
+
+
+def _gap(table: Table, row: Row, column: Column, models: Sequence[Measured | None],
+         gaps: dict[tuple[tuple[str, ...], ...], Gap], block: str) -> Gap | None:
+    """The missing runs of a cell; those of several columns are one gap."""
+    left = [(tuple(job), m) for job, m in zip(table.cell(row, column), models, strict=True) if not _finished(m)]
+    if not left:
+        return None
+    jobs = tuple(job for job, _ in left)
+    if jobs not in gaps:
+        errors = [m.record.get("error") or {} for _, m in left if m is not None]
+        why = next((f"failed in stage {e.get('stage')}: {str(e.get('message')).splitlines()[0][:200]}"
+                    for e in errors if e.get("message")), "not run" if not errors else "not finished")
+        gaps[jobs] = Gap(len(gaps) + 1, jobs, ", ".join(filter(None, (block, row.label))), why)
+    return gaps[jobs]
+
+
+def _entry(models: Sequence[Measured], kind: Quantity, digits: int, wanted: int) -> Entry:
+    """One run: its value and its own error. Several: the mean and its 95 % interval; text by majority."""
+    values = [value for m in models if (value := kind.value(m)) is not None]
+    if not values:
+        return Entry(digits=digits)
+    note = f"{len(values)} of {wanted}" if 1 < wanted != len(values) and models[0].which != "dense" else ""
+    numbers = [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    if len(numbers) < len(values):
+        [(most, times)] = Counter(map(str, values)).most_common(1)
+        return Entry(f"{most} ({times} of {len(values)})" if wanted > 1 else most, digits=digits, note=note)
+    if len(numbers) == 1:
+        return Entry(numbers[0], kind.stderr(models[0]) if wanted == 1 or models[0].which == "dense" else None,
+                     digits, note=note)
+    found = spread(numbers)
+    return Entry(found.mean, found.half, max(digits, 1), note=note)
+
+
+def _one_protocol(table: Table, kinds: Sequence[Quantity], placed: dict[tuple[int, int, int], list[Measured]],
+                  allowed: bool) -> dict[int, str]:
+    """Columns whose numbers were measured by different protocols, with what differs; refused unless `allowed`."""
+    out: dict[int, str] = {}
+    for k, column in enumerate(table.columns):
+        told = {f"{_label(table, i, j)} (run {m.name})": kinds[k].protocol(m)
+                for (i, j, at), models in placed.items() if at == k for m in models}
+        reason = mixed(told)
+        if reason and not allowed:
+            raise ProtocolError(f"column {column.label}: {reason}. Their numbers do not belong in one table: run them "
+                                "with the same evaluation, or say --mixed-protocols to see them side by side.")
+        if reason:
+            out[k] = f"column {column.label}: {reason}"
+    return out
+
+
+def _label(table: Table, i: int, j: int) -> str:
+    return ", ".join(filter(None, (table.blocks[i].label, table.blocks[i].rows[j].label)))
+
+
+def _mark(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: dict[tuple[int, int, int], list[Measured]],
+          other_protocols: dict[int, str]) -> None:
+    """Best, second and tied of every column of every block, where the paired test says so."""
+    grid.notes += other_protocols.values()
+    for i, k in itertools.product(range(len(table.blocks)), range(len(table.columns))):
+        if not kinds[k].tasks or k in other_protocols:
+            continue
+        rows = {j: placed[i, j, k] for j, row in enumerate(table.blocks[i].rows)
+                if row.which != "dense" and len(placed[i, j, k]) == len(table.over)
+                and grid.blocks[i][1][j][1][k].value is not None}
+        values = {j: float(grid.blocks[i][1][j][1][k].value or 0) for j in rows}
+        marks = marked(values, lambda a, b, rows=rows, k=k: _p_value(rows[a], rows[b], kinds[k]))
+        if marks is None and len(rows) > 1:
+            grid.notes.append(f"column {table.columns[k].label}: no marks, for want of results on the same documents "
+                              "in samples/.")
+        grid.tested |= bool(marks is not None and len(rows) > 1)
+        for j, mark in (marks or {}).items():
+            line = grid.blocks[i][1][j][1]
+            line[k] = replace(line[k], mark=mark)
+
+
+def _p_value(first: Sequence[Measured], second: Sequence[Measured], kind: Quantity) -> float | None:
+    found = difference(first, second, kind.tasks, interval=False)
+    return None if found is None else found.p
+
+
+def marked(values: dict[int, float], p_value: Callable[[int, int], float | None]) -> dict[int, str] | None:
+    """Which rows earn a mark.
+
+    Every pair of rows is tested, and all tests together are corrected (Holm). `best` beats all others; `second` beats
+    all others but the best; where there is no best, every row that the highest does not beat is `tied` with it.
+
+    Returns:
+        None where a pair cannot be tested.
+    """
+    order = sorted(values, key=lambda j: (-values[j], j))
+    pairs = list(itertools.combinations(order, 2))
+    p_values = [p_value(a, b) for a, b in pairs]
+    known = [p for p in p_values if p is not None]
+    if len(known) < len(pairs):
+        return None
+    beats = {pair: p < LEVEL for pair, p in zip(pairs, holm(known), strict=True)}
+
+    def first_of(rows: Sequence[int]) -> bool:
+        return len(rows) > 1 and all(beats[rows[0], other] for other in rows[1:])
+
+    if not first_of(order):
+        return {j: TIED for j in order if j == order[0] or not beats[order[0], j]} if len(order) > 1 else {}
+    return {order[0]: BEST} | ({order[1]: SECOND} if first_of(order[1:]) else {})
+
+
+def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity],
+                  placed: dict[tuple[int, int, int], list[Measured]]) -> list[str]:
+    """What a reader has to know to read the numbers."""
+    out: list[str] = []
+    halves = {kinds[k].spread for _, rows in grid.blocks for _, line in rows for k, e in enumerate(line)
+              if e.half is not None}
+    if len(table.over) > 1:
+        out.append(f"± is the 95 % interval of the mean over {len(table.over)} runs a cell "
+                   f"({table.over[0][0].partition('=')[0]}); for the dense model the standard error over documents.")
+    elif "error" in halves:
+        out.append("± is the standard error over documents.")
+    if "quartiles" in halves:
+        out.append("Speeds are medians; ± is half the distance of the quartiles.")
+    used = {e.mark for e in grid.entries()} - {""}
+    if grid.tested:
+        test = ("paired bootstrap over documents and Student's paired test over seeds, the larger p" if
+                len(table.over) > 1 else "exact McNemar test per task, paired bootstrap for the average")
+        told = "; ".join(f"{mark}: {MARKS[mark]}" for mark in MARKS if mark in used) or "no row is marked"
+        out.append(f"Marks: {told}. {test[0].upper()}{test[1:]}, Holm's correction over all pairs of a block and "
+                   f"column, level {LEVEL:g}. The dense model takes no part.")
+    models = sorted({m.record["model"]["note"] for found in placed.values() for m in found
+                     if (m.record.get("model") or {}).get("note")})
+    out += [f"Model: {note}." for note in models]
+    hashes = {(p or {}).get("hash"): p for found in placed.values() for m in found if (p := m.protocol) and p}
+    if len(hashes) == 1:
+        [(name, protocol)] = hashes.items()
+        fields: dict[str, Any] = (protocol or {}).get("fields") or {}
+        limit = "every document" if fields.get("limit") is None else f"the first {fields['limit']} documents a task"
+        out.append(f"Protocol {name}: lm-eval {fields.get('lm_eval')}, {limit}.")
+    return out
+
+
+def missing_commands(grid: Grid) -> list[str]:
+    """What fills every gap, as few multirun commands."""
+    return commands(list(dict.fromkeys(job for gap in grid.gaps for job in gap.jobs)), grid.name)

@@ -1,0 +1,198 @@
+"""What a column can show: numbers of a record, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.errors import ConfigError, did_you_mean
+from slm_exp.evaluation.base import SEVEN
+from slm_exp.files import digest
+from slm_exp.statistics.scores import estimate, metric_of, stderr_of_mean
+
+if TYPE_CHECKING:
+    from slm_exp.statistics.runs import Measured
+
+Value = float | str | None
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One kind of number."""
+
+    label: str
+    """The column's heading."""
+    value: Callable[[Measured], Value]
+    digits: int = 0
+    """Decimals shown."""
+    stderr: Callable[[Measured], float | None] = lambda _: None
+    tasks: tuple[str, ...] = ()
+    """The tasks whose documents a difference is tested on; none: no test, so no row is marked."""
+    protocol: Callable[[Measured], dict[str, Any] | None] = lambda _: None
+    """`{hash, fields}` of what it was measured by; numbers of different hashes do not stand in one column."""
+    spread: str = "error"
+    """What `stderr` is: a standard error over documents, or half the distance of the `quartiles`."""
+
+
+def _at(*path: str) -> Callable[[Measured], Any]:
+    """The record's value at a path, None where it has none."""
+
+    def value(m: Measured) -> Any:
+        found: Any = m.record
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+    return value
+
+
+def _sided(dense: Callable[[Measured], Value], compressed: Callable[[Measured], Value]) -> Callable[[Measured], Value]:
+    return lambda m: dense(m) if m.which == "dense" else compressed(m)
+
+
+def _scaled(value: Callable[[Measured], Any], factor: float) -> Callable[[Measured], float | None]:
+    return lambda m: None if (found := value(m)) is None else factor * float(found)
+
+
+def _compressed(value: Callable[[Measured], Value]) -> Callable[[Measured], Value]:
+    return _sided(lambda _: None, value)
+
+
+def _task(name: str) -> Quantity:
+    def score(m: Measured) -> float | None:
+        scores = m.scores(name)
+        metric = metric_of(name, scores)
+        return None if metric is None else 100 * float(scores[metric])
+
+    def stderr(m: Measured) -> float | None:
+        found = estimate(m.scores(name), metric_of(name, m.scores(name)) or "")
+        return None if found is None or found.stderr is None else 100 * found.stderr
+
+    return Quantity(name, score, 2, stderr, (name,), _protocol)
+
+
+def _average_stderr(m: Measured) -> float | None:
+    found = stderr_of_mean(estimate(m.scores(task), metric) for task, metric in SEVEN.items())
+    return None if found is None else 100 * found
+
+
+def _protocol(m: Measured) -> dict[str, Any] | None:
+    return m.protocol
+
+
+def _speed(name: str, case: str = "1x12x128") -> Quantity:
+    """Medians; the dense model's speedup over itself is not told."""
+    label, factor, digits = TIMED[name]
+
+    def found(m: Measured) -> Any:
+        cells = (m.record.get("speed") or {}).get("cells") or ()
+        cell = next((c for c in cells if c.get("name") == case), {})
+        return (cell if m.which == "compressed" else {}).get(name) if name == "speedup" else (
+            (cell.get(m.which) or {}).get(name))
+
+    def value(m: Measured) -> float | None:
+        told = found(m)
+        told = told.get("median") if isinstance(told, dict) else told
+        return None if told is None else factor * float(told)
+
+    def half(m: Measured) -> float | None:
+        told = found(m)
+        return factor * (told["q3"] - told["q1"]) / 2 if isinstance(told, dict) else None
+
+    def protocol(m: Measured) -> dict[str, Any] | None:
+        told = (m.record.get("speed") or {}).get("protocol")
+        fields = {**told, "machine": (m.record.get("device") or {}).get("name")} if told else {}
+        return {"hash": digest(fields), "fields": fields} if told else None
+
+    return Quantity(label if case == PAPERS_CASE else f"{label} {case}", value, digits, half, (), protocol, "quartiles")
+
+
+def _plan(m: Measured) -> str | None:
+    """`14-15, 25-27; without 3, attention of 7`: merged runs of layers, then what is removed."""
+    plan = m.record.get("plan")
+    if not plan:
+        return None
+    merged = ", ".join(f"{a}-{b - 1}" for a, b in plan.get("groups") or ())
+    halves = [f"{half['kind']} of {half['layer']}" for half in plan.get("sublayers") or ()]
+    gone = ", ".join([*map(str, plan.get("dropped") or ()), *halves])
+    return "; ".join([*([merged] if merged else []), *([f"without {gone}"] if gone else [])]) or "nothing"
+
+
+def _threshold(m: Measured) -> Value:
+    found = _at("plan", "threshold")(m)
+    return found if found is not None else _at("config", "method", "threshold")(m)
+
+
+NAMED = {
+    "layers": Quantity("layers", _sided(_at("layers", "before"), _at("layers", "after"))),
+    "params": Quantity("params (M)", _sided(_scaled(_at("params", "before"), 1e-6),
+                                            _scaled(_at("params", "after"), 1e-6)), 1),
+    "parameters": Quantity("params", _sided(_at("params", "before"), _at("params", "after"))),
+    "removed": Quantity("removed (%)", _sided(lambda _: 0.0, _scaled(_at("params", "ratio_removed"), 100)), 1),
+    "score": Quantity("score", _compressed(_at("plan", "final_score")), 4),
+    "plan": Quantity("plan", _compressed(_plan)),
+    "threshold": Quantity("threshold", _compressed(_threshold), 4),
+    "evaluations": Quantity("candidates", _compressed(_at("plan", "evaluations"))),
+    "block_forwards": Quantity("block forwards", _compressed(_at("plan", "block_forwards"))),
+    "seconds": Quantity("seconds", _at("seconds")),
+    "average": Quantity("average", _scaled(lambda m: m.evaluation.get("average"), 100), 2, _average_stderr,
+                        tuple(SEVEN), _protocol),
+    **{name: _task(name) for name in SEVEN},
+}
+PAPERS_CASE = "1x12x128"
+"""Batch x prompt x new tokens of the papers' latency."""
+TIMED = {  # field of a cell of the record's `speed` -> (heading, factor, decimals)
+    "latency_s": ("latency (s)", 1.0, 2), "tokens_per_s": ("tokens/s", 1.0, 1),
+    "first_token_s": ("first token (s)", 1.0, 3), "peak_bytes": ("memory (GB)", 1e-9, 2),
+    "flops": ("GFLOP", 1e-9, 1), "speedup": ("speedup", 1.0, 2),
+}
+FAMILIES = {
+    "speed": f"{', '.join(TIMED)} of generating, medians; .BATCHxPROMPTxNEW for another case than {PAPERS_CASE}",
+    "task": "an lm-eval task besides the seven, by the metric that counts for it: task.sciq",
+    "perplexity": "a corpus of the evaluation: perplexity.wikitext2",
+    "config": "a setting: config.method.target_layers",
+}
+
+
+def quantity(name: str) -> Quantity:
+    """A quantity by a name that `check_quantity` accepts."""
+    if name in NAMED:
+        return NAMED[name]
+    family, _, rest = name.partition(".")
+    if family == "task":
+        return _task(rest)
+    if family == "perplexity":
+        return Quantity(f"ppl {rest}", lambda m: (m.evaluation.get("perplexity") or {}).get(rest), 2,
+                        protocol=_protocol)
+    if family == "speed":
+        return _speed(*rest.split(".", 1))
+    return Quantity(rest.removesuffix(".name"), _compressed(_setting(rest)))
+
+
+def _setting(path: str) -> Callable[[Measured], Value]:
+    found = _at("config", *path.split("."))
+    return lambda m: value if isinstance(value := found(m), (float, int, str, type(None))) else str(value)
+
+
+def default_label(name: str) -> str:
+    """The heading of a column that gives none."""
+    return quantity(name).label
+
+
+def check_quantity(name: str, where: str, more: Iterable[str] = ()) -> None:
+    """Refuse a column that does not exist.
+
+    Args:
+        more: other names that would do at this place.
+
+    Raises:
+        ConfigError: names it, where it was asked, and the closest that exists.
+    """
+    family, _, rest = name.partition(".")
+    known = family in FAMILIES and bool(rest) and (family != "speed" or rest.partition(".")[0] in TIMED)
+    if name not in NAMED and not known:
+        kinds = "; ".join(f"{kind}.NAME ({about})" for kind, about in FAMILIES.items())
+        names = list(dict.fromkeys([*more, "tasks", *NAMED]))
+        raise ConfigError(f"{where} = {name}; expected one of {', '.join(names)}; or {kinds}. "
+                          f"{did_you_mean(name, [*names, *(f'speed.{t}' for t in TIMED)])}".rstrip())

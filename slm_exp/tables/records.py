@@ -1,0 +1,134 @@
+"""The runs that folders hold, and which of them is a table's cell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from slm_exp.config import UNSCIENTIFIC
+from slm_exp.errors import ConfigError
+from slm_exp.files import plain
+from slm_exp.records import read_record
+from slm_exp.registry import GROUPS, available
+from slm_exp.statistics.runs import Measured
+
+
+def find_runs(folders: Sequence[Path], may_be_empty: bool = False) -> list[Measured]:
+    """Every run in folders and below them, ordered by what it is, not by where it lies.
+
+    Raises:
+        ConfigError: no such folder, or no record in any of them.
+    """
+    found: list[Measured] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"DIR = {folder}; expected a folder with runs (outputs/multirun/NAME, outputs).")
+        for at, below, files in os.walk(folder):
+            if "record.json" in files:
+                below.clear()
+                record = read_record(Path(at))
+                if record is not None:
+                    found.append(Measured(Path(at).name, Path(at), record))
+            below[:] = sorted(name for name in below if not name.startswith("."))
+    if not found and not may_be_empty:
+        raise ConfigError(f"DIR = {', '.join(map(str, folders))}; expected at least one run there, and there is no "
+                          "record.json. Multiruns lie in outputs/multirun/NAME.")
+    return sorted(found, key=lambda m: (str(m.record.get("run_id")), str(m.record.get("created")), str(m.folder)))
+
+
+class Finder:
+    """Finds the run that overrides mean.
+
+    A cell is that run whose run_id the overrides have here, or whose resolved scientific config they compose to: the
+    same records fill the same cells on a machine where files lie elsewhere.
+    """
+
+    def __init__(self, runs: Iterable[Measured]) -> None:
+        self._runs = list(runs)
+        self._found: dict[tuple[str, ...], Measured | None] = {}
+
+    def find(self, overrides: Sequence[str]) -> Measured | None:
+        """A finished run before one that failed, a later one before an earlier; None where there is none."""
+        key = tuple(overrides)
+        if key not in self._found:
+            self._found[key] = self._search(overrides)
+        return self._found[key]
+
+    def _search(self, overrides: Sequence[str]) -> Measured | None:
+        """Composing costs 0.1 s, so only where a record is left that the overrides do not contradict."""
+        left = [m for m in self._runs if not _contradicts(m.record, overrides)]
+        if not left:
+            return None
+        wanted = _wanted(tuple(overrides))
+        same = [m for m in left if m.record.get("run_id") == wanted.run_id] or [
+            m for m in left if science(m.record.get("config")) == wanted.science]
+        best = max(same, key=lambda m: str(m.record.get("created")), default=None)
+        done = [m for m in same if m.record.get("status") == "finished"]
+        return max(done, key=lambda m: str(m.record.get("created")), default=best)
+
+
+@lru_cache(maxsize=4096)
+def _wanted(overrides: tuple[str, ...]) -> _Wanted:
+    return _Wanted(overrides)
+
+
+class _Wanted:
+    """What overrides compose to."""
+
+    def __init__(self, overrides: Sequence[str]) -> None:
+        from slm_exp.door import compose_run
+
+        self._cfg = compose_run(overrides)
+
+    @cached_property
+    def run_id(self) -> str | None:
+        """None where this machine lacks a file that the run_id depends on."""
+        try:
+            return self._cfg.run_id
+        except (ConfigError, OSError):
+            return None
+
+    @cached_property
+    def science(self) -> dict[str, Any] | None:
+        return science(plain(self._cfg.resolved()))
+
+
+def science(config: Any) -> dict[str, Any] | None:
+    """The part of a record's `config` that decides results; None where it is not one of this package."""
+    out: dict[str, Any] = {}
+    for group in GROUPS:
+        told = config.get(group) if isinstance(config, dict) else None
+        cls = available(group).get(told.get("name", "")) if isinstance(told, dict) else None
+        if told is None or cls is None:
+            return None
+        if group not in UNSCIENTIFIC:
+            decides = {f.name for f in fields(cls) if f.metadata.get("science", True)}
+            out[group] = {key: value for key, value in told.items() if key == "name" or key in decides}
+    return {**out, "seed": config.get("seed")}
+
+
+def _contradicts(record: dict[str, Any], overrides: Sequence[str]) -> bool:
+    """Whether the record's config plainly has another member or number than an override; False where not plain."""
+    config = record.get("config") or {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        group, _, name = key.partition(".")
+        has = config.get(group)
+        if isinstance(has, dict):
+            if not name and group in GROUPS and text in available(group) and has.get("name") != text:
+                return True
+            has = has.get(name, text)
+        if not isinstance(has, str | bool | list | dict) and _number(text) != has:
+            return True  # None is not a number, and a number is not None
+    return False
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

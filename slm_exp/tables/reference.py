@@ -1,0 +1,152 @@
+"""Published numbers (`conf/reference/*.yaml`) beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slm_exp.door import conf_dir
+from slm_exp.errors import ConfigError, did_you_mean
+from slm_exp.statistics.runs import Measured
+from slm_exp.tables.definition import Row, Table, read_yaml
+from slm_exp.tables.grid import Entry, Gap, Grid, fill
+from slm_exp.tables.quantities import check_quantity, quantity
+
+KEYS = {"file": ("source", "protocol", "tolerance", "entries", "claims"),
+        "entry": ("model", "what", "which", "runs", "values"), "claim": ("model", "text")}
+DECIDES = ("method", "merge_rule", "width", "recovery")
+"""Groups in which a row and a published entry must agree to be the same thing."""
+UNSET = ("recovery=none", "width=none", "method=slm", "merge_rule=top_layer")
+
+
+@dataclass(frozen=True)
+class Published:
+    """One row of somebody's table."""
+
+    file: str
+    source: str
+    protocol: str
+    tolerance: dict[str, float]
+    """points: of accuracy, absolute; share: of any other number."""
+    model: str
+    """A member of the model group, or another name where there is none."""
+    what: str
+    which: str
+    runs: frozenset[str]
+    """The overrides that repeat it, of the groups that decide; `which: dense` has none."""
+    values: dict[str, float]
+    """Quantity -> number, accuracies in per cent."""
+
+
+def published() -> list[Published]:
+    """Every entry of every file of conf/reference.
+
+    Raises:
+        ConfigError: a wrong key or quantity, by file and entry.
+    """
+    return [entry for path in sorted((conf_dir() / "reference").glob("*.yaml")) for entry in read_reference(path)]
+
+
+def read_reference(path: Path) -> list[Published]:
+    """The entries of one file; see `published`."""
+    told = _keys("file", read_yaml(path), str(path))
+    for i, claim in enumerate(told.get("claims") or []):
+        _keys("claim", claim, f"{path}: claims[{i}]")
+    return list(_entries(path, told))
+
+
+def claims(model: str) -> list[str]:
+    """What abstracts and threads say of a model that is no cell of a table."""
+    told = [read_yaml(path) for path in sorted((conf_dir() / "reference").glob("*.yaml"))]
+    return [f"Published: {claim['text']} [{one['source']}]" for one in told for claim in one.get("claims") or []
+            if claim.get("model") == model]
+
+
+def _entries(path: Path, told: dict[str, Any]) -> Iterator[Published]:
+    for key in ("source", "protocol", "tolerance"):
+        if key not in told:
+            raise ConfigError(f"{path} has no {key}; a published number without it cannot be compared.")
+    for i, item in enumerate(told.get("entries") or []):
+        entry = _keys("entry", item, f"{path}: entries[{i}]")
+        missing = [key for key in ("model", "what", "values") if key not in entry]
+        if missing:
+            raise ConfigError(f"{path}: entries[{i}] has no {', '.join(missing)}.")
+        for name in entry["values"]:
+            check_quantity(name, f"{path}: entries[{i}].values")
+        yield Published(path.stem, told["source"], told["protocol"], told["tolerance"], entry["model"], entry["what"],
+                        entry.get("which", "compressed"), frozenset(entry.get("runs") or ()), entry["values"])
+
+
+def _keys(kind: str, told: Any, where: str) -> dict[str, Any]:
+    for key in told:
+        if key not in KEYS[kind]:
+            raise ConfigError(f"{where} has the key {key!r}; expected {', '.join(KEYS[kind])}. "
+                              f"{did_you_mean(str(key), KEYS[kind])}".rstrip())
+    return dict(told)
+
+
+def matches(entry: Published, table: Table, row: Row) -> bool:
+    """Whether a published entry is what a row of ours repeats: same model, method, size, rule, width, recovery."""
+    if entry.model != table.params.get("model") or entry.which != row.which:
+        return False
+    if row.which == "dense":
+        return True
+    decides = {o for o in (*table.runs, *row.runs) if o.partition("=")[0].partition(".")[0] in DECIDES}
+    return decides - set(UNSET) == entry.runs - set(UNSET)
+
+
+def reference_grid(table: Table, runs: Sequence[Measured]) -> Grid:
+    """One row for every number of the table that has been published: ours, theirs, difference, verdict.
+
+    Raises:
+        ConfigError: nothing published matches a cell of the table; says what there is for its model.
+    """
+    ours = fill(table, runs, marks=False)
+    entries = published()
+    grid = Grid(f"{table.name}-reference", f"{table.title}: ours beside published numbers",
+                ["quantity", "ours", "published", "difference", "verdict", "published by"], row_heads=("size", "row"))
+    used: dict[str, Published] = {}
+    seen: set[tuple[str, str]] = set()
+    for block, (label, lines) in zip(table.blocks, ours.blocks, strict=True):
+        rows = []
+        for row, (name, line) in zip(block.rows, lines, strict=True):
+            for entry in entries:
+                if not matches(entry, table, row) or (row.which == "dense" and (entry.file, entry.what) in seen):
+                    continue
+                seen.add((entry.file, entry.what))
+                shown = [_compared(entry, column.show, mine) for column, mine in zip(table.columns, line, strict=True)
+                         if column.show in entry.values]
+                rows += [(name, cells) for cells in shown]
+                used |= {entry.file: entry} if shown else {}
+        if rows:
+            grid.blocks.append((label, rows))
+    if not used:
+        model = str(table.params.get("model"))
+        have = sorted({f"{e.what} ({e.file})" for e in entries if e.model == model}) or ["nothing"]
+        raise ConfigError(f"table = {table.name}: no number of it has been published for model = {model} with a source "
+                          f"known here (conf/reference). There is: {', '.join(have)}.")
+    numbers = {cell.missing for _, rows in grid.blocks for _, line in rows for cell in line}
+    grid.gaps = [Gap(gap.number, gap.jobs, gap.label, gap.why) for gap in ours.gaps if gap.number in numbers]
+    grid.notes += [f"{e.file}: {e.source}. Protocol: {e.protocol}. Agrees: within {e.tolerance['points']:g} points of "
+                   f"accuracy, {100 * e.tolerance['share']:g} % of other numbers." for e in used.values()]
+    grid.notes += [note for note in ours.notes if note.startswith(("Protocol", "Model"))]
+    grid.notes += claims(str(table.params.get("model")))
+    grid.notes.append("Protocols differ between harnesses, so a difference is not a failed reproduction by itself.")
+    return grid
+
+
+def _compared(entry: Published, show: str, ours: Entry) -> list[Entry]:
+    kind = quantity(show)
+    theirs = float(entry.values[show])
+    if not isinstance(ours.value, (int, float)):
+        return [Entry(show), Entry(missing=ours.missing), Entry(theirs, digits=kind.digits), Entry(), Entry("not run"),
+                Entry(entry.file)]
+    apart = ours.value - theirs
+    allowed = entry.tolerance["points"] if kind.tasks else entry.tolerance["share"] * abs(theirs)
+    return [Entry(show), Entry(ours.value, ours.half, kind.digits), Entry(theirs, digits=kind.digits),
+            Entry(f"{apart:+.{kind.digits}f}"), Entry("agrees" if abs(apart) <= allowed else "differs"),
+            Entry(entry.file)]
+
+

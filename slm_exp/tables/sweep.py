@@ -1,0 +1,82 @@
+"""`slm tables sweep DIR`: one row per run, whatever the runs are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from slm_exp.errors import ProtocolError
+from slm_exp.evaluation.base import SEVEN
+from slm_exp.evaluation.protocol import mixed
+from slm_exp.statistics.runs import Measured
+from slm_exp.tables.grid import Entry, Grid
+from slm_exp.tables.quantities import check_quantity, quantity
+from slm_exp.tracking.base import flat
+
+SETTINGS = {"threshold": "threshold", "rule": "config.merge_rule.name", "similarity": "config.similarity.name",
+            "kernel": "config.kernel.name"}
+NEVER = ("tracking.", "runtime.", "cache.", "save_model", "method.threshold")
+"""Settings that get no column of their own."""
+
+
+def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: str | None = None) -> Grid:
+    """Threshold, rule, similarity, kernel, whatever else differs between the runs, layers, parameters, tasks, average.
+
+    Args:
+        only: columns, separated by commas: of these, or any quantity.
+
+    Raises:
+        ProtocolError: runs were measured by different protocols, and `mixed_protocols` is not set.
+        ConfigError: a column in `only` that does not exist.
+    """
+    reason = mixed({f"run {m.name}": m.protocol for m in runs})
+    if reason and not mixed_protocols:
+        raise ProtocolError(f"{reason}. Their numbers do not belong in one table: give folders measured alike, or say "
+                            "--mixed-protocols to see them side by side.")
+    settings = {**SETTINGS, **_others(runs)}
+    tasks = list(dict.fromkeys(task for m in runs for task in m.evaluation.get("tasks") or {}))
+    tasks = [t for t in SEVEN if t in tasks] + sorted(t for t in tasks if t not in SEVEN)
+    corpora = sorted({corpus for m in runs for corpus in m.evaluation.get("perplexity") or {}})
+    columns = {**settings, "layers": "layers", "params": "parameters", "removed": "removed",
+               **{t: t if t in SEVEN else f"task.{t}" for t in tasks}, "average": "average",
+               **{f"ppl {c}": f"perplexity.{c}" for c in corpora}}
+    if only is not None:
+        for name in only.split(","):
+            if name not in columns:
+                check_quantity(name, "--columns", columns)
+        columns = {name: columns.get(name, name) for name in only.split(",")}
+    kinds = {label: quantity(show) for label, show in columns.items()}
+    rows = []
+    for m in sorted(runs, key=lambda m: [_order(quantity(show).value(m)) for show in settings.values()]):
+        line = [Entry(kind.value(m), kind.stderr(m), kind.digits) for kind in kinds.values()]
+        line = [replace(e, value=f"{e.value:g}") if label == "threshold" and isinstance(e.value, (int, float)) else e
+                for label, e in zip(kinds, line, strict=True)]
+        status = str(m.record.get("status"))
+        if status != "finished":
+            error = m.record.get("error") or {}
+            why = f": {error.get('type')} in stage {error.get('stage')}" if error else ""
+            line[-1] = replace(line[-1], note=f"{status}{why}")
+        rows.append((m.name, line))
+    notes = ["removed in per cent of the parameters, tasks in per cent, ± the standard error over documents.",
+             "Runs differ in size, so none is marked as best: slm compare RUN RUN tests a difference."]
+    return Grid("sweep", f"{len(runs)} runs", list(columns), [("", rows)], notes + ([reason] if reason else []),
+                row_heads=("", "run"))
+
+
+def _others(runs: Sequence[Measured]) -> dict[str, str]:
+    """heading -> quantity of every setting in which the runs differ and that has no column yet."""
+    configs = [{path.replace("/", "."): value for path, value in flat(m.record.get("config") or {}).items()}
+               for m in runs]
+    paths = dict.fromkeys(path for config in configs for path in config)
+    wanted = [path for path in paths if not path.startswith(NEVER) and f"config.{path}" not in SETTINGS.values()
+              and len({repr(config.get(path)) for config in configs}) > 1]
+    return {path.removesuffix(".name"): f"config.{path}" for path in wanted}
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    """Numbers by size, highest first (a threshold of 1 merges least); then words."""
+    try:
+        return False, -float(value), ""
+    except (TypeError, ValueError):
+        return True, 0.0, str(value)

@@ -1,0 +1,41 @@
+"""The threshold path on real weights, against single searches that share nothing with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slm_exp.cache.store import StageStore
+from slm_exp.methods.base import PlanTask
+from slm_exp.methods.slm import SLM
+from slm_exp.registry import available
+from slm_exp.search.path import follow
+from slm_exp.search.scoring import CandidateScorer
+from slm_exp.types import CalibrationTokens
+
+RELEASED = 832
+"""Block forwards of one released search of 30 layers at threshold 0.9."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["top_layer", "mean"])
+def test_single_searches_end_where_the_path_says(smol_handle, rule, tmp_path: Path) -> None:
+    words = smol_handle.tokenizer(Path("README.md").read_text())["input_ids"][: 4 * 32]
+    tokens = CalibrationTokens(np.array(words, dtype="int32").reshape(4, 32), "readme", tuple("abcd"))
+    parts = [available(group)[name]() for group, name in
+             (("similarity", "flat_cosine"), ("kernel", "linear"), ("merge_rule", rule))]  # fmt: skip
+    task = PlanTask(smol_handle, tokens, *parts, None, StageStore(tmp_path))  # type: ignore[arg-type]
+    start = SLM().start(30)
+    scorer = CandidateScorer(task, top=start.high)
+    path = follow(scorer, start, 30, 0.88, 0.95)
+    assert path.complete
+    assert len(path.plans) > 3
+    assert scorer.block_forwards <= 0.45 * RELEASED * len(path.plans)
+    alone = PlanTask(smol_handle, tokens, *parts, None, StageStore(None))  # type: ignore[arg-type]
+    for plan in path.plans[:: max(1, len(path.plans) // 5)]:
+        for threshold in (plan.low, (plan.low + plan.high) / 2):
+            single = SLM(threshold=threshold).plan(alone)
+            assert single.groups == tuple(sorted(plan.groups)), threshold
+            assert single.final_score == pytest.approx(plan.final_score, abs=1e-6)

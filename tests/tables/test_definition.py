@@ -1,0 +1,145 @@
+"""Declarations of tables: every one composes, for every model; a wrong one says what is wrong."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from slm_exp.door import compose_run, conf_dir
+from slm_exp.errors import ConfigError
+from slm_exp.tables.command import split_words
+from slm_exp.tables.definition import cells, read_table, read_yaml, table_names, together
+
+MODELS = sorted(set(read_yaml(conf_dir() / "table" / "_models.yaml")) - {"all"})
+PUBLISHED = {"llama2_7b": "18.0", "vicuna_7b": "18.0", "llama2_13b": "19.5", "vicuna_13b": "19.5"}
+
+
+def test_the_papers_models_and_tables_are_there() -> None:
+    assert {p.stem for p in (conf_dir() / "model").glob("*.yaml")} | {"smollm2_135m"} == set(MODELS)
+    assert {"main", "recovery", "rules", "thresholds", "calibration", "similarity", "depth_width"} <= set(table_names())
+
+
+@pytest.mark.parametrize("name", table_names())
+@pytest.mark.parametrize("model", MODELS)
+def test_every_table_names_its_runs(name: str, model: str) -> None:
+    if name == "thresholds" and "vicuna" in model:
+        with pytest.raises(ConfigError, match="thresholds"):
+            cells(name, {"model": model})
+        return
+    found = cells(name, {"model": model})
+    assert found
+    assert all(f"model={model}" in overrides for overrides in found)
+    assert len({tuple(c) for c in found}) == len(found)
+    first = (conf_dir() / "table" / f"{name}.yaml").read_text().splitlines()[0]
+    assert first == f"# slm tables {name} DIR"
+
+
+@pytest.mark.parametrize("name", table_names())
+def test_the_first_and_the_last_run_compose(name: str) -> None:
+    runs = cells(name)
+    assert compose_run(runs[0]).run_id != compose_run(runs[-1]).run_id
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_every_run_of_every_table_composes(model: str) -> None:
+    for name in table_names():
+        if name != "thresholds" or "vicuna" not in model:
+            runs = cells(name, {"model": model})
+            assert len({compose_run(overrides).run_id for overrides in runs}) == len(runs), name
+
+
+@pytest.mark.parametrize(("model", "percent"), PUBLISHED.items())
+def test_the_true_ratio_is_printed(model: str, percent: str) -> None:
+    assert f"{percent} %" in read_table("main", {"model": model}).blocks[0].label
+
+
+def test_sizes_of_the_papers() -> None:
+    sizes = {model: [c for c in cells("rules", {"model": model}) if "merge_rule=mean" in c] for model in MODELS}
+    assert [c[-2] for c in sizes["vicuna_7b"]] == ["method.target_layers=26", "method.target_layers=21"]
+    assert [c[-2] for c in sizes["llama2_13b"]] == ["method.target_layers=32"]
+
+
+def test_parameters_are_those_of_the_shapes() -> None:
+    """Counted from (hidden, MLP, key-value heads x head size, vocabulary): what _models.yaml prints ratios from."""
+    shapes = {"smollm2_135m": (576, 1536, 192, 49152, 1), "llama2_7b": (4096, 11008, 4096, 32000, 2),
+              "vicuna_7b": (4096, 11008, 4096, 32000, 2), "llama2_13b": (5120, 13824, 5120, 32000, 2),
+              "vicuna_13b": (5120, 13824, 5120, 32000, 2), "llama3_8b": (4096, 14336, 1024, 128256, 2)}
+    for model, (d, mlp, kv, vocabulary, embeddings) in shapes.items():
+        told = read_yaml(conf_dir() / "table" / "_models.yaml")[model]
+        layer = 2 * d * d + 2 * d * kv + 3 * d * mlp + 2 * d
+        assert told["per_layer"] == layer
+        assert told["parameters"] == told["layers"] * layer + embeddings * vocabulary * d + d
+
+
+def test_seeds_multiply_and_parameters_reach_every_run() -> None:
+    one, five = cells("rules"), cells("rules", {"seeds": [0, 1, 2, 3, 4], "extra": ["model.dtype=bfloat16"]})
+    assert len(five) == 5 * len(one)
+    assert sum("seed=3" in c for c in five) == len(one)
+    assert all("model.dtype=bfloat16" in c for c in five)
+
+
+def test_later_overrides_hold() -> None:
+    assert together(["a=1", "b=2"], ["a=3"]) == ["a=3", "b=2"]
+
+
+GOOD = """
+title: T
+params: {model: smollm2_135m}
+runs: [model=$model]
+rows:
+  - {label: one, runs: [method.threshold=0.9]}
+columns: [average]
+"""
+WRONG = [
+    ("rows:", "rowz:", "rowz.*Did you mean rows"),
+    ("label: one", "lable: one", r"rows\[0\].*lable.*Did you mean label"),
+    ("label: one, ", "", r"rows\[0\] has no label"),
+    ("[average]", "[avrage]", r"columns\[0\].show = avrage.*Did you mean average"),
+    ("[average]", "[]", "columns = .*at least one"),
+    ("$model", "$modle", r"runs uses \$modle.*Did you mean model"),
+    ("method.threshold=0.9", "threshold", "expected an override"),
+    ("rows:\n", "rows: 3\nx:\n", "the key 'x'"),
+    ("label: one", "label: one, which: danse", "expected compressed or dense"),
+    ("title: T", "title: [", "cannot be read"),
+    ("label: one", "label: 5 $", "plain dollar"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), WRONG)
+def test_a_wrong_declaration_names_what_and_where(old: str, new: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(GOOD)
+    assert cells(str(path)) == [["model=smollm2_135m", "method.threshold=0.9"]]
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(ConfigError, match=message) as error:
+        cells(str(path))
+    assert "own.yaml" in str(error.value)
+
+
+def test_unknown_names_are_refused_with_the_closest() -> None:
+    with pytest.raises(ConfigError, match="Did you mean main"):
+        cells("mian")
+    with pytest.raises(ConfigError, match="Did you mean model"):
+        cells("main", {"modle": "tiny"})
+    with pytest.raises(ConfigError, match=r"nowhere/own\.yaml; expected one of"):
+        cells("nowhere/own.yaml")
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "tables.md"
+
+
+def test_the_page_tells_what_is_there(tmp_path: Path) -> None:
+    text = PAGE.read_text()
+    listed = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+) \|$", text, re.M))
+    assert {name: int(n) for name, n in listed.items()} == {name: len(cells(name)) for name in table_names()}
+    own = tmp_path / "own.yaml"
+    own.write_text(re.findall(r"```yaml\n(.*?)```", text, re.S)[0])
+    assert len(cells(str(own))) == 4
+    for line in re.findall(r"^slm tables .*$", text, re.M):
+        name, *words = shlex.split(line)[2:]
+        params, _ = split_words([word for word in words if not word.startswith("--")])
+        assert name == "sweep" or cells(name, params), line

@@ -1,0 +1,352 @@
+"""From records to tables: what is marked, what is missing, what is refused, and the same bytes everywhere."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_runs import make_run
+
+from slm_exp.cli import main
+from slm_exp.door import split_sweep
+from slm_exp.evaluation.base import SEVEN
+from slm_exp.statistics.runs import Measured
+from slm_exp.statistics.spread import spread
+from slm_exp.tables.commands import commands, products
+from slm_exp.tables.definition import cells, read_table, table_names
+from slm_exp.tables.formats import FORMATS
+from slm_exp.tables.grid import BEST, SECOND, TIED, fill, marked, shown
+from slm_exp.tables.quantities import quantity
+from slm_exp.tables.records import find_runs
+from slm_exp.tables.reference import published
+
+SKILL = {"top_layer": 0.60, "keep_top": 0.59, "mean": 0.45, "sum_of_deltas": 0.2}
+RULES = ["rules", "sizes=[27]"]
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of the rules table at one size; keep_low is missing."""
+    root = tmp_path_factory.mktemp("runs")
+    for i, overrides in enumerate(cells("rules", {"sizes": [27]})):
+        rule = overrides[-1].partition("=")[2]
+        if rule in SKILL:
+            make_run(root, overrides, SKILL[rule], n=120, luck=i)
+    return root
+
+
+def drawn(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert main(["tables", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert main(["tables", *map(str, words)]) == 2
+    return capsys.readouterr().err
+
+
+def rows_of(text: str) -> dict[str, dict[str, str]]:
+    return {row.get("row") or row["run"]: row for row in csv.DictReader(io.StringIO(text))}
+
+
+# ------------------------------------------------------------------------------------------------ marks
+
+P_VALUES = st.lists(st.floats(0, 1), min_size=21, max_size=21)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 100), min_size=0, max_size=7), P_VALUES)
+def test_nothing_is_best_without_a_test_against_every_other(values: list[float], p_values: list[float]) -> None:
+    told = dict(enumerate(values))
+    pairs = {frozenset((a, b)): p_values[(a * 7 + b) % 21] for a in told for b in told if a < b}
+    marks = marked(told, lambda a, b: pairs[frozenset((a, b))])
+    assert marks is not None
+    best = [j for j, mark in marks.items() if mark == BEST]
+    for j in best:
+        assert all(pairs[frozenset((j, other))] < 0.05 for other in told if other != j)
+        assert told[j] == max(values)
+    assert len(best) <= 1
+    assert not (best and TIED in marks.values())
+    if SECOND in marks.values():
+        assert best
+    if len(values) < 2:
+        assert marks == {}
+
+
+def test_marks_by_hand() -> None:
+    values = {0: 50.0, 1: 60.0, 2: 40.0}
+    assert marked(values, lambda a, b: 0.001) == {1: BEST, 0: SECOND}
+    assert marked(values, lambda a, b: 0.5) == {0: TIED, 1: TIED, 2: TIED}
+    assert marked(values, lambda a, b: 0.5 if {a, b} == {0, 2} else 0.001) == {1: BEST}
+    assert marked(values, lambda a, b: 0.5 if {a, b} == {0, 1} else 0.001) == {0: TIED, 1: TIED}
+    assert marked(values, lambda a, b: 0.03) == {0: TIED, 1: TIED, 2: TIED}  # three tests: 0.03 is not enough
+    assert marked(values, lambda a, b: None) is None
+
+
+def test_a_table_marks_what_the_documents_support(rules: Path, capsys) -> None:
+    rows = rows_of(drawn(capsys, *RULES, rules, "--format", "csv"))
+    assert rows["sum (sum_of_deltas)"]["average mark"] == ""
+    assert {rows["slm (top_layer)"]["average mark"], rows["keep_top"]["average mark"]} <= {TIED, BEST, SECOND}
+    assert rows["dense"]["average mark"] == ""
+    assert float(rows["dense"]["average"]) > float(rows["slm (top_layer)"]["average"])
+    text = drawn(capsys, *RULES, rules)
+    assert "Exact McNemar test per task, paired bootstrap for the average, Holm's correction" in text
+
+
+def test_no_samples_no_marks(rules: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(rules, tmp_path / "copy", ignore=shutil.ignore_patterns("samples"))
+    text = drawn(capsys, *RULES, tmp_path / "copy")
+    assert "**" not in text.split("Missing")[0].replace("**27 of", "").replace("removed**", "")
+    assert "for want of results on the same documents" in text
+
+
+# ------------------------------------------------------------------------------------------- same bytes
+
+
+def test_the_same_records_give_the_same_bytes(rules: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Whatever the folders are called and whichever come first; also on a machine that digests files otherwise."""
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    first = {name: drawn(capsys, *RULES, rules, "--format", name) for name in FORMATS}
+    for i, folder in enumerate(sorted(rules.iterdir(), reverse=True)):
+        there = tmp_path / f"part{i % 2}" / f"{i}"
+        shutil.copytree(folder, there)
+        record = json.loads((there / "record.json").read_text())
+        (there / "record.json").write_text(json.dumps(record | {"run_id": f"{9 - i}" * 16}))
+    assert {name: drawn(capsys, *RULES, tmp_path / "part1", tmp_path / "part0", "--format", name)
+            for name in FORMATS} == first
+
+
+@given(st.floats(-1e6, 1e6), st.integers(0, 6))
+def test_numbers_are_shown_without_exponent_or_minus_zero(value: float, digits: int) -> None:
+    text = shown(value, digits)
+    assert "e" not in text
+    assert abs(float(text) - value) <= 0.51 * 10.0**-digits
+    assert not (text.startswith("-") and float(text) == 0)
+
+
+# -------------------------------------------------------------------------------------------- what is missing
+
+
+def jobs_of(command: str) -> list[frozenset[str]]:
+    words = shlex.split(command)
+    assert words[:4] == ["python", "-m", "slm_exp", "-m"]
+    return [frozenset(o for o in job if not o.startswith("hydra.")) for job in split_sweep(words[4:], {})]
+
+
+@pytest.mark.parametrize("name", table_names())
+def test_missing_commands_are_few_and_run_exactly_the_jobs(name: str) -> None:
+    jobs = cells(name)
+    told = commands(jobs, name)
+    ran = [job for command in told for job in jobs_of(command)]
+    assert sorted(map(sorted, ran)) == sorted(map(sorted, jobs))
+    assert len(told) <= 4
+    assert len(products(jobs)) == len(told)
+
+
+def test_a_gap_shows_the_command_that_fills_it(rules: Path, capsys) -> None:
+    text = drawn(capsys, *RULES, rules)
+    assert "delete (keep_low) | – [1]" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("- [1]")]
+    command = line.split("`")[1]
+    assert command in drawn(capsys, *RULES, rules, "--missing").splitlines()
+    (job,) = [c for c in cells("rules", {"sizes": [27]}) if "merge_rule=keep_low" in c]
+    assert jobs_of(command) == [frozenset(job)]
+    assert command in drawn(capsys, *RULES, rules, "--format", "tex")
+    assert "hydra.sweep.dir=outputs/multirun/rules" in command
+
+
+def test_nothing_run_yet(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert drawn(capsys, "rules", "--missing").count("\n") == 1
+    assert "no record.json" in refused(capsys, "rules", tmp_path)
+    assert "expected a folder" in refused(capsys, "rules", tmp_path / "nowhere")
+    assert "outputs" in refused(capsys, "rules")
+
+
+def test_a_failed_run_is_a_gap_that_says_why(tmp_path: Path, capsys) -> None:
+    jobs = cells("rules", {"sizes": [27]})
+    error = {"type": "OutOfMemoryError", "message": "CUDA out of memory", "stage": "evaluate"}
+    make_run(tmp_path, jobs[0], n=5, status="failed", error=error)
+    text = drawn(capsys, *RULES, tmp_path)
+    assert "failed in stage evaluate: CUDA out of memory" in text
+    assert "slm (top_layer) | – [1]" in text
+    sweep = drawn(capsys, "sweep", tmp_path)
+    assert "OutOfMemoryError in stage evaluate" in sweep
+
+
+# ------------------------------------------------------------------------------------------------ seeds
+
+
+def test_seeds_give_a_mean_and_an_interval(tmp_path: Path, capsys) -> None:
+    params = {"sizes": [27], "seeds": [0, 1, 2]}
+    jobs = [c for c in cells("rules", params) if "merge_rule=top_layer" in c or "merge_rule=sum_of_deltas" in c]
+    folders = [make_run(tmp_path, c, 0.6 if "merge_rule=top_layer" in c else 0.3, n=80, luck=i)
+               for i, c in enumerate(jobs)]
+    words = ["rules", "sizes=[27]", "seeds=[0,1,2]", tmp_path]
+    rows = rows_of(drawn(capsys, *words, "--format", "csv"))
+    values = [100 * json.loads((f / "record.json").read_text())["eval"]["compressed"]["average"] for f in folders[:3]]
+    assert rows["slm (top_layer)"]["average"] == f"{spread(values).mean:.2f}"
+    assert rows["slm (top_layer)"]["average ±"] == f"{spread(values).half:.2f}"
+    assert rows["slm (top_layer)"]["average mark"] == BEST
+    assert "95 % interval of the mean over 3 runs" in drawn(capsys, *words)
+    shutil.rmtree(folders[0])
+    text = drawn(capsys, *words)
+    assert "(2 of 3)" in text
+    assert "seed=0" in drawn(capsys, *words, "--missing")
+    assert rows_of(drawn(capsys, *words, "--format", "csv"))["slm (top_layer)"]["average mark"] == ""
+
+
+# -------------------------------------------------------------------------------------------- refusals
+
+
+def test_other_protocols_are_refused_by_name(rules: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(rules, tmp_path / "copy")
+    record_file = next(iter(sorted((tmp_path / "copy").iterdir()))) / "record.json"
+    record = json.loads(record_file.read_text())
+    record["eval"]["compressed"]["protocol"] |= {"hash": "0123", "fields": {"lm_eval": "0.3.0", "limit": 20}}
+    record_file.write_text(json.dumps(record))
+    for words in (RULES, ["sweep"]):
+        message = refused(capsys, *words, tmp_path / "copy")
+        assert "ProtocolError" in message
+        assert "lm_eval" in message
+        assert "different protocols" in drawn(capsys, *words, tmp_path / "copy", "--mixed-protocols")
+
+
+def test_wrong_calls_name_what_was_wanted(rules: Path, capsys) -> None:
+    assert "Did you mean rules?" in refused(capsys, "rulse", rules)
+    assert "Did you mean sizes?" in refused(capsys, "rules", "sizse=[27]", rules)
+    assert "Did you mean average?" in refused(capsys, *RULES, rules, "--columns", "avrage")
+    assert "md, tex, csv, html" in refused(capsys, *RULES, rules, "--format", "pdf")
+    assert "several formats need --out" in refused(capsys, *RULES, rules, "--format", "md,csv")
+    assert "folders only" in refused(capsys, "sweep", "model=tiny", rules)
+    assert "not YAML" in refused(capsys, "rules", "sizes=[27", rules)
+
+
+# ------------------------------------------------------------------------------------- sweep, formats, files
+
+
+def test_sweep_has_a_row_for_every_run(rules: Path, capsys) -> None:
+    rows = rows_of(drawn(capsys, "sweep", rules, "--format", "csv"))
+    assert set(rows) == {p.name for p in rules.iterdir()}
+    wanted = ["threshold", "rule", "similarity", "kernel", "layers", "params", *SEVEN, "average"]
+    (row, *_) = rows.values()
+    assert [c for c in row if c in wanted] == wanted
+    assert {row["rule"] for row in rows.values()} == set(SKILL)
+    assert row["params"] == str(134_515_008 - 3 * 3_540_096)
+    narrow = drawn(capsys, "sweep", rules, "--format", "csv", "--columns", "rule,average")
+    assert narrow.splitlines()[0].startswith("run,rule,average")
+
+
+def test_several_formats_become_files(rules: Path, tmp_path: Path, capsys) -> None:
+    out = drawn(capsys, *RULES, rules, "--format", "md,tex,csv,html", "--out", tmp_path)
+    assert out.split() == [str(tmp_path / f"rules.{name}") for name in ("md", "tex", "csv", "html")]
+    assert (tmp_path / "rules.md").read_text() == drawn(capsys, *RULES, rules)
+
+
+def test_html_is_whole_and_needs_no_network(rules: Path, capsys) -> None:
+    text = drawn(capsys, *RULES, rules, "--format", "html")
+    opened: list[str] = []
+
+    class Whole(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag != "meta":
+                opened.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert opened.pop() == tag
+
+    Whole().feed(text)
+    assert opened == []
+    assert "http" not in text.replace("https://", "http://") or "src=" not in text
+    assert text.count('scope="row"') == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rules", "sweep"])
+def test_latex_compiles_with_a_minimal_tex(rules: Path, tmp_path: Path, capsys, name: str) -> None:
+    if shutil.which("pdflatex") is None:
+        pytest.skip("no pdflatex (apt-get install texlive-latex-base texlive-latex-recommended)")
+    words = [*RULES] if name == "rules" else [name]
+    drawn(capsys, *words, rules, "--format", "tex", "--out", tmp_path)
+    whole = f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}\\input{{{name}}}\\end{{document}}"
+    (tmp_path / "whole.tex").write_text(whole)
+    done = subprocess.run(["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "whole.tex"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "whole.pdf").stat().st_size > 5000
+
+
+def test_drawing_loads_nothing_heavy(rules: Path) -> None:
+    script = ("import sys; from slm_exp.tables import main; assert main(sys.argv[1:]) == 0; "
+              "heavy = {'torch', 'transformers', 'datasets', 'lm_eval', 'wandb', 'scipy'} & set(sys.modules); "
+              "assert not heavy, heavy")
+    done = subprocess.run([sys.executable, "-c", script, *RULES, str(rules), "--format", "csv"], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------- quantities and references
+
+
+def test_quantities_of_a_record(rules: Path) -> None:
+    run = find_runs([rules])[0]
+    dense = Measured(run.name, run.folder, run.record, "dense")
+    assert (quantity("layers").value(run), quantity("layers").value(dense)) == (27, 30)
+    assert quantity("removed").value(dense) == 0
+    assert quantity("plan").value(run) == "14-15"
+    assert quantity("config.method.target_layers").value(run) == 27
+    assert quantity("perplexity.nothing").value(run) is None
+    cell = {"median": 2.0, "q1": 1.9, "q3": 2.3}
+    speed = {"protocol": {"runs": 30}, "cells": [{"name": "1x12x128", "dense": {"latency_s": cell, "peak_bytes": 2e9},
+                                                   "compressed": {"latency_s": cell}, "speedup": cell}]}
+    timed = Measured("t", run.folder, run.record | {"speed": speed})
+    assert quantity("speed.latency_s").value(timed) == 2.0
+    assert quantity("speed.latency_s").stderr(timed) == pytest.approx(0.2)
+    assert quantity("speed.speedup").value(timed) == 2.0
+    assert quantity("speed.peak_bytes").value(Measured("d", run.folder, timed.record, "dense")) == 2.0
+    assert quantity("speed.latency_s.8x12x128").value(timed) is None
+
+
+def test_published_numbers_carry_their_source_and_add_up() -> None:
+    entries = published()
+    assert len(entries) > 10
+    assert all(e.source and e.protocol and e.tolerance.keys() == {"points", "share"} for e in entries)
+    for entry in entries:
+        if set(SEVEN) < set(entry.values):
+            mean = sum(entry.values[task] for task in SEVEN) / 7
+            assert abs(mean - entry.values.get("average", mean)) < 0.011, entry
+
+
+def test_ours_beside_theirs(tmp_path: Path, capsys) -> None:
+    words = ["recovery", "model=vicuna_7b", "methods=[shortened_ppl]", "sizes=[26]"]
+    job = next(c for c in cells("recovery", {"model": "vicuna_7b", "methods": ["shortened_ppl"], "sizes": [26]})
+               if "recovery=lora" in c)
+    make_run(tmp_path, job, 0.6081, n=400)
+    rows = list(csv.DictReader(io.StringIO(drawn(capsys, *words, tmp_path, "--reference", "--format", "csv"))))
+    assert [row["quantity"] for row in rows] == [*SEVEN, "average"]
+    for row in rows:
+        apart = float(row["ours"]) - float(row["published"])
+        assert float(row["difference"]) == pytest.approx(apart, abs=0.011)
+        assert (row["verdict"] == "agrees") == (abs(apart) <= 1.0)
+    text = drawn(capsys, *words, tmp_path, "--reference")
+    assert "4031a92" in text
+    assert "3326c54" in text
+    assert "1.654 average points" in text
+    assert "There is: nothing" in refused(capsys, *RULES, tmp_path, "--reference")
+
+
+def test_fill_orders_nothing_by_chance(rules: Path) -> None:
+    table = read_table("rules", {"sizes": [27]})
+    one, other = (fill(table, runs) for runs in (find_runs([rules]), find_runs([rules])[::-1]))
+    assert all(a == b for a, b in pairwise([one, other]))
