@@ -100,7 +100,7 @@ class RunConfig:
                        f"{self.similarity.name}. Add similarity=cka to let the kernel decide.")
         if self.merge_rule.name != "top_layer" and not self.method.uses_merge_rule():
             out.append(f"merge_rule={self.merge_rule.name} plays no part: method={self.method.name} merges nothing.")
-        return out
+        return out + self.evaluation.advice()
 
     def resolved(self) -> dict[str, Any]:
         """Every setting with the member's name in each group, JSON-able: `config` of the record."""

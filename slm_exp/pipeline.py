@@ -44,6 +44,7 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
                 cfg.width.check_model(dense, cfg.method)
                 cfg.width.check_depth(cfg.method, dense)
                 cfg.evaluation.check_data(dense.random)
+                cfg.evaluation.check_model(dense)
                 cfg.recovery.check_data(dense)
                 rec.note(device=cfg.runtime.describe(device),
                          model={"name": dense.name, "note": dense.note, "digest": dense.digest})
@@ -111,6 +112,9 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
                                        **cfg.evaluation.measured_by())
                 rec.keep_evaluation("compressed", report)
                 cfg.evaluation.accept(report, dense=False)
+                if cfg.evaluation.speed_runs:
+                    rec.keep_speed(cfg.evaluation.time(dense, compressed))
+                    stage.cached = False  # a timing never comes from the cache
 
             with rec.stage("save"):
                 if cfg.save_model:
