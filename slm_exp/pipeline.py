@@ -45,6 +45,7 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
                 cfg.width.check_model(dense, cfg.method)
                 cfg.evaluation.check_data(dense.random)
                 cfg.recovery.check_data(dense)
+                cfg.similarity.check_data(dense)
                 rec.note(device=cfg.runtime.describe(device),
                          model={"name": dense.name, "note": dense.note, "digest": dense.digest})
             model_key = {"model": dense.digest, "dtype": cfg.model.dtype, "device": device.type}
