@@ -3,7 +3,8 @@
     python benchmarks/recovery.py --tokens wt2valid_10x128.npy --fit wt2valid_24x256.npy --perplexity wt2test_24x256.npy
 
 Multiruns in `outputs/multirun/recovery`: the refit after merging (two plans of 3 layers, one of 8) and after ShortGPT's
-removals (3, 5 and 8 layers), then each training for `--steps` steps of 8 x 128 tokens with ShortGPT's 8 layers removed.
+removals (3, 5 and 8 layers), each training for `--steps` steps of 8 x 128 tokens with ShortGPT's 8 layers removed, then
+plans chosen by a score before the refit and after it (`similarity.after`), 3 and 8 layers, both refitted.
 The same command goes on where it was stopped, a training at its last checkpoint. The table is written between the two
 markers of docs/recovery.md, from records. `--only lora,full` runs some; `--table-only` writes the table from what is
 there.
@@ -38,6 +39,12 @@ TRAINED = {
 }
 
 
+CHOSEN = {  # greedily by the loss; sliding windows by the token-wise cosine
+    "sleb": ["method=sleb"],
+    "slm": ["method=slm", "method.max_evaluations=120"],
+}
+
+
 def grids(steps: int, fit: str | None) -> Iterator[tuple[str, list[str]]]:
     """(name of the folder, overrides) of every multirun."""
     refit = ["recovery=reconstruct", *([f"recovery.path={fit}"] if fit else [])]
@@ -55,6 +62,11 @@ def grids(steps: int, fit: str | None) -> Iterator[tuple[str, list[str]]]:
                 "recovery.checkpoint_every=50"]  # fmt: skip
     for name, own in TRAINED.items():
         yield name, ["method=shortgpt", "method.target_layers=22", f"recovery={name}", *own, *training]
+    after = ["similarity.after=reconstruct", *([f"similarity.fit_path={fit}"] if fit else [])]
+    for name, chosen in CHOSEN.items():
+        chosen = [*chosen, "method.target_layers=27,22", "similarity=token_cosine"]
+        yield f"{name}_before", [*chosen, *refit]
+        yield f"{name}_after", [*chosen, *after, *refit]
 
 
 def row(record: dict[str, Any]) -> tuple[str, ...]:
@@ -63,9 +75,11 @@ def row(record: dict[str, Any]) -> tuple[str, ...]:
     held = [loss for _, loss in told.get("held_out_loss", [])]
     seconds = told.get("seconds", next(s["seconds"] for s in record["stages"] if s["name"] == "recover"))
     values = record["eval"]["compressed"]["perplexity"].values()
+    method, after = record["config"]["method"]["name"], record["config"]["similarity"]["after"]
+    by = "" if method == "from_plan" else method + (" by the score after the refit" if after else "")
     what = recovery["name"] + (f", {told['steps']} steps, lr {recovery['lr']:g}" if "steps" in told else "")
     return (
-        " ".join(gone), what, f"{next(iter(values)):.1f}",
+        " ".join(gone), by, what, f"{next(iter(values)):.1f}",
         f"{told['loss'][0][1]:.3g}, {held[0]:.3g}, {min(held):.3g}" if held else "", f"{seconds:.0f}",
     )  # fmt: skip
 
@@ -76,13 +90,14 @@ def table() -> str:
     if not found:
         raise SystemExit(f"no finished records under {FOLDER}")
     dense = next(iter(found[0]["eval"]["dense"]["perplexity"].values()))
-    size = lambda r: (r["layers"]["after"], bool(r["plan"]["dropped"]))  # noqa: E731
-    rows = sorted(((size(r), row(r)) for r in found), key=lambda r: (-r[0][0], r[0][1], r[1][0], -float(r[1][2])))
+    rows = sorted(
+        ((-r["layers"]["after"], row(r)) for r in found), key=lambda r: (r[0], r[1][1], r[1][0], -float(r[1][3]))
+    )
     lines = [
-        "| layers merged (a-b) or removed | recovery | perplexity | loss: first step; held out, first look and best "
-        "| recovery, s |",
-        "|---|---|---:|---:|---:|",
-        f"| none (dense) |  | {dense:.1f} |  |  |",
+        "| layers merged (a-b) or removed | chosen by | recovery | perplexity "
+        "| loss: first step; held out, first look and best | recovery, s |",
+        "|---|---|---|---:|---:|---:|",
+        f"| none (dense) |  |  | {dense:.1f} |  |  |",
     ]
     return "\n".join([*lines, *dict.fromkeys(f"| {' | '.join(r)} |" for _, r in rows)])
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slm_exp.config import RunConfig, register_schema, to_run_config
 from slm_exp.errors import ConfigError, SlmError, did_you_mean
 from slm_exp.files import digest
+from slm_exp.launch.ranks import rank
 from slm_exp.registry import GROUPS, available, load_all
 
 if TYPE_CHECKING:
@@ -267,6 +268,10 @@ def _job(cfg: DictConfig) -> dict[str, Any] | None:
     if run_cfg.save_model is None:
         run_cfg.save_model = group is None
     folder = Path(hydra_cfg.runtime.output_dir)
+    if rank():
+        from slm_exp.pipeline import take_part
+
+        return take_part(run_cfg, folder)
     try:
         record = run(run_cfg, folder, list(hydra_cfg.overrides.task), group)
     except SystemExit as error:

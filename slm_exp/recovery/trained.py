@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_exp.errors import DataError, SlmError, require, require_one_of
 from slm_exp.files import digest
+from slm_exp.launch.ranks import rank, world
 from slm_exp.recovery.base import Healed, HealTask, Recovery, replaced, tensors_digest
 from slm_exp.recovery.examples import IGNORED, SOURCES, Examples, left_padded, make_examples, read_rows
 from slm_exp.recovery.head import LOGITS, counted_states, head_loss
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("auto", "bfloat16", "float32")
 ADAM_BYTES = 16  # of a trained parameter: itself, its gradient and two moments in float32
+DAY = 86_400
 EAGER = 512  # tokens up to which plain attention, there and back, is faster on a CPU than the fused one
 KEPT = 2  # checkpoints: the best and the last
 
@@ -113,6 +115,9 @@ class Trained(Recovery):
             raise DataError(f"recovery={self.name} reads text, and {dense.name} has no tokenizer.")
         read_rows(self.data, self.path, dense)
 
+    def trains(self) -> bool:
+        return True
+
     def stored(self) -> bool:
         return self.max_minutes is None
 
@@ -144,11 +149,14 @@ class Trained(Recovery):
             model = self.student(task)
             if not any(p.requires_grad for p in model.parameters()):
                 return Healed({}, {"steps": 0})
-            report = self._train(task, model, examples)
+            report, model = self._train(task, model, examples)
             found = {name: t.detach() for name, t in self.result(task, model).items()}
         return Healed(found, {**report, "digest": tensors_digest(found)})
 
-    def _train(self, task: HealTask, model: nn.Module, examples: Examples) -> dict[str, Any]:
+    def _train(self, task: HealTask, model: nn.Module, examples: Examples) -> tuple[dict[str, Any], nn.Module]:
+        """What there is to tell, and the trained model."""
+        require(self.batch_size % (self.micro_batch_size * world()) == 0, "recovery.batch_size", self.batch_size,
+                f"a multiple of {self.micro_batch_size} (recovery.micro_batch_size) x {world()} processes")
         where = task.folder / "recovery" / digest({**self.identity(), "model": task.handle.digest, "seed": task.seed})
         if task.handle.device.type == "cpu":
             keep_freed_memory()
@@ -169,7 +177,13 @@ class Trained(Recovery):
                            "Free some, or set hydra.run.dir to a larger disk; the same command then goes on from the "
                            "last whole checkpoint.") from cause
         history = trainer.state.log_history
-        shutil.rmtree(where, ignore_errors=True)
+        if trainer.is_fsdp_enabled:  # every process holds a part of each weight: gather them in a model of its own
+            gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+            model = self.student(task)
+            model.load_state_dict(gathered)
+        trainer.accelerator.wait_for_everyone()
+        if rank() == 0:
+            shutil.rmtree(where, ignore_errors=True)
         return {
             "examples": {"train": len(examples.train), "held_out": len(examples.held_out),
                          "dropped": examples.dropped},
@@ -181,7 +195,8 @@ class Trained(Recovery):
             "loss": [[h["step"], h["loss"]] for h in history if "loss" in h],
             "held_out_loss": [[h["step"], h["eval_loss"]] for h in history if "eval_loss" in h],
             "seconds": round(time.perf_counter() - started, 1),
-        }
+            **({"processes": world()} if world() > 1 else {}),
+        }, model
 
     def _estimate(self, task: HealTask, model: nn.Module, examples: Examples, trainer: Trainer) -> dict[str, Any]:
         """Steps, minutes, memory beside the dense model and disk for checkpoints: logged, and kept in the record.
@@ -210,7 +225,7 @@ class Trained(Recovery):
                     torch.cuda.synchronize(device)
                 micro = time.perf_counter() - started
         looks = -(-steps // self.checkpoint_every) * -(-len(examples.held_out) // self.micro_batch_size)
-        a_step = micro * self.batch_size / self.micro_batch_size + optimiser_seconds(trained, device)
+        a_step = micro * self.batch_size / self.micro_batch_size / world() + optimiser_seconds(trained, device)
         config = task.handle.config
         per_layer = 4 if self.gradient_checkpointing else 34 * (2 if trainer.args.bf16 else 4)
         states = batch["input_ids"].numel() * config.num_hidden_layers * config.hidden_size * per_layer
@@ -319,7 +334,7 @@ def make_trainer(cfg: Trained, task: HealTask, model: nn.Module, examples: Examp
             self.started = time.monotonic()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if cfg.max_minutes and time.monotonic() - self.started > 60 * cfg.max_minutes:
+            if cfg.max_minutes and _first_says(time.monotonic() - self.started > 60 * cfg.max_minutes, args.device):
                 control.should_training_stop = True
             if control.should_training_stop or state.global_step >= state.max_steps:
                 control.should_evaluate, control.should_save = held, held
@@ -327,7 +342,7 @@ def make_trainer(cfg: Trained, task: HealTask, model: nn.Module, examples: Examp
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             names = {"loss": "loss", "learning_rate": "lr", "eval_loss": "held_out_loss", "grad_norm": "grad_norm"}
             told = {ours: logs[theirs] for theirs, ours in names.items() if theirs in logs}
-            if told:
+            if told and state.is_world_process_zero:
                 log.info("step %d of %d: %s", state.global_step, state.max_steps,
                          ", ".join(f"{k} {v:.4g}" for k, v in told.items()))
             if told and task.track:
@@ -349,7 +364,7 @@ def make_trainer(cfg: Trained, task: HealTask, model: nn.Module, examples: Examp
         output_dir=str(where),
         per_device_train_batch_size=cfg.micro_batch_size,
         per_device_eval_batch_size=cfg.micro_batch_size,
-        gradient_accumulation_steps=cfg.batch_size // cfg.micro_batch_size,
+        gradient_accumulation_steps=cfg.batch_size // cfg.micro_batch_size // world(),
         learning_rate=cfg.lr,
         lr_scheduler_type=cfg.schedule if cfg.schedule != "constant" else "constant_with_warmup",
         warmup_steps=cfg.warmup_steps,
@@ -373,6 +388,7 @@ def make_trainer(cfg: Trained, task: HealTask, model: nn.Module, examples: Examp
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
+        ddp_timeout=DAY,  # the others wait while the first measures the dense model
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher: DataParallel would hide the model
     trainer = Recipe(model=model, args=arguments, train_dataset=examples.train,  # type: ignore[arg-type]
@@ -380,6 +396,17 @@ def make_trainer(cfg: Trained, task: HealTask, model: nn.Module, examples: Examp
                      data_collator=lambda rows: left_padded(rows, pad), callbacks=[Progress()])
     trainer.remove_callback(PrinterCallback)  # it prints every step; Progress logs it
     return trainer
+
+
+def _first_says(yes: bool, device: torch.device) -> bool:
+    """What the first of several processes says, in all of them."""
+    import torch
+
+    if world() == 1:
+        return yes
+    said = torch.tensor(int(yes), device=device)
+    torch.distributed.broadcast(said, 0)
+    return bool(said)
 
 
 def _loss_of(

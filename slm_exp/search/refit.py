@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RIDGES = [1e-3, 1e-2, 1e-1]
+RIDGES = [1e-3, 1e-2, 1e-1, 1.0, 10.0]
 KEPT_BYTES = 1 << 30
 """Of refitted weights at most: all that a search of a small model needs, a few of a large one (fitted again then)."""
 
