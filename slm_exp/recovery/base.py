@@ -53,12 +53,20 @@ class Healed:
     """`recovery` of the record."""
 
     def save(self, folder: Path) -> None:
-        """Write healed.safetensors and healed.json."""
+        """Write healed.safetensors and healed.json.
+
+        Raises:
+            OSError: they cannot be written, e.g. the disk is full.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.tensors.items()},
-                  folder / "healed.safetensors")
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
+        try:
+            save_file(tensors, folder / "healed.safetensors")
+        except SafetensorError as cause:  # what the library makes of an error of the system
+            raise OSError(f"{folder / 'healed.safetensors'}: {cause}") from cause
         write_json(folder / "healed.json", self.report)
 
     @classmethod

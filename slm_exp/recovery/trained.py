@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, Trainer
 
+    from slm_exp.config import RunConfig
     from slm_exp.models.base import ModelHandle
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,12 @@ class Trained(Recovery):
             out["path"] = content_digest(file)
         return out
 
+    def refuses(self, cfg: RunConfig) -> str | None:
+        if self.precision == "float32" and (dtype := getattr(cfg.model, "dtype", "float32")) in ("bfloat16", "float16"):
+            return (f"recovery.precision = float32; expected auto or bfloat16 with model.dtype = {dtype}, whose frozen "
+                    "weights and dense states have no more.")
+        return None
+
     def check_data(self, dense: ModelHandle) -> None:
         if dense.tokenizer is None:
             raise DataError(f"recovery={self.name} reads text, and {dense.name} has no tokenizer.")
@@ -149,15 +156,29 @@ class Trained(Recovery):
             model = self.student(task)
             if not any(p.requires_grad for p in model.parameters()):
                 return Healed({}, {"steps": 0})
-            report, model = self._train(task, model, examples)
-            found = {name: t.detach() for name, t in self.result(task, model).items()}
+            where = self._where(task)
+            try:
+                report, model = self._train(task, model, examples)
+                found = {name: t.detach() for name, t in self.result(task, model).items()}
+            except Exception as cause:  # what a full disk raises differs between the libraries that write
+                if not is_full_disk(cause):
+                    raise
+                raise SlmError(f"{where}: no space left on the disk. Free some, or set hydra.run.dir to a larger one; "
+                               "the same command then goes on from the last whole checkpoint.") from cause
+            if rank() == 0:
+                shutil.rmtree(where, ignore_errors=True)
         return Healed(found, {**report, "digest": tensors_digest(found)})
+
+    def _where(self, task: HealTask) -> Path:
+        """The folder of the checkpoints: one for each recipe, model and seed."""
+        key = digest({**self.identity(), "model": task.handle.digest, "seed": task.seed})
+        return task.folder / "recovery" / key
 
     def _train(self, task: HealTask, model: nn.Module, examples: Examples) -> tuple[dict[str, Any], nn.Module]:
         """What there is to tell, and the trained model."""
         require(self.batch_size % (self.micro_batch_size * world()) == 0, "recovery.batch_size", self.batch_size,
                 f"a multiple of {self.micro_batch_size} (recovery.micro_batch_size) x {world()} processes")
-        where = task.folder / "recovery" / digest({**self.identity(), "model": task.handle.digest, "seed": task.seed})
+        where = self._where(task)
         if task.handle.device.type == "cpu":
             keep_freed_memory()
             if self.seq_len <= EAGER:
@@ -168,22 +189,13 @@ class Trained(Recovery):
         if last:
             log.info("going on from %s", last)
         started = time.perf_counter()
-        try:
-            trainer.train(resume_from_checkpoint=last and str(last))
-        except Exception as cause:  # what a full disk raises differs between the libraries that write a checkpoint
-            if not is_full_disk(cause):
-                raise
-            raise SlmError(f"{where}: no space left for a checkpoint ({estimate['disk_gb']:.2f} GB for {KEPT + 1}). "
-                           "Free some, or set hydra.run.dir to a larger disk; the same command then goes on from the "
-                           "last whole checkpoint.") from cause
+        trainer.train(resume_from_checkpoint=last and str(last))
         history = trainer.state.log_history
         if trainer.is_fsdp_enabled:  # every process holds a part of each weight: gather them in a model of its own
             gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
             model = self.student(task)
             model.load_state_dict(gathered)
         trainer.accelerator.wait_for_everyone()
-        if rank() == 0:
-            shutil.rmtree(where, ignore_errors=True)
         return {
             "examples": {"train": len(examples.train), "held_out": len(examples.held_out),
                          "dropped": examples.dropped},
@@ -324,6 +336,7 @@ def make_trainer(cfg: Trained, task: HealTask, model: nn.Module, examples: Examp
     device = task.handle.device
     held = bool(examples.held_out)
     half = cfg.precision == "bfloat16" or (cfg.precision == "auto" and has_bfloat16(device))
+    half |= task.handle.model.dtype != torch.float32  # what trains is float32: only autocast joins the two
     # What a launcher wraps (DistributedDataParallel, FSDP) has to be called by its forward: that is the loss.
     model.forward = functools.partial(_loss_of, cfg, task, model, torch.bfloat16 if half else None)
 

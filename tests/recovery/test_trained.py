@@ -171,7 +171,7 @@ def test_a_full_disk_is_told_and_the_training_goes_on_from_the_last_whole_checkp
         write(*args, **kwargs)
 
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    with pytest.raises(SlmError, match=r"no space left for a checkpoint.*the same command then goes on"):
+    with pytest.raises(SlmError, match=r"no space left on the disk.*the same command then goes on"):
         make("full", max_steps=4, checkpoint_every=2).heal(task)
     room = 9
     found = make("full", max_steps=4, checkpoint_every=2).heal(task)
