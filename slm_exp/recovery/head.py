@@ -60,7 +60,7 @@ def _function() -> Any:
         ) -> Tensor:
             with torch.autocast(given_MD.device.type, enabled=False):
                 h, head = given_MD.to(dtype), head_VD.to(dtype)
-                others = teacher_head_VD is not None and teacher_head_VD.to(dtype)
+                others: Any = None if teacher_head_VD is None else teacher_head_VD.to(dtype)
                 loss = torch.zeros((), device=h.device)
                 grad_h, grad_head = torch.empty_like(h), None
                 rows = max(1, LOGITS // len(head))

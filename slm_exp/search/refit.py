@@ -147,7 +147,7 @@ class Refits:
         import torch
 
         runner = BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32)
-        layer = self.task.handle.layers[0].get_submodule(self.task.handle.layout.mlp_out)
+        layer: Any = self.task.handle.layers[0].get_submodule(self.task.handle.layout.mlp_out)
         if self.tokens.tokens_NT.size < 2 * layer.weight.shape[1]:
             log.warning("similarity.after=reconstruct fits %d inputs on %d tokens; several times as many tokens are "
                         "better (similarity.fit_samples, similarity.fit_seq_len).", layer.weight.shape[1],
