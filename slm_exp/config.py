@@ -115,9 +115,10 @@ class RunConfig:
 
 def check_together(cfg: RunConfig) -> None:
     """Checks across groups. Raises ConfigError."""
-    if cfg.similarity.after and cfg.method.compensate:
-        raise ConfigError(f"similarity.after = {cfg.similarity.after}; expected null with method.compensate = "
-                          f"{cfg.method.compensate}: a refit gives the stream behind a cut its size already.")
+    given = getattr(cfg.method, "given", None)  # the plan that from_plan replays
+    if cfg.similarity.after and (cfg.method.compensate or (given and given.compensation)):
+        raise ConfigError(f"similarity.after = {cfg.similarity.after}; expected null with a compensated plan "
+                          "(method.compensate): a refit gives the stream behind a cut its size already.")
     of_groups = (group.refuses(cfg) for group in (cfg.method, cfg.width, cfg.recovery))
     for refused in (*of_groups, cfg.evaluation.refuses()):
         if refused:

@@ -121,7 +121,7 @@ def test_an_option_that_is_off_leaves_no_trace() -> None:
     (["similarity=token_cosine", "similarity.after=lora"], "similarity.after = lora; expected one of reconstruct"),
     (["similarity=token_cosine", "similarity.fit_path=x.npy"], "fit_path = x.npy; expected null without"),
     ([*AFTER, "similarity.fit_path=x.npy"], "similarity.fit_path = x.npy; expected an existing"),
-    ([*AFTER, "method.compensate=magnitude"], "null with method.compensate"),
+    ([*AFTER, "method.compensate=magnitude"], r"null with a compensated plan \(method.compensate\)"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
