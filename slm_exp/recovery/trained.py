@@ -189,7 +189,7 @@ class Trained(Recovery):
         if last:
             log.info("going on from %s", last)
         started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=last and str(last))
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
         history = trainer.state.log_history
         if trainer.is_fsdp_enabled:  # every process holds a part of each weight: gather them in a model of its own
             gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
