@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slm_exp.config import RunConfig, register_schema, to_run_config
 from slm_exp.errors import ConfigError, SlmError, did_you_mean
 from slm_exp.files import digest
+from slm_exp.launch.ranks import rank, world
 from slm_exp.registry import GROUPS, available, load_all
 
 if TYPE_CHECKING:
@@ -262,6 +263,8 @@ def _check_command(argv: list[str]) -> None:
 
     args, unknown = get_args_parser().parse_known_args(argv)
     overrides = [*args.overrides, *unknown]
+    if args.multirun and world() > 1:
+        raise ConfigError(f"-m; expected a single run where a launcher started {world()} processes to train together.")
     if args.config_name or args.config_path or args.help or args.hydra_help or args.shell_completion or args.info:
         return
     if args.config_dir:
@@ -286,6 +289,11 @@ def _job(cfg: DictConfig) -> dict[str, Any] | None:
     if run_cfg.save_model is None:
         run_cfg.save_model = group is None
     folder = Path(hydra_cfg.runtime.output_dir)
+    if rank():
+        from slm_exp.pipeline import take_part
+
+        take_part(run_cfg, folder)
+        return None
     try:
         record = run(run_cfg, folder, list(hydra_cfg.overrides.task), group)
     except SystemExit as error:
