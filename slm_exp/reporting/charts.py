@@ -156,9 +156,7 @@ def heatmap(matrix_LL: np.ndarray, plan: MergePlan | None) -> Markup:
         both = (tag("rect", x=x, y=y, width=side, height=side, class_=c) for c in ("frame halo", class_))
         return tag("g", tag("title", told), *both)
 
-    picture = base64.b64encode(_png(_colours(matrix_LL[::-1]))).decode()
-    parts = [tag("image", href=f"data:image/png;base64,{picture}", x=left, y=top, width=size, height=size,
-                 preserveAspectRatio="none", class_="pixels")]
+    parts = [pixels(matrix_LL, left, top, size)]
     if plan:
         parts += [frame(g, f"layers {span(g)} are merged", "frame") for g in plan.groups]
         parts += [frame(Group(i, i + 1), f"layer {i} is removed", "frame gone") for i in plan.dropped]
@@ -254,33 +252,6 @@ def intervals(rows: Sequence[Comparison]) -> Markup:
     return Markup("").join(lines)
 
 
-def tradeoff(points: Sequence[tuple[float, float, str, str]], unit: str) -> Markup:
-    """Quality over share of parameters removed, one linked mark per run.
-
-    Args:
-        points: (share removed, quality in the scale shown, what pointing tells, address); no address: the dense model.
-        unit: what quality is, for the axis.
-    """
-    height = 260.0
-    across = _ticks(0.0, max(p[0] for p in points))
-    up = _ticks(min(p[1] for p in points), max(p[1] for p in points))
-
-    def x(share: float) -> str:
-        return f"{100 * share / across[-1]:.2f}%"
-
-    def y(quality: float) -> float:
-        return height * (up[-1] - quality) / ((up[-1] - up[0]) or 1)
-
-    parts = [_gridline(y(tick), f"{tick:.{_decimals(up)}f}") for tick in up]
-    parts += [tag("text", f"{100 * t:g}", x=x(t), y=height + 20, class_="mid") for t in across]
-    for share, quality, told, address in points:
-        mark = tag("circle", cx=x(share), cy=y(quality), r=5, class_="accepted" if address else "dense")
-        parts.append(tag("a", tag("title", told), mark, href=address, aria_label=told) if address
-                     else tag("g", tag("title", told), mark))
-    return tag("svg", *parts, width="100%", height=height, role="group", class_="chart",
-               aria_label=f"{unit} over parameters removed in per cent, {len(points)} models.")
-
-
 def _gridline(y: float, text: str) -> Markup:
     line = tag("line", x1="0", x2="100%", y1=y, y2=y, class_="grid")
     return line + tag("text", text, x=-8, y=y, dy="0.35em", class_="end")
@@ -301,23 +272,37 @@ def _decimals(ticks: Sequence[float]) -> int:
     return max(len(f"{t:.10f}".rstrip("0").partition(".")[2]) for t in ticks)
 
 
-def _colours(matrix_LL: np.ndarray) -> np.ndarray:
-    """[L, L] scores -> [L, L, 3] uint8; below 0 (the unbiased estimator goes there) counts as 0."""
+def pixels(matrix_LL: np.ndarray, x: float, y: float, size: float) -> Markup:
+    """A matrix of scores as an embedded picture, layer 0 below left; a byte a pair before compression.
+
+    Scores below 0 (the unbiased estimator goes there) and those that are not finite take the colour of 0.
+    """
+    import numpy as np
+
+    levels = (np.clip(np.nan_to_num(matrix_LL[::-1]), 0, 1) * 255).round().astype("uint8")
+    picture = base64.b64encode(_png(levels, _palette())).decode()
+    return tag("image", href=f"data:image/png;base64,{picture}", x=x, y=y, width=size, height=size,
+               preserveAspectRatio="none", class_="pixels")
+
+
+def _palette() -> bytes:
+    """256 colours from 0 to 1, RGB."""
     import numpy as np
 
     anchors = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in SCALE], dtype="float64")
-    at = np.linspace(0, 1, len(anchors))
-    values = np.clip(np.nan_to_num(matrix_LL), 0, 1)
-    return np.stack([np.interp(values, at, anchors[:, i]) for i in range(3)], axis=-1).round().astype("uint8")
+    at, levels = np.linspace(0, 1, len(anchors)), np.linspace(0, 1, 256)
+    colours = np.stack([np.interp(levels, at, anchors[:, i]) for i in range(3)], axis=-1)
+    return bytes(colours.round().astype("uint8").tobytes())
 
 
-def _png(pixels_HWC: np.ndarray) -> bytes:
-    """8-bit RGB, one scanline filter (none)."""
+def _png(levels_HW: np.ndarray, palette: bytes) -> bytes:
+    """8-bit indexed colour, one scanline filter (none)."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    height, width, _ = pixels_HWC.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    lines = b"".join(b"\0" + row.tobytes() for row in pixels_HWC)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
+    height, width = levels_HW.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
+    lines = zlib.compress(b"".join(b"\0" + row.tobytes() for row in levels_HW), 9)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"PLTE", palette) + chunk(b"IDAT", lines)
+            + chunk(b"IEND", b""))
