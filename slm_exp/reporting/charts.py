@@ -7,6 +7,7 @@ stretch with the page place points in per cent of their width, so that text and 
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import struct
 import zlib
@@ -53,8 +54,18 @@ def describe(plan: MergePlan) -> str:
         layers = [s["layer"] for s in plan.sublayers if s["kind"] == kind]
         if layers:
             done.append(f"{kind} of {_layers(layers)} removed")
+    if plan.width:
+        share = plan.width.get("reached", plan.width.get("ratio"))
+        of = f" by {100 * share:.1f} % of their parameters" if share is not None else ""
+        done.append(f"layers narrowed{of} ({plan.width.get('method')})")
     sentence = "; ".join(done) or "nothing merged or removed"
     return sentence[0].upper() + sentence[1:] + "."
+
+
+def halves(plan: MergePlan) -> str:
+    """How many halves of layers are gone: `3 attention and 1 mlp`; empty where none is."""
+    kinds = [str(half["kind"]) for half in plan.sublayers]
+    return " and ".join(f"{kinds.count(kind)} {kind}" for kind in ("attention", "mlp") if kind in kinds)
 
 
 def stack(plan: MergePlan) -> Markup:
@@ -67,6 +78,7 @@ def stack(plan: MergePlan) -> Markup:
         """Upper edge of a row, counted from the bottom."""
         return top + (plan.n_layers - 1 - layer) * pitch
 
+    halves = {(s["layer"], s["kind"]) for s in plan.sublayers}
     dense = _Labels(left - 8, "end")
     compressed = _Labels(right + width + 8, "")
     drawn = []
@@ -80,12 +92,13 @@ def stack(plan: MergePlan) -> Markup:
             tag("title", f"compressed layer {slot}: {told}"),
             tag("path", class_=f"ribbon {kind}", d=_ribbon(
                 left + width + 2, y(group.stop - 1), y(group.start) + bar, right - 2, y(slot), y(slot) + bar)),
-            tag("rect", x=right, y=y(slot), width=width, height=bar, rx=2, class_=f"box {kind}"),
+            tag("rect", x=right + (width / 2 if (group.start, "attention") in halves else 0), y=y(slot),
+                width=width / 2 if any(layer == group.start for layer, _ in halves) else width, height=bar, rx=2,
+                class_=f"box {kind}"),
         ))
         compressed.want(span(group), y(slot) + bar / 2, rank=0 if merged else 1 + slot % 5, strong=merged)
     ends = {end for g in plan.groups for end in (g.start, g.stop - 1)}
     in_group = {i for g in plan.groups for i in range(g.start, g.stop)}
-    halves = {(s["layer"], s["kind"]) for s in plan.sublayers}
     for layer in range(plan.n_layers):
         kind = "dropped" if layer in plan.dropped else "merged" if layer in in_group else "kept"
         told = "removed" if kind == "dropped" else kind
@@ -250,6 +263,33 @@ def intervals(rows: Sequence[Comparison]) -> Markup:
     lines.append(Markup('<div class="name"></div>')
                  + tag("svg", shapes, *axis, width="100%", height=20, class_="chart row"))
     return Markup("").join(lines)
+
+
+def losses(training: Sequence[Sequence[float]], held_out: Sequence[Sequence[float]]) -> Markup:
+    """Loss over steps, each a list of (step, loss): a line for training, joined marks for what is held out."""
+    both = [(float(step), float(loss)) for step, loss in (*training, *held_out)]
+    across = _ticks(0, max(step for step, _ in both), whole=True)
+    up = _ticks(min(loss for _, loss in both), max(loss for _, loss in both))
+    height = 220.0
+
+    def x(step: float) -> str:
+        return f"{100 * step / across[-1]:.2f}%"
+
+    def y(loss: float) -> float:
+        return height * (up[-1] - loss) / ((up[-1] - up[0]) or 1)
+
+    parts = [_gridline(y(tick), f"{tick:.{_decimals(up)}f}") for tick in up]
+    parts += [tag("text", f"{t:g}", x=x(t), y=height + 20, class_="mid") for t in across]
+    for series, class_ in ((training, None), (held_out, "held")):
+        lines = [tag("line", x1=x(a[0]), x2=x(b[0]), y1=y(a[1]), y2=y(b[1]), class_="curve")
+                 for a, b in itertools.pairwise(series)]
+        marks = [tag("g", tag("title", f"step {step:g}: {loss:.4f}"), tag("circle", cx=x(step), cy=y(loss), r=3.5))
+                 for step, loss in (series if class_ or len(series) == 1 else ())]
+        parts.append(tag("g", *lines, *marks, class_=class_))
+    ends = f"{training[0][1]:.3f} at first, {training[-1][1]:.3f} at last" if training else "none"
+    held = f"; held out {held_out[0][1]:.3f} and {held_out[-1][1]:.3f}" if held_out else ""
+    return tag("svg", *parts, width="100%", height=height, role="img", class_="chart",
+               aria_label=f"Training loss over steps: {ends}{held}.")
 
 
 def _gridline(y: float, text: str) -> Markup:

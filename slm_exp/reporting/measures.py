@@ -24,6 +24,7 @@ class Point:
 
     row: Row | None
     params: int
+    """Those that have an effect: without the ones that removed halves of layers leave behind as zeros."""
     value: float
     """In the unit of the measure."""
     stderr: float | None = None
@@ -98,7 +99,7 @@ def _measure(key: str, name: str, unit: str, digits: int, higher: bool, done: Se
     dense = {(row.params["before"], *side) for row, (side, _) in found if side}
     points = [Point(None, params, value, stderr) for params, value, stderr in
               sorted(dense, key=lambda d: (d[0], d[1], d[2] or 0.0))]
-    points += [Point(row, row.params["after"], *side) for row, (_, side) in found
+    points += [Point(row, row.params["after"] - (row.params.get("zeroed") or 0), *side) for row, (_, side) in found
                if side and math.isfinite(side[0])]
     if all(p.row is None for p in points):
         points = []

@@ -37,6 +37,7 @@ def write_report(folder: Path, record: dict[str, Any] | None = None) -> Path:
         method=(record.get("config") or {}).get("method", {}).get("name", ""),
         charts=charts,
         matrix=_matrix(folder),
+        widths=_widths(plan),
         advice=advice(record),
         config_yaml=_config_yaml(folder, record),
         **_results(folder, record),
@@ -150,6 +151,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise SlmError(f"{path} is not a run's record.")
     return record
+
+
+def _widths(plan: MergePlan | None) -> dict[str, list[int]]:
+    """What is left of every layer, by what it counts; empty where layers kept their width."""
+    sizes = ((plan.width if plan else None) or {}).get("sizes") or {}
+    names = {"heads": "Heads", "kv_heads": "Key-value heads", "channels": "MLP channels"}
+    return {name: list(sizes[key]) for key, name in names.items() if sizes.get(key)}
 
 
 def _matrix(folder: Path) -> LayerSimilarity | None:

@@ -167,7 +167,7 @@ def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Seque
         corpora=corpora(rows), troubles=troubles(rows), resume=resume_command(folder, sweep),
         stages=stage_costs(rows), warnings=warnings(rows), origin=origin(rows),
         command=shlex.join(["python", "-m", "slm_exp", "-m", *sweep.argv]) if sweep else "", about=about(rows),
-        bound=sweep_charts.bound,
+        bound=sweep_charts.bound, zeroed=any(row.params.get("zeroed") for row in rows),
     )
     path = folder / "report.html"
     write_text(path, page)

@@ -22,7 +22,7 @@ from slm_exp.reporting import charts
 from slm_exp.reporting.page import duration, signed, size_change, write_report
 from slm_exp.types import Group, MergePlan, Trial
 
-KINDS = ("finished", "failed", "running", "baseline", "bare")
+KINDS = ("finished", "failed", "running", "baseline", "healed", "bare")
 
 
 @pytest.fixture
@@ -116,6 +116,24 @@ def test_what_a_baseline_removes_is_hatched(tmp_path: Path) -> None:
     told = "Layers 20, 21, 25 removed; attention of layer 7 removed; mlp of layer 9 removed."
     assert told in page.text("p", "lede")[0]
     assert not [e for e in page.all("section") if e["attrs"].get("id") == "search"]
+    assert page.text("h1") == ["smollm2_135m: 30 layers to 27, 1 attention and 1 mlp removed"]
+    assert page.text("dd", "small")[:2] == ["3 fewer; 1 attention and 1 mlp removed", "7.9 % removed; 1.0 % zeroed"]
+
+
+def test_narrower_layers_and_recovery_are_shown(tmp_path: Path) -> None:
+    page = of("healed", tmp_path)
+    assert "layers narrowed by 9.8 % of their parameters (flap)" in page.text("p", "lede")[0]
+    rows = table(page, "What is left of the layers")
+    assert (len(rows), rows[1]) == (27, ["1", "8", "3", "1528", ""])
+    assert table(page, "Layers refitted") == [["14", "14–15", "0.2000", "0.0900"]]
+    assert "40 of 40 steps on 90 examples, 10 held out, 1,234,567 parameters trained" in page.text("section")[5]
+    labels = [e["attrs"].get("aria-label") or "" for e in page.all("svg")]
+    assert any(label.startswith("Training loss over steps: 2.600 at first") for label in labels)
+
+
+def test_a_plan_that_only_narrows_says_so() -> None:
+    assert charts.describe(MergePlan(4, width={"method": "flap", "ratio": 0.2})) == (
+        "Layers narrowed by 20.0 % of their parameters (flap).")
 
 
 def test_every_candidate_is_a_mark_on_its_side_of_the_threshold(page: Page) -> None:
