@@ -21,6 +21,9 @@ def parser() -> Parser:
                    help="a run's folder (outputs/<run_id>) or a sweep's (outputs/multirun/<name>)")
     p.add_argument("--mixed-protocols", action="store_true",
                    help="on a sweep's page, show averages measured by different protocols side by side")
+    p.add_argument("--path", metavar="PATH.JSON", action="append", default=[], type=Path,
+                   help="on a sweep's page, draw this result of `slm path` beside the runs (one that lies in the "
+                        "folder is found); may be given several times")
     return p
 
 
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in args.folders:
         try:
             sweep = is_sweep(folder)
-            print(write_sweep_report(folder, args.mixed_protocols) if sweep else write_report(folder))
+            print(write_sweep_report(folder, args.mixed_protocols, args.path) if sweep else write_report(folder))
         except SlmError as error:
             print(f"slm report: {error}", file=sys.stderr)
             status = 1

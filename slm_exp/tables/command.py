@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def _declared(name: str, params: dict[str, Any], folders: list[Path], args: argp
     runs = [] if nowhere else find_runs(folders or [OUTPUTS], may_be_empty=args.missing)
     if args.missing:
         commands = missing_commands(fill(table, runs, mixed_protocols=True, marks=False))
-        print("\n".join(commands) or "nothing is missing")
+        print("\n".join(commands) if commands else "nothing is missing", file=sys.stdout if commands else sys.stderr)
         return None
     if args.reference:
         from slm_exp.tables.reference import reference_grid

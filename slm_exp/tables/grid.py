@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from slm_exp.errors import ProtocolError
@@ -204,7 +205,7 @@ def _mark(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: dict[tupl
                 if row.which != "dense" and len(placed[i, j, k]) == len(table.over)
                 and grid.blocks[i][1][j][1][k].value is not None}
         values = {j: float(grid.blocks[i][1][j][1][k].value or 0) for j in rows}
-        marks = marked(values, lambda a, b, rows=rows, k=k: _p_value(rows[a], rows[b], kinds[k]))
+        marks = marked(values, partial(_p_value, rows, kinds[k]))
         if marks is None and len(rows) > 1:
             grid.notes.append(f"column {table.columns[k].label}: no marks, for want of results on the same documents "
                               "in samples/.")
@@ -214,8 +215,8 @@ def _mark(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: dict[tupl
             line[k] = replace(line[k], mark=mark)
 
 
-def _p_value(first: Sequence[Measured], second: Sequence[Measured], kind: Quantity) -> float | None:
-    found = difference(first, second, kind.tasks, interval=False)
+def _p_value(rows: Mapping[int, Sequence[Measured]], kind: Quantity, a: int, b: int) -> float | None:
+    found = difference(rows[a], rows[b], kind.tasks, interval=False)
     return None if found is None else found.p
 
 
@@ -264,6 +265,10 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity],
         told = "; ".join(f"{mark}: {MARKS[mark]}" for mark in MARKS if mark in used) or "no row is marked"
         out.append(f"Marks: {told}. {test[0].upper()}{test[1:]}, Holm's correction over all pairs of a block and "
                    f"column, level {LEVEL:g}. The dense model takes no part.")
+    used_runs = {str(m.record.get("run_id")): m.record for found in placed.values() for m in found}
+    versions = sorted({f"slm_exp {(r.get('versions') or {}).get('slm_exp')}{_commit(r)}" for r in used_runs.values()})
+    if versions:
+        out.append(f"{len(used_runs)} runs, by {', '.join(versions)}.")
     models = sorted({m.record["model"]["note"] for found in placed.values() for m in found
                      if (m.record.get("model") or {}).get("note")})
     out += [f"Model: {note}." for note in models]
@@ -274,6 +279,12 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity],
         limit = "every document" if fields.get("limit") is None else f"the first {fields['limit']} documents a task"
         out.append(f"Protocol {name}: lm-eval {fields.get('lm_eval')}, {limit}.")
     return out
+
+
+def _commit(record: dict[str, Any]) -> str:
+    git = record.get("git") or {}
+    dirty = " with changes" if git.get("dirty") else ""
+    return f" at {git['commit'][:10]}{dirty}" if git.get("commit") else ""
 
 
 def missing_commands(grid: Grid) -> list[str]:

@@ -87,7 +87,7 @@ def _speed(name: str, case: str = "1x12x128") -> Quantity:
 
     def found(m: Measured) -> Any:
         cells = (m.record.get("speed") or {}).get("cells") or ()
-        cell = next((c for c in cells if c.get("name") == case), {})
+        cell: dict[str, Any] = next((c for c in cells if c.get("name") == case), {})
         return (cell if m.which == "compressed" else {}).get(name) if name == "speedup" else (
             (cell.get(m.which) or {}).get(name))
 
