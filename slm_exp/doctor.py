@@ -428,7 +428,7 @@ def wandb_login() -> bool:
 def launchers() -> Iterator[Finding]:
     """Launchers beside the built-in one."""
     there = ["processes", "basic"]
-    missing = []
+    missing: list[str] = []
     for extra, module in (("joblib", "hydra_plugins.hydra_joblib_launcher"),
                           ("submitit", "hydra_plugins.hydra_submitit_launcher")):  # fmt: skip
         try:

@@ -84,7 +84,7 @@ def test_removal_is_one_document_and_merging_several(tmp_path, capsys):
     out = tmp_path / "merge.yaml"
     PLANS["top_layer"].save(tmp_path)
     assert export.main([str(tmp_path / "plan.json"), "--model", "owner/name", "--out", str(out)]) == 0
-    assert out.read_text().startswith("# mergekit-multimerge")
+    assert out.read_text().startswith("# mergekit-multi")
     assert [d.get("name") for d in yaml.safe_load_all(out.read_text())] == ["lowest", "top", None]
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "outputs" / "README.md", ROOT / "sweeps" / "README.md",
          *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = ["model=tiny", "evaluation=none", "tracking=none"]
-FOREIGN = ("pip", ".", "wandb", "squeue", "sbatch", "export", "eval", "mergekit-yaml", "mergekit-multimerge")
+FOREIGN = ("pip", ".", "wandb", "squeue", "sbatch", "export", "eval", "mergekit-yaml", "mergekit-multi")
 """Commands of other tools, which no test runs: where they stand, the page says what came when they were tried."""
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from slm_exp.files import digest, file_digest, write_json
 
@@ -45,7 +46,7 @@ def remembered(path: Path) -> str | None:
     return None
 
 
-def _memory(path: Path) -> tuple[dict[str, str | int], Path]:
+def _memory(path: Path) -> tuple[dict[str, Any], Path]:
     """What a resolved path is known by, and the file that remembers its digest."""
     from slm_exp.config import default_cache_dir
 

@@ -194,7 +194,8 @@ def _smollm2(source: Any, cache_dir: Path, device_type: str) -> Sketch:
 def _hf(source: Any, device_type: str) -> Sketch:
     from slm_exp.models.hf import TOKENIZER, folder_digest, short_name, weight_files
 
-    folder, name, notes = source._folder(), source.path, ()
+    folder, name = source._folder(), source.path
+    notes: tuple[str, ...] = ()
     if folder is not None:
         config, name = _read(folder), short_name(folder)
         seen = unseen(folder, ("config.json", *weight_files(folder), *TOKENIZER)) if config else []
