@@ -118,7 +118,11 @@ def outline(cfg: RunConfig, model: Sketch, device_type: str, lookup: Lookup, sav
     if cfg.width.prunes and cfg.width.order == "before":
         out.stages["width"] = COMPUTE if lookup.store.folder is None else MAYBE
         start = f"{UNKNOWN}{digest([dense, cfg.width.identity(), tokens])}"
-    inputs = {**key, "model": start, "tokens": tokens, **cfg.plan_identity(), "seed": cfg.seed}
+    method = cfg.method
+    if model.handle is not None and cfg.width.order == "after":  # depth may have a part of the target only
+        method = cfg.width.depth_method(method, model.handle, model.handle)
+    decides = cfg.plan_identity() | {"method": method.identity()}
+    inputs = {**key, "model": start, "tokens": tokens, **decides, "seed": cfg.seed}
     out.stages["plan"], entry = lookup.state("plan", inputs)
     _find_plan(out, cfg, model, start, device_type, tokens, lookup, entry)
 
