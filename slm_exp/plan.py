@@ -301,7 +301,7 @@ def _workers(cfgs: Sequence[RunConfig], hydra: Any, gpus: list[str], multirun: b
         return 1, own or cores()
     launcher = hydra.launcher
     workers = launcher.get("workers") or launcher.get("n_jobs")
-    pool = make_workers(workers, launcher.get("threads"), gpus, heaviest(cfgs))
+    pool = make_workers(workers, launcher.get("threads"), gpus, len(cfgs), heaviest(cfgs))
     return len(pool), own or int(pool[0].env.get("OMP_NUM_THREADS") or cores())
 
 
