@@ -119,6 +119,14 @@ def _plan(m: Measured) -> str | None:
     return "; ".join([*([merged] if merged else []), *([f"without {gone}"] if gone else [])]) or "nothing"
 
 
+def _idle(m: Measured) -> float | None:
+    """Per cent of the parameters that are gone, or stand in the checkpoint as removed sublayers' zeros."""
+    params = m.record.get("params") or {}
+    if not params.get("before"):
+        return None
+    return 100 * (params["before"] - params["after"] + (params.get("zeroed") or 0)) / params["before"]
+
+
 def _threshold(m: Measured) -> Value:
     found = _at("plan", "threshold")(m)
     return found if found is not None else _at("config", "method", "threshold")(m)
@@ -130,6 +138,7 @@ NAMED = {
                                             _scaled(_at("params", "after"), 1e-6)), 1),
     "parameters": Quantity("params", _sided(_at("params", "before"), _at("params", "after"))),
     "removed": Quantity("removed (%)", _sided(lambda _: 0.0, _scaled(_at("params", "ratio_removed"), 100)), 1),
+    "removed_or_zeroed": Quantity("removed or zeroed (%)", _sided(lambda _: 0.0, _idle), 1),
     "score": Quantity("score", _compressed(_at("plan", "final_score")), 4),
     "plan": Quantity("plan", _compressed(_plan)),
     "threshold": Quantity("threshold", _compressed(_threshold), 4),

@@ -307,6 +307,9 @@ def test_quantities_of_a_record(rules: Path) -> None:
     dense = Measured(run.name, run.folder, run.record, "dense")
     assert (quantity("layers").value(run), quantity("layers").value(dense)) == (27, 30)
     assert quantity("removed").value(dense) == 0
+    halves = run.record["params"] | {"zeroed": 3_540_096}
+    halved = Measured("h", run.folder, run.record | {"params": halves})
+    assert quantity("removed_or_zeroed").value(halved) == pytest.approx(100 * 4 * 3_540_096 / 134_515_008)
     assert quantity("plan").value(run) == "14-15"
     assert quantity("config.method.target_layers").value(run) == 27
     assert quantity("perplexity.nothing").value(run) is None
