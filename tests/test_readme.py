@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -82,6 +83,19 @@ def test_the_readme_run_runs(tmp_path):
     report = subprocess.run([sys.executable, "-m", "slm_exp.report", str(record.parent)], cwd=tmp_path,
                             capture_output=True, text=True, timeout=300, env=_env())
     assert report.returncode == 0, report.stderr
+
+
+def test_the_readmes_method_runs_as_it_stands(tmp_path):
+    """The block as a module of its own, then a run of it: what a user who pastes it gets."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    run = [*SMALL, "method=middle", "method.target_layers=6", f"cache.dir={tmp_path / 'cache'}", "save_model=false"]
+    program = f"{block}\n\nimport sys\nfrom slm_exp.door import main\n\nsys.exit(main({run!r}))\n"
+    (tmp_path / "mine.py").write_text(program)
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          env=_env())
+    assert done.returncode == 0, done.stderr
+    (record,) = tmp_path.glob("outputs/*/record.json")
+    assert json.loads(record.read_text())["plan"]["dropped"] == [3, 4]
 
 
 def _env() -> dict[str, str]:
