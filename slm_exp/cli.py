@@ -9,14 +9,20 @@ from collections.abc import Sequence
 from slm_exp.errors import SlmError, did_you_mean
 
 COMMANDS = {
+    "plan": "plan [overrides]    what a run or a grid would do and cost; loads nothing",
     "path": "path [overrides]    every plan any threshold can produce, with its exact interval",
-    "cache": "cache [show|prune|verify]   what the stage cache holds; by age, by size; whether it is whole",
     "sweep": "sweep status|resume|rerun DIR   how a sweep stands; finish what is missing",
-    "report": "report DIR...       one self-contained page, DIR/report.html, of a run or a sweep",
     "tables": "tables NAME DIR...  a table of a paper from records: md, tex, csv, html; or one row per run",
     "compare": "compare RUN [RUN...]   paired tests between runs on the same documents",
+    "report": "report DIR...       one self-contained page, DIR/report.html, of a run or a sweep",
+    "export": "export RUN_OR_PLAN  a plan as another tool's file (mergekit)",
+    "doctor": "doctor              what is wrong on this machine, and what to do about it",
+    "cache": "cache [show|prune|verify]   what the stage cache holds; by age, by size; whether it is whole",
     "sync": "sync DIR...         send offline W&B runs, each once",
+    "completion": "completion bash|zsh|fish   what your shell needs to complete these",
 }
+HELP = """A run or a grid itself: slm-exp [overrides], or python -m slm_exp [overrides]; see slm-exp --help.
+slm COMMAND --help has the options, examples and exit statuses of each."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: slm COMMAND ...\n\n" + "\n".join(f"  slm {text}" for text in COMMANDS.values()))
-        print("\nA run or a grid itself: slm-exp [overrides], or python -m slm_exp [overrides]; see slm-exp --help.")
+        print(f"\n{HELP}")
         return 0 if argv else 2
     command, *rest = argv
     if command not in COMMANDS:

@@ -79,7 +79,7 @@ class RunConfig:
 
     def plan_identity(self) -> dict[str, Any]:
         """What decides the plan besides model and tokens: kernel and rule only where score or method look at them."""
-        similarity = {"name": self.similarity.name}
+        similarity = {"name": self.similarity.name, **self.similarity.after_identity()}
         if self.similarity.uses_kernel() or self.method.uses_layer_similarity:
             similarity |= self.similarity.identity() | {"kernel": self.kernel.identity()}
         rule = self.merge_rule.identity() if self.method.uses_merge_rule() else None
@@ -88,7 +88,8 @@ class RunConfig:
     def matrix_identity(self) -> dict[str, Any]:
         """What decides the layer similarity matrix besides model and tokens: kernel and CKA estimator."""
         estimator = self.similarity.identity()
-        estimator.pop("name")
+        for other in ("name", "after"):
+            estimator.pop(other, None)
         return {"kernel": self.kernel.identity(), "estimator": estimator}
 
     def advice(self) -> list[str]:
@@ -100,7 +101,11 @@ class RunConfig:
                        f"{self.similarity.name}. Add similarity=cka to let the kernel decide.")
         if self.merge_rule.name != "top_layer" and not self.method.uses_merge_rule():
             out.append(f"merge_rule={self.merge_rule.name} plays no part: method={self.method.name} merges nothing.")
-        return out
+        if self.similarity.after and self.recovery.name != self.similarity.after:
+            out.append(f"similarity.after={self.similarity.after} scores candidates refitted, and recovery="
+                       f"{self.recovery.name} leaves the plan's model without a refit. Add recovery="
+                       f"{self.similarity.after}.")
+        return out + self.evaluation.advice()
 
     def resolved(self) -> dict[str, Any]:
         """Every setting with the member's name in each group, JSON-able: `config` of the record."""
@@ -110,6 +115,10 @@ class RunConfig:
 
 def check_together(cfg: RunConfig) -> None:
     """Checks across groups. Raises ConfigError."""
+    given = getattr(cfg.method, "given", None)  # the plan that from_plan replays
+    if cfg.similarity.after and (cfg.method.compensate or (given and given.compensation)):
+        raise ConfigError(f"similarity.after = {cfg.similarity.after}; expected null with a compensated plan "
+                          "(method.compensate): a refit gives the stream behind a cut its size already.")
     of_groups = (group.refuses(cfg) for group in (cfg.method, cfg.width, cfg.recovery))
     for refused in (*of_groups, cfg.evaluation.refuses()):
         if refused:

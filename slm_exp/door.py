@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slm_exp.config import RunConfig, register_schema, to_run_config
 from slm_exp.errors import ConfigError, SlmError, did_you_mean
 from slm_exp.files import digest
+from slm_exp.launch.ranks import rank, world
 from slm_exp.registry import GROUPS, available, load_all
 
 if TYPE_CHECKING:
@@ -93,6 +94,24 @@ def open_mappings(overrides: Sequence[str]) -> list[str]:
     """Let `evaluation.corpora.NAME=FILE` and `evaluation.corpora={NAME:FILE}` add names without Hydra's plus sign."""
     open_ended = ("evaluation.corpora", "evaluation.dense_range")
     return [f"++{o}" if o.startswith(open_ended) else o for o in overrides]
+
+
+def fields_of_swept_groups(overrides: Sequence[str]) -> list[str]:
+    """Let `method=a,b method.merge=true` set a field of the members that are swept, not of the default member.
+
+    Hydra composes a multirun's own config without what is swept, and would look for the field in the default member.
+    A value written as a choice of one is swept too: it reaches every job and nothing else.
+    """
+    params: dict[str, str] = {}
+    if preset := [o for o in overrides if o.startswith("sweep=")]:
+        params = dict(compose_raw(preset, with_hydra=True).hydra.sweeper.get("params") or {})
+    swept = {o.partition("=")[0] for o in overrides if _is_sweep(o)} | set(params)
+    out = []
+    for o in overrides:
+        key, equals, value = o.partition("=")
+        field_of_one = key.partition(".")[0] in swept & set(GROUPS) and "." in key and equals and not _is_sweep(o)
+        out.append(f"{key}=choice({value})" if field_of_one else o)
+    return out
 
 
 @contextmanager
@@ -192,6 +211,7 @@ def check_all(overrides: Sequence[str], multirun: bool) -> None:
     """
     from slm_exp.records import check_writable
 
+    overrides = fields_of_swept_groups(overrides)
     plain = [o for o in overrides if o.startswith("hydra.") or not _is_sweep(o)]
     whole = compose_raw(plain, with_hydra=True)
     multirun = multirun or str(whole.hydra.mode).endswith("MULTIRUN")
@@ -232,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     prepare_hydra()
     app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job)
-    sys.argv = [sys.argv[0] if sys.argv else "slm-exp", *open_mappings(argv)]
+    sys.argv = [sys.argv[0] if sys.argv else "slm-exp", *fields_of_swept_groups(open_mappings(argv))]
     app()
     return 0
 
@@ -243,6 +263,8 @@ def _check_command(argv: list[str]) -> None:
 
     args, unknown = get_args_parser().parse_known_args(argv)
     overrides = [*args.overrides, *unknown]
+    if args.multirun and world() > 1:
+        raise ConfigError(f"-m; expected a single run where a launcher started {world()} processes to train together.")
     if args.config_name or args.config_path or args.help or args.hydra_help or args.shell_completion or args.info:
         return
     if args.config_dir:
@@ -267,6 +289,11 @@ def _job(cfg: DictConfig) -> dict[str, Any] | None:
     if run_cfg.save_model is None:
         run_cfg.save_model = group is None
     folder = Path(hydra_cfg.runtime.output_dir)
+    if rank():
+        from slm_exp.pipeline import take_part
+
+        take_part(run_cfg, folder)
+        return None
     try:
         record = run(run_cfg, folder, list(hydra_cfg.overrides.task), group)
     except SystemExit as error:

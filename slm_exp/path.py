@@ -5,31 +5,45 @@ Writes path.json, path.png and path.md. A killed path resumes: every score it ha
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slm_exp.commandline import Parser
 from slm_exp.errors import ConfigError
 
 if TYPE_CHECKING:
     from slm_exp.config import RunConfig
+    from slm_exp.search.path import Branch
 
-USAGE = """usage: slm path [overrides]        (= python -m slm_exp.path)
+log = logging.getLogger(__name__)
 
-  slm path                                             the default model, thresholds 0.5 to 1
-  slm path method.threshold_range=[0.85,0.95] merge_rule=mean
-  slm path method.max_evaluations=200                  stop early and say which intervals are unknown
-  slm path hydra.run.dir=FOLDER                        where path.json goes; default outputs/path/<id>
 
-The overrides are those of a run; method.threshold, target sizes, evaluation, width, recovery, tracking play no part."""
+def parser() -> Parser:
+    """The command line of `slm path`."""
+    p = Parser(
+        "path", __doc__,
+        examples={
+            "slm path": "the default model, thresholds 0.5 to 1",
+            "slm path method.threshold_range=[0.85,0.95] merge_rule=mean": "a part of it, another rule",
+            "slm path method.max_evaluations=200": "stop early and say which intervals are unknown",
+            "slm path hydra.run.dir=FOLDER": "where path.json goes; default outputs/path/<id>",
+        },
+        exits={0: "the whole range is known", 1: "method.max_evaluations ended it; the same command with more goes on",
+               2: "a wrong call"},
+        notes="The overrides are those of a run; method.threshold, target sizes, evaluation, width, recovery and "
+              "tracking play no part. A killed path goes on where it was.",
+    )  # fmt: skip
+    p.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of a run: group=member, group.field=value")
+    return p
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0: the whole range is known; 1: the budget ended it; 2: a wrong call."""
-    if any(a in ("-h", "--help") for a in argv):
-        print(USAGE)
-        return 0
+    argv = parser().parse_args(list(argv)).overrides
     from slm_exp.door import compose_run
     from slm_exp.records import check_writable
 
@@ -64,7 +78,6 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
     from slm_exp.search.cost import sizes
     from slm_exp.search.path import follow
     from slm_exp.search.scoring import CandidateScorer
-    from slm_exp.search.target import watching
 
     method = cfg.method
     assert isinstance(method, SLM)
@@ -107,6 +120,35 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
               + ". The same command with a larger one goes on from here.", file=sys.stderr)
         return 1
     return 0
+
+
+class watching:  # noqa: N801 - reads as a verb in `with watching(...)`
+    """Show how much of a threshold range is decided: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, low: float, high: float, what: str) -> None:
+        self.low, self.high, self.what = low, high, what
+
+    def __enter__(self) -> Callable[[Branch, int], None]:
+        from tqdm import tqdm
+
+        from slm_exp.search.progress import LOG_EVERY_S
+
+        form = "{desc}: {percentage:3.0f}% of thresholds |{bar}| {elapsed}{postfix}"
+        self.bar = tqdm(total=self.high - self.low, desc=self.what, bar_format=form, disable=not sys.stderr.isatty())
+        self.logged, self.every = time.monotonic(), LOG_EVERY_S
+        return self._show
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def _show(self, branch: Branch, scored: int) -> None:
+        # from the highest threshold down, so what lies above the branch is decided
+        about = f"{scored} candidates scored, below {branch.high:.4f} to do"
+        self.bar.n = self.high - branch.high
+        self.bar.set_postfix_str(about, refresh=True)
+        if self.bar.disable and time.monotonic() - self.logged > self.every:
+            self.logged = time.monotonic()
+            log.info("%s: %s", self.what, about)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from slm_exp.config import RunConfig
-from slm_exp.evaluation.base import EvalReport
+from slm_exp.evaluation.base import EvalReport, Evaluation
 from slm_exp.merging.surgery import apply_plan, zeroed
 from slm_exp.methods.base import PlanTask
 from slm_exp.models.base import ModelHandle
-from slm_exp.records import Recorder, Stage
+from slm_exp.records import Recorder, Stage, is_finished
 from slm_exp.recovery.base import HealTask, healed
 from slm_exp.similarity.layers import layer_similarity
+from slm_exp.tracking.none import NoTracking
 from slm_exp.types import CalibrationTokens, LayerSimilarity, MergePlan
 from slm_exp.width.base import WidthDecision, WidthTask
 from slm_exp.width.score import rescored
 from slm_exp.width.surgery import apply_width
 
 
-def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str | None = None) -> dict[str, Any]:
+def run(
+    cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str | None = None, training: Path | None = None
+) -> dict[str, Any]:
     """Carry out one experiment and leave its record in `folder`; a finished one is returned as it is.
 
     Every stage takes its result from the stage cache when an earlier run had the same inputs; weights load only
     when a stage needs them.
 
+    Args:
+        training: where a training keeps its checkpoints, if not in `folder` (see `take_part`).
     Raises:
         StageError: names the stage and chains the cause; the failed record is on disk.
     """
@@ -44,7 +50,9 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
                 cfg.width.check_model(dense, cfg.method)
                 cfg.width.check_depth(cfg.method, dense)
                 cfg.evaluation.check_data(dense.random)
+                cfg.evaluation.check_model(dense)
                 cfg.recovery.check_data(dense)
+                cfg.similarity.check_data(dense)
                 rec.note(device=cfg.runtime.describe(device),
                          model={"name": dense.name, "note": dense.note, "digest": dense.digest})
             model_key = {"model": dense.digest, "dtype": cfg.model.dtype, "device": device.type}
@@ -96,7 +104,7 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
                         rec.keep_width(plan)
 
             with rec.stage("recover") as stage:
-                illness = HealTask(compressed, dense, plan, tokens, folder, rec.track, cfg.seed)
+                illness = HealTask(compressed, dense, plan, tokens, training or folder, rec.track, cfg.seed)
                 compressed, healing = healed(cfg.recovery, illness, stage)
                 rec.note(recovery=healing)
 
@@ -111,6 +119,9 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
                                        **cfg.evaluation.measured_by())
                 rec.keep_evaluation("compressed", report)
                 cfg.evaluation.accept(report, dense=False)
+                if cfg.evaluation.speed_runs:
+                    rec.keep_speed(cfg.evaluation.time(dense, compressed))
+                    stage.cached = False  # a timing never comes from the cache
 
             with rec.stage("save"):
                 if cfg.save_model:
@@ -120,6 +131,14 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
                 rec.draw(alike, plan)
 
             return rec.done()
+
+
+def take_part(cfg: RunConfig, folder: Path) -> None:
+    """What a process beside the first does under a launcher: come to the recovery, and train with the others."""
+    if not cfg.recovery.trains() or is_finished(folder, cfg.run_id, with_model=bool(cfg.save_model)):
+        return
+    with tempfile.TemporaryDirectory(prefix="slm_exp-rank-") as own:
+        run(replace(cfg, evaluation=Evaluation(), tracking=NoTracking(), save_model=False), Path(own), training=folder)
 
 
 def narrow(

@@ -212,6 +212,12 @@ class Recorder:
         if self.track:
             self.track.log({"eval": {which: report.to_json()}})
 
+    def keep_speed(self, speed: dict[str, Any]) -> None:
+        """The record's `speed`, and what its numbers do not mean as warnings."""
+        self.note(speed=speed)
+        for message in speed["notes"]:
+            self.warn(message)
+
     def keep_plan(self, plan: MergePlan) -> None:
         """plan.json, the record's `plan`, its notes as warnings, and the tracker's tables."""
         plan.save(self.folder)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from slm_exp.commandline import Parser
 from slm_exp.errors import ConfigError
 from slm_exp.launch.folder import FINISHED, SweepFolder, table
 
@@ -49,10 +49,18 @@ def launch(folder: Path, select: str, extra: Sequence[str]) -> int:
     return run(["-m", *argv, *extra, override("hydra.sweep.dir", path), f"hydra.sweeper.select={select}"])
 
 
-def main(argv: Sequence[str]) -> int:
-    """`slm sweep status|resume|rerun DIR`. Exit status 0 only when every cell is finished; 2 for a wrong call."""
-    parser = argparse.ArgumentParser(prog="slm sweep", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> Parser:
+    """The command line of `slm sweep`."""
+    p = Parser(
+        "sweep", __doc__,
+        examples={
+            "slm sweep status outputs/multirun/threshold_rule": "one line per cell",
+            "slm sweep resume outputs/multirun/threshold_rule hydra.launcher.workers=2": "what is missing",
+            "slm sweep rerun --failed outputs/multirun/threshold_rule": "those that failed or died",
+        },
+        exits={0: "every cell is finished", 1: "a cell is not; it is named", 2: "a wrong call, or a folder in use"},
+    )  # fmt: skip
+    commands = p.add_subparsers(dest="command", required=True, metavar="status|resume|rerun")
     asking = commands.add_parser("status", help="one line per cell; exit status 1 while one is not finished")
     asking.add_argument("--json", action="store_true", help="for programs")
     resuming = commands.add_parser("resume", help="run every cell that is not finished; recompute nothing that is")
@@ -62,7 +70,12 @@ def main(argv: Sequence[str]) -> int:
         command.add_argument("dir", type=Path, metavar="DIR", help="the sweep's folder, outputs/multirun/NAME")
     for command in (resuming, again):
         command.add_argument("overrides", nargs="*", help="Hydra settings for now, e.g. hydra.launcher.workers=2")
-    args = parser.parse_args(list(argv))
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """`slm sweep status|resume|rerun DIR`. Exit status 0 only when every cell is finished; 2 for a wrong call."""
+    args = parser().parse_args(list(argv))
     if args.command == "status":
         return status(args.dir, args.json)
     select = "missing" if args.command == "resume" else "failed" if args.failed else "all"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slm_exp.commandline import Parser
 from slm_exp.errors import SlmError
 
 
@@ -113,12 +113,23 @@ def sync(runs: Sequence[OfflineRun]) -> None:
         )
 
 
+def parser() -> Parser:
+    """The command line of `slm sync`."""
+    p = Parser(
+        "sync", __doc__,
+        examples={"slm sync outputs": "everything below it", "slm sync --dry-run outputs/multirun/threshold_rule":
+                  "what would be sent"},
+        exits={0: "everything below the folders is sent", 1: "a run was not sent; says why", 2: "a wrong call"},
+        notes="Needs a login: `wandb login`, or WANDB_API_KEY. WANDB_BASE_URL names a server of your own.",
+    )  # fmt: skip
+    p.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a run's folder, a sweep's, or any above")
+    p.add_argument("--dry-run", action="store_true", help="list what would be sent, send nothing")
+    return p
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0: everything below the folders is on the server."""
-    parser = argparse.ArgumentParser(prog="slm sync", description=__doc__)
-    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a run's folder, a sweep's, or any above")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be sent, send nothing")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     missing = [str(folder) for folder in args.folders if not folder.is_dir()]
     if missing:
         print(f"slm sync: no such folder: {', '.join(missing)}.", file=sys.stderr)

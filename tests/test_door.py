@@ -143,3 +143,20 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     assert wrong.returncode == 2
     assert "hydra.run.dir" in wrong.stderr
     assert "can be written" in wrong.stderr
+
+
+@pytest.mark.parametrize(("overrides", "field"), [
+    (["method=angular,shortgpt", "method.target_layers=6", "method.merge=true"], "method.merge=choice(true)"),
+    (["width=flap,magnitude", "width.layers=[2,6]", "width.uniform=false"], "width.layers=choice([2,6])"),
+    (["sweep=kernel_threshold", "kernel=rbf,laplacian", "kernel.bandwidth=0.5"], "kernel.bandwidth=choice(0.5)"),
+])  # fmt: skip
+def test_a_field_of_swept_members_need_not_be_one_of_the_default_member(overrides, field, tmp_path, monkeypatch):
+    """Hydra composes a multirun's own config with the default member, which may not have the field."""
+    monkeypatch.chdir(tmp_path)
+    door.checked.clear()
+    door.check_all(["model=tiny", *overrides], multirun=True)
+    assert door.checked
+    given = door.fields_of_swept_groups(overrides)
+    assert field in given
+    assert door.fields_of_swept_groups(given) == given
+    assert door.fields_of_swept_groups(["method.threshold=0.8"]) == ["method.threshold=0.8"]

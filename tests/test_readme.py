@@ -1,5 +1,8 @@
 """Commands that the documents print do what they say."""
 
+import contextlib
+import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -15,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "outputs" / "README.md", ROOT / "sweeps" / "README.md",
          *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = ["model=tiny", "evaluation=none", "tracking=none"]
+FOREIGN = ("pip", ".", "wandb", "squeue", "sbatch", "export", "eval", "mergekit-yaml", "mergekit-multi")
+"""Commands of other tools, which no test runs: where they stand, the page says what came when they were tried."""
 
 
 def commands() -> list[tuple[str, str]]:
@@ -52,9 +57,12 @@ def test_every_command_is_one_that_exists(page, command, tmp_path, monkeypatch):
         assert all(f'"{word}"' in script for word in words[2:] if word.startswith("--")), command
     elif words[0] == "slm":
         assert words[1] in cli.COMMANDS, command
+        if len(words) > 2 and not set("|[") & set(command) and "..." not in command:
+            with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
+                importlib.import_module(f"slm_exp.{words[1]}").parser().parse_args(words[2:])
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), command
-    elif words[0] not in ("pip", ".", "wandb", "squeue", "sbatch", "export"):
+    elif words[0] not in FOREIGN and not (words[0] == "python" and words[1].startswith("llama.cpp/")):
         pytest.fail(f"{page}: {command}: a command this test does not know")
 
 
@@ -75,6 +83,19 @@ def test_the_readme_run_runs(tmp_path):
     report = subprocess.run([sys.executable, "-m", "slm_exp.report", str(record.parent)], cwd=tmp_path,
                             capture_output=True, text=True, timeout=300, env=_env())
     assert report.returncode == 0, report.stderr
+
+
+def test_the_readmes_method_runs_as_it_stands(tmp_path):
+    """The block as a module of its own, then a run of it: what a user who pastes it gets."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    run = [*SMALL, "method=middle", "method.target_layers=6", f"cache.dir={tmp_path / 'cache'}", "save_model=false"]
+    program = f"{block}\n\nimport sys\nfrom slm_exp.door import main\n\nsys.exit(main({run!r}))\n"
+    (tmp_path / "mine.py").write_text(program)
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          env=_env())
+    assert done.returncode == 0, done.stderr
+    (record,) = tmp_path.glob("outputs/*/record.json")
+    assert json.loads(record.read_text())["plan"]["dropped"] == [3, 4]
 
 
 def _env() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm_exp.cache.store import StageStore
+from slm_exp.commandline import Parser
 from slm_exp.errors import ConfigError
 
 UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -156,13 +156,21 @@ def _quantity(text: str, units: dict[str, float], field: str, example: str) -> f
     return float(found.group(1)) * (units[found.group(2)] if found.group(2) else 1)
 
 
-def main(argv: Sequence[str]) -> int:
-    """`slm cache [show | prune | verify]`. Exit status 1 when verify finds damage, 2 for a wrong call."""
-    from slm_exp.config import default_cache_dir
-
-    parser = argparse.ArgumentParser(prog="slm cache", description=__doc__)
-    parser.add_argument("--dir", help="cache folder (default: $SLM_EXP_CACHE or ~/.cache/slm_exp)")
-    commands = parser.add_subparsers(dest="command")
+def parser() -> Parser:
+    """The command line of `slm cache`."""
+    p = Parser(
+        "cache", __doc__,
+        examples={
+            "slm cache": "entries, size and last use by stage",
+            "slm cache prune --older-than 30d --max-size 20GB": "by age, then the least recently used",
+            "slm cache prune --max-size 20GB --dry-run": "say what would go",
+            "slm cache verify --repair": "read everything, remove what is damaged",
+        },
+        exits={0: "done", 1: "verify found damage that stays", 2: "a wrong call"},
+        notes="The folder is --dir, else $SLM_EXP_CACHE, else ~/.cache/slm_exp. A run computes what is not there.",
+    )  # fmt: skip
+    p.add_argument("--dir", help="cache folder (default: $SLM_EXP_CACHE or ~/.cache/slm_exp)")
+    commands = p.add_subparsers(dest="command", metavar="show|prune|verify")
     commands.add_parser("show", help="entries, size and last use by stage (the default)")
     pruning = commands.add_parser("prune", help="remove by age, then by size, least recently used first")
     pruning.add_argument("--older-than", help="last used longer ago than this, e.g. 30d, 12h")
@@ -170,7 +178,14 @@ def main(argv: Sequence[str]) -> int:
     pruning.add_argument("--dry-run", action="store_true", help="say what would go")
     checking = commands.add_parser("verify", help="read everything and compare digests")
     checking.add_argument("--repair", action="store_true", help="remove damaged entries")
-    args = parser.parse_args(list(argv))
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """`slm cache [show | prune | verify]`. Exit status 1 when verify finds damage, 2 for a wrong call."""
+    from slm_exp.config import default_cache_dir
+
+    args = parser().parse_args(list(argv))
     folder = Path(args.dir or default_cache_dir()).expanduser()
     if not folder.is_dir():
         if args.dir is None:

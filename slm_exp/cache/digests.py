@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from slm_exp.files import digest, file_digest, write_json
 
@@ -19,22 +20,39 @@ def content_digest(path: Path) -> str:
     Raises:
         OSError: the file is not there or cannot be read.
     """
-    from slm_exp.config import default_cache_dir
-
     path = path.resolve()
-    stat = path.stat()
-    known_by = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
-    memory = Path(default_cache_dir()) / "digests" / f"{digest(str(path))}.json"
-    try:
-        remembered = json.loads(memory.read_text(encoding="utf-8"))
-        if {k: remembered[k] for k in known_by} == known_by:
-            return str(remembered["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    known_by, memory = _memory(path)
+    if (value := remembered(path)) is not None:
+        return value
     value = file_digest(path)
     with contextlib.suppress(OSError):
         write_json(memory, {**known_by, "digest": value})
     return value
+
+
+def remembered(path: Path) -> str | None:
+    """The digest of a file that was read before and is as it was; None where it would have to be read.
+
+    Raises:
+        OSError: the file is not there.
+    """
+    known_by, memory = _memory(path.resolve())
+    try:
+        kept = json.loads(memory.read_text(encoding="utf-8"))
+        if {k: kept[k] for k in known_by} == known_by:
+            return str(kept["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _memory(path: Path) -> tuple[dict[str, Any], Path]:
+    """What a resolved path is known by, and the file that remembers its digest."""
+    from slm_exp.config import default_cache_dir
+
+    stat = path.stat()
+    known_by = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
+    return known_by, Path(default_cache_dir()) / "digests" / f"{digest(str(path))}.json"
 
 
 def files_digest(files: Iterable[Path], root: Path) -> str:

@@ -31,12 +31,14 @@ BUILT = (
     "width/surgery.py", "width/sizes.py", "width/layerwise.py", "width/saved_code",
 )  # fmt: skip
 """What a compressed model is built by: the result of any stage that looks at one depends on it."""
+REFIT = ("recovery/fit.py", "recovery/regression.py")
+"""What similarity.after=reconstruct scores candidates by."""
 CODE = {  # stage -> files and folders of the package that its result depends on
     "model": ("models/smollm2_135m.py",),  # the conversion of the embedded weights
     "calibrate": ("calibration", "types.py"),
     "similarity": ("similarity", "kernels", "search", "models/layouts.py"),
-    "plan": (*BUILT, "methods", "search", "similarity", "kernels"),
-    "scores": (*BUILT, "search", "similarity", "kernels"),
+    "plan": (*BUILT, "methods", "search", "similarity", "kernels", *REFIT, "calibration"),
+    "scores": (*BUILT, "search", "similarity", "kernels", *REFIT),
     "width": (*BUILT, "width", "search", "similarity", "kernels"),
     "recover": (*BUILT, "recovery", "calibration", "search"),
     "evaluate": (*BUILT, "evaluation", "search/fused.py"),

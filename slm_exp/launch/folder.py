@@ -96,8 +96,8 @@ def read_cell(job: Job) -> Cell:
     if in_use(job.folder):
         return Cell(job, RUNNING, stage, seconds=seconds)
     if record is None:
-        last = last_line(job.folder / LOG)
-        return Cell(job, DIED if last else WAITING, error=last)
+        last = last_lines(job.folder / LOG, 1)
+        return Cell(job, DIED if last else WAITING, error=last[0].strip() if last else None)
     if record.get("status") == "finished":
         other = record.get("versions", {}).get("slm_exp")
         reason = "its checkpoint is missing" if other == __version__ else f"finished by version {other}"
@@ -124,15 +124,18 @@ def in_use(folder: Path) -> bool:
     return False
 
 
-def last_line(path: Path) -> str | None:
-    """The last line of a log that says something; None where there is none."""
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last lines of a log that say something, the last one last; fewer, or none, where there are no more.
+
+    Cost: the last 4 kB a line, at most 64 kB, are read.
+    """
     try:
         with open(path, "rb") as f:
-            f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
+            f.seek(max(0, f.seek(0, os.SEEK_END) - min(4096 * count, 65536)))
             lines = f.read().decode("utf-8", "replace").splitlines()
     except OSError:
-        return None
-    return next((line.strip() for line in reversed(lines) if line.strip()), None)
+        return []
+    return [line.rstrip() for line in lines if line.strip()][-count:]
 
 
 def note_death(job: Job, message: str) -> None:

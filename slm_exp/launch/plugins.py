@@ -247,7 +247,7 @@ class ProcessLauncher(Launcher):
         cfgs = {job.run_id: cfg for job, cfg in made}
         path = Path(str(self.config.hydra.sweep.dir)).resolve()
         pool = Pool(
-            make_workers(self.workers, self.threads, gpus_for(made[0][1]), heaviest(cfgs.values())),
+            make_workers(self.workers, self.threads, gpus_for(made[0][1]), len(jobs), heaviest(cfgs.values())),
             command=lambda job, batch: self._command(job, batch),
             batch_size=lambda job: cfgs[job.run_id].evaluation.batch_size,
             retries=self.retries,

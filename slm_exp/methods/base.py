@@ -239,6 +239,7 @@ def scored(task: PlanTask, plan: MergePlan, models: ReducedModels, compensate: s
     from slm_exp.merging.compensation import magnitudes
     from slm_exp.merging.surgery import zeroed_note
     from slm_exp.search.reduced import slots_of
+    from slm_exp.search.refit import note
 
     if compensate:
         compensation, forwards = magnitudes(task, plan, models)
@@ -246,7 +247,7 @@ def scored(task: PlanTask, plan: MergePlan, models: ReducedModels, compensate: s
     score = models.score(slots_of(plan, task.rule))
     return replace(plan, final_score=score, evaluations=plan.evaluations + models.evaluations,
                    block_forwards=plan.block_forwards + models.block_forwards,
-                   notes=(*plan.notes, *zeroed_note(task.handle, plan)))
+                   notes=(*plan.notes, *zeroed_note(task.handle, plan), *note(task)))
 
 
 def lowest(

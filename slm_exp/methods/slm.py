@@ -97,6 +97,7 @@ class SLM(Method):
         """Decide. Cost: L block forwards for the dense model, then 1 + the layers above the window per candidate."""
         from slm_exp.search.cost import sizes
         from slm_exp.search.reduced import ReducedModels
+        from slm_exp.search.refit import note
         from slm_exp.search.scoring import CandidateScorer
         from slm_exp.search.target import best_of_size
         from slm_exp.search.threshold import screened_search, search
@@ -147,6 +148,6 @@ class SLM(Method):
             trace=tuple(Trial(s.state.low, s.state.high, s.score, s.accepted) for s in steps),
             evaluations=len(scorer.asked),
             block_forwards=scorer.block_forwards,
-            notes=notes,
+            notes=(*notes, *note(task)),
         )
         return scored(task, plan, ReducedModels(task), self.compensate) if self.compensate and end.groups else plan

@@ -112,6 +112,12 @@ class ModelHandle:
         """Parameters, each once, tied ones too. From shapes alone: loads no weights."""
         return count_params(self.model if self.loaded else empty_model(self.config))
 
+    @cached_property
+    def layer_params(self) -> int:
+        """Parameters of one decoder layer, the mean where layers differ. Loads no weights."""
+        model = self.model if self.loaded else empty_model(self.config)
+        return count_params(self.layout.layers(model)) // self.n_layers
+
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a config without weights (meta tensors), tied as the config says. Costs tens of milliseconds."""

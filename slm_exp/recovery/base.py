@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.files import digest, write_json
+from slm_exp.launch.ranks import world
 from slm_exp.registry import Component
 
 if TYPE_CHECKING:
@@ -52,12 +53,20 @@ class Healed:
     """`recovery` of the record."""
 
     def save(self, folder: Path) -> None:
-        """Write healed.safetensors and healed.json."""
+        """Write healed.safetensors and healed.json.
+
+        Raises:
+            OSError: they cannot be written, e.g. the disk is full.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.tensors.items()},
-                  folder / "healed.safetensors")
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
+        try:
+            save_file(tensors, folder / "healed.safetensors")
+        except SafetensorError as cause:  # what the library makes of an error of the system
+            raise OSError(f"{folder / 'healed.safetensors'}: {cause}") from cause
         write_json(folder / "healed.json", self.report)
 
     @classmethod
@@ -79,6 +88,10 @@ class Recovery(Component, ABC):
     def check_data(self, dense: ModelHandle) -> None:
         """Raise ConfigError or DataError where the recipe's data is absent or malformed. Called before weights load."""
 
+    def trains(self) -> bool:
+        """Whether processes that a launcher started take part."""
+        return False
+
     def stored(self) -> bool:
         """Whether the stage cache may keep the result: the same task gives it again."""
         return True
@@ -92,7 +105,7 @@ def healed(recovery: Recovery, task: HealTask, stage: Stage) -> tuple[ModelHandl
     """The recover stage: the healed model, and the recipe's report. From the stage cache where it is there."""
     identity = {"recovery": recovery.identity(), "tokens": task.tokens.digest,
                 "samples": digest(list(task.tokens.sample_ids)), "seed": task.seed}
-    if recovery.stored():
+    if recovery.stored() and world() == 1:  # of several processes, one must not find what another computes
         found = stage.compute(Healed, lambda: recovery.heal(task), **identity, model=task.handle.digest,
                               dense=task.dense.digest, plan=task.plan.effect(), device=task.handle.device.type)
     else:

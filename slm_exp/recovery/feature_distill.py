@@ -41,7 +41,7 @@ class FeatureDistill(Trained):
         require(self.window >= 1, "recovery.window", self.window, "a whole number >= 1")
 
     def refuses(self, cfg: RunConfig) -> str | None:
-        return needs_the_dense_stream(cfg)
+        return super().refuses(cfg) or needs_the_dense_stream(cfg)
 
     def student(self, task: HealTask) -> nn.Module:
         layers = task.handle.layout.layer_list

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.errors import require
+from slm_exp.launch.ranks import rank
 from slm_exp.recovery.base import HealTask, replaced
 from slm_exp.recovery.streams import silenced
 from slm_exp.recovery.trained import Trained
@@ -60,7 +61,8 @@ class Lora(Trained):
         import torch
 
         peft: Any = model
-        peft.save_pretrained(task.folder / "lora")
+        if rank() == 0:
+            peft.save_pretrained(task.folder / "lora")
         base = peft.get_base_model()
         found = {}
         for name, module in base.named_modules():

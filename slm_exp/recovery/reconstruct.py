@@ -6,15 +6,14 @@ import dataclasses
 import logging
 import math
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import ConfigError, DataError, require, require_one_of
+from slm_exp.errors import DataError, require, require_one_of
 from slm_exp.recovery.base import Healed, HealTask, Recovery
-from slm_exp.recovery.regression import Moments, ridge_step
+from slm_exp.recovery.fit import FitSource
+from slm_exp.recovery.regression import Moments, add_tokens, changed, empty_moments, held_out, input_of, ridge_step
 from slm_exp.recovery.streams import beside_cuts, ends, needs_the_dense_stream, stream_scales
 from slm_exp.registry import register
 from slm_exp.types import CalibrationTokens
@@ -22,7 +21,6 @@ from slm_exp.types import CalibrationTokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_exp.calibration.base import Calibration
     from slm_exp.config import RunConfig
     from slm_exp.models.base import ModelHandle
     from slm_exp.search.runner import BlockRunner
@@ -31,7 +29,7 @@ log = logging.getLogger(__name__)
 
 LAYERS = ("cuts", "all")
 WEIGHTS = ("relative", "equal")
-HELD = 5  # every fifth sequence is not fitted on: the ridge and every change are judged there
+CALLED = (("calibration.", "recovery."), ("calibration=", "recovery, as in calibration="))
 
 
 @register("recovery", "reconstruct")
@@ -82,27 +80,16 @@ class Reconstruct(Recovery):
     def identity(self) -> dict[str, Any]:
         sizes = ("n_samples", "seq_len", "field", "path")  # of the source: a token file decides them itself
         out = {name: value for name, value in super().identity().items() if name not in sizes}
-        with _as_recovery():
-            return {**out, "tokens": self._source().identity()}
+        return {**out, "tokens": self._source().identity()}
 
     def refuses(self, cfg: RunConfig) -> str | None:
         return needs_the_dense_stream(cfg)
 
     def check_data(self, dense: ModelHandle) -> None:
-        with _as_recovery():
-            self._source().draw(dense, 0)
+        self._source().check(dense)
 
-    def _source(self, n_samples: int | None = None) -> Calibration:
-        from slm_exp.calibration.bundled import Bundled
-        from slm_exp.calibration.jsonl import JsonLines
-        from slm_exp.calibration.tokens import Tokens
-
-        if self.path is not None and self.path.endswith(".npy"):
-            return Tokens(path=self.path)
-        n = n_samples or self.n_samples
-        if self.path is None:
-            return Bundled(n, self.seq_len)
-        return JsonLines(n, self.seq_len, path=self.path, field=self.field)
+    def _source(self) -> FitSource:
+        return FitSource(self.path, self.n_samples, self.seq_len, self.field, CALLED)
 
     def draw(self, task: HealTask) -> CalibrationTokens:
         """The tokens to fit on: none from a document that the plan was found with, where documents are known.
@@ -110,13 +97,7 @@ class Reconstruct(Recovery):
         Raises:
             DataError: too few or too short texts.
         """
-        used = {name.rpartition("@")[0] for name in task.tokens.sample_ids}
-        with _as_recovery():
-            if self.path is not None and self.path.endswith(".npy"):
-                return self._source().draw(task.dense, task.seed)
-            drawn = self._source(self.n_samples + len(used)).draw(task.dense, task.seed + 1)
-        fresh = [i for i, name in enumerate(drawn.sample_ids) if name.rpartition("@")[0] not in used][: self.n_samples]
-        return CalibrationTokens(drawn.tokens_NT[fresh], drawn.source, tuple(drawn.sample_ids[i] for i in fresh))
+        return self._source().draw(task.dense, task.seed, task.tokens)
 
     def heal(self, task: HealTask) -> Healed:
         tokens = self.draw(task)
@@ -141,9 +122,7 @@ class _Refit:
         self.dense = BlockRunner(task.dense, ids_NT, torch.float32)
         self.short = BlockRunner(task.handle, ids_NT, torch.float32)
         self.batches = [slice(at, at + self.short.rows) for at in range(0, len(ids_NT), self.short.rows)]
-        held = [i for i in range(len(ids_NT)) if i % HELD == HELD - 1] or [len(ids_NT) - 1]
-        self.held_N = torch.zeros(len(ids_NT), dtype=torch.bool)
-        self.held_N[held] = True
+        self.held_N = held_out(len(ids_NT))
         shape = (*ids_NT.shape, int(task.handle.config.hidden_size))
         self.dense_NTD, self.short_NTD = (_on_disk(where / name, shape) for name in ("dense", "short"))
 
@@ -211,7 +190,7 @@ class _Refit:
                 step = ridge_step(fit, held, self.cfg.ridges)
                 ridges.append(step[1] if step else None)
                 if step:
-                    weights = weights | self._changed(position, module, weights, step[0])
+                    weights = weights | changed(self.task.handle.layers[position], module, weights, step[0])
         return weights, {"errors": errors, "projections": modules * self.cfg.passes, "ridges": ridges}
 
     def _moments(
@@ -221,63 +200,15 @@ class _Refit:
         from slm_exp.search.runner import Slot
 
         layer = self.task.handle.layers[position]
-        wide = self._inputs(layer, module)
-        fit, held = (Moments.empty(wide, self.dense_NTD.shape[-1], next(layer.parameters()).device) for _ in "12")
-        with _input_of(layer, module) as seen:
+        fit, held = (empty_moments(layer, module, self.dense_NTD.shape[-1]) for _ in "12")
+        with input_of(layer, module) as seen:
             for rows in self.batches:
                 out_NTD = self.short.block(Slot(position, weights), self.short_NTD[rows])
                 target_NTD = self.dense_NTD[rows].to(out_NTD.device) * scale
                 x_NTC = seen.pop() if module else out_NTD[..., :0]
-                if wide > x_NTC.shape[-1]:
-                    x_NTC = _with_ones(x_NTC)
-                for moments, chosen_N in ((fit, ~self.held_N[rows]), (held, self.held_N[rows])):
-                    x, t, r = (h[chosen_N].flatten(0, 1) for h in (x_NTC, target_NTD, target_NTD - out_NTD))
-                    norm_M = t.double().square().sum(1)
-                    relative = self.cfg.weighting == "relative"
-                    weight_M = 1 / norm_M.clamp(min=1e-12) if relative else norm_M.new_ones(len(norm_M))
-                    moments.add(x, r, weight_M)
-                    moments.tt += float((weight_M * norm_M).sum())
+                add_tokens(fit, held, x_NTC, out_NTD, target_NTD, self.held_N[rows],
+                           self.cfg.weighting == "relative")
         return fit, held
-
-    def _inputs(self, layer: Any, module: str | None) -> int:
-        """Input channels of a projection, and one for a bias."""
-        if module is None:
-            return 0
-        linear = layer.get_submodule(module)
-        return int(linear.weight.shape[1]) + (linear.bias is not None)
-
-    def _changed(
-        self, position: int, module: str, weights: dict[str, Tensor], change_CD: Tensor
-    ) -> dict[str, Tensor]:
-        """A projection's parameters with the change added, float32."""
-        linear: Any = self.task.handle.layers[position].get_submodule(module)
-        width = linear.weight.shape[1]
-        parts = {"weight": change_CD[:width].T}
-        if linear.bias is not None:
-            parts["bias"] = change_CD[width]
-        old = {name: weights.get(f"{module}.{name}", getattr(linear, name)) for name in parts}
-        return {f"{module}.{name}": (old[name].double() + part).float() for name, part in parts.items()}
-
-
-@contextmanager
-def _input_of(layer: Any, module: str | None) -> Iterator[list[Tensor]]:
-    """What flows into a projection, call by call."""
-    seen: list[Tensor] = []
-    if module is None:
-        yield seen
-        return
-    hook = layer.get_submodule(module).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-def _with_ones(x_NTC: Tensor) -> Tensor:
-    """Another channel, of ones: what a bias is multiplied by."""
-    import torch
-
-    return torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
 
 
 def _on_disk(path: Path, shape: tuple[int, ...]) -> Tensor:
@@ -285,13 +216,3 @@ def _on_disk(path: Path, shape: tuple[int, ...]) -> Tensor:
     import torch
 
     return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
-
-
-@contextmanager
-def _as_recovery() -> Iterator[None]:
-    """Errors of a calibration source, told in this recipe's field names."""
-    try:
-        yield
-    except (ConfigError, DataError) as error:
-        raise type(error)(str(error).replace("calibration.", "recovery.").replace("calibration=", "recovery, as in "
-                          "calibration=")) from error

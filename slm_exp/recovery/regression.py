@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+HELD = 5
 
 
 @dataclass
@@ -42,6 +47,72 @@ class Moments:
         """Sum of weighted squares of r - x change."""
         quadratic = (change_CD * (self.xx_CC @ change_CD)).sum()
         return self.rr + float(quadratic - 2 * (change_CD * self.xr_CD).sum())
+
+
+@contextmanager
+def input_of(layer: Any, module: str | None) -> Iterator[list[Tensor]]:
+    """What flows into a projection of a layer, call by call; nothing where none is named."""
+    seen: list[Tensor] = []
+    if module is None:
+        yield seen
+        return
+    hook = layer.get_submodule(module).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def empty_moments(layer: Any, module: str | None, outputs: int) -> Moments:
+    """Moments of a projection's inputs, and of ones where it has a bias; of nothing where none is named."""
+    linear = None if module is None else layer.get_submodule(module)
+    inputs = 0 if linear is None else linear.weight.shape[1] + (linear.bias is not None)
+    return Moments.empty(int(inputs), outputs, next(layer.parameters()).device)
+
+
+def add_tokens(
+    fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor, relative: bool
+) -> None:
+    """Count in what a projection saw, and what the stream behind its layer lacks, sequence by sequence.
+
+    Args:
+        x_NTC: the projection's inputs.
+        out_NTD: the stream behind the layer; target_NTD: what it should be.
+        held_N: sequences that go into `held`, the others into `fit`.
+        relative: each token's error counts relative to its norm, as the next layer's norm sees it.
+    """
+    import torch
+
+    if len(fit.xx_CC) > x_NTC.shape[-1]:  # a bias is the weight of ones
+        x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
+    for moments, chosen_N in ((fit, ~held_N), (held, held_N)):
+        x, t, r = (h[chosen_N].flatten(0, 1) for h in (x_NTC, target_NTD, target_NTD - out_NTD))
+        norm_M = t.double().square().sum(1)
+        weight_M = 1 / norm_M.clamp(min=1e-12) if relative else norm_M.new_ones(len(norm_M))
+        moments.add(x, r, weight_M)
+        moments.tt += float((weight_M * norm_M).sum())
+
+
+def changed(layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: Tensor) -> dict[str, Tensor]:
+    """A projection's parameters, by name in the layer, with a change added, float32.
+
+    Args:
+        weights: parameters that replace the layer's own.
+    """
+    linear = layer.get_submodule(module)
+    width = linear.weight.shape[1]
+    parts = {"weight": change_CD[:width].T} | ({} if linear.bias is None else {"bias": change_CD[width]})
+    old = {name: weights.get(f"{module}.{name}", getattr(linear, name)) for name in parts}
+    return {f"{module}.{name}": (old[name].double() + part).float() for name, part in parts.items()}
+
+
+def held_out(n: int) -> Tensor:
+    """Which of n sequences are not fitted on [n]: every fifth, at least one. Ridges and changes are judged there."""
+    import torch
+
+    held_N = torch.arange(n) % HELD == HELD - 1
+    held_N[-1] |= not held_N.any()
+    return held_N
 
 
 def ridge_step(fit: Moments, held: Moments, ridges: list[float]) -> tuple[Tensor, float, float] | None:

@@ -7,6 +7,7 @@ stretch with the page place points in per cent of their width, so that text and 
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import struct
 import zlib
@@ -53,8 +54,18 @@ def describe(plan: MergePlan) -> str:
         layers = [s["layer"] for s in plan.sublayers if s["kind"] == kind]
         if layers:
             done.append(f"{kind} of {_layers(layers)} removed")
+    if plan.width:
+        share = plan.width.get("reached", plan.width.get("ratio"))
+        of = f" by {100 * share:.1f} % of their parameters" if share is not None else ""
+        done.append(f"layers narrowed{of} ({plan.width.get('method')})")
     sentence = "; ".join(done) or "nothing merged or removed"
     return sentence[0].upper() + sentence[1:] + "."
+
+
+def halves(plan: MergePlan) -> str:
+    """How many halves of layers are gone: `3 attention and 1 mlp`; empty where none is."""
+    kinds = [str(half["kind"]) for half in plan.sublayers]
+    return " and ".join(f"{kinds.count(kind)} {kind}" for kind in ("attention", "mlp") if kind in kinds)
 
 
 def stack(plan: MergePlan) -> Markup:
@@ -67,6 +78,7 @@ def stack(plan: MergePlan) -> Markup:
         """Upper edge of a row, counted from the bottom."""
         return top + (plan.n_layers - 1 - layer) * pitch
 
+    halves = {(s["layer"], s["kind"]) for s in plan.sublayers}
     dense = _Labels(left - 8, "end")
     compressed = _Labels(right + width + 8, "")
     drawn = []
@@ -80,12 +92,13 @@ def stack(plan: MergePlan) -> Markup:
             tag("title", f"compressed layer {slot}: {told}"),
             tag("path", class_=f"ribbon {kind}", d=_ribbon(
                 left + width + 2, y(group.stop - 1), y(group.start) + bar, right - 2, y(slot), y(slot) + bar)),
-            tag("rect", x=right, y=y(slot), width=width, height=bar, rx=2, class_=f"box {kind}"),
+            tag("rect", x=right + (width / 2 if (group.start, "attention") in halves else 0), y=y(slot),
+                width=width / 2 if any(layer == group.start for layer, _ in halves) else width, height=bar, rx=2,
+                class_=f"box {kind}"),
         ))
         compressed.want(span(group), y(slot) + bar / 2, rank=0 if merged else 1 + slot % 5, strong=merged)
     ends = {end for g in plan.groups for end in (g.start, g.stop - 1)}
     in_group = {i for g in plan.groups for i in range(g.start, g.stop)}
-    halves = {(s["layer"], s["kind"]) for s in plan.sublayers}
     for layer in range(plan.n_layers):
         kind = "dropped" if layer in plan.dropped else "merged" if layer in in_group else "kept"
         told = "removed" if kind == "dropped" else kind
@@ -156,9 +169,7 @@ def heatmap(matrix_LL: np.ndarray, plan: MergePlan | None) -> Markup:
         both = (tag("rect", x=x, y=y, width=side, height=side, class_=c) for c in ("frame halo", class_))
         return tag("g", tag("title", told), *both)
 
-    picture = base64.b64encode(_png(_colours(matrix_LL[::-1]))).decode()
-    parts = [tag("image", href=f"data:image/png;base64,{picture}", x=left, y=top, width=size, height=size,
-                 preserveAspectRatio="none", class_="pixels")]
+    parts = [pixels(matrix_LL, left, top, size)]
     if plan:
         parts += [frame(g, f"layers {span(g)} are merged", "frame") for g in plan.groups]
         parts += [frame(Group(i, i + 1), f"layer {i} is removed", "frame gone") for i in plan.dropped]
@@ -254,31 +265,31 @@ def intervals(rows: Sequence[Comparison]) -> Markup:
     return Markup("").join(lines)
 
 
-def tradeoff(points: Sequence[tuple[float, float, str, str]], unit: str) -> Markup:
-    """Quality over share of parameters removed, one linked mark per run.
+def losses(training: Sequence[Sequence[float]], held_out: Sequence[Sequence[float]]) -> Markup:
+    """Loss over steps, each a list of (step, loss): a line for training, joined marks for what is held out."""
+    both = [(float(step), float(loss)) for step, loss in (*training, *held_out)]
+    across = _ticks(0, max(step for step, _ in both), whole=True)
+    up = _ticks(min(loss for _, loss in both), max(loss for _, loss in both))
+    height = 220.0
 
-    Args:
-        points: (share removed, quality in the scale shown, what pointing tells, address); no address: the dense model.
-        unit: what quality is, for the axis.
-    """
-    height = 260.0
-    across = _ticks(0.0, max(p[0] for p in points))
-    up = _ticks(min(p[1] for p in points), max(p[1] for p in points))
+    def x(step: float) -> str:
+        return f"{100 * step / across[-1]:.2f}%"
 
-    def x(share: float) -> str:
-        return f"{100 * share / across[-1]:.2f}%"
-
-    def y(quality: float) -> float:
-        return height * (up[-1] - quality) / ((up[-1] - up[0]) or 1)
+    def y(loss: float) -> float:
+        return height * (up[-1] - loss) / ((up[-1] - up[0]) or 1)
 
     parts = [_gridline(y(tick), f"{tick:.{_decimals(up)}f}") for tick in up]
-    parts += [tag("text", f"{100 * t:g}", x=x(t), y=height + 20, class_="mid") for t in across]
-    for share, quality, told, address in points:
-        mark = tag("circle", cx=x(share), cy=y(quality), r=5, class_="accepted" if address else "dense")
-        parts.append(tag("a", tag("title", told), mark, href=address, aria_label=told) if address
-                     else tag("g", tag("title", told), mark))
-    return tag("svg", *parts, width="100%", height=height, role="group", class_="chart",
-               aria_label=f"{unit} over parameters removed in per cent, {len(points)} models.")
+    parts += [tag("text", f"{t:g}", x=x(t), y=height + 20, class_="mid") for t in across]
+    for series, class_ in ((training, None), (held_out, "held")):
+        lines = [tag("line", x1=x(a[0]), x2=x(b[0]), y1=y(a[1]), y2=y(b[1]), class_="curve")
+                 for a, b in itertools.pairwise(series)]
+        marks = [tag("g", tag("title", f"step {step:g}: {loss:.4f}"), tag("circle", cx=x(step), cy=y(loss), r=3.5))
+                 for step, loss in (series if class_ or len(series) == 1 else ())]
+        parts.append(tag("g", *lines, *marks, class_=class_))
+    ends = f"{training[0][1]:.3f} at first, {training[-1][1]:.3f} at last" if training else "none"
+    held = f"; held out {held_out[0][1]:.3f} and {held_out[-1][1]:.3f}" if held_out else ""
+    return tag("svg", *parts, width="100%", height=height, role="img", class_="chart",
+               aria_label=f"Training loss over steps: {ends}{held}.")
 
 
 def _gridline(y: float, text: str) -> Markup:
@@ -301,23 +312,37 @@ def _decimals(ticks: Sequence[float]) -> int:
     return max(len(f"{t:.10f}".rstrip("0").partition(".")[2]) for t in ticks)
 
 
-def _colours(matrix_LL: np.ndarray) -> np.ndarray:
-    """[L, L] scores -> [L, L, 3] uint8; below 0 (the unbiased estimator goes there) counts as 0."""
+def pixels(matrix_LL: np.ndarray, x: float, y: float, size: float) -> Markup:
+    """A matrix of scores as an embedded picture, layer 0 below left; a byte a pair before compression.
+
+    Scores below 0 (the unbiased estimator goes there) and those that are not finite take the colour of 0.
+    """
+    import numpy as np
+
+    levels = (np.clip(np.nan_to_num(matrix_LL[::-1]), 0, 1) * 255).round().astype("uint8")
+    picture = base64.b64encode(_png(levels, _palette())).decode()
+    return tag("image", href=f"data:image/png;base64,{picture}", x=x, y=y, width=size, height=size,
+               preserveAspectRatio="none", class_="pixels")
+
+
+def _palette() -> bytes:
+    """256 colours from 0 to 1, RGB."""
     import numpy as np
 
     anchors = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in SCALE], dtype="float64")
-    at = np.linspace(0, 1, len(anchors))
-    values = np.clip(np.nan_to_num(matrix_LL), 0, 1)
-    return np.stack([np.interp(values, at, anchors[:, i]) for i in range(3)], axis=-1).round().astype("uint8")
+    at, levels = np.linspace(0, 1, len(anchors)), np.linspace(0, 1, 256)
+    colours = np.stack([np.interp(levels, at, anchors[:, i]) for i in range(3)], axis=-1)
+    return bytes(colours.round().astype("uint8").tobytes())
 
 
-def _png(pixels_HWC: np.ndarray) -> bytes:
-    """8-bit RGB, one scanline filter (none)."""
+def _png(levels_HW: np.ndarray, palette: bytes) -> bytes:
+    """8-bit indexed colour, one scanline filter (none)."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    height, width, _ = pixels_HWC.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    lines = b"".join(b"\0" + row.tobytes() for row in pixels_HWC)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
+    height, width = levels_HW.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
+    lines = zlib.compress(b"".join(b"\0" + row.tobytes() for row in levels_HW), 9)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"PLTE", palette) + chunk(b"IDAT", lines)
+            + chunk(b"IEND", b""))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.errors import SlmError
 from slm_exp.files import write_text
+from slm_exp.launch.folder import DIED, FAILED, FINISHED, RUNNING, in_use
 from slm_exp.reporting import charts, results
 from slm_exp.types import LayerSimilarity, MergePlan
 
@@ -30,10 +32,12 @@ def write_report(folder: Path, record: dict[str, Any] | None = None) -> Path:
     plan = MergePlan.from_json(record["plan"]) if record.get("plan") else None
     page = environment().get_template("run.html.j2").render(
         record=record,
+        state=state_of(folder, record),
         plan=plan,
         method=(record.get("config") or {}).get("method", {}).get("name", ""),
         charts=charts,
         matrix=_matrix(folder),
+        widths=_widths(plan),
         advice=advice(record),
         config_yaml=_config_yaml(folder, record),
         **_results(folder, record),
@@ -43,13 +47,22 @@ def write_report(folder: Path, record: dict[str, Any] | None = None) -> Path:
     return path
 
 
+def state_of(folder: Path, record: dict[str, Any]) -> str:
+    """One of launch.folder.STATES. A run whose record says running, and whose folder no process holds, has died."""
+    status = record.get("status")
+    if status in (FINISHED, FAILED):
+        return str(status)
+    return RUNNING if in_use(folder) else DIED
+
+
+@functools.cache
 def environment() -> Environment:
     """Jinja2 with this package's templates and number formats; everything is escaped, a misspelt name is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                       trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"percent": percent, "signed": signed, "duration": duration}
+    env.filters |= {"percent": percent, "signed": signed, "duration": duration, "setting": setting}
     env.globals["size_change"] = size_change
     return env
 
@@ -57,6 +70,11 @@ def environment() -> Environment:
 def percent(value: float | None, digits: int = 1) -> str:
     """0.4571 -> 45.7; a dash for None."""
     return "–" if value is None else f"{100 * value:.{digits}f}"
+
+
+def setting(path: str) -> str:
+    """A config path as an override writes it: `method.threshold`, `merge_rule`."""
+    return path.removesuffix("/name").replace("/", ".")
 
 
 def signed(value: float) -> str:
@@ -133,6 +151,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise SlmError(f"{path} is not a run's record.")
     return record
+
+
+def _widths(plan: MergePlan | None) -> dict[str, list[int]]:
+    """What is left of every layer, by what it counts; empty where layers kept their width."""
+    sizes = ((plan.width if plan else None) or {}).get("sizes") or {}
+    names = {"heads": "Heads", "kv_heads": "Key-value heads", "channels": "MLP channels"}
+    return {name: list(sizes[key]) for key, name in names.items() if sizes.get(key)}
 
 
 def _matrix(folder: Path) -> LayerSimilarity | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slm_exp.evaluation.base import SEVEN
+from slm_exp.statistics.scores import metric_of
 
 
 def summary(record: dict[str, Any], folder: Path) -> str:
@@ -36,11 +36,23 @@ def summary(record: dict[str, Any], folder: Path) -> str:
         lines.append("  (percent; hellaswag, arc_challenge, openbookqa by acc_norm; standard errors in the report)")
     for corpus, value in small["perplexity"].items():
         lines.append(f"  perplexity {corpus}: {dense['perplexity'][corpus]:.2f} -> {value:.2f}")
+    lines += [_speed(cell) for cell in (record.get("speed") or {}).get("cells", ())]
     slow = sorted(record["stages"], key=lambda s: -s["seconds"])[:3]
     lines.append("  time       " + ", ".join(f"{s['name']} {s['seconds']:.0f} s" for s in slow))
     lines += [f"  warning    {w}" for w in record["warnings"]]
     lines.append(f"  report     {folder / 'report.html'}")
     return "\n".join(lines)
+
+
+def _speed(cell: dict[str, Any]) -> str:
+    """One shape of generation: seconds, dense and compressed, and how many times faster, with quartiles."""
+    case = f"  speed      batch {cell['batch']}, {cell['prompt']} tokens in, {cell['new']} out: "
+    if cell.get("error"):
+        return case + cell["error"]
+    before, after = (cell[which]["latency_s"]["median"] for which in ("dense", "compressed"))
+    times = cell["speedup"]
+    return case + (f"{before:.3g} s -> {after:.3g} s, {times['median']:.2f} times faster ({times['q1']:.2f} to "
+                   f"{times['q3']:.2f})")
 
 
 def _sizes(target: dict[str, Any]) -> list[str]:
@@ -61,10 +73,12 @@ def _sizes(target: dict[str, Any]) -> list[str]:
 
 
 def _main_metric(task: str, scores: dict[str, Any]) -> float | None:
-    """The metric that a task is quoted by: as in the seven-task average, else acc."""
-    value = scores.get(SEVEN.get(task, "acc"))
-    return None if value is None else float(value)
+    """The metric that a task is quoted by: as in the seven-task average, else acc, or what there is."""
+    name = metric_of(task, scores)
+    return None if name is None else float(scores[name])
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" if 0 <= value <= 1 else f"{value:.4g}"

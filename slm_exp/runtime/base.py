@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.errors import ConfigError, require
+from slm_exp.launch.ranks import local_rank, world
 from slm_exp.registry import Component, knob, register
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Runtime(Component):
         wanted = device or self.device
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted == "cuda" and world() > 1:
+            wanted = f"cuda:{local_rank()}"
         if wanted.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device = {wanted}; no CUDA device is visible. Use runtime=cpu or runtime=auto.")
         return torch.device(wanted)

@@ -81,8 +81,9 @@ def follow(
     wanted: Callable[[range], bool] | None = None,
     show: Callable[[Branch, int], None] | None = None,
     asked: set[Candidate] | None = None,
+    near: float | None = None,
 ) -> Path:
-    """Every plan of the thresholds [low, high), from the highest threshold down.
+    """Every plan of the thresholds [low, high), from the highest threshold down or from one outwards.
 
     Args:
         scores: scores candidates, none twice.
@@ -94,6 +95,7 @@ def follow(
             refuses are left out of the plans without being `unknown`.
         asked: candidates scored before that count towards `max_evaluations`; those scored here join them.
         show: called with a branch before it is decided, and the number of candidates scored so far.
+        near: begin with the branches nearest to this threshold; null with the highest.
     Cost: one score for every distinct candidate of any threshold in the range.
     """
     plans: list[PathPlan] = []
@@ -101,6 +103,8 @@ def follow(
     asked = set() if asked is None else asked
     todo = [Branch(start, low, high)]
     while todo:
+        if near is not None:  # the nearest last; of two as near, and without `near`, the higher one
+            todo.sort(key=lambda b: (-max(b.low - near, near - b.high, 0), b.low))
         branch = todo.pop()
         state = branch.state
         if wanted is not None and not wanted(sizes(state, n_layers, commit_open_window)):

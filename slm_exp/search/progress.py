@@ -50,20 +50,21 @@ class Progress:
 
 
 @contextmanager
-def ticking(what: str, total: int, unit: str = "model") -> Iterator[Callable[[str], None]]:
+def ticking(what: str, total: int, unit: str = "model") -> Iterator[Callable[..., None]]:
     """Show how many of `total` models are done: a bar on a terminal, a line in the log now and then elsewhere.
 
-    Yields a function to call after each, with what is known by then.
+    Yields a function to call after each, with what is known by then, and how many are done where that is not one more.
     """
     from tqdm import tqdm
 
     done, logged = 0, time.monotonic()
 
-    def tick(about: str = "") -> None:
+    def tick(about: str = "", at: int | None = None) -> None:
         nonlocal done, logged
-        done += 1
+        step = 1 if at is None else at - done
+        done += step
         bar.set_postfix_str(about, refresh=False)
-        bar.update()
+        bar.update(step)
         if bar.disable and time.monotonic() - logged > LOG_EVERY_S:
             logged = time.monotonic()
             log.info("%s: %d of %d %ss, %s", what, done, total, unit, about)

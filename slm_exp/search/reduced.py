@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_exp.cache.journal import Journal
 from slm_exp.merging.compensation import scaled_outputs, scales
+from slm_exp.search.refit import Refits, with_refits
 from slm_exp.search.runner import BlockRunner, Slot
 from slm_exp.search.scoring import merged_slot
 from slm_exp.search.vocabulary import mean_loss
@@ -59,6 +60,7 @@ class ReducedModels:
         self._values: dict[tuple[str, Slots], float] = {}
         self._unnamed = 0
         self._journals: dict[str, Journal] = {}
+        self._refits = Refits(task)
         self._cost = _Cost(self.dense)
 
     @property
@@ -74,7 +76,8 @@ class ReducedModels:
         SmolLM2's vocabulary takes as long as eight layers). Counted as if nothing had been in the store: the cost of
         a search is a property of the search.
         """
-        return math.ceil(self._cost.spent)
+        refits = len(self._cost.refits)
+        return math.ceil(self._cost.spent) + (self._refits.block_forwards(refits) if refits else 0)
 
     @cached_property
     def dense_states(self) -> list[Tensor]:
@@ -103,6 +106,8 @@ class ReducedModels:
     def measure(self, slots: Sequence[Slot], name: str, of: Callable[[Tensor], float]) -> float:
         """Any value of the model's last hidden state (after the final norm, [N, T, D]).
 
+        With `similarity.after` it is that of the model with the layer beside each cut refitted.
+
         Args:
             slots: the model's layers, bottom to top. A model with `Slot.weights` has no name to remember its value by
                 (one with `Slot.merged` has): it is computed at every call.
@@ -110,7 +115,7 @@ class ReducedModels:
             of: computes it. Not finite counts as infinite.
         Cost: one block forward for every slot above the longest prefix shared with the base.
         """
-        slots = tuple(slots)
+        slots = self._as_run(slots)
         if any(slot.weights for slot in slots):
             self._cost.ask(slots)
             self._unnamed += 1
@@ -127,11 +132,14 @@ class ReducedModels:
 
     def commit(self, slots: Sequence[Slot]) -> None:
         """Make this model the base whose states are reused. Its layers run when a candidate needs their output."""
-        slots = tuple(slots)
+        slots = self._as_run(slots)
         if self._states is not None:
             del self._states[shared(self._base, slots) + 1 :]
         self._base = slots
         self._cost.commit(slots)
+
+    def _as_run(self, slots: Sequence[Slot]) -> Slots:
+        return with_refits(tuple(slots), len(self.dense)) if self.task.similarity.after else tuple(slots)
 
     def _last_state(self, slots: Slots) -> Tensor:
         prefix = shared(self._base, slots)
@@ -150,6 +158,8 @@ class ReducedModels:
         if slot.scale != 1:
             layout, layer = self.task.handle.layout, self.task.handle.layers[slot.host]
             weights = {**weights, **scaled_outputs(layout, layer, weights, slot.scale)}
+        if slot.refit:
+            weights = self._refits.weights(slot, weights)
         return self.runner.block(Slot(slot.host, weights, without=slot.without), h_NTD)
 
     @cached_property
@@ -170,6 +180,7 @@ class ReducedModels:
                 "model": task.handle.digest,
                 "device": task.handle.device.type,
                 "tokens": task.tokens.digest,
+                **self._refits.identity(),
             }
             if name == "score":
                 inputs |= {"similarity": task.similarity.name}
@@ -197,11 +208,13 @@ class _Cost:
     def __init__(self, dense: Slots) -> None:
         self.base, self.known = dense, len(dense)  # slots of the base whose output is known
         self.spent = blocks(dense)
+        self.refits: set[Slot] = set()
 
     def ask(self, slots: Slots) -> None:
         prefix = shared(self.base, slots)
         self.spent += blocks(self.base[self.known : prefix]) + blocks(slots[prefix:])
         self.known = max(self.known, prefix)
+        self.refits.update(slot for slot in slots if slot.refit)
 
     def commit(self, slots: Slots) -> None:
         self.known = min(self.known, shared(self.base, slots))

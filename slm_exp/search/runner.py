@@ -48,6 +48,8 @@ class Slot:
     """`attention` or `mlp`: that half, with its norm, does not run and the states pass it by."""
     scale: float = 1.0
     """What the layer adds to the stream is multiplied by this; likewise only by `ReducedModels`."""
+    refit: tuple[int, int] | None = None
+    """Dense layers [start, stop) whose work it takes over by a refitted projection; see search/refit.py."""
 
     def __post_init__(self) -> None:
         if not self.without < set(SUBLAYERS):
@@ -153,8 +155,8 @@ class BlockRunner:
 
     def _weights(self, slot: Slot, everything: bool = False) -> dict[str, Tensor]:
         """Parameters and buffers as the layer runs with them: all, or those that differ from the module's own."""
-        if slot.merged is not None or slot.scale != 1:
-            raise ValueError(f"{slot} has yet to be merged or scaled; ReducedModels does that.")
+        if slot.merged is not None or slot.refit is not None or slot.scale != 1:
+            raise ValueError(f"{slot} has yet to be merged, refitted or scaled; ReducedModels does that.")
         layer = self.handle.layers[slot.host]
         own = dict(layer.named_parameters()) | dict(layer.named_buffers())
         unknown = sorted(set(slot.weights) - set(own))

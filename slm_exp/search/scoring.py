@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from slm_exp.cache.journal import Journal
+from slm_exp.search.refit import Refits
 from slm_exp.search.runner import BlockRunner, Slot
 from slm_exp.types import Group
 
@@ -41,6 +42,7 @@ class CandidateScorer:
         self.top = top
         self.asked: set[tuple[Candidate, str | None]] = set()
         """What has been scored here, and in which dtype."""
+        self._refits = Refits(task)
         self._journals: dict[str | None, Journal] = {}
         self._runners: dict[str | None, BlockRunner] = {}
 
@@ -51,7 +53,11 @@ class CandidateScorer:
         Counted as if none had been in the store: the cost of a search is a property of the search.
         """
         n_layers = self.task.handle.n_layers
-        return n_layers + sum(candidate.blocks(n_layers) for candidate, _ in self.asked)
+        forwards = n_layers + sum(candidate.blocks(n_layers) for candidate, _ in self.asked)
+        if self.task.similarity.after:
+            cuts = {(c.low, c.high + 1) for c, _ in self.asked} | {tuple(g) for c, _ in self.asked for g in c.groups}
+            forwards += self._refits.block_forwards(len(cuts))
+        return forwards
 
     def score(self, candidate: Candidate, dtype: str | None = None) -> float:
         """The candidate's score. Cost: `candidate.blocks(L)` block forwards, in `dtype` where one is given."""
@@ -69,8 +75,15 @@ class CandidateScorer:
         window = Group(candidate.low, candidate.high + 1)
         for group in (window, *candidate.above(self.task.handle.n_layers)):
             # a merged layer is combined again each time it runs: a twentieth of running it, and nothing to keep
-            h_NTD = runner.block(merged_slot(self.task, group), h_NTD)
+            h_NTD = runner.block(self._slot(group), h_NTD)
         return against(self._runner(None).finish(h_NTD))
+
+    def _slot(self, group: Group) -> Slot:
+        slot = merged_slot(self.task, group)
+        if self.task.similarity.after is None or group.stop - group.start == 1:
+            return slot
+        named = Slot(slot.host, merged=group, refit=(group.start, group.stop))
+        return Slot(slot.host, self._refits.weights(named, slot.weights))
 
     @cached_property
     def _dense(self) -> tuple[list[Tensor], Scorer]:
@@ -101,6 +114,7 @@ class CandidateScorer:
                 score = {"similarity": task.similarity.identity(), "kernel": task.kernel.identity()}
             inputs = {
                 **score,
+                **self._refits.identity(),
                 "model": task.handle.digest,
                 "device": task.handle.device.type,
                 "tokens": task.tokens.digest,

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.errors import require, require_one_of
 from slm_exp.registry import Component
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_exp.kernels.base import Kernel
+    from slm_exp.models.base import ModelHandle
+    from slm_exp.recovery.fit import FitSource
+
+AFTER = ("reconstruct",)
+FIT = ("fit_path", "fit_samples", "fit_seq_len")
+CALLED = (("calibration.path", "similarity.fit_path"), ("calibration.n_samples", "similarity.fit_samples"),
+          ("calibration.seq_len", "similarity.fit_seq_len"))
 
 Scorer = Callable[["Tensor"], float]
 
@@ -23,6 +30,9 @@ Scorer = Callable[["Tensor"], float]
 class Similarity(Component, ABC):
     """An acceptance score; the fields also set the CKA estimator of the layer similarity matrix."""
 
+    saturates: ClassVar[bool] = False
+    """Whether a few tokens of huge norm decide it, so that a refit takes every candidate to 1."""
+
     estimator: str = "unbiased"
     """HSIC estimator of CKA: unbiased (Song et al. 2012) or biased."""
     batch: int = 256
@@ -30,9 +40,48 @@ class Similarity(Component, ABC):
     skip_first_token: bool = True
     """Leave every sequence's first token out of CKA: its norm is huge and draws the picture."""
 
+    after: str | None = None
+    """reconstruct: candidates are scored after the layer beside each cut is refitted (search/refit.py)."""
+    fit_path: str | None = None
+    """What they are refitted on: a .npy file [N, T], or texts as in calibration=jsonl; null is the bundled text, of
+    documents that the calibration has not drawn from."""
+    fit_samples: int = 24
+    """Sequences; of a .npy file all are taken."""
+    fit_seq_len: int = 256
+    """Tokens per sequence."""
+
     def check(self) -> None:
         require_one_of("similarity.estimator", self.estimator, ("unbiased", "biased"))
         require(self.batch >= 4, "similarity.batch", self.batch, "a whole number >= 4")
+        require(self.fit_samples >= 2, "similarity.fit_samples", self.fit_samples, "a whole number >= 2")
+        require(self.fit_seq_len >= 2, "similarity.fit_seq_len", self.fit_seq_len, "a whole number >= 2")
+        if self.after is None:
+            require(self.fit_path is None, "similarity.fit_path", self.fit_path, "null without similarity.after")
+            return
+        require_one_of("similarity.after", self.after, AFTER)
+        require(self.saturates is False, "similarity.after", self.after, f"null with similarity={self.name}",
+                "After a refit it is .999 for every candidate: a few tokens of huge norm are matched first. "
+                "Use similarity=token_cosine.")
+
+    def identity(self) -> dict[str, Any]:
+        """An option that is off leaves no trace."""
+        out = {k: v for k, v in super().identity().items() if k not in (*FIT, "after")}
+        return {**out, **self.after_identity()}
+
+    def after_identity(self) -> dict[str, Any]:
+        """What decides a score besides the score itself."""
+        return {} if self.after is None else {"after": {"refit": self.after, "tokens": self.fit_source().identity()}}
+
+    def fit_source(self) -> FitSource:
+        """Where the tokens of the refit come from."""
+        from slm_exp.recovery.fit import FitSource
+
+        return FitSource(self.fit_path, self.fit_samples, self.fit_seq_len, called=CALLED)
+
+    def check_data(self, dense: ModelHandle) -> None:
+        """Raise ConfigError or DataError where the tokens of the refit cannot be had. Loads no weights."""
+        if self.after is not None:
+            self.fit_source().check(dense)
 
     def uses_kernel(self) -> bool:
         """Whether the acceptance score depends on the `kernel` group."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.registry import register
 from slm_exp.similarity.base import Scorer, Similarity, as_score, cosines, token_dots, wide
@@ -22,6 +22,8 @@ class FlatCosine(Similarity):
     Tokens of large norm weigh most; `token_cosine` gives every token the same weight.
     Source: SLM.py of the released code; Ding et al. 2025, arXiv:2502.19159.
     """
+
+    saturates: ClassVar[bool] = True
 
     def against(self, dense_NTD: Tensor, kernel: Kernel) -> Scorer:
         dense = wide(dense_NTD)

@@ -51,10 +51,13 @@ def by_document(path: Path, metric: str) -> dict[tuple[Any, Any], float]:
 
     Args:
         path: `samples/<dense or compressed>/<task>.jsonl.gz` of a run.
+        metric: as in the record; `exact_match(remove_whitespace)` is that metric after that filter.
     """
+    name, _, chosen = metric.removesuffix(")").partition("(")
     try:
         with gzip.open(path, "rt", encoding="utf-8") as f:
             rows = [json.loads(line) for line in f]
-        return {(row.get("doc_id"), row.get("doc_hash")): float(row[metric]) for row in rows}
+        return {(row.get("doc_id"), row.get("doc_hash")): float(row[name]) for row in rows
+                if row.get("filter", "") == chosen}  # fmt: skip
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return {}

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from slm_exp.commandline import Parser
 from slm_exp.errors import ConfigError, did_you_mean
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.files import write_text
@@ -21,22 +22,35 @@ FORMAT_NAMES = ("md", "tex", "csv", "html")
 OUTPUTS = Path("outputs")
 
 
+def parser() -> Parser:
+    """The command line of `slm tables`."""
+    p = Parser(
+        "tables", __doc__,
+        examples={
+            "slm tables sweep outputs/multirun/threshold_rule": "one row per run",
+            "slm tables main outputs --missing": "the commands that fill what is missing",
+            "slm tables main outputs --format md,tex --out tables": "two formats, into files",
+        },
+        exits={0: "the table is written", 2: "a wrong call, or numbers of different protocols"},
+        notes=_epilog(),
+    )  # fmt: skip
+    p.add_argument("name", metavar="NAME", help="sweep, a table of conf/table, or a .yaml file")
+    p.add_argument("words", metavar="PARAM=VALUE or DIR", nargs="*",
+                   help="parameters of the table, folders of runs")
+    p.add_argument("--format", default="md", metavar="md,tex,csv,html",
+                   help="one goes to stdout, several need --out (default md)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="write DIR/NAME.FORMAT instead")
+    p.add_argument("--columns", metavar="A,B", help="these columns, in this order: of the table, or any quantity")
+    p.add_argument("--missing", action="store_true", help="print the commands that fill what is missing")
+    p.add_argument("--reference", action="store_true",
+                   help="ours beside published numbers (conf/reference), with difference and verdict")
+    p.add_argument("--mixed-protocols", action="store_true", help="show numbers of different protocols too")
+    return p
+
+
 def main(argv: Sequence[str]) -> int:
     """Print a table, write it in several formats, or print what is missing. Exit status 0; 2 for a wrong call."""
-    parser = argparse.ArgumentParser(prog="slm tables", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_epilog())
-    parser.add_argument("name", metavar="NAME", help="sweep, a table of conf/table, or a .yaml file")
-    parser.add_argument("words", metavar="PARAM=VALUE or DIR", nargs="*",
-                        help="parameters of the table, folders of runs")
-    parser.add_argument("--format", default="md", metavar="md,tex,csv,html",
-                        help="one goes to stdout, several need --out (default md)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/NAME.FORMAT instead")
-    parser.add_argument("--columns", metavar="A,B", help="these columns, in this order: of the table, or any quantity")
-    parser.add_argument("--missing", action="store_true", help="print the commands that fill what is missing")
-    parser.add_argument("--reference", action="store_true",
-                        help="ours beside published numbers (conf/reference), with difference and verdict")
-    parser.add_argument("--mixed-protocols", action="store_true", help="show numbers of different protocols too")
-    args = parser.parse_intermixed_args(list(argv))
+    args = parser().parse_intermixed_args(list(argv))
     formats = _formats(args.format, args.out)
     params, folders = split_words(args.words)
     grid = _sweep(params, folders, args) if args.name == "sweep" else _declared(args.name, params, folders, args)

@@ -111,5 +111,5 @@ def gradients(handle: ModelHandle, tokens: CalibrationTokens, second: bool) -> t
                 if second:
                     square = g.square() * len(ids_NT)  # g is 1/N of this sample's gradient
                     squares[key] = squares[key].add_(square) if key in squares else square
-            tick(f"loss {float(loss) * len(ids_NT):.4f}")
+            tick(f"loss {float(loss.detach()) * len(ids_NT):.4f}")
     return first, squares

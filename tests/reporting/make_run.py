@@ -1,6 +1,6 @@
 """A run's folder as the pipeline leaves it, made by hand: 30 layers, two merged groups, seven tasks.
 
-`python tests/reporting/make_run.py FOLDER [finished|failed|running|baseline|bare]` writes one to look at.
+`python tests/reporting/make_run.py FOLDER [finished|failed|running|baseline|healed|bare]` writes one to look at.
 """
 
 from __future__ import annotations
@@ -143,10 +143,29 @@ def baseline() -> MergePlan:
                 target={"asked": {"layers": 27}, "complete": True})
 
 
+def narrowed() -> MergePlan:
+    """Layers of widths of their own."""
+    channels = [1536 - 8 * (i % 7) for i in range(27)]
+    return plan(width={"method": "flap", "ratio": 0.1, "reached": 0.0984, "order": "after", "uniform": False, "sizes": {
+        "heads": [9 - i % 2 for i in range(27)], "kv_heads": [3] * 27, "channels": channels, "hidden": None}})
+
+
+def recovery() -> dict[str, Any]:
+    """What a training and a refit leave, in one."""
+    return {"examples": {"train": 90, "held_out": 10, "dropped": 0}, "trained_parameters": 1_234_567, "steps": 40,
+            "steps_planned": 40, "best_step": 30, "loss": [[10 * i, 3 - 0.4 * i**0.5] for i in range(1, 5)],
+            "held_out_loss": [[20, 2.9], [40, 2.7]],
+            "layers": [{"layer": 14, "original": [14, 16], "errors": [0.2, 0.11, 0.09]}]}
+
+
 def make_run(folder: Path, kind: str = "finished") -> Path:
     """Write a run's folder; `kind` as in the module's docstring. Returns the folder."""
-    the_plan = baseline() if kind == "baseline" else plan()
+    the_plan = baseline() if kind == "baseline" else narrowed() if kind == "healed" else plan()
     out = record(the_plan, *(evaluation(i, folder / "samples" / w) for i, w in enumerate(("dense", "compressed"))))
+    if kind == "baseline":
+        out["params"]["zeroed"] = 1_327_104
+    if kind == "healed":
+        out["recovery"] = recovery()
     if kind in ("failed", "running", "bare"):
         out["stages"] = out["stages"][: 0 if kind == "bare" else 5]
         out["status"] = "running" if kind == "running" else "failed"

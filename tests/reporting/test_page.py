@@ -7,13 +7,13 @@ import io
 import itertools
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from make_run import TASKS, L, make_run, plan, similarity
+from pages import Page, table
 
 from slm_exp import report
 from slm_exp.errors import SlmError
@@ -22,46 +22,7 @@ from slm_exp.reporting import charts
 from slm_exp.reporting.page import duration, signed, size_change, write_report
 from slm_exp.types import Group, MergePlan, Trial
 
-VOID = {"meta", "link", "input", "br", "img"}
-KINDS = ("finished", "failed", "running", "baseline", "bare")
-
-
-class Page(HTMLParser):
-    """A page as a tree of (tag, attributes, text, children); complains of unbalanced tags."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.html = html
-        self.elements: list[dict[str, Any]] = []
-        self._open: list[dict[str, Any]] = []
-        self.feed(html)
-        assert not self._open, f"not closed: {[e['tag'] for e in self._open]}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        element = {"tag": tag, "attrs": dict(attrs), "text": "", "inside": [e["tag"] for e in self._open]}
-        self.elements.append(element)
-        if tag not in VOID:
-            self._open.append(element)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self._open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open[-1]["tag"] == tag, f"</{tag}> closes <{self._open[-1]['tag']}>"
-        self._open.pop()
-
-    def handle_data(self, data: str) -> None:
-        for element in self._open:
-            element["text"] += data
-
-    def all(self, tag: str, class_: str | None = None) -> list[dict[str, Any]]:
-        return [e for e in self.elements if e["tag"] == tag
-                and (class_ is None or class_ in (e["attrs"].get("class") or "").split())]
-
-    def text(self, tag: str, class_: str | None = None) -> list[str]:
-        return [" ".join(e["text"].split()) for e in self.all(tag, class_)]
+KINDS = ("finished", "failed", "running", "baseline", "healed", "bare")
 
 
 @pytest.fixture
@@ -155,6 +116,24 @@ def test_what_a_baseline_removes_is_hatched(tmp_path: Path) -> None:
     told = "Layers 20, 21, 25 removed; attention of layer 7 removed; mlp of layer 9 removed."
     assert told in page.text("p", "lede")[0]
     assert not [e for e in page.all("section") if e["attrs"].get("id") == "search"]
+    assert page.text("h1") == ["smollm2_135m: 30 layers to 27, 1 attention and 1 mlp removed"]
+    assert page.text("dd", "small")[:2] == ["3 fewer; 1 attention and 1 mlp removed", "7.9 % removed; 1.0 % zeroed"]
+
+
+def test_narrower_layers_and_recovery_are_shown(tmp_path: Path) -> None:
+    page = of("healed", tmp_path)
+    assert "layers narrowed by 9.8 % of their parameters (flap)" in page.text("p", "lede")[0]
+    rows = table(page, "What is left of the layers")
+    assert (len(rows), rows[1]) == (27, ["1", "8", "3", "1528", ""])
+    assert table(page, "Layers refitted") == [["14", "14–15", "0.2000", "0.0900"]]
+    assert "40 of 40 steps on 90 examples, 10 held out, 1,234,567 parameters trained" in page.text("section")[5]
+    labels = [e["attrs"].get("aria-label") or "" for e in page.all("svg")]
+    assert any(label.startswith("Training loss over steps: 2.600 at first") for label in labels)
+
+
+def test_a_plan_that_only_narrows_says_so() -> None:
+    assert charts.describe(MergePlan(4, width={"method": "flap", "ratio": 0.2})) == (
+        "Layers narrowed by 20.0 % of their parameters (flap).")
 
 
 def test_every_candidate_is_a_mark_on_its_side_of_the_threshold(page: Page) -> None:
@@ -174,7 +153,7 @@ def test_heatmap_pixels_are_the_matrix_with_layer_0_below_left() -> None:
     svg = str(charts.heatmap(matrix, MergePlan(3, (Group(0, 2),))))
     data = re.search(r"base64,([^\"]+)", svg)
     assert data
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data[1]))))
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data[1]))).convert("RGB"))
     colour = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (charts.SCALE[0], charts.SCALE[-1])]
     assert pixels.shape == (3, 3, 3)
     assert [tuple(pixels[2 - i, i]) for i in range(3)] == [colour[1]] * 3
@@ -243,8 +222,21 @@ def test_nan_in_the_matrix_does_not_break_the_script(tmp_path: Path) -> None:
 def test_the_record_in_hand_wins_over_the_one_on_disk(tmp_path: Path) -> None:
     make_run(tmp_path, "running")
     record = json.loads((tmp_path / "record.json").read_text())
-    for given, shown in ((None, "running"), ({**record, "status": "finished"}, "finished")):
+    for given, shown in ((None, "died"), ({**record, "status": "finished"}, "finished")):
         assert Page(write_report(tmp_path, given).read_text()).text("span", "status") == [shown]
+
+
+def test_a_run_is_at_work_while_its_folder_is_held_and_has_died_otherwise(tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    make_run(tmp_path, "running")
+    with FileLock(tmp_path / ".lock"):
+        page = Page(write_report(tmp_path).read_text())
+    assert page.text("span", "status") == ["running"]
+    assert "was at work" in page.text("section")[0]
+    page = Page(write_report(tmp_path).read_text())
+    assert page.text("span", "status") == ["died"]
+    assert "ended without a word" in page.text("section", "trouble")[0]
 
 
 def test_without_evaluation_there_is_still_a_page(tmp_path: Path) -> None:
@@ -283,13 +275,3 @@ def test_ticks_enclose_the_values_and_are_few(low: float, high: float) -> None:
     assert ticks[0] <= low + 1e-9
     assert ticks[-1] >= high - 1e-9
     assert 1 <= len(ticks) <= 10
-
-
-def table(page: Page, caption: str) -> list[list[str]]:
-    """The body rows of the table whose caption starts so."""
-    (inner,) = [html for html in re.findall(r"<table>(.*?)</table>", page.html, re.S)
-                if re.search(r"<caption>\s*" + re.escape(caption), html)]
-    body = inner.partition("<tbody>")[2]
-    lines = re.findall(r"<tr[^>]*>(.*?)</tr>", body, re.S)
-    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line, re.S) for line in lines]
-    return [[" ".join(re.sub(r"<[^>]+>", "", cell).split()) for cell in row] for row in rows]

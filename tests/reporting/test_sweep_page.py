@@ -1,47 +1,277 @@
-"""A sweep's page: every run once, what differs between them, and a link to each."""
+"""A sweep's page: every run once, whatever became of it; what differs between them; one file that stands alone."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
-from make_run import make_run
+import numpy as np
+import pytest
+from make_run import L, make_run
+from make_sweep import KERNELS, make_cell, make_sweep
+from pages import Page, table
 
 from slm_exp import report
+from slm_exp.errors import SlmError
 from slm_exp.files import write_json
-from slm_exp.reporting.sweep import is_sweep, write_sweep_report
+from slm_exp.launch.folder import SweepFolder
+from slm_exp.reporting import atlas, sweep_charts
+from slm_exp.reporting.measures import Point, _with_front
+from slm_exp.reporting.sweep import is_sweep, read_rows, write_sweep_report
+from slm_exp.types import LayerSimilarity, MergePlan
 
 
 def sweep(folder: Path) -> Path:
+    """Three runs without a definition."""
     for name, threshold, kind in (("ccc", 0.9, "finished"), ("aaa", 0.8, "finished"), ("bbb", 0.85, "failed")):
-        path = make_run(folder / name, kind) / "record.json"
-        record: dict[str, Any] = json.loads(path.read_text())
-        record["config"]["method"]["threshold"] = threshold
-        record["config"]["tracking"]["tags"] = name
-        write_json(path, record)
+        edit(make_run(folder / name, kind), lambda record, name=name, threshold=threshold: (
+            record["config"]["method"].update(threshold=threshold), record["config"]["tracking"].update(tags=name)))
     return folder
 
 
-def test_every_run_is_a_row_ordered_by_what_differs(tmp_path: Path) -> None:
-    page = write_sweep_report(sweep(tmp_path / "grid")).read_text()
-    body = page.partition("<tbody>")[2]
-    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in re.findall(r"<tr>(.*?)</tr>", body, re.S)]
-    cells = [[re.sub(r"<[^>]+>", "", cell).strip() for cell in row] for row in rows]
+def edit(run: Path, change: Any) -> None:
+    record = json.loads((run / "record.json").read_text())
+    change(record)
+    write_json(run / "record.json", record)
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten cells: 6 finished, 2 failed alike, 1 died, 1 not begun."""
+    return make_sweep(tmp_path_factory.mktemp("grid") / "grid", 10)
+
+
+@pytest.fixture(scope="module")
+def page(grid: Path) -> Page:
+    return Page(write_sweep_report(grid).read_text())
+
+
+def test_every_cell_is_a_row_whatever_became_of_it(grid: Path, page: Page) -> None:
+    jobs = SweepFolder.read(grid).jobs
+    rows = [e for e in page.all("tr") if "data-state" in e["attrs"]]
+    assert sorted(e["attrs"]["data-run"] for e in rows) == sorted(job.run_id for job in jobs)
+    states = [e["attrs"]["data-state"] for e in rows]
+    assert {state: states.count(state) for state in states} == {"finished": 6, "failed": 2, "died": 1, "waiting": 1}
+    told = {(f"method.threshold={threshold}", f"merge_rule={rule}", f"kernel={kernel}")
+            for _, kernel, threshold, rule, *_ in table(page, "Every run")}
+    assert told == {job.overrides for job in jobs}  # also of those that have not begun
+
+
+def test_rows_are_ordered_by_what_differs(tmp_path: Path) -> None:
+    page = Page(write_sweep_report(sweep(tmp_path / "grid")).read_text())
+    cells = table(page, "Every run")
     assert [row[:2] for row in cells] == [["aaa", "0.8"], ["bbb", "0.85"], ["ccc", "0.9"]]
-    assert cells[0][2:] == ["30 → 27", "7.9 %", "0.9053", "43.6", "−5.0", "finished"]
-    assert cells[1][2:] == ["–", "–", "0.9053", "–", "–", "failed: OutOfMemoryError in evaluate"]
-    assert "3 runs that differ in method.threshold." in page
+    assert cells[0][2:7] == ["30 → 27", "7.9 %", "0.9053", "43.6 ± 4.2", "−5.0 ± 2.8"]
+    assert cells[1][2:] == ["–", "–", "0.9053", "–", "–", "–", "2 min 39 s", "failed: OutOfMemoryError in evaluate"]
+    assert "3 runs that differ in method.threshold;" in page.text("p", "lede")[0]
 
 
-def test_marks_link_to_pages_that_are_there(tmp_path: Path) -> None:
-    page = write_sweep_report(sweep(tmp_path)).read_text()
-    linked = re.findall(r'<a href="([^"]+)"', page)
-    assert sorted(linked) == sorted(2 * ["aaa/report.html", "ccc/report.html"] + ["bbb/report.html"])
-    assert all((tmp_path / target).is_file() for target in linked)
-    assert len(re.findall(r"<circle", page)) == 3  # two finished runs and the dense model
-    assert not re.search(r"https?:|<script", page)
+def test_a_setting_that_its_component_implies_is_no_column(tmp_path: Path) -> None:
+    folder = sweep(tmp_path)
+    for run, method in (("aaa", {"name": "first", "protect_last": 2}), ("bbb", {"name": "last", "protect_last": 0})):
+        edit(folder / run, lambda record, method=method: record["config"].update(method=method))
+    heads = Page(write_sweep_report(folder).read_text()).text("th")
+    assert "method" in heads
+    assert "method.protect_last" not in heads
+
+
+def test_stands_alone(page: Page, grid: Path) -> None:
+    for element in page.elements:
+        for name in ("href", "src", "action"):
+            target = element["attrs"].get(name)
+            if target is not None and not target.startswith(("#", "data:")):
+                assert element["tag"] == "a"  # a link to a page or log of the sweep; nothing else is loaded
+                assert (grid / target).is_file(), target
+    assert not re.search(r"@import|url\((?!#)|https?:", page.html)
+    (policy,) = [e for e in page.all("meta") if e["attrs"].get("http-equiv") == "Content-Security-Policy"]
+    assert policy["attrs"]["content"].startswith("default-src 'none'")
+    assert "connect-src" not in policy["attrs"]["content"]
+    ids = [e["attrs"]["id"] for e in page.elements if "id" in e["attrs"]]
+    assert len(ids) == len(set(ids))
+    wanted = {e["attrs"]["href"][1:] for e in page.elements if (e["attrs"].get("href") or "").startswith("#")}
+    assert wanted <= set(ids)
+
+
+def test_can_be_read_without_the_pictures(page: Page) -> None:
+    assert len(page.all("h1")) == 1
+    assert page.all("a", "skip")
+    for svg in page.all("svg"):
+        about = svg["attrs"]
+        assert about.get("aria-hidden") == "true" or (about.get("role") in ("img", "group") and about.get("aria-label"))
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert all(e["attrs"].get("scope") in ("col", "row") for e in page.all("th"))
+    for control in (*page.all("input"), *page.all("select")):
+        assert "label" in control["inside"]
+    for region in (e for e in page.all("div") if "scroll" in (e["attrs"].get("class") or "")):
+        assert (region["attrs"]["role"], region["attrs"]["tabindex"]) == ("region", "0")
+        assert region["attrs"]["aria-label"]
+    for link in (e for e in page.all("a") if "point" in (e["attrs"].get("class") or "")):
+        assert link["text"].strip()  # its title is its name
+    assert not [e for e in page.all("button") if "hidden" not in e["attrs"] and e["attrs"].get("type") != "reset"]
+    assert all("hidden" in e["attrs"] for e in page.all("form"))  # without the script there are no dead controls
+
+
+def test_sort_keys_are_what_their_columns_say(page: Page) -> None:
+    for html in re.findall(r'<table class="sortable.*?</table>', page.html, re.S):
+        head, _, body = html.partition("<tbody>")
+        kinds = re.findall(r"<th scope=\"col\"([^>]*)>", head)
+        for line in re.findall(r"<tr[^>]*>(.*?)</tr>", body, re.S):
+            cells = re.findall(r"<t[hd]( [^>]*)?>", line)
+            assert len(cells) == len(kinds)
+            for kind, cell in zip(kinds, cells, strict=True):
+                if "data-sort" in kind:
+                    (key,) = re.findall(r'data-value="([^"]*)"', cell)
+                    assert "number" not in kind or key == "" or math.isfinite(float(key))
+
+
+def test_marks_link_to_pages_that_are_there_and_their_runs_to_rows(grid: Path, page: Page) -> None:
+    marks = [e for e in page.all("a") if "point" in e["attrs"].get("class", "")]
+    finished = {e["attrs"]["data-run"] for e in page.all("tr") if e["attrs"].get("data-state") == "finished"}
+    charts = [e for e in page.all("svg", "points") if "over parameters" in e["attrs"]["aria-label"]]
+    assert [e["attrs"]["aria-label"].split(" (")[0] for e in charts] == [
+        "Seven-task average", "Perplexity, wikitext2", "Similarity to dense, flat_cosine"]
+    assert {e["attrs"]["data-run"] for e in marks} >= finished
+    assert all((grid / e["attrs"]["href"]).is_file() for e in marks)
+
+
+def test_the_same_records_give_the_same_bytes(grid: Path) -> None:
+    first = write_sweep_report(grid).read_bytes()
+    assert write_sweep_report(grid).read_bytes() == first
+
+
+def test_text_from_outside_is_shown_not_run(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><img src=http://x.example/>"
+    folder = sweep(tmp_path)
+
+    def poison(record: dict[str, Any]) -> None:
+        record["config"]["merge_rule"]["name"] = evil
+        record["model"] = {"name": evil, "note": evil, "digest": evil}
+        record["warnings"] = [evil]
+        record["error"] = record["error"] and {"type": evil, "message": evil, "stage": evil}
+        record["eval"]["dense"]["tasks"][evil] = record["eval"]["dense"]["tasks"]["piqa"]
+
+    for run in ("aaa", "bbb"):
+        edit(folder / run, poison)
+        (folder / run / "run.log").write_text(evil)
+    page = Page(write_sweep_report(folder).read_text())
+    assert len(page.all("script")) == 1
+    assert not page.all("img")
+    assert evil not in page.html
+    assert evil in page.text("section")[0]
+
+
+def test_what_is_not_finished_says_why_and_how_to_go_on(page: Page) -> None:
+    (trouble,) = [e for e in page.all("section") if e["attrs"]["id"] == "trouble"]
+    cards = [" ".join(e["text"].split()) for e in page.all("div", "card") if e["inside"][-1] == "section"][:3]
+    assert cards[0].startswith("2 failed in stage evaluate OutOfMemoryError: CUDA out of memory.Ask for less memory")
+    assert "<b>CUDA</b> out of memory." in cards[0]  # the end of its log, as text
+    assert cards[1].startswith("1 died in stage evaluate It ended without a word")
+    assert cards[2].startswith("1 waiting kernel")
+    assert "slm sweep resume grid" in trouble["text"]  # the folder as seen from where the sweep was started
+
+
+def test_a_sweep_without_a_definition_gives_each_runs_command(tmp_path: Path) -> None:
+    page = Page(write_sweep_report(sweep(tmp_path)).read_text())
+    assert "python -m slm_exp method.threshold=0.9" in page.text("section")[0]
+    assert "slm sweep resume" not in page.html
+
+
+def test_a_damaged_record_is_a_row_too(tmp_path: Path) -> None:
+    folder = sweep(tmp_path)
+    (folder / "aaa" / "record.json").write_text("{")
+    page = Page(write_sweep_report(folder).read_text())
+    assert len(table(page, "Every run")) == 3
+    assert "cannot be read" in page.text("section")[0]
+
+
+def test_the_front_is_what_no_other_model_beats() -> None:
+    rng = np.random.default_rng(0)
+    for higher in (True, False):
+        points = [Point(None, int(params), float(value)) for params, value in rng.integers(0, 9, (40, 2))]
+        for point in _with_front(points, higher):
+            def beats(other: Point, point: Point = point, higher: bool = higher) -> bool:
+                better = other.value > point.value if higher else other.value < point.value
+                return (better and other.params <= point.params) or (
+                    other.value == point.value and other.params < point.params)
+            assert point.front == (not any(beats(other) for other in points))
+
+
+def test_a_step_covers_exactly_the_thresholds_that_decide_alike(grid: Path) -> None:
+    _, rows = read_rows(grid)
+    found = {step.row.run: step for step in sweep_charts._steps(rows)}
+    assert found
+    for step in found.values():
+        plan = step.row.plan
+        assert plan
+        for threshold in (step.low, math.nextafter(step.high, 0)):
+            assert [t.score > threshold for t in plan.trace] == [t.accepted for t in plan.trace]
+        for threshold in (math.nextafter(step.low, 0), step.high):
+            assert [t.score > threshold for t in plan.trace] != [t.accepted for t in plan.trace]
+
+
+def test_paths_are_found_or_given_and_only_drawn_with_their_model(tmp_path: Path, grid: Path) -> None:
+    folder = sweep(tmp_path / "sweep")
+    plans = [{"threshold_low": low, "threshold_high": high, "n_layers": n, "final_score": high, "groups": []}
+             for low, high, n in ((0.7, 0.83, 26), (0.83, 0.9, 27), (0.9, 1.0, 30))]
+    told = {"plans": plans, "unknown": [], "model": {"name": "smollm2_135m", "digest": "9d1b7e0c55aa4433"},
+            "calibration": {"digest": "77aa10b2c3d4e5f6"},
+            "config": {"merge_rule": {"name": "top_layer"}, "similarity": {"name": "flat_cosine"}}}
+    write_json(folder / "path.json", told)
+    write_json(tmp_path / "other" / "path.json", told | {"model": {"digest": "another"}})
+    write_json(folder / "broken" / "path.json", {})
+    assert report.main([str(folder), "--path", str(tmp_path / "other")]) == 0
+    page = Page((folder / "report.html").read_text())
+    (drawn,) = re.findall(r'<g class="exact">(.*?)</g>', page.html)
+    assert drawn.startswith("<title>path.json: 3 plans, top_layer by flat_cosine</title>")
+    assert drawn.count("<line") == 3 + 2
+    assert "other/path.json is of another model and is left out." in page.text("p", "note")
+    for asked in (folder / "broken", tmp_path / "none.json"):
+        with pytest.raises(SlmError, match="no threshold path"):
+            write_sweep_report(folder, paths=[asked])
+
+
+def test_equal_matrices_and_equal_plans_are_shown_once(grid: Path, page: Page) -> None:
+    _, rows = read_rows(grid)
+    found = atlas.gather(rows)
+    assert sorted(sheet.similarity.kernel for sheet in found.sheets) == sorted(KERNELS)
+    assert sum(len(sheet.rows) for sheet in found.sheets) == len([row for row in rows if row.record])
+    effects = [(s.plan.groups, s.plan.dropped) for s in found.shapes]
+    assert len(effects) == len(set(effects)) > 1
+    assert len(page.all("svg", "sheet")) == len(KERNELS)
+    framed = {key for e in page.all("g", "window") for key in e["attrs"]["data-plans"].split()}
+    assert framed == {s.key for s in found.shapes if s.plan.groups}
+    assert {e["attrs"]["data-plan"] for e in page.all("button", "alone")} == {s.key for s in found.shapes}
+
+
+def test_a_matrix_is_read_back_to_a_255th(tmp_path: Path) -> None:
+    import base64
+
+    run = make_cell(tmp_path, 0.9, "mean", "rbf")
+    matrix = np.random.default_rng(0).uniform(-0.1, 1, (L, L)).astype("float32")
+    LayerSimilarity(matrix, "rbf", "unbiased", True, 256).save(run)
+    (sheet,) = atlas.gather(read_rows(tmp_path)[1]).sheets
+    values = np.frombuffer(base64.b64decode(sheet.values), "uint8").reshape(L, L) / 255
+    assert np.abs(values - matrix.clip(0, 1)).max() <= 0.5 / 255 + 1e-6
+
+
+def test_a_strip_has_every_layer_once() -> None:
+    plan = MergePlan(12, ((1, 4),), (7,), rule="mean", sublayers=({"layer": 9, "kind": "mlp"},))
+    svg = str(atlas.strip(plan))
+    paths = dict(re.findall(r'd="([^"]+)" class="box (\w+)"', svg)[i][::-1] for i in range(3))
+    assert {kind: path.count("M") for kind, path in paths.items()} == {"kept": 8, "merged": 1, "dropped": 1}
+    assert "h2.84" in paths["merged"]
+    assert "M9.08 5h0.84v5" in paths["kept"]  # without its upper half
+
+
+def test_stage_times_and_cache_hits_add_up(page: Page) -> None:
+    rows = {row[0]: row[1:3] for row in table(page, "Stages over all runs")}
+    assert rows["load"] == ["9", "–"]
+    assert rows["similarity"] == ["1", "8"]
+    assert rows["evaluate"] == ["6", "–"]
 
 
 def test_the_command_knows_a_sweep_from_a_run(tmp_path: Path) -> None:
@@ -52,18 +282,40 @@ def test_the_command_knows_a_sweep_from_a_run(tmp_path: Path) -> None:
     assert (folder / "report.html").is_file()
 
 
-def test_averages_of_different_protocols_are_not_shown_side_by_side(tmp_path: Path) -> None:
+def test_results_of_different_protocols_are_not_shown_side_by_side(tmp_path: Path) -> None:
     folder = sweep(tmp_path)
-    path = folder / "aaa" / "record.json"
-    record = json.loads(path.read_text())
-    for side in record["eval"].values():
-        side["protocol"] = {"hash": "another", "fields": side["protocol"]["fields"] | {"limit": 3}}
-    write_json(path, record)
-    page = write_sweep_report(folder).read_text()
-    assert re.search(r"No averages: .* were measured by different protocols \(limit: 3 and \d+\)", page)
-    assert "43.6" not in page
-    assert "Similarity to dense over parameters removed" in page
+
+    def other(record: dict[str, Any]) -> None:
+        for side in record["eval"].values():
+            side["protocol"] = {"hash": "another", "fields": side["protocol"]["fields"] | {"limit": 3}}
+
+    edit(folder / "aaa", other)
+    page = Page(write_sweep_report(folder).read_text())
+    refusal = r"No accuracies and perplexities: .* were measured by different protocols \(limit: 3 and \d+\)"
+    assert re.search(refusal, page.html)
+    assert "43.6" not in page.html
+    assert "81.94" not in page.html
+    assert page.all("svg", "points")[0]["attrs"]["aria-label"].startswith("Similarity")
     assert report.main([str(folder), "--mixed-protocols"]) == 0
-    page = (folder / "report.html").read_text()
-    assert "43.6" in page
-    assert "No averages" not in page
+    page = Page((folder / "report.html").read_text())
+    assert "43.6" in page.html
+    assert "No accuracies" not in page.html
+
+
+def test_sweeps_without_plans_or_measurements_still_have_a_page(tmp_path: Path) -> None:
+    make_run(tmp_path / "aaa", "bare")
+    page = Page(write_sweep_report(tmp_path).read_text())
+    assert len(table(page, "Every run")) == 1
+    empty = tmp_path / "empty"
+    SweepFolder(empty, ["seed=1,2"], str(tmp_path), []).write()
+    assert "0 runs" in write_sweep_report(empty).read_text()
+
+
+def test_axes_hold_their_values_and_are_logarithmic_only_over_decades() -> None:
+    for low, high in itertools.pairwise((0.5, 0.7, 3, 40, 41, 900, 1e7)):
+        axis = sweep_charts.Axis([low, high], log=True)
+        assert axis.log == (high / low > 20)
+        assert axis.low <= low < high <= axis.high
+        assert 0 <= axis.at(low) < axis.at(high) <= 1
+        assert 2 <= len(axis.ticks) <= 10
+    assert not sweep_charts.Axis([0, 1e6], log=True).log

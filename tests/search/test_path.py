@@ -8,6 +8,7 @@ import pytest
 
 from slm_exp.search.path import follow, sizes
 from slm_exp.search.state import Candidate, SearchState
+from slm_exp.search.target import best_of_size
 
 
 class Table:
@@ -67,6 +68,37 @@ def test_a_size_finds_every_plan_of_that_size_with_fewer_scores(seed, commit):
         some = follow(table, start, 9, 0, 1, commit, wanted=lambda sizes, size=size: size in sizes)
         assert {p for p in some.plans if p.n_layers == size} == {p for p in whole.plans if p.n_layers == size}
         assert len(table.computed) <= len(whole_table.computed)
+
+
+@pytest.mark.parametrize("near", [0.0, 0.31, 0.7, 1.0])
+def test_where_it_begins_changes_the_order_and_nothing_else(near):
+    start, shown = SearchState.start(9), []
+    outwards = follow(Table(2), start, 9, 0.1, 0.9, near=near, show=lambda branch, _: shown.append(branch))
+    assert outwards == follow(Table(2), start, 9, 0.1, 0.9)
+    budget = follow(Table(2), start, 9, 0.1, 0.9, near=near, max_evaluations=20)
+    assert budget.unknown
+    nearest = min(max(near, 0.1), math.nextafter(0.9, 0))
+    assert any(p.low <= nearest < p.high for p in budget.plans)
+
+
+class Sliding(Table):
+    """Scores that fall with the layers that are gone, as those of a real model on the whole do."""
+
+    def score(self, candidate: Candidate) -> float:
+        gone = sum(g.stop - g.start - 1 for g in candidate.groups) + candidate.high - candidate.low
+        return 0.98 - 0.012 * gone + 0.02 * super().score(candidate)
+
+
+@pytest.mark.parametrize("layers", [26, 22, 17])
+def test_a_size_far_down_is_found_within_the_default_budget(layers):
+    """From the highest threshold down, 400 candidates of a 30-layer model end long before 17 layers are left."""
+    table = Sliding(0)
+    start = SearchState.start(30)
+    found = best_of_size(table, start, 30, layers, 0.5, 1.0)
+    assert found.plan.n_layers == layers
+    assert len(table.computed) <= 400
+    assert {p.n_layers for p in found.met} >= {layers}
+    assert found.plan.groups == single(table, start, (found.plan.low + found.plan.high) / 2, commit=True)
 
 
 @pytest.mark.parametrize("commit", [True, False])

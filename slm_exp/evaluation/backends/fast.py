@@ -3,7 +3,8 @@
 Requests that begin alike become one tree (see trees.py): a document's context is computed once and every choice is a
 branch that sees its own ancestors only. Rows of a batch are trees of about the same size, so there is little padding;
 logits exist only where a continuation is predicted, a few megabytes at a time; on CPUs the decoder layers run fused
-(search/fused.py). Rolling likelihoods come through the same door; generation is HFLM's own.
+(search/fused.py). Rolling likelihoods come through the same door. Greedy generation runs many prompts at once and lets
+each end by itself (decoding.py), where HFLM goes on until all of a batch have ended.
 
 Before it trusts a model it compares itself with a plain forward pass, and goes HFLM's way where it cannot agree.
 
@@ -21,12 +22,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from slm_exp.errors import ArchitectureError, DataError
-from slm_exp.evaluation.backends.hflm import CheckedHFLM, refuse_broken
+from slm_exp.evaluation.backends.decoding import Prompt, agrees, continue_greedily, stop_ids, unusual
+from slm_exp.evaluation.backends.hflm import CheckedHFLM, out_of_memory, refuse_broken
 from slm_exp.evaluation.backends.trees import Request, Tree, common_prefix, grow
 from slm_exp.models.layouts import layout_for
 from slm_exp.search.fused import fused_layer, supported
@@ -41,6 +44,10 @@ AGREEMENT = {torch.float32: 1e-4}
 """How far logits may be from a plain forward pass's, relative to their spread; 5e-2 in narrower types."""
 PROBE = 16
 """Tokens before and after a fork that are compared."""
+CACHED_AT_ONCE = {"cpu": 8192, "cuda": 131072}
+"""Tokens in the key-value cache while generating, room for what comes included."""
+ROWS_AT_ONCE = 32
+"""Prompts that are continued together at most."""
 UNCERTAIN = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """What a model that does not understand trees raises."""
 
@@ -51,6 +58,13 @@ class Score(NamedTuple):
     loglikelihood: float
     greedy: bool
     """Whether every target is the most likely token."""
+
+
+class _Continue(NamedTuple):
+    prompt: Prompt
+    stops: list[str]
+    cut: bool
+    """Whether the context was too long and lost its beginning."""
 
 
 class FastLM(CheckedHFLM):
@@ -112,6 +126,103 @@ class FastLM(CheckedHFLM):
                 self.cache_hook.add_partial("loglikelihood", text, score)
         return out
 
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Text after each context, up to a stop sequence, the end of text or `max_gen_toks`.
+
+        Greedy requests run together whatever their stops; sampled ones, and models that decoding.py does not fit,
+        go HFLM's way, which is said once.
+
+        Raises:
+            DataError: NaN or infinite logits, or no room in the model for what is to be generated.
+        """
+        asked = [self._prompt(*request.args) for request in requests]
+        if cut := sum(p is not None and p.cut for p in asked):
+            log.warning("%d of %d contexts leave no room to generate in %d tokens and lose their beginning.",
+                        cut, len(asked), self.max_length)  # fmt: skip
+        reason = unusual(self.model)
+        if reason is None:
+            try:
+                found = self._continuations([p for p in asked if p], disable_tqdm)
+            except UNCERTAIN as error:
+                reason = str(error)
+        if reason is not None:
+            log.warning("evaluation.backend=fast generates the way of hflm: %s.", reason)
+            return list(super().generate_until(list(requests), disable_tqdm))
+        others = [i for i, p in enumerate(asked) if p is None]
+        if others:
+            log.warning("%d of %d requests are sampled or searched; they go the way of hflm.", len(others), len(asked))
+        texts = iter(super().generate_until([requests[i] for i in others], disable_tqdm) if others else [])
+        out = []
+        for request, prompt in zip(requests, asked, strict=True):
+            if prompt is None:
+                out.append(next(texts))
+                continue
+            text = postprocess_generated_text(self.tok_decode(next(found)), prompt.stops, None)
+            self.cache_hook.add_partial("generate_until", request.args, text)
+            out.append(text)
+        return out
+
+    def _prompt(self, context: str, settings: dict[str, Any]) -> _Continue | None:
+        """What is to be generated after a context; None where it is not simply the most likely text."""
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        stops = handle_stop_sequences(list(kwargs.pop("until", None) or []), eos=eos)
+        room, sampled = int(kwargs.pop("max_gen_toks")), kwargs.pop("do_sample", False)
+        kwargs.pop("temperature", None)
+        if sampled or kwargs:
+            return None
+        if not 0 < room < self.max_length:
+            raise DataError(f"max_gen_toks = {room}; expected 1 to {self.max_length - 1}: the model holds "
+                            f"{self.max_length} tokens, the context included.")
+        ids, _ = self.tok_batch_encode([context], truncation=self.truncation)
+        whole = [int(token) for token in ids[0].tolist()] or [self.prefix_token_id]
+        tokens = tuple(whole[-(self.max_length - room) :])
+        stops = [stop for stop in stops if stop]
+        tail = 2 + max((len(self.tok_encode(stop, add_special_tokens=False)) for stop in stops), default=0)
+
+        def ended(answer: list[int]) -> bool:
+            text = self.tokenizer.decode(answer[-tail:])
+            return any(stop in text for stop in stops)
+
+        return _Continue(Prompt(tokens, room, ended), stops, cut=len(tokens) < len(whole))
+
+    def _continuations(self, asked: Sequence[_Continue], disable_tqdm: bool) -> Iterator[list[int]]:
+        """The tokens generated for each, in the order asked; longest contexts first, fewer at once when memory ends.
+
+        Raises:
+            RuntimeError: the model does not generate by its cache what it finds most likely without.
+        """
+        ends = stop_ids(self.model, self.tokenizer.eos_token_id)
+        left = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt.tokens))
+        most = self.trees_per_batch or ROWS_AT_ONCE
+        out: list[list[int]] = [[]] * len(asked)
+        with tqdm(total=len(asked), desc="Running generate_until requests", disable=disable_tqdm) as bar:
+            while left:
+                longest = max(len(asked[i].prompt.tokens) + asked[i].prompt.room for i in left[:most])
+                some = left[: max(1, min(most, CACHED_AT_ONCE.get(self.device.type, 8192) // longest))]
+                try:
+                    found = continue_greedily(self.model, [asked[i].prompt for i in some], ends)
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    if len(some) == 1:
+                        raise DataError(f"{longest} tokens, context and answer, do not fit into memory ({error}). "
+                                        "Use a smaller model.dtype or another device.") from error
+                    if self.device.type == "cuda":
+                        torch.cuda.empty_cache()
+                    most = len(some) // 2
+                    log.warning("out of memory; going on with %d prompts at once.", most)
+                    continue
+                if len(left) == len(asked):
+                    shortest = min(range(len(some)), key=lambda i: len(found[i]))
+                    if not agrees(self.model, asked[some[shortest]].prompt, found[shortest]):
+                        raise RuntimeError("what it generates by its cache is not what it finds most likely without")
+                for i, answer in zip(some, found, strict=True):
+                    out[i] = answer
+                bar.update(len(some))
+                left = left[len(some) :]
+        return iter(out)
+
     def _plain_scores(self, asked: Sequence[Request], requests: Sequence[Any]) -> Iterator[list[tuple[int, Score]]]:
         """HFLM's own way, for models that do not take trees."""
         log.warning("evaluation.backend=fast goes the way of hflm: %s.", self._falls_back)
@@ -166,7 +277,7 @@ class FastLM(CheckedHFLM):
                 try:
                     found = _score(self._way, batch)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not _out_of_memory(error):
+                    if not out_of_memory(error):
                         raise
                     left.extendleft(reversed(self._smaller(batch, error)))
                     continue
@@ -379,7 +490,3 @@ def _fused_forwards(model: PreTrainedModel) -> list[tuple[Any, Callable[..., Ten
 def _fused_forward(layer: Any, dtype: torch.dtype) -> Callable[..., Tensor]:
     weights = dict(layer.named_parameters())
     return lambda hidden_states, **call: fused_layer(layer, weights, call, hidden_states, dtype)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -67,6 +67,11 @@ def refuse_broken(highest: Tensor) -> None:
                         " or bfloat16 (float16 overflows easily), or a plan that merges less.")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def default_batch_size(device: torch.device) -> int:
     """Sequences per forward pass. On a CPU padding costs more than larger batches win."""
     return 16 if device.type == "cuda" else 4

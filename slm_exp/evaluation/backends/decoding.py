@@ -1,0 +1,121 @@
+"""Greedy generation for many prompts at once, each until its own end: a row that is done leaves the batch.
+
+Letters: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slm_exp.evaluation.backends.hflm import refuse_broken
+
+PLAIN = {
+    "_from_model_config", "bos_token_id", "cache_implementation", "do_sample", "eos_token_id", "max_length",
+    "max_new_tokens", "pad_token_id", "temperature", "top_k", "top_p", "transformers_version", "trust_remote_code",
+    "use_cache",
+}  # fmt: skip
+"""What a model's generation_config may say without changing what is most likely next; a penalty of 1 is none."""
+AGREEMENT = {torch.float32: 1e-3}
+"""How far below the highest logit a chosen token's may be without cache, relative to their spread; else 5e-2."""
+
+
+class Prompt(NamedTuple):
+    """What a model continues."""
+
+    tokens: tuple[int, ...]
+    """At least one."""
+    room: int
+    """Tokens to generate at most."""
+    ended: Callable[[list[int]], bool]
+    """Whether the tokens generated so far are enough."""
+
+
+class NoCacheError(RuntimeError):
+    """The model gives no key-value cache."""
+
+
+def unusual(model: PreTrainedModel) -> str | None:
+    """Why a model's own generation settings ask for more than the most likely token, or None."""
+    config = model.generation_config
+    if config is None:
+        return None
+    more = sorted(name for name, value in config.to_diff_dict().items()
+                  if name not in PLAIN and value not in (None, False, 1))  # fmt: skip
+    return f"its generation_config sets {', '.join(more)}" if more else None
+
+
+def stop_ids(model: PreTrainedModel, eos: int | None) -> set[int]:
+    """Tokens that end a generation: the tokenizer's and those of the model's generation_config."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = own if isinstance(own, (list, tuple)) else [own]
+    return {int(token) for token in (*own, eos) if token is not None}
+
+
+def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: set[int]) -> list[list[int]]:
+    """The most likely token, again and again, for each prompt until one of `ends`, `ended` or `room`.
+
+    Prompts are padded on the left and share each forward pass; the cache of rows that are done is dropped.
+
+    Returns:
+        The generated tokens of each prompt, the one that ended it included.
+
+    Raises:
+        DataError: NaN or infinite logits.
+        NoCacheError: there is no cache to go on from.
+
+    Cost: one pass over the prompts, then a forward of one token per step and row; the cache of all rows.
+    """
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    size = max(len(p.tokens) for p in prompts)
+    ids_BT = torch.tensor([[0] * (size - len(p.tokens)) + list(p.tokens) for p in prompts], device=device)
+    mask_BT = torch.tensor([[0] * (size - len(p.tokens)) + [1] * len(p.tokens) for p in prompts], device=device)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    out: list[list[int]] = [[] for _ in prompts]
+    rows, cache = list(range(len(prompts))), None
+    with torch.inference_mode():
+        while rows:
+            found: Any = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT,
+                               past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
+            next_B = _most_likely(found.logits[:, -1])
+            cache = found.past_key_values
+            if cache is None:
+                raise NoCacheError(f"{type(model).__name__} gives no key-value cache")
+            for row, token in zip(rows, next_B.tolist(), strict=True):
+                out[row].append(token)
+            left = [i for i, row in enumerate(rows) if not _done(prompts[row], out[row], ends)]
+            if len(left) < len(rows):
+                rows = [rows[i] for i in left]
+                if not rows:
+                    break
+                keep = torch.tensor(left, device=device)
+                cache.batch_select_indices(keep)
+                next_B, mask_BT, positions_BT = next_B[keep], mask_BT[keep], positions_BT[keep]
+            ids_BT = next_B[:, None]
+            mask_BT = torch.cat([mask_BT, torch.ones_like(ids_BT)], dim=1)
+            positions_BT = positions_BT[:, -1:] + 1
+    return out
+
+
+def agrees(model: PreTrainedModel, prompt: Prompt, answer: Sequence[int]) -> bool:
+    """Whether a plain forward pass, without cache or padding, finds the same tokens the most likely."""
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    ids_1T = torch.tensor([[*prompt.tokens, *answer[:-1]]], device=device)
+    with torch.inference_mode():
+        logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, -len(answer) :].float()
+    chosen_T = logits_TV.gather(1, torch.tensor(answer, device=logits_TV.device)[:, None])[:, 0]
+    short = (logits_TV.amax(dim=-1) - chosen_T).max() / logits_TV.std()
+    return float(short) <= AGREEMENT.get(model.dtype, 5e-2)
+
+
+def _most_likely(logits_BV: Tensor) -> Tensor:
+    refuse_broken(logits_BV.amax(dim=-1))
+    return logits_BV.argmax(dim=-1)
+
+
+def _done(prompt: Prompt, answer: list[int], ends: set[int]) -> bool:
+    return answer[-1] in ends or len(answer) >= prompt.room or prompt.ended(answer)

@@ -1,0 +1,306 @@
+"""How fast two models generate: latency, throughput, time to first token, memory, operations.
+
+The papers' case is a prompt of 12 tokens, exactly 128 more, batch 1, by `generate` with sampling (top-k 50, top-p
+0.95): 30 runs, of which the first 10 do not count. Here the dense and the compressed model take turns inside every
+run, in changing order, so that the speedup (one ratio per run) holds on a machine whose speed drifts. A timing is a
+property of a machine at a moment: it is measured in every run that asks for it and never kept in the stage cache.
+
+Source of the case: `gen_batch_eval_time.py` of Shortened LLaMA, as the released code calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from slm_exp.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from slm_exp.evaluation.base import Evaluation
+    from slm_exp.models.base import ModelHandle
+
+log = logging.getLogger(__name__)
+
+PROMPT = "The Leaning Tower of Pisa is known for"
+SAMPLING = {"do_sample": True, "top_k": 50, "top_p": 0.95, "temperature": 1.0}
+GRID_DISCARD = 1
+"""Runs of a grid's case that do not count."""
+UNSTEADY = 0.2
+"""Quartiles this far apart, relative to the median, are worth a word."""
+
+
+class Case(NamedTuple):
+    """One shape to generate in."""
+
+    batch: int
+    prompt: int
+    """Tokens in, of every row."""
+    new: int
+    """Tokens out, of every row, neither more nor fewer."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.batch}x{self.prompt}x{self.new}"
+
+
+PAPERS = Case(1, 12, 128)
+
+
+def cases(cfg: Evaluation) -> list[Case]:
+    """The papers' case first, then the grid of batches, prompts and lengths."""
+    grid = itertools.product(cfg.speed_batches, cfg.speed_prompts, cfg.speed_new)
+    return list(dict.fromkeys([PAPERS, *(Case(*shape) for shape in grid)]))
+
+
+def measure_speed(cfg: Evaluation, dense: ModelHandle, compressed: ModelHandle) -> dict[str, Any]:
+    """Time both models in every case: `speed` of the record.
+
+    Returns:
+        `{protocol, models, cells, notes}`. A cell has `name` (batch x prompt x new), and for each model `latency_s`,
+        `tokens_per_s`, `first_token_s` (each `{median, q1, q3, mean, std, n}`), `peak_bytes` (weights and what grew
+        during a generation; None where the system does not tell) and `flops`; `speedup` is the spread of dense /
+        compressed latency run by run. A cell that does not fit into memory has `error` instead.
+
+    Raises:
+        DataError: NaN or infinite logits.
+
+    Cost: (runs + 1) generations of both models per case.
+    """
+    import torch
+
+    from slm_exp.evaluation.backends.hflm import out_of_memory
+
+    handles = {"dense": dense, "compressed": compressed}
+    cells = []
+    for case in cases(cfg):
+        runs, discard = ((cfg.speed_runs, cfg.speed_discard) if case == PAPERS
+                         else (cfg.speed_grid_runs + GRID_DISCARD, GRID_DISCARD))  # fmt: skip
+        about: dict[str, Any] = {"name": case.name, **case._asdict()}
+        try:
+            about |= _time(case, handles, runs, discard)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            log.warning("speed of %s: out of memory (%s).", case.name, error)
+            about["error"] = "out of memory"
+        cells.append(about)
+    device = dense.model.device
+    protocol = {
+        "runs": cfg.speed_runs, "discard": cfg.speed_discard, "grid_runs": cfg.speed_grid_runs,
+        "generate": {**SAMPLING, "use_cache": True}, "turns": "dense and compressed in every run, order changing",
+        "dtype": str(dense.model.dtype).removeprefix("torch."), "device": device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+    }
+    models = {which: {"params": h.n_params, "weight_bytes": weight_bytes(h.model)} for which, h in handles.items()}
+    return {"protocol": protocol, "models": models, "cells": cells, "notes": notes(handles, cells)}
+
+
+def notes(handles: Mapping[str, ModelHandle], cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What makes these numbers mean less than they seem to."""
+    dense, compressed = handles["dense"], handles["compressed"]
+    out = []
+    if dense.random:
+        out.append("speed: the model is random and tiny; its speed says nothing of a real one's.")
+    if silent := silent_sublayers(compressed):
+        out.append(f"speed: {silent} removed sublayers are zeros in the compressed model and are computed all the "
+                   "same: its speed is not that of an engine that skips them.")
+    elif compressed.n_params == dense.n_params:
+        out.append("speed: the compressed model is as large as the dense one, so a speedup other than 1 is noise.")
+    if len(set((getattr(dense.model, "hf_device_map", None) or {}).values())) > 1:
+        out.append("speed: the model is spread over several devices; moving states between them is part of the time.")
+    wide = {cell["name"]: spread for cell in cells if "error" not in cell
+            and (spread := max(_width(cell[which]["latency_s"]) for which in handles)) > UNSTEADY}  # fmt: skip
+    if wide:
+        out.append(f"speed: the quartiles of a latency are up to {max(wide.values()):.0%} apart ({', '.join(wide)}; "
+                   "other work on this machine?). The speedup is paired run by run and holds better than the seconds.")
+    return out
+
+
+def silent_sublayers(handle: ModelHandle) -> int:
+    """Halves of layers whose output projections are all zeros: they cost time and do nothing."""
+    return sum(
+        all(not layer.get_submodule(name).weight.any() for name in names)  # type: ignore[operator, union-attr]
+        for layer in handle.layers for names in handle.layout.outputs.values()
+    )  # fmt: skip
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of parameters and buffers, tied ones once."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def generation_flops(handle: ModelHandle, case: Case) -> float:
+    """Operations of one generation: two per weight of every product, attention in full, the head once per new token.
+
+    Layers read all tokens but the last one generated. Norms, activations and sampling, well under 1 %, are left out.
+    """
+    layout, tokens = handle.layout, case.prompt + case.new - 1
+    pairs = tokens * (tokens + 1) / 2
+    total = 2 * case.new * handle.model.get_output_embeddings().weight.numel()  # type: ignore[operator, union-attr]
+    for layer in handle.layers:
+        weights = {name: layer.get_submodule(name).weight for name in layout.projections}
+        total += 2 * tokens * sum(w.numel() for w in weights.values())  # type: ignore[operator, union-attr, misc]
+        total += 4 * pairs * weights[layout.q].shape[0]  # type: ignore[index, operator]
+    return float(case.batch * total)
+
+
+def _time(case: Case, handles: Mapping[str, ModelHandle], runs: int, discard: int) -> dict[str, Any]:
+    import torch
+    from tqdm import tqdm
+
+    from slm_exp.evaluation.backends.hflm import refuse_broken
+
+    ids_BT = prompt_ids(handles["dense"], case)
+    found: dict[str, list[tuple[float, float]]] = {which: [] for which in handles}
+    grown = {}
+    with torch.random.fork_rng(), torch.inference_mode():
+        for which, handle in handles.items():
+            refuse_broken(handle.model(ids_BT[:1], use_cache=False).logits.amax())
+            with _peak(handle.model.device) as peak:
+                _generate(handle.model, ids_BT, case.new, seed=0)
+            grown[which] = peak()
+        for run in tqdm(range(runs), desc=f"speed {case.name}", unit="run"):
+            turns = list(handles.items())
+            for which, handle in turns if run % 2 == 0 else reversed(turns):
+                seconds = _generate(handle.model, ids_BT, case.new, seed=run)
+                if run >= discard:
+                    found[which].append(seconds)
+    out: dict[str, Any] = {}
+    for which, handle in handles.items():
+        latencies, firsts = zip(*found[which], strict=True)
+        grew = grown[which]
+        out[which] = {
+            "latency_s": spread(latencies),
+            "tokens_per_s": spread([case.batch * case.new / s for s in latencies]),
+            "first_token_s": spread(firsts),
+            "peak_bytes": None if grew is None else weight_bytes(handle.model) + grew,
+            "flops": generation_flops(handle, case),
+        }
+    pairs = zip(found["dense"], found["compressed"], strict=True)
+    out["speedup"] = spread([before[0] / after[0] for before, after in pairs])
+    return out
+
+
+def prompt_ids(handle: ModelHandle, case: Case) -> Tensor:
+    """[B, T] int64: the papers' prompt, repeated or cut to the length asked; the same in every row."""
+    import torch
+
+    tokenizer = handle.tokenizer
+    vocab = int(handle.config.vocab_size)
+    ids = list(tokenizer(PROMPT).input_ids) if tokenizer is not None else [i % vocab for i in range(1, 13)]
+    row = list(itertools.islice(itertools.cycle(ids), case.prompt))
+    return torch.tensor([row] * case.batch, device=handle.model.get_input_embeddings().weight.device)  # type: ignore[arg-type]
+
+
+def _generate(model: PreTrainedModel, ids_BT: Tensor, new: int, seed: int) -> tuple[float, float]:
+    """(seconds of a whole generation, seconds to its first token)."""
+    import torch
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    torch.manual_seed(seed)
+    settings = GenerationConfig(**SAMPLING, min_new_tokens=new, max_new_tokens=new, use_cache=True, pad_token_id=0)
+    _wait(model.device)
+    started = time.perf_counter()
+    first = _FirstToken(model.device)
+    out = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=settings,
+                         stopping_criteria=StoppingCriteriaList([first]))  # type: ignore[misc, operator]  # fmt: skip
+    _wait(model.device)
+    ended = time.perf_counter()
+    if out.shape[1] != ids_BT.shape[1] + new or first.at is None:
+        raise DataError(f"{type(model).__name__} generated {out.shape[1] - ids_BT.shape[1]} tokens instead of {new}, "
+                        "so its latency cannot be compared. Does its generation_config force tokens?")
+    return ended - started, first.at - started
+
+
+class _FirstToken:
+    """A stopping criterion that notes when the first token is there, and stops nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.at: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        import torch
+
+        if self.at is None:
+            _wait(self.device)
+            self.at = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _wait(device: torch.device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Afterwards the call gives the bytes by which memory grew at most inside; None where the system does not tell.
+
+    CUDA: what torch's allocator handed out. CPU: resident memory of the process, on Linux.
+    """
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    now, highest = _resident_afresh(), None
+    try:
+        yield lambda: None if now is None or highest is None else max(0, highest - now)
+    finally:
+        highest = _status("VmHWM")
+
+
+def _resident_afresh() -> int | None:
+    """Resident bytes, after freed memory went back to the system and the recorded peak was forgotten."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError):
+        return None
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int | None:
+    try:
+        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return int(found.group(1)) * 1024 if found else None
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """`{median, q1, q3, mean, std, n}`; quartiles by linear interpolation, std of the population as in the papers."""
+    ordered = sorted(values)
+    mean = math.fsum(ordered) / len(ordered)
+    std = math.sqrt(math.fsum((v - mean) ** 2 for v in ordered) / len(ordered))
+
+    def quantile(q: float) -> float:
+        at = q * (len(ordered) - 1)
+        low = math.floor(at)
+        return ordered[low] + (at - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+    return {"median": quantile(0.5), "q1": quantile(0.25), "q3": quantile(0.75), "mean": mean, "std": std,
+            "n": len(ordered)}  # fmt: skip
+
+
+def _width(found: Mapping[str, float]) -> float:
+    return (found["q3"] - found["q1"]) / found["median"]

@@ -1,0 +1,311 @@
+"""The charts of a sweep's page: quality over size, layers over threshold, differences to dense.
+
+Inline SVG, as in charts. A mark of a run carries `data-run`, by which the page's script lights up the same run in
+every chart and table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from slm_exp.reporting import charts
+from slm_exp.reporting.charts import tag
+from slm_exp.reporting.measures import Z95, Measure, Point, ThresholdPath
+
+if TYPE_CHECKING:
+    from slm_exp.reporting.results import Comparison
+    from slm_exp.reporting.sweep import Row
+
+HEIGHT = 270.0
+SHAPES = (
+    '<circle r="5"/>',
+    '<path d="M0-6.5 6.5 0 0 6.5-6.5 0Z"/>',
+    '<path d="M0-6.2 6 4.6H-6Z"/>',
+    '<path d="M-4.8-4.8H4.8V4.8H-4.8Z"/>',
+    '<path d="M0 6.2 6-4.6H-6Z"/>',
+    '<path d="M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z"/>',
+)
+"""So many values of a setting have marks of their own, told apart by shape as well as by colour."""
+FEW = 24
+"""Up to so many marks show their intervals all the time; of more, only the one pointed at."""
+
+
+@dataclass(frozen=True)
+class Shades:
+    """Which mark a run has: by the value of one setting."""
+
+    path: str | None
+    values: tuple[Any, ...]
+    choices: dict[str, tuple[Any, ...]]
+    """Settings by which the marks can be told apart, and their values."""
+
+    def of(self, row: Row) -> int:
+        """Number of the mark."""
+        value = row.settings.get(self.path) if self.path else None
+        return self.values.index(value) if value in self.values else 0
+
+
+def shades(rows: Sequence[Row]) -> Shades:
+    """Marks by the method or the rule where they differ, else by another component, else by any with few values."""
+    from slm_exp.reporting.sweep import facets
+
+    choices = {path: tuple(values) for path, values in facets(list(rows)).items() if len(values) <= len(SHAPES)}
+    first = ("method/name", "merge_rule/name")
+    path = min(choices, key=lambda p: (p not in first, not p.endswith("/name"), not isinstance(choices[p][0], str)),
+               default=None)
+    return Shades(path, choices[path] if path else (), choices)
+
+
+def shapes() -> Markup:
+    """The marks, to be referred to as `#shape-0` and so on; put once on the page."""
+    symbols = (tag("g", Markup(mark), id=f"shape-{k}") for k, mark in enumerate(SHAPES))
+    return tag("svg", tag("defs", *symbols), width=0, height=0, aria_hidden="true", class_="shapes")
+
+
+def shape(k: int) -> Markup:
+    """A mark for the key."""
+    return tag("svg", tag("use", href=f"#shape-{k}", x=8, y=8), width=16, height=16, aria_hidden="true",
+               class_=f"s{k}")
+
+
+class Axis:
+    """A scale with round ticks; logarithmic where values span more than a factor of 20."""
+
+    def __init__(self, values: Iterable[float], log: bool = False, whole: bool = False) -> None:
+        values = list(values)
+        low, high = min(values), max(values)
+        self.log = log and low > 0 and high / low > 20
+        if self.log:
+            decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+            steps = (1, 3) if len(decades) <= 4 else (1,)
+            self.ticks = [m * 10.0**d for d in decades for m in steps]
+            first = max(i for i, t in enumerate(self.ticks) if t <= low * (1 + 1e-9))
+            last = min((i for i, t in enumerate(self.ticks) if t >= high * (1 - 1e-9)), default=len(self.ticks) - 1)
+            self.ticks = self.ticks[first : last + 1]
+            if len(self.ticks) > 8:
+                self.ticks = self.ticks[:: math.ceil(len(self.ticks) / 8)]
+            self.low, self.high = min(self.ticks[0], low), max(self.ticks[-1], high)
+        else:
+            self.ticks = charts._ticks(low, high, whole)
+            self.low, self.high = min(self.ticks[0], low), max(self.ticks[-1], high)
+
+    def at(self, value: float) -> float:
+        """0 at the lower end, 1 at the upper; values beyond an end are put there."""
+        value = min(max(value, self.low), self.high)
+        if self.log:
+            return math.log(value / self.low) / (math.log(self.high / self.low) or 1)
+        return (value - self.low) / ((self.high - self.low) or 1)
+
+    def label(self, tick: float) -> str:
+        return f"{tick:,.0f}" if self.log and tick >= 1 else f"{tick:.{charts._decimals(self.ticks)}f}"
+
+
+def scatter(measure: Measure, shades: Shades) -> Markup:
+    """A quality over the number of parameters, one linked mark a run, the front of those that no other beats."""
+    points = measure.points
+    _, factor = unit_of(points)
+    across = Axis([p.params / factor for p in points])
+    shown = [p.value for p in points]
+    if len(points) <= FEW and not Axis(shown, log=not measure.higher_is_better).log:
+        shown += [end for p in points for end in p.interval or ()]
+    up = Axis(shown, log=not measure.higher_is_better)
+
+    def x(params: float) -> str:
+        return f"{100 * across.at(params / factor):.2f}%"
+
+    def y(value: float) -> float:
+        return HEIGHT * (1 - up.at(value))
+
+    parts = [charts._gridline(y(tick), up.label(tick)) for tick in up.ticks]
+    dense = {p.params for p in points if p.row is None}
+    close = across.high - across.low < 0.15 * across.high
+    for tick in across.ticks:
+        at = f"{100 * across.at(tick):.2f}%"
+        parts.append(tag("text", f"{across.label(tick)}", x=at, y=HEIGHT + 18, class_="mid"))
+        if len(dense) == 1:
+            removed = 100 * (1 - tick * factor / next(iter(dense)))
+            text = f"−{removed:.{int(close)}f} %" if removed > 0.05 else "" if removed < -0.05 else "0 %"
+            parts.append(tag("text", text, x=at, y=HEIGHT + 33, class_="mid second"))
+    front = measure.front
+    for here, after in itertools.pairwise(front):  # a staircase: the smaller model is the best up to there
+        step = (x(here.params), x(after.params), y(here.value), y(after.value))
+        parts.append(tag("line", x1=step[0], x2=step[1], y1=step[2], y2=step[2], class_="front"))
+        parts.append(tag("line", x1=step[1], x2=step[1], y1=step[2], y2=step[3], class_="front"))
+    parts += [_mark(point, measure, shades, x(point.params), y, few=len(points) <= FEW)
+              for point in sorted(points, key=lambda p: (p.row is not None, p.params, p.value))]
+    label = (f"{measure.name} ({measure.unit}) over parameters: {sum(p.row is not None for p in points)} runs, "
+             f"{len(front)} models on the front. The front stands below as a table.")
+    return tag("svg", *parts, width="100%", height=HEIGHT, role="group", class_="chart points", aria_label=label)
+
+
+def unit_of(points: Sequence[Point]) -> tuple[str, float]:
+    """What parameters are counted in: a word for the axis, and how many make one."""
+    most = max(p.params for p in points)
+    units = ((", billions", 1e9), (", millions", 1e6), (", thousands", 1e3))
+    return next(((unit, factor) for unit, factor in units if most >= factor), ("", 1.0))
+
+
+def _mark(point: Point, measure: Measure, shades: Shades, x: str, y: Any, few: bool) -> Markup:
+    spread = ""
+    parts = []
+    if point.interval:
+        spread = f" (95 % interval {' to '.join(measure.show(v) for v in point.interval)})"
+        parts.append(tag("line", x1=x, x2=x, y1=y(point.interval[0]), y2=y(point.interval[1]),
+                         class_="whisker" if few else "whisker rare"))
+    value = f"{measure.name} {measure.show(point.value)}{spread}"
+    if point.row is None:
+        told = f"dense model: {value}; {_count(point.params)} parameters"
+        mark = tag("circle", cx=x, cy=y(point.value), r=5.5, class_="dense")
+        return tag("g", tag("title", told), *parts, mark, class_="point", role="img", aria_label=told)
+    row = point.row
+    layers = (row.record.get("layers") or {}).get("after")
+    told = (f"{row.told}: {value}; {_count(point.params)} parameters, {100 * (row.removed or 0):.1f} % removed"
+            f"{f', {layers} layers' if layers else ''}{'; on the front' if point.front else ''}")
+    k = shades.of(row)
+    if point.front:
+        parts.append(tag("circle", cx=x, cy=y(point.value), r=9.5, class_="ring"))
+    parts.append(tag("use", href=f"#shape-{k}", x=x, y=y(point.value), class_="mark"))
+    return tag("a", tag("title", told), *parts, href=f"{row.address}/report.html", class_=f"point s{k}",
+               data_run=row.run)
+
+
+def _count(params: int) -> str:
+    for unit, factor, digits in (("B", 1e9, 2), ("M", 1e6, 1), ("k", 1e3, 1)):
+        if params >= factor:
+            return f"{params / factor:.{digits}f} {unit}"
+    return str(params)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run, and all thresholds at which its search decides alike: those between the best score it rejected and the
+    worst it accepted."""
+
+    row: Row
+    threshold: float
+    low: float
+    high: float
+    n_layers: int
+    series: int
+
+
+@dataclass(frozen=True)
+class Staircase:
+    chart: Markup
+    steps: tuple[Step, ...]
+    paths: tuple[ThresholdPath, ...]
+    notes: tuple[str, ...]
+    """What sets a path apart from the runs."""
+
+
+def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shades) -> Staircase | None:
+    """Layers over the threshold; None where no run was decided by one and there is no path of the runs' model."""
+    steps = _steps(rows)
+    models, drawn, notes = {(row.record.get("model") or {}).get("digest") for row in rows}, [], []
+    tokens = {(row.record.get("calibration") or {}).get("digest") for row in rows}
+    for path in paths:
+        if path.model not in models:
+            notes.append(f"{path.source} is of another model and is left out.")
+            continue
+        drawn.append(path)
+        if path.calibration not in tokens:
+            notes.append(f"{path.source} was made on other calibration tokens than any run.")
+    if not steps and not drawn:
+        return None
+    ends = [s.threshold for s in steps] or [t for p in drawn for t in (p.plans[0]["threshold_low"],
+                                                                       p.plans[-1]["threshold_high"])]
+    across = Axis([min(ends), max(ends)])
+    seen = [p["n_layers"] for path in drawn for p in path.plans
+            if p["threshold_high"] > across.low and p["threshold_low"] < across.high]
+    up = Axis([*(s.n_layers for s in steps), *seen, *(row.plan.n_layers for row in rows if row.plan)], whole=True)
+    pitch = HEIGHT / max(1.0, up.high - up.low)
+    count = max((s.series for s in steps), default=0) + 1
+    apart = min(4.0, 0.7 * pitch / max(1, count - 1))
+
+    def x(threshold: float) -> str:
+        return f"{100 * across.at(threshold):.2f}%"
+
+    def y(n_layers: float, series: int | None = None) -> float:
+        return HEIGHT * (1 - up.at(n_layers)) + (0 if series is None else apart * (series - (count - 1) / 2))
+
+    parts = [charts._gridline(y(tick), f"{tick:g}") for tick in up.ticks]
+    parts += [tag("text", across.label(t), x=x(t), y=HEIGHT + 18, class_="mid") for t in across.ticks]
+    for path in drawn:
+        parts.append(tag("g", tag("title", f"{path.source}: {len(path.plans)} plans, {path.rule} by {path.similarity}"),
+                         *_stairs([(p["threshold_low"], p["threshold_high"], p["n_layers"]) for p in path.plans], x, y),
+                         class_="exact"))
+        parts += [tag("rect", x=x(a), y=0, height=HEIGHT, class_="unknown",
+                      width=f"{100 * (across.at(b) - across.at(a)):.2f}%") for a, b in path.unknown]
+    for step in steps:
+        k, at = shades.of(step.row), y(step.n_layers, step.series)
+        told = (f"{step.row.told}: {step.n_layers} layers; the same for every threshold from {bound(step.low)} to "
+                f"{bound(step.high)}")
+        line = tag("line", x1=x(step.low), x2=x(step.high), y1=at, y2=at, class_="tread")
+        mark = tag("use", href=f"#shape-{k}", x=x(step.threshold), y=at, class_="mark")
+        parts.append(tag("a", tag("title", told), line, mark, href=f"{step.row.address}/report.html",
+                         class_=f"point s{k}", data_run=step.row.run))
+    label = f"Layers over threshold: {len(steps)} runs" + (f" and {len(drawn)} exact paths." if drawn else ".")
+    chart = tag("svg", *parts, width="100%", height=HEIGHT, role="group", class_="chart points", aria_label=label)
+    return Staircase(chart, tuple(steps), tuple(drawn), tuple(notes))
+
+
+def _steps(rows: Sequence[Row]) -> list[Step]:
+    series: dict[Any, int] = {}
+    out = []
+    for row in rows:
+        plan, method = row.plan, (row.record.get("config") or {}).get("method") or {}
+        if plan is None or plan.threshold is None or method.get("name") != "slm":
+            continue
+        low = high = plan.threshold
+        if plan.trace and not method.get("screen_dtype"):  # a screen decides on scores that are not exact
+            low = max((t.score for t in plan.trace if not t.accepted), default=-math.inf)
+            high = min((t.score for t in plan.trace if t.accepted), default=math.inf)
+        if not low <= plan.threshold <= high:
+            low = high = plan.threshold
+        others = tuple(repr(v) for path, v in row.settings.items() if path != "method/threshold")
+        out.append(Step(row, plan.threshold, low, high, plan.n_layers_out, series.setdefault(others, len(series))))
+    return sorted(out, key=lambda s: (s.series, s.threshold))
+
+
+def _stairs(plans: Sequence[tuple[float, float, int]], x: Any, y: Any) -> list[Markup]:
+    parts = [tag("line", x1=x(low), x2=x(high), y1=y(n), y2=y(n)) for low, high, n in plans]
+    parts += [tag("line", x1=x(b[0]), x2=x(b[0]), y1=y(a[2]), y2=y(b[2]))
+              for a, b in itertools.pairwise(plans) if a[1] == b[0]]
+    return parts
+
+
+def bound(threshold: float) -> str:
+    """An end of an interval of thresholds, which may be open."""
+    return "any below" if threshold == -math.inf else "any above" if threshold == math.inf else f"{threshold:.4f}"
+
+
+def reach(rows: Sequence[Row]) -> float:
+    """The largest distance from 0 that an interval of a difference has, 0.05 to 0.5: the scale of the small bars."""
+    ends = [abs(c.difference.value) + Z95 * (c.difference.stderr or 0)
+            for row in rows for c in (*row.tasks, row.average) if c and c.difference]
+    return min(0.5, max([0.05, *ends]))
+
+
+def interval(row: Comparison, reach: float) -> Markup:
+    """Compressed minus dense with its 95 % interval, 0 in the middle, cut at `reach`; beside it stands the number."""
+    assert row.difference is not None
+    value, stderr = row.difference.value, row.difference.stderr
+
+    def x(difference: float) -> float:
+        return round(50 * (1 + min(1.0, max(-1.0, difference / reach))), 2)
+
+    parts = [tag("path", d="M50 0V16", class_="zero")]
+    kind = "unsure"
+    if stderr:  # 0: every document changed alike, which says nothing of those not seen
+        low, high = value - Z95 * stderr, value + Z95 * stderr
+        kind = "worse" if high < 0 else "better" if low > 0 else "unsure"
+        parts.append(tag("path", d=f"M{x(low):g} 8H{x(high):g}", class_="spread"))
+    parts.append(tag("circle", cx=x(value), cy=8, r=3.2))
+    return tag("svg", *parts, viewBox="0 0 100 16", preserveAspectRatio="none", class_=f"interval {kind}",
+               aria_hidden="true")

@@ -1,0 +1,158 @@
+"""`similarity.after=reconstruct`: a candidate is scored as it is after the layer beside each of its cuts is refitted.
+
+The refit here is the core of `recovery=reconstruct`: the layer's `down_proj` (its `o_proj`, where it lost the MLP),
+once, by ridge regression in float64, so that the stream behind the cut is the dense model's again. It is fitted on
+the dense stream that enters the layer, not on that of a model healed so far: so a refit depends on one cut alone, is
+computed once for all candidates that have the cut, and a candidate still starts from states that are known.
+
+Fitted and scored on disjoint tokens: a score on those of the fit would reward overfitting.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.errors import DataError
+from slm_exp.recovery.regression import add_tokens, changed, empty_moments, held_out, input_of, ridge_step
+from slm_exp.search.runner import BlockRunner, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_exp.methods.base import PlanTask
+    from slm_exp.types import CalibrationTokens
+
+log = logging.getLogger(__name__)
+
+RIDGES = [1e-3, 1e-2, 1e-1, 1.0, 10.0]
+KEPT_BYTES = 1 << 30
+"""Of refitted weights at most: all that a search of a small model needs, a few of a large one (fitted again then)."""
+
+
+def with_refits(slots: tuple[Slot, ...], n_layers: int) -> tuple[Slot, ...]:
+    """A model's slots, those beside a cut marked with the dense layers [start, stop) whose work they take over."""
+    starts = [slot.merged.start if slot.merged else slot.host for slot in slots]
+    starts[:1] = [0]  # what is removed at the very bottom, the lowest layer left takes over
+    ends = [*starts[1:], n_layers]
+    return tuple(
+        replace(slot, refit=(start, end)) if end - start > 1 or slot.without else slot
+        for slot, start, end in zip(slots, starts, ends, strict=True)
+    )
+
+
+def note(task: PlanTask) -> tuple[str, ...]:
+    """What a plan says of its scores."""
+    if task.similarity.after is None:
+        return ()
+    return ("scores are of models refitted beside their cuts (similarity.after=reconstruct), by tokens of their own; "
+            "the plan itself refits nothing: recovery=reconstruct does.",)
+
+
+class Refits:
+    """Refitted weights by cut, none computed twice while there is room.
+
+    Memory: the dense states of the fitting tokens, [N, T, D] float32 for every layer; and KEPT_BYTES.
+    """
+
+    def __init__(self, task: PlanTask) -> None:
+        self.task = task
+        self._kept: OrderedDict[Slot, dict[str, Tensor]] = OrderedDict()
+
+    @cached_property
+    def tokens(self) -> CalibrationTokens:
+        """Those to fit on.
+
+        Raises:
+            DataError: they are too few, or share text with those that are scored on.
+        """
+        from slm_exp.recovery.fit import shared_sequences
+
+        task = self.task
+        tokens = task.similarity.fit_source().draw(task.handle, task.seed, task.tokens)
+        if len(tokens.tokens_NT) < 2:
+            raise DataError(f"{tokens.source}: 1 sequence; similarity.after=reconstruct fits on some and chooses the "
+                            "ridge on others.")
+        if twice := shared_sequences(task.tokens, tokens):
+            raise DataError(f"{tokens.source}: {twice} of the {len(task.tokens.tokens_NT)} calibration sequences "
+                            "have text in common with it. A score on tokens of the fit rewards overfitting: give "
+                            "other tokens by similarity.fit_path or calibration.")
+        return tokens
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a score besides its own inputs; nothing where nothing is refitted."""
+        after = self.task.similarity.after
+        return {} if after is None else {"after": after, "fit": self.tokens.digest}
+
+    def block_forwards(self, refits: int) -> int:
+        """Of so many refits and the dense pass they need, in passes over the tokens that are scored on."""
+        share = self.tokens.tokens_NT.size / self.task.tokens.tokens_NT.size
+        return math.ceil(share * (self.task.handle.n_layers + refits)) if refits else 0
+
+    def weights(self, slot: Slot, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All parameters of a marked slot's layer that differ from its module's own.
+
+        Args:
+            weights: those that differ without a refit.
+        Cost: one block forward over the fitting tokens, and the normal equations of one projection.
+        """
+        if slot not in self._kept:
+            room = KEPT_BYTES
+            for old in reversed([*self._kept]):
+                room -= sum(t.numel() * t.element_size() for t in self._kept[old].values())
+                if room < 0:
+                    del self._kept[old]
+            self._kept[slot] = self._refit(slot, weights)
+        self._kept.move_to_end(slot)
+        return {**weights, **self._kept[slot]}
+
+    def _refit(self, slot: Slot, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        import torch
+
+        assert slot.refit is not None
+        start, end = slot.refit
+        states = self._states
+        handle, runner = self.task.handle, self._runner
+        half = "attention" if "mlp" in slot.without else "mlp"
+        (module,) = handle.layout.outputs[half]
+        layer = handle.layers[slot.host]
+        fit, held = (empty_moments(layer, module, states[0].shape[-1]) for _ in "12")
+        held_N = held_out(len(states[0]))
+        plain = Slot(slot.host, weights, without=slot.without)
+        with input_of(layer, module) as seen:
+            for at in range(0, len(held_N), runner.rows):
+                rows = slice(at, at + runner.rows)
+                out_NTD = runner.block(plain, states[start][rows])
+                target_NTD = states[end][rows].to(out_NTD.device)
+                add_tokens(fit, held, seen.pop(), out_NTD, target_NTD, held_N[rows].to(out_NTD.device), True)
+        step = ridge_step(fit, held, RIDGES)
+        with torch.inference_mode():
+            return changed(layer, module, weights, step[0]) if step else {}
+
+    @cached_property
+    def _runner(self) -> BlockRunner:
+        """Runs the library's layers, into which one can look."""
+        import torch
+
+        return BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32, fuse=False)
+
+    @cached_property
+    def _states(self) -> list[Tensor]:
+        """The dense states of the fitting tokens entering layers 0..L-1, and the last one's output."""
+        import torch
+
+        runner = BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32)
+        layer: Any = self.task.handle.layers[0].get_submodule(self.task.handle.layout.mlp_out)
+        if self.tokens.tokens_NT.size < 2 * layer.weight.shape[1]:
+            log.warning("similarity.after=reconstruct fits %d inputs on %d tokens; several times as many tokens are "
+                        "better (similarity.fit_samples, similarity.fit_seq_len).", layer.weight.shape[1],
+                        self.tokens.tokens_NT.size)
+        states = [runner.embed()]
+        for i in range(self.task.handle.n_layers):
+            states.append(runner.block(Slot(i), states[-1]))
+        return states

@@ -1,0 +1,180 @@
+"""`slm plan`: jobs, cache hits and sizes, told without weights and without torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slm_exp import plan
+from slm_exp.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ["model=tiny", "model.layers=5", "calibration.n_samples=2", "calibration.seq_len=32", "tracking=none"]
+NO_TORCH = """
+import sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+from slm_exp import plan
+assert plan.main([*sys.argv[2:], "model=tiny", "--tflops", "1"]) == 0
+assert plan.main([*sys.argv[2:], "model=hf", "model.path=" + sys.argv[1], "--tflops", "1"]) == 0
+print([m for m in ("torch", "transformers", "datasets", "wandb", "lm_eval", "matplotlib") if m in sys.modules])
+print([name for name in opened if name.endswith(".safetensors")])
+"""
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Overrides with folders of this test."""
+    np.save(tmp_path / "t.npy", np.arange(64).reshape(2, 32))
+    return [*QUICK, "evaluation=none", f"evaluation.corpora.x={tmp_path / 't.npy'}", f"cache.dir={tmp_path / 'cache'}",
+            f"hydra.run.dir={tmp_path / 'run'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
+
+
+def told(call, *more, **kwargs):
+    return plan.make_plan([*call, *more], tflops=1.0, **kwargs)
+
+
+def run(call, *more):
+    from slm_exp.door import compose_run
+    from slm_exp.pipeline import run
+
+    cfg = compose_run([o for o in [*call, *more] if not o.startswith("hydra")])
+    cfg.save_model = False
+    folder = next(Path(o.partition("=")[2]) for o in call if o.startswith("hydra.run.dir"))
+    return run(cfg, folder)
+
+
+def test_no_weights_are_read_and_nothing_heavy_is_imported(tmp_path):
+    from slm_exp.planning.shapes import SMOLLM2
+
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+    (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
+    done = subprocess.run([sys.executable, "-c", NO_TORCH, str(tmp_path), f"cache.dir={tmp_path / 'c'}"], cwd=ROOT,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["[]", "[]"]
+    assert "30 layers, 134.5 M parameters" in done.stdout
+    assert "have not been read on this machine yet" in done.stdout
+
+
+def test_a_run_that_was_made_is_finished_and_its_stages_are_hits(call, tmp_path):
+    before = told(call).jobs[0]
+    assert before.state == "waiting"
+    assert before.layers is None
+    assert before.bounds == (2, 5)
+    assert before.stages["plan"] == before.stages["similarity"] == "compute"
+    record = run(call)
+    assert told(call, "save_model=false").jobs[0].state == "finished"
+    (tmp_path / "run" / "record.json").unlink()
+    after = told(call, "save_model=false").jobs[0]
+    assert after.state != "finished"
+    assert after.layers == record["layers"]["after"]
+    assert after.params == record["params"]["after"]
+    for stage in ("calibrate", "similarity", "evaluate_dense", "plan", "evaluate"):
+        assert after.stages[stage] == "cached", stage
+    assert after.stages["load"] == "-"
+
+
+def test_known_scores_tell_the_plan_of_another_threshold(call):
+    threshold = 0.9
+    record = run(call, f"method.threshold={threshold}")
+    other = told(call, f"method.threshold={np.nextafter(threshold, 1)}").jobs[0]
+    assert other.stages["plan"] == "compute"
+    assert (other.layers, other.known) == (record["layers"]["after"], "from scores in the cache")
+    assert other.stages["evaluate"] in ("cached", "shared")
+
+
+def test_width_hits_are_told(call):
+    run(call, "width=magnitude")
+    after = told(call, "width=magnitude", "save_model=false", "seed=0").jobs[0]
+    assert after.state == "finished"
+    run_dir = next(o for o in call if o.startswith("hydra.run.dir")).partition("=")[2]
+    (Path(run_dir) / "record.json").unlink()
+    after = told(call, "width=magnitude", "save_model=false").jobs[0]
+    assert after.stages["width"] == "cached"
+    assert after.stages["evaluate"] == "unknown"  # which model it is, only the run can tell
+
+
+def test_a_grid_shares_what_its_jobs_have_in_common(call):
+    grid = told(call, "method.target_layers=4,3", "merge_rule=top_layer,mean")
+    assert len(grid.jobs) == 4
+    assert [j.stages["evaluate_dense"] for j in grid.jobs] == ["compute", "shared", "shared", "shared"]
+    assert [j.stages["calibrate"] for j in grid.jobs].count("compute") == 1
+    assert [j.layers for j in grid.jobs] == [4, 4, 3, 3]
+    assert grid.seconds == pytest.approx(sum(j.total for j in grid.jobs))
+    shown = plan.show(grid)
+    assert "4 jobs" in shown
+    assert len(shown.splitlines()) < 45
+    about = json.loads(json.dumps(grid.to_json()))
+    assert about["totals"]["jobs"] == 4
+    assert about["jobs"][0]["params"] == grid.jobs[0].params
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method.threshold=0.9,0.8", "kernel=rbf"],
+        ["kernel=rbf,linear", "evaluation.corpora={x: y.txt}", "hydra.launcher.workers=2"],
+        ["sweep=threshold_rule", "seed=1,2"],
+        ["hydra.sweep.dir=x", "seed=1,2"],
+    ],
+)
+def test_a_grid_lies_where_the_run_puts_it(overrides):
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    from slm_exp import door
+
+    with door._hydra_session():
+        loader = GlobalHydra.instance().hydra
+        whole = loader.compose_config("config", door.open_mappings(overrides), run_mode=RunMode.MULTIRUN)
+        where = Path(str(whole.hydra.sweep.dir))
+    assert plan._sweep_dir(overrides, whole) == where
+
+
+def test_every_sweep_preset_plans():
+    grid = plan.make_plan(["sweep=threshold_rule", "model=tiny", "evaluation=none"], tflops=1.0)
+    assert len(grid.jobs) == 18
+    assert grid.folder == Path("outputs/multirun/threshold_rule-" + str(grid.folder)[-8:])
+
+
+def test_what_would_fail_is_said_and_ends_with_status_1(call, capsys):
+    assert plan.main([*call, "method.target_layers=99", "--tflops", "1"]) == 1
+    assert "WOULD FAIL: method.target_layers = 99" in capsys.readouterr().out
+
+
+def test_a_wrong_call_is_a_config_error(call):
+    with pytest.raises(ConfigError, match="Did you mean threshold"):
+        told(call, "method.treshold=0.8")
+    with pytest.raises(ConfigError, match="--tflops = -1"):
+        plan.main(["--tflops", "-1"])
+    with pytest.raises(ConfigError, match=r"job .*1\.9"):
+        told(call, "method.threshold=0.9,1.9")
+
+
+def test_large_models_plan_without_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    grid = plan.make_plan(["model=llama2_7b", "method.target_layers=26", "runtime=cuda"], tflops=300.0)
+    (job,) = grid.jobs
+    assert grid.device == "cuda"
+    assert job.params == pytest.approx(0.82 * 6_738_415_616, rel=2e-3)
+    assert grid.to_json()["totals"]["gpu_hours"] > 0
+    assert 13e9 < grid.device_memory < 20e9
+
+
+def test_a_table_plans_the_jobs_that_fill_it(tmp_path):
+    tables = pytest.importorskip("slm_exp.tables.definition")
+    cells = {n: tables.cells(n) for n in tables.table_names()}
+    sizes = {n: len(of) for n, of in cells.items() if not any("evaluation=speed" in cell for cell in of)}
+    name = min(sizes, key=lambda n: sizes[n])
+    grid = plan.make_plan([f"table={name}", f"cache.dir={tmp_path}"], tflops=1.0)
+    assert 1 <= len(grid.jobs) <= len(tables.cells(name))
+    assert grid.folder == Path("outputs/multirun") / name
+
+
+def test_a_table_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="table"):
+        plan.make_plan(["table=no_such_table"], tflops=1.0)
