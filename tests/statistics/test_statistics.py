@@ -17,6 +17,7 @@ from slm_exp.statistics.spread import spread, student_quantile, student_two_side
 COUNTS = st.integers(0, 60)
 
 
+@settings(deadline=None)
 @given(COUNTS, COUNTS)
 def test_mcnemar_is_the_binomial_tail(gained: int, lost: int) -> None:
     n = gained + lost
@@ -31,6 +32,7 @@ def test_mcnemar_known_values() -> None:
     assert mcnemar(5100, 4900) == pytest.approx(0.0466, abs=1e-4)  # 10,000 differing documents overflow nothing
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_lies_between_none_and_bonferroni(p_values: list[float]) -> None:
     corrected = holm(p_values)
@@ -63,6 +65,7 @@ def test_student_against_scipy() -> None:
     assert paired_t(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-40, 40), min_size=2, max_size=9), st.integers(-50, 50))
 def test_spread_moves_with_its_values(values: list[int], shift: int) -> None:
     a, b = spread(values), spread([v + shift for v in values])

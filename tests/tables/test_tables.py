@@ -127,6 +127,7 @@ def test_the_same_records_give_the_same_bytes(rules: Path, tmp_path: Path, capsy
             for name in FORMATS} == first
 
 
+@settings(deadline=None)
 @given(st.floats(-1e6, 1e6), st.integers(0, 6))
 def test_numbers_are_shown_without_exponent_or_minus_zero(value: float, digits: int) -> None:
     text = shown(value, digits)
