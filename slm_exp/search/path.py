@@ -81,9 +81,8 @@ def follow(
     wanted: Callable[[range], bool] | None = None,
     show: Callable[[Branch, int], None] | None = None,
     asked: set[Candidate] | None = None,
-    near: float | None = None,
 ) -> Path:
-    """Every plan of the thresholds [low, high), from the highest threshold down or from one outwards.
+    """Every plan of the thresholds [low, high), from the highest threshold down.
 
     Args:
         scores: scores candidates, none twice.
@@ -95,7 +94,6 @@ def follow(
             refuses are left out of the plans without being `unknown`.
         asked: candidates scored before that count towards `max_evaluations`; those scored here join them.
         show: called with a branch before it is decided, and the number of candidates scored so far.
-        near: begin with the branches nearest to this threshold; null with the highest.
     Cost: one score for every distinct candidate of any threshold in the range.
     """
     plans: list[PathPlan] = []
@@ -103,8 +101,6 @@ def follow(
     asked = set() if asked is None else asked
     todo = [Branch(start, low, high)]
     while todo:
-        if near is not None:  # the nearest last; of two as near, and without `near`, the higher one
-            todo.sort(key=lambda b: (-max(b.low - near, near - b.high, 0), b.low))
         branch = todo.pop()
         state = branch.state
         if wanted is not None and not wanted(sizes(state, n_layers, commit_open_window)):
@@ -125,6 +121,29 @@ def follow(
         if score < branch.high:
             todo.append(Branch(state.reject(), max(branch.low, score), branch.high))
     return Path(tuple(_joined(plans)), tuple(sorted(unknown)), len(asked))
+
+
+def single(
+    scores: Scores, start: SearchState, n_layers: int, low: float, high: float, threshold: float,
+    commit_open_window: bool = True, max_evaluations: int | None = None, asked: set[Candidate] | None = None,
+) -> PathPlan | None:
+    """The plan of one threshold in [low, high), with the interval of those that decide alike; None beyond the budget.
+
+    Args:
+        max_evaluations, asked: as for `follow`.
+    Cost: one score for every candidate of a single search.
+    """
+    state, asked = start, set() if asked is None else asked
+    while candidate := state.candidate:
+        if max_evaluations is not None and candidate not in asked and len(asked) >= max_evaluations:
+            return None
+        asked.add(candidate)
+        score = scores.score(candidate)
+        if score > threshold:
+            state, high = state.accept(), min(high, score)
+        else:
+            state, low = state.reject(), max(low, score)
+    return _leaf(scores, Branch(state, low, high), n_layers, commit_open_window)
 
 
 def sizes(state: SearchState, n_layers: int, commit_open_window: bool = True) -> range:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slm_exp.errors import ConfigError, PlanError
-from slm_exp.search.path import Branch, PathPlan, Scores, follow
+from slm_exp.search.path import PathPlan, Scores, follow, single
 from slm_exp.search.progress import ticking
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BUDGET = 400
 """Candidates scored for a size where no budget is set."""
 PROBES = 8
-"""Thresholds tried by bisection, to within 0.002 of the range 0.5 to 1."""
+"""Thresholds tried by bisection at most."""
 
 
 @dataclass(frozen=True)
@@ -40,31 +40,24 @@ def best_of_size(
 ) -> Found:
     """Among the plans of thresholds [low, high) that leave `layers` layers, the one with the best final score.
 
-    Bisection finds a threshold that leaves about so many, and the path is followed from there outwards: what a budget
-    leaves out is what is farthest from it.
+    A plan's final score is no lower than its thresholds, so they are followed from the highest down. Bisection comes
+    first: a budget that ends before small models are met then still has a plan of that size.
 
     Raises:
         PlanError: no threshold in the range leaves that many layers (or the budget ended first); names the nearest.
     """
     budget = BUDGET if max_evaluations is None else max_evaluations
     asked: set[Candidate] = set()
+
+    def at(threshold: float) -> PathPlan | None:
+        return single(scores, start, n_layers, low, high, threshold, commit_open_window, budget, asked)
+
     with ticking(f"search for {layers} layers", budget, "candidate") as tick:
-
-        def show(branch: Branch, scored: int) -> None:
-            tick(f"thresholds from {branch.low:.4f} to {branch.high:.4f}", scored)
-
-        def at(threshold: float) -> tuple[PathPlan, ...]:
-            """What this threshold gives; nothing where the budget does not reach so far."""
-            return follow(scores, start, n_layers, threshold, math.nextafter(threshold, math.inf), commit_open_window,
-                          budget, asked=asked, show=show).plans
-
-        probed, near = _bisect(at, layers, low, high)
+        probed = _bisect(at, layers, low, high, lambda told: tick(told, len(asked)))
         path = follow(scores, start, n_layers, low, high, commit_open_window, budget,
-                      wanted=lambda sizes: layers in sizes, asked=asked, near=near, show=show)
-        of_size = [p for p in (*path.plans, *probed) if p.n_layers == layers]
-        best = max(of_size, key=lambda p: p.final_score, default=None)
-        beside = [] if best is None else [math.nextafter(best.low, -math.inf), best.high]
-        neighbours = [plan for t in beside if low <= t < high for plan in at(t)]
+                      wanted=lambda sizes: layers in sizes, asked=asked,
+                      show=lambda branch, scored: tick(f"below {branch.high:.4f} to do", scored))
+    best = max((p for p in (*path.plans, *probed) if p.n_layers == layers), key=lambda p: p.final_score, default=None)
     if best is None:
         met = sorted({p.n_layers for p in (*path.plans, *probed)}, key=lambda n: abs(n - layers))[:2]
         nearest = f" Nearest sizes met: {', '.join(map(str, sorted(met)))}." if met else ""
@@ -72,26 +65,26 @@ def best_of_size(
                f"{budget} ended the search; raise it.")
         raise PlanError(f"no threshold in [{low:g}, {high:g}) leaves {layers} of {n_layers} layers.{nearest}{why} "
                         "Another rule or similarity reaches other sizes; method.threshold_range widens the search.")
-    return Found(best, path.complete, tuple(neighbours), (*path.plans, *probed, *neighbours))
+    beside = [at(t) for t in (math.nextafter(best.low, -math.inf), best.high) if low <= t < high]
+    neighbours = tuple(plan for plan in beside if plan is not None)
+    return Found(best, path.complete, neighbours, (*path.plans, *probed, *neighbours))
 
 
 def _bisect(
-    at: Callable[[float], tuple[PathPlan, ...]], layers: int, low: float, high: float
-) -> tuple[list[PathPlan], float]:
-    """A threshold in [low, high) that leaves `layers` layers, or nearly, and the plans met on the way.
+    at: Callable[[float], PathPlan | None], layers: int, low: float, high: float, show: Callable[[str], None]
+) -> list[PathPlan]:
+    """Plans met on the way to a threshold in [low, high) that leaves `layers` layers; the last has that size, if any.
 
-    Layers left rise with the threshold on the whole, not strictly: a start for the search, not its answer.
+    Layers left rise with the threshold on the whole, not strictly, so a size may be missed that the path has.
     """
     met: list[PathPlan] = []
-    near = (low + high) / 2
-    for _ in range(PROBES):
-        plans = at(near)
-        met += plans
-        if not plans or plans[0].n_layers == layers:
+    while len(met) < PROBES and low < high and (plan := at((low + high) / 2)):
+        met.append(plan)
+        show(f"threshold {(low + high) / 2:.4f} leaves {plan.n_layers}")
+        if plan.n_layers == layers:
             break
-        low, high = (low, near) if plans[0].n_layers > layers else (near, high)
-        near = (low + high) / 2
-    return met, near
+        low, high = (low, plan.low) if plan.n_layers > layers else (plan.high, high)
+    return met
 
 
 def layers_for_ratio(handle: ModelHandle, ratio: float, fewest: int) -> int:

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from slm_exp.search.path import follow, sizes
+from slm_exp.search.path import single as plan_at
 from slm_exp.search.state import Candidate, SearchState
 from slm_exp.search.target import best_of_size
 
@@ -70,15 +71,18 @@ def test_a_size_finds_every_plan_of_that_size_with_fewer_scores(seed, commit):
         assert len(table.computed) <= len(whole_table.computed)
 
 
-@pytest.mark.parametrize("near", [0.0, 0.31, 0.7, 1.0])
-def test_where_it_begins_changes_the_order_and_nothing_else(near):
-    start, shown = SearchState.start(9), []
-    outwards = follow(Table(2), start, 9, 0.1, 0.9, near=near, show=lambda branch, _: shown.append(branch))
-    assert outwards == follow(Table(2), start, 9, 0.1, 0.9)
-    budget = follow(Table(2), start, 9, 0.1, 0.9, near=near, max_evaluations=20)
-    assert budget.unknown
-    nearest = min(max(near, 0.1), math.nextafter(0.9, 0))
-    assert any(p.low <= nearest < p.high for p in budget.plans)
+@pytest.mark.parametrize("commit", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_plan_of_one_threshold_is_the_paths(seed, commit):
+    start, asked = SearchState.start(8), set()
+    path = follow(Table(seed, 40), start, 8, 0.2, 0.9, commit)
+    for plan in path.plans:
+        for threshold in (plan.low, (plan.low + plan.high) / 2, math.nextafter(plan.high, 0)):
+            found = plan_at(Table(seed, 40), start, 8, 0.2, 0.9, threshold, commit, None, asked)
+            assert (found.groups, found.n_layers, found.final_score) == (plan.groups, plan.n_layers, plan.final_score)
+            assert plan.low <= found.low <= threshold < found.high <= plan.high
+    assert len(asked) <= path.evaluations
+    assert plan_at(Table(seed, 40), start, 8, 0.2, 0.9, 0.5, commit, 3) is None
 
 
 class Sliding(Table):
@@ -99,6 +103,7 @@ def test_a_size_far_down_is_found_within_the_default_budget(layers):
     assert len(table.computed) <= 400
     assert {p.n_layers for p in found.met} >= {layers}
     assert found.plan.groups == single(table, start, (found.plan.low + found.plan.high) / 2, commit=True)
+    assert found.plan.final_score >= found.plan.high
 
 
 @pytest.mark.parametrize("commit", [True, False])
