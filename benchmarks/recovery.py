@@ -114,9 +114,10 @@ def main() -> int:
     args = parser.parse_args()
     status = 0
     if not args.table_only:
-        common = ["tracking=none", "save_model=false", "evaluation=perplexity", *args.overrides]
+        measured = ["evaluation=none", f"evaluation.corpora={{tokens: {args.perplexity}}}"]  # perplexity has a corpus
+        common = ["tracking=none", "save_model=false", *(measured if args.perplexity else ["evaluation=perplexity"])]
         common += ["calibration=tokens", f"calibration.path={args.tokens}"] if args.tokens else []
-        common += [f"evaluation.corpora={{tokens: {args.perplexity}}}"] if args.perplexity else []
+        common += args.overrides
         for name, grid in grids(args.steps, args.fit):
             if args.only and name not in args.only.split(","):
                 continue

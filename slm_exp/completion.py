@@ -44,12 +44,16 @@ def main(argv: Sequence[str]) -> int:
 def words() -> dict[str, list[str]]:
     """What may follow: `` (nothing typed yet) -> commands; a command, or `command subcommand` -> options and words."""
     from slm_exp.cli import COMMANDS
+    from slm_exp.tables.definition import table_names
 
     out = {"": [*COMMANDS]}
     for command in COMMANDS:
         of: Parser = importlib.import_module(f"slm_exp.{command}").parser()
         out[command] = [*of.subcommands, *of.options, *choices(of), *(overrides() if command in OVERRIDES else ())]
         out |= {f"{command} {name}": sub.options for name, sub in of.subcommands.items()}
+    tables = table_names()
+    out["tables"] += [*tables, "sweep"]
+    out["plan"] += [f"table={name}" for name in tables]
     return out
 
 

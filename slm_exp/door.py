@@ -244,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 all finished, 1 a job failed, 2 the config is wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        argv = _first_shown(argv)
         _check_command(argv)
     except SlmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -255,6 +256,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv = [sys.argv[0] if sys.argv else "slm-exp", *fields_of_swept_groups(open_mappings(argv))]
     app()
     return 0
+
+
+def _first_shown(argv: list[str]) -> list[str]:
+    """`--cfg` of a grid shows the config of its first job, and says so; Hydra refuses the pair."""
+    from hydra._internal.utils import get_args_parser
+
+    args, unknown = get_args_parser().parse_known_args(argv)
+    overrides = [*args.overrides, *unknown]
+    if not args.cfg or not any(map(_is_sweep, overrides)):
+        return argv
+    jobs = split_sweep(fields_of_swept_groups(overrides), {})
+    print(f"# the first of {len(jobs)} jobs: {' '.join(jobs[0])}", file=sys.stderr)
+    return [*(a for a in argv if a not in (*overrides, "-m", "--multirun")), *jobs[0]]
 
 
 def _check_command(argv: list[str]) -> None:

@@ -349,12 +349,17 @@ def _size(plan: JobPlan, cfg: RunConfig, model: Sketch, told: Outline) -> None:
     assert handle is not None
     n = sizes.n_layers
     halves = isinstance(cfg.method, SublayerBaseline) and getattr(cfg.method, "unit", "") != "layer"
+    share = getattr(cfg.width, "share", None)
+    whole = (cfg.method.target_ratio or 0) * sizes.total if share else None  # what depth and width remove together
     try:
         if told.plan is not None:
             plan.layers, plan.known = told.plan.n_layers_out, told.plan_from
         elif halves:
             plan.bounds, plan.known = (1, n), "halves of layers go; the checkpoint keeps most of their parameters"
-        elif isinstance(cfg.method, Baseline) and not getattr(cfg.width, "share", None):
+        elif share and whole:
+            layer = sizes.layer - (share * whole / n if cfg.width.order == "before" else 0)
+            plan.layers, plan.known = n - round((1 - share) * whole / layer), "as asked"
+        elif isinstance(cfg.method, Baseline):
             plan.layers, plan.known = n - cfg.method.layers_to_remove(handle), "as asked"
         elif cfg.method.name == "slm":
             asked = cfg.method._layers_asked(handle)  # type: ignore[attr-defined]
@@ -369,8 +374,10 @@ def _size(plan: JobPlan, cfg: RunConfig, model: Sketch, told: Outline) -> None:
         return
     left = sizes.with_layers(plan.layers)
     plan.params, plan.flops_per_token = left.total, left.flops_per_token(cfg.calibration.seq_len)
-    if cfg.width.prunes and (ratio := getattr(cfg.width, "ratio", None) or 0.2):
-        gone = int(ratio * plan.layers * sizes.layer)
+    if cfg.width.prunes:
+        ratio = getattr(cfg.width, "ratio", None) or 0.2
+        wanted = ratio * plan.layers * sizes.layer if whole is None else left.total - sizes.total + whole
+        gone = max(0, int(wanted))
         plan.params -= gone
         plan.flops_per_token -= 2 * gone
         plan.known += ", width to within a snap"

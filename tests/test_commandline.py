@@ -1,6 +1,7 @@
 """The commands as a family: help, wrong calls, completion."""
 
 import importlib
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -70,6 +71,8 @@ def test_completion_knows_commands_options_and_members(tmp_path):
     assert complete("slm plan kernel=rb") == ["rbf"]
     assert complete("slm plan sweep=threshold_r") == ["threshold_rule"]
     assert complete("slm completion f") == ["fish"]
+    assert complete("slm tables dep") == ["depth_width"]
+    assert complete("slm plan table=spee") == ["speed"]
     presets = {f"model={p.stem}" for p in (conf_dir() / "model").glob("*.yaml")}
     assert presets <= set(completion.words()["plan"])
 
@@ -79,3 +82,14 @@ def test_other_shells_get_every_command(shell):
     script = getattr(completion, shell)(completion.words())
     for name in cli.COMMANDS:
         assert name in script
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="fish is not installed")
+def test_fish_completes(tmp_path):
+    script = tmp_path / "slm.fish"
+    script.write_text(completion.fish(completion.words()))
+    for line, wanted in [("slm tab", "tables"), ("slm tables dep", "depth_width"), ("slm cache prune --ol", "--older-than"),
+                         ("slm plan kernel=rb", "kernel=rbf")]:  # fmt: skip
+        done = subprocess.run(["fish", "--no-config", "-c", f"source {script}; complete -C '{line}'"], cwd=tmp_path,
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        assert done.stdout.split() == [wanted]

@@ -122,6 +122,13 @@ def test_help_and_cfg_answer_at_once_and_import_nothing_heavy():
     assert listed.stdout.strip() == "[]"
 
 
+def test_cfg_of_a_grid_shows_its_first_job(capsys):
+    assert door.main(["-m", "merge_rule=mean,keep_low", "seed=7,2", "--cfg", "job"]) == 0
+    shown = capsys.readouterr()
+    assert "# the first of 4 jobs: merge_rule=mean seed=7" in shown.err
+    assert "\nseed: 7\n" in shown.out
+
+
 def test_a_typo_ends_with_status_2_before_anything_exists(tmp_path):
     wrong = python_m("method.treshold=0.8", *QUICK, f"hydra.run.dir={tmp_path / 'run'}")
     assert wrong.returncode == 2

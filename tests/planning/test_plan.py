@@ -141,6 +141,15 @@ def test_every_sweep_preset_plans():
     assert grid.folder == Path("outputs/multirun/threshold_rule-" + str(grid.folder)[-8:])
 
 
+@pytest.mark.parametrize(("order", "layers"), [("after", 26), ("before", 25)])  # a narrower layer holds less
+@pytest.mark.parametrize("method", ["slm", "shortgpt"])
+def test_a_target_that_depth_and_width_share_is_told_as_one(order, layers, method):
+    asked = ["evaluation=none", f"method={method}", "method.target_ratio=0.2105", "width=flap", "width.share=0.5"]
+    job = plan.make_plan([*asked, f"width.order={order}"], tflops=1.0).jobs[0]
+    assert job.layers == layers
+    assert job.params == pytest.approx(134_515_008 * (1 - 0.2105), rel=1e-3)
+
+
 def test_what_would_fail_is_said_and_ends_with_status_1(call, capsys):
     assert plan.main([*call, "method.target_layers=99", "--tflops", "1"]) == 1
     assert "WOULD FAIL: method.target_layers = 99" in capsys.readouterr().out
