@@ -41,7 +41,7 @@ TRAINED = {
 
 CHOSEN = {  # greedily by the loss; sliding windows by the token-wise cosine
     "sleb": ["method=sleb", "method.target_layers=27,22"],
-    "slm": ["method=slm", "method.target_layers=27", "method.max_evaluations=120"],
+    "slm": ["method=slm", "method.target_layers=27", "method.max_evaluations=250"],
 }
 
 

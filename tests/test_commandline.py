@@ -88,8 +88,8 @@ def test_other_shells_get_every_command(shell):
 def test_fish_completes(tmp_path):
     script = tmp_path / "slm.fish"
     script.write_text(completion.fish(completion.words()))
-    for line, wanted in [("slm tab", "tables"), ("slm tables dep", "depth_width"), ("slm cache prune --ol", "--older-than"),
-                         ("slm plan kernel=rb", "kernel=rbf")]:  # fmt: skip
+    for line, wanted in [("slm tab", "tables"), ("slm tables dep", "depth_width"), ("slm plan kernel=rb", "kernel=rbf"),
+                         ("slm cache prune --ol", "--older-than")]:  # fmt: skip
         done = subprocess.run(["fish", "--no-config", "-c", f"source {script}; complete -C '{line}'"], cwd=tmp_path,
                               capture_output=True, text=True, check=True)  # fmt: skip
         assert done.stdout.split() == [wanted]

@@ -24,6 +24,8 @@ SEVEN = {  # task -> the metric that enters the seven-task average
 }
 BOS_TOO = "_bos"
 """Added to a corpus's name for its perplexity with BOS before every chunk (`ppl_bos=both`)."""
+CHECKED_BYTES = 4_000_000
+"""Texts up to this size are cut into chunks before weights load, to see that there are any."""
 
 
 @register("evaluation", "custom")
@@ -131,9 +133,19 @@ class Evaluation(Component):
             raise DataError(missing)
 
     def check_model(self, handle: ModelHandle) -> None:
-        """Raise ConfigError where a generation to time is longer than the model; call before weights load."""
+        """Raise where a generation to time is longer than the model or a file has no chunk; call before weights load.
+
+        Cost: files of texts up to CHECKED_BYTES are read and tokenised; a larger one cannot be too short.
+
+        Raises:
+            ConfigError: the former.
+            DataError: the latter.
+        """
+        from slm_exp.evaluation.perplexity import FILES, load_corpora
         from slm_exp.evaluation.speed import cases
 
+        files = {n: w for n, w in self.corpora.items() if w.endswith(FILES) and Path(w).stat().st_size <= CHECKED_BYTES}
+        load_corpora(files, handle, self.ppl_seq_len, self.ppl_bos)
         longest = getattr(handle.config, "max_position_embeddings", None) or math.inf
         for case in cases(self) if self.speed_runs else ():
             require(case.prompt + case.new <= longest, "evaluation.speed_prompts + speed_new",

@@ -286,9 +286,11 @@ def load_weights(
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,  # told below, with the shapes
         output_loading_info=True,
     )
     model, info = loaded
+    shaped = [f"{k} {tuple(has)} for {tuple(wanted)}" for k, has, wanted in info["mismatched_keys"]]
     extra_layers = {
         k
         for k in info["unexpected_keys"]
@@ -296,12 +298,13 @@ def load_weights(
     }  # a buffer that old checkpoints carry
     for problem, keys in (
         ("lack", info["missing_keys"]),
-        ("have another shape at", info["mismatched_keys"]),
+        ("have other shapes than config.json says:", shaped),
         ("hold, beyond what config.json counts,", extra_layers),
     ):
         if keys:
-            first = ", ".join(sorted(map(str, keys))[:3])
-            raise CheckpointError(f"the weights in {folder} {problem} {first}{' ...' if len(keys) > 3 else ''}.")
+            first = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise CheckpointError(f"the weights in {folder} {problem} {first}. "
+                                  "config.json and the weights belong to different models; copy both again.")
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ConfigError(
             f"model.device_map = {device_map}: the model does not fit the visible devices, and weights "

@@ -84,8 +84,10 @@ def test_nothing_to_measure_loads_no_weights(tiny_handle: ModelHandle) -> None:
 
 def test_texts_are_checked_before_weights_load(tiny_handle: ModelHandle, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(DataError, match="at least one chunk"):
-        measure(Evaluation(tasks=["piqa"], corpora={"short": str(tmp_path / "short.txt")}), tiny_handle)
+    evaluation = Evaluation(tasks=["piqa"], corpora={"short": str(tmp_path / "short.txt")})
+    for check in (evaluation.check_model, lambda handle: measure(evaluation, handle)):
+        with pytest.raises(DataError, match="at least one chunk"):
+            check(tiny_handle)
     assert not tiny_handle.loaded
 
 

@@ -166,6 +166,14 @@ def test_weights_must_be_all_there_and_no_more(mine):
         _ = HF(path=str(mine)).open(CPU, mine).model
 
 
+def test_weights_of_another_shape_are_named_with_both(mine):
+    wanted = json.loads((mine / "config.json").read_text())["intermediate_size"] + 8
+    edit(mine, intermediate_size=wanted)
+    shapes = rf"other shapes .*down_proj.weight \(\d+, {wanted - 8}\) for \(\d+, {wanted}\)"
+    with pytest.raises(CheckpointError, match=shapes):
+        _ = HF(path=str(mine)).open(CPU, mine).model
+
+
 def test_a_folder_without_tokenizer(mine):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (mine / name).unlink()
