@@ -277,7 +277,8 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity],
         [(name, protocol)] = hashes.items()
         fields: dict[str, Any] = (protocol or {}).get("fields") or {}
         limit = "every document" if fields.get("limit") is None else f"the first {fields['limit']} documents a task"
-        out.append(f"Protocol {name}: lm-eval {fields.get('lm_eval')}, {limit}.")
+        dtype = f", {fields['dtype']}" if fields.get("dtype") else ""
+        out.append(f"Protocol {name}: lm-eval {fields.get('lm_eval')}, {limit}{dtype}.")
     return out
 
 

@@ -1,0 +1,124 @@
+"""The tables of SmolLM2, made and written: docs/results.
+
+    python benchmarks/results.py                 # all, hours on a CPU
+    python benchmarks/results.py --only rules    # some
+
+Runs what a table lacks (the commands of `slm tables NAME --missing`; finished runs are kept, killed ones go on), then
+writes its four formats, and for all that are there docs/results/README.md: the commands, the commit, the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "docs" / "results"
+
+
+class Made(NamedTuple):
+    """A table and how it is filled."""
+
+    what: str
+    table: str
+    words: tuple[str, ...] = ()
+    """Parameters of a declared table."""
+    sweep: str = ""
+    """The preset whose runs fill it, where no table declares them."""
+
+    @property
+    def name(self) -> str:
+        return self.sweep or self.table
+
+    @property
+    def folder(self) -> str:
+        return f"outputs/multirun/{self.name}"
+
+
+HALF = "extra=[model.dtype=bfloat16]"  # the searches take a third of the time where the CPU has bfloat16
+TABLES = (
+    Made("six thresholds, three rules", "sweep", sweep="threshold_rule"),
+    Made("three thresholds, three kernels of CKA", "sweep", sweep="kernel_threshold"),
+    Made("what a threshold leaves", "thresholds"),
+    Made("every method at two sizes", "main", (HALF,)),
+    Made("the arithmetic of a merge", "rules", (HALF,)),
+    Made("what a candidate is scored by", "similarity", (HALF, "sizes=[27]")),
+    Made("how far the calibration sample moves a result", "calibration", (HALF,)),
+    Made("depth, width, half and half", "depth_width", (HALF,)),
+    Made("every recovery of one cut", "recovery", ("sizes=[22]", "methods=[shortgpt]")),
+    Made("latency and throughput", "speed", ("extra=[evaluation.speed_batches=[1],evaluation.speed_prompts=[12]]",)),
+)
+
+
+def slm_tables(*words: str) -> list[str]:
+    return [sys.executable, "-m", "slm_exp.tables", *words]
+
+
+def fill(made: Made) -> int:
+    """Run what is missing; 0 when every run finished."""
+    if made.sweep:
+        commands = [f"python -m slm_exp sweep={made.sweep}"]
+    else:
+        (ROOT / made.folder).mkdir(parents=True, exist_ok=True)
+        told = subprocess.run(slm_tables(made.table, *made.words, "outputs", "--missing"), cwd=ROOT, check=True,
+                              capture_output=True, text=True).stdout  # fmt: skip
+        commands = [line for line in told.splitlines() if line.startswith("python ")]
+    status = 0
+    for command in commands:
+        workers = ["hydra.launcher.workers=1"] if made.table == "speed" else []  # timings want the machine alone
+        words = [sys.executable, *shlex.split(command)[1:], "tracking=none", *workers]
+        print("$", command, flush=True)
+        status |= subprocess.run(words, cwd=ROOT, check=False).returncode
+    return status
+
+
+def draw(made: Made) -> None:
+    where = made.folder if made.sweep else "outputs"
+    words = [made.table, *made.words, where, "--format", "md,tex,csv,html", "--out", str(OUT)]
+    subprocess.run(slm_tables(*words), cwd=ROOT, check=True)
+    for made_file in OUT.glob(f"{made.table}.*") if made.sweep else ():
+        made_file.rename(made_file.with_stem(made.sweep))
+
+
+def page() -> str:
+    """What made each table. A run that two tables share counts in the time of the first."""
+    rows = []
+    for made in TABLES:
+        if not (OUT / f"{made.name}.md").is_file():
+            continue
+        records = [json.loads(p.read_text()) for p in sorted((ROOT / made.folder).rglob("record.json"))]
+        minutes = sum(r["seconds"] for r in records if r["status"] == "finished") / 60
+        [(runs, by)] = re.findall(r"(\d+) runs, by (.+?)\.\n", (OUT / f"{made.name}.md").read_text())
+        others = ", ".join(f"[{f}]({made.name}.{f})" for f in ("tex", "csv", "html"))
+        rows.append(
+            f"| [{made.name}]({made.name}.md) ({others}) | {made.what} | {runs} | {minutes:.0f} | {by} "
+            f"| `python benchmarks/results.py --only {made.name}` |"
+        )
+    return "\n".join(["| table | asks | runs | minutes, of all jobs together | made by | command |",
+                      "|---|---|---:|---:|---|---|", *rows])  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="names of tables, by commas (default: all)")
+    parser.add_argument("--draw", action="store_true", help="only write the tables from the records that are there")
+    args = parser.parse_args()
+    wanted = [made for made in TABLES if not args.only or made.name in args.only.split(",")]
+    status = 0
+    for made in wanted:
+        status |= 0 if args.draw else fill(made)
+        draw(made)
+    readme = OUT / "README.md"
+    head = readme.read_text().split("| table |")[0]
+    readme.write_text(head + page() + "\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
