@@ -30,6 +30,8 @@ TOKENS = {"cpu": 640, "cuda": 8192}
 LAYERS = 2
 DISK = 4e8
 """Bytes a second of writing and flushing, reading or hashing weights."""
+READ = {"cpu": 1e10, "cuda": 1.5e12}
+"""Bytes a second of reading weights from memory, about."""
 ENOUGH_S = 0.25
 RECIPE = 1  # raise it when what is measured changes: what was kept is then measured anew
 
@@ -70,7 +72,8 @@ class Machine:
 
     def seconds(self, work: Work, hidden: int) -> float:
         return (work.blocks / self.block_rate(hidden) + work.head / self.head + work.wide / self.wide
-                + work.moved / DISK + work.starts * self.start + work.harness * self.harness + work.fixed)
+                + work.moved / DISK + work.read / READ[self.device] + work.starts * self.start
+                + work.harness * self.harness + work.fixed)
 
 
 def told(tflops: float, device: str, dtype: str) -> Machine:

@@ -61,8 +61,6 @@ FEW = 200
 
 PER_LAYER_S = 3e-4
 """Seconds that a layer takes to start for one token, whatever its size."""
-READ = 1e10
-"""Bytes of weights a second that generation reads from memory, about."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,8 @@ class Work:
     """Operations in float64."""
     moved: float = 0
     """Bytes read or written on disk."""
+    read: float = 0
+    """Bytes read from memory, where nothing else takes as long: generation."""
     starts: float = 0
     """Processes that import torch and transformers."""
     harness: float = 0
@@ -265,8 +265,8 @@ def generation(cfg: RunConfig, sizes: Sizes, layers: float, bytes_: float) -> Wo
     e: Any = cfg.evaluation
     cases = len(e.speed_batches) * len(e.speed_prompts) * len(e.speed_new)
     tokens = 128 * e.speed_runs + max(e.speed_new) * e.speed_grid_runs * max(0, cases - 1)
-    each = (sizes.n_layers + layers) * PER_LAYER_S + bytes_ * (1 + layers / sizes.n_layers) / READ
-    return Work(fixed=tokens * each)
+    return Work(read=tokens * bytes_ * (1 + layers / sizes.n_layers),
+                fixed=tokens * (sizes.n_layers + layers) * PER_LAYER_S)  # fmt: skip
 
 
 def _corpus(where: str, seq_len: int, stretch: float) -> tuple[float, float] | None:

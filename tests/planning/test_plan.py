@@ -172,6 +172,9 @@ def test_large_models_plan_without_the_hub(monkeypatch, tmp_path):
     assert job.params == pytest.approx(0.82 * 6_738_415_616, rel=2e-3)
     assert grid.to_json()["totals"]["gpu_hours"] > 0
     assert 13e9 < grid.device_memory < 20e9
+    call = ["model=llama2_7b", "method.target_layers=26", "runtime=cuda", "evaluation=speed"]
+    timed = plan.make_plan(call, tflops=300.0)
+    assert timed.jobs[0].seconds["evaluate"] < 900, "a token reads 13 GB, by a GPU's memory"
 
 
 def test_a_table_plans_the_jobs_that_fill_it(tmp_path):
