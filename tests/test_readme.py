@@ -16,7 +16,7 @@ from slm_exp.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "outputs" / "README.md", ROOT / "sweeps" / "README.md",
-         *sorted((ROOT / "docs").glob("*.md"))]
+         *sorted((ROOT / "docs").rglob("*.md"))]
 SMALL = ["model=tiny", "evaluation=none", "tracking=none"]
 FOREIGN = ("pip", ".", "wandb", "squeue", "sbatch", "export", "eval", "mergekit-yaml", "mergekit-multi")
 """Commands of other tools, which no test runs: where they stand, the page says what came when they were tried."""
