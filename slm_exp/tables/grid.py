@@ -103,7 +103,7 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
     found = {(i, j, k): [finder.find(overrides) for overrides in table.cell(row, column)]
              for i, block in enumerate(table.blocks) for j, row in enumerate(block.rows)
              for k, column in enumerate(table.columns)}
-    dense = _dense([m for models in found.values() for m in models])
+    dense = dense_of([m for models in found.values() for m in models])
     grid = Grid(table.name, table.title, [column.label for column in table.columns], notes=list(table.notes))
     gaps: dict[tuple[tuple[str, ...], ...], Gap] = {}
     placed: dict[tuple[int, int, int], list[Measured]] = {}
@@ -135,7 +135,7 @@ def _finished(m: Measured | None) -> bool:
     return m is not None and m.record.get("status") == "finished"
 
 
-def _dense(models: Iterable[Measured | None]) -> Measured | None:
+def dense_of(models: Iterable[Measured | None]) -> Measured | None:
     """The dense model as a run of the table measured it: of the first by run_id, so always the same."""
     with_dense = [m for m in models if m is not None and _finished(m)]
     first = min(with_dense, key=lambda m: str(m.record.get("run_id")), default=None)
@@ -265,14 +265,19 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity],
         told = "; ".join(f"{mark}: {MARKS[mark]}" for mark in MARKS if mark in used) or "no row is marked"
         out.append(f"Marks: {told}. {test[0].upper()}{test[1:]}, Holm's correction over all pairs of a block and "
                    f"column, level {LEVEL:g}. The dense model takes no part.")
-    used_runs = {str(m.record.get("run_id")): m.record for found in placed.values() for m in found}
+    return [*out, *provenance([m for found in placed.values() for m in found])]
+
+
+def provenance(runs: Sequence[Measured]) -> list[str]:
+    """How many runs, by which commit, of which model, by which protocol."""
+    out: list[str] = []
+    used_runs = {str(m.record.get("run_id")): m.record for m in runs}
     versions = sorted({f"slm_exp {(r.get('versions') or {}).get('slm_exp')}{_commit(r)}" for r in used_runs.values()})
     if versions:
         out.append(f"{len(used_runs)} runs, by {', '.join(versions)}.")
-    models = sorted({m.record["model"]["note"] for found in placed.values() for m in found
-                     if (m.record.get("model") or {}).get("note")})
+    models = sorted({m.record["model"]["note"] for m in runs if (m.record.get("model") or {}).get("note")})
     out += [f"Model: {note}." for note in models]
-    hashes = {(p or {}).get("hash"): p for found in placed.values() for m in found if (p := m.protocol) and p}
+    hashes = {(p or {}).get("hash"): p for m in runs if (p := m.protocol) and p}
     if len(hashes) == 1:
         [(name, protocol)] = hashes.items()
         fields: dict[str, Any] = (protocol or {}).get("fields") or {}

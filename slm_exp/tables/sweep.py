@@ -10,7 +10,7 @@ from slm_exp.errors import ProtocolError
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import mixed
 from slm_exp.statistics.runs import Measured
-from slm_exp.tables.grid import Entry, Grid
+from slm_exp.tables.grid import Entry, Grid, dense_of, provenance
 from slm_exp.tables.quantities import check_quantity, quantity
 from slm_exp.tracking.base import flat
 
@@ -48,6 +48,9 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
         columns = {name: columns.get(name, name) for name in only.split(",")}
     kinds = {label: quantity(show) for label, show in columns.items()}
     rows = []
+    if dense := None if reason else one_dense(runs):
+        line = [Entry(kind.value(dense), kind.stderr(dense), kind.digits) for kind in kinds.values()]
+        rows.append(("dense", [Entry() if label in settings else e for label, e in zip(kinds, line, strict=True)]))
     for m in sorted(runs, key=lambda m: [_order(quantity(show).value(m)) for show in settings.values()]):
         line = [Entry(kind.value(m), kind.stderr(m), kind.digits) for kind in kinds.values()]
         line = [replace(e, value=f"{e.value:g}") if label == "threshold" and isinstance(e.value, (int, float)) else e
@@ -60,8 +63,15 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
         rows.append((m.name, line))
     notes = ["removed in per cent of the parameters, tasks in per cent, ± the standard error over documents.",
              "Runs differ in size, so none is marked as best: slm compare RUN RUN tests a difference."]
-    return Grid("sweep", f"{len(runs)} runs", list(columns), [("", rows)], notes + ([reason] if reason else []),
-                row_heads=("", "run"))
+    return Grid("sweep", f"{len(runs)} runs", list(columns), [("", rows)],
+                [*notes, *([reason] if reason else []), *provenance(runs)], row_heads=("", "run"))
+
+
+def one_dense(runs: Sequence[Measured]) -> Measured | None:
+    """The dense model, where all runs began with the same one; as the first by run_id measured it."""
+    if len({(m.record.get("model") or {}).get("digest") for m in runs}) != 1:
+        return None
+    return dense_of(runs)
 
 
 def _others(runs: Sequence[Measured]) -> dict[str, str]:

@@ -242,6 +242,8 @@ def test_wrong_calls_name_what_was_wanted(rules: Path, capsys) -> None:
 
 def test_sweep_has_a_row_for_every_run(rules: Path, capsys) -> None:
     rows = rows_of(drawn(capsys, "sweep", rules, "--format", "csv"))
+    dense = rows.pop("dense")
+    assert (dense["rule"], dense["params"]) == ("", "134515008")
     assert set(rows) == {p.name for p in rules.iterdir()}
     wanted = ["threshold", "rule", "similarity", "kernel", "layers", "params", *SEVEN, "average"]
     (row, *_) = rows.values()
