@@ -71,8 +71,8 @@ def fill(made: Made) -> int:
         commands = [line for line in told.splitlines() if line.startswith("python ")]
     status = 0
     for command in commands:
-        workers = ["hydra.launcher.workers=1"] if made.table == "speed" else []  # timings want the machine alone
-        words = [sys.executable, *shlex.split(command)[1:], "tracking=none", *workers]
+        alone = ["hydra.launcher.workers=1"] if made.table == "speed" else []  # timings want the machine to themselves
+        words = [sys.executable, *shlex.split(command)[1:], *alone]
         print("$", command, flush=True)
         status |= subprocess.run(words, cwd=ROOT, check=False).returncode
     return status
