@@ -111,8 +111,9 @@ def main() -> int:
     args = parser.parse_args()
     wanted = [made for made in TABLES if not args.only or made.name in args.only.split(",")]
     status = 0
-    for made in wanted:
-        status |= 0 if args.draw else fill(made)
+    for made in () if args.draw else wanted:
+        status |= fill(made)
+    for made in wanted:  # afterwards: what is written here is a change of the tree, which records tell
         draw(made)
     readme = OUT / "README.md"
     head = readme.read_text().split("| table |")[0]
