@@ -52,7 +52,11 @@ TABLES = (
     Made("how far the calibration sample moves a result", "calibration", (HALF,)),
     Made("depth, width, half and half", "depth_width", (HALF,)),
     Made("every recovery of one cut", "recovery", ("sizes=[22]", "methods=[shortgpt]")),
-    Made("latency and throughput", "speed", ("extra=[evaluation.speed_batches=[1],evaluation.speed_prompts=[12]]",)),
+    Made(
+        "latency and throughput",
+        "speed",
+        ("extra=[model.dtype=bfloat16,evaluation.speed_batches=[1],evaluation.speed_prompts=[12]]",),
+    ),
 )
 
 
