@@ -39,10 +39,7 @@ TRAINED = {
 }
 
 
-CHOSEN = {  # greedily by the loss; sliding windows by the token-wise cosine
-    "sleb": ["method=sleb", "method.target_layers=27,22"],
-    "slm": ["method=slm", "method.target_layers=27", "method.max_evaluations=250"],
-}
+CHOSEN = {"sleb": ["method=sleb", "method.target_layers=27,22"]}  # greedily, by the loss
 
 
 def grids(steps: int, fit: str | None) -> Iterator[tuple[str, list[str]]]:
@@ -64,7 +61,7 @@ def grids(steps: int, fit: str | None) -> Iterator[tuple[str, list[str]]]:
         yield name, ["method=shortgpt", "method.target_layers=22", f"recovery={name}", *own, *training]
     after = ["similarity.after=reconstruct", *([f"similarity.fit_path={fit}"] if fit else [])]
     for name, chosen in CHOSEN.items():
-        chosen = [*chosen, "similarity=token_cosine"]
+        chosen = [*chosen, "similarity=token_cosine"]  # of the final score: flat_cosine saturates after a refit
         yield f"{name}_before", [*chosen, *refit]
         yield f"{name}_after", [*chosen, *after, *refit]
 

@@ -223,7 +223,8 @@ def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shade
     across = Axis([min(ends), max(ends)])
     seen = [p["n_layers"] for path in drawn for p in path.plans
             if p["threshold_high"] > across.low and p["threshold_low"] < across.high]
-    up = Axis([*(s.n_layers for s in steps), *seen, *(row.plan.n_layers for row in rows if row.plan)], whole=True)
+    sizes = [*(s.n_layers for s in steps), *seen, *(row.plan.n_layers for row in rows if row.plan)]
+    up = Axis([min(sizes) - 1, *sizes], whole=True)  # no mark on the line with the thresholds
     pitch = HEIGHT / max(1.0, up.high - up.low)
     count = max((s.series for s in steps), default=0) + 1
     apart = min(4.0, 0.7 * pitch / max(1, count - 1))
