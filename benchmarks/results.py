@@ -47,7 +47,7 @@ TABLES = (
     Made("three thresholds, three kernels of CKA", "sweep", sweep="kernel_threshold"),
     Made("what a threshold leaves", "thresholds"),
     Made("every method at two sizes", "main", (HALF,)),
-    Made("the arithmetic of a merge", "rules", (HALF,)),
+    Made("the arithmetic of a merge", "rules", (HALF, "sizes=[27]")),
     Made("what a candidate is scored by", "similarity", (HALF, "sizes=[27]")),
     Made("how far the calibration sample moves a result", "calibration", (HALF,)),
     Made("depth, width, half and half", "depth_width", (HALF,)),
