@@ -55,7 +55,10 @@ TABLES = (
     Made(
         "latency and throughput",
         "speed",
-        ("extra=[model.dtype=bfloat16,evaluation.speed_batches=[1],evaluation.speed_prompts=[12]]",),
+        (
+            "extra=[model.dtype=bfloat16,evaluation.speed_batches=[1],evaluation.speed_prompts=[12],evaluation.speed_runs=12,"
+            "evaluation.speed_discard=4]",
+        ),
     ),
 )
 
