@@ -184,8 +184,10 @@ def _take(linear: nn.Module, stay: Sequence[int], n: int, dim: int) -> None:
     """Keep some rows (dim 0) or columns (dim 1) of a linear module; all of them leaves the tensors as they are."""
     if len(stay) == n:
         return
+    import torch
+
     weight: Any = linear.weight
-    index = weight.new_tensor(stay).long()
+    index = torch.tensor(stay, device=weight.device)  # int64: in the weight's dtype, bfloat16 counts to 256
     _set(linear, "weight", weight.index_select(dim, index))
     if dim == 0 and linear.bias is not None:
         bias: Any = linear.bias

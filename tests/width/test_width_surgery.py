@@ -69,6 +69,19 @@ def test_every_query_head_stays_with_its_key_value_head(query, kv, make_tiny, to
     assert own.num_key_value_groups == len(query) // len(kv)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_channels_beyond_what_a_short_float_can_count(dtype, make_tiny):
+    """bfloat16 has every whole number up to 256, float16 up to 2048."""
+    handle = make_tiny(layers=1, hidden=1056, dtype=dtype)
+    decision = keeping(1, [0, 1, 2, 3], [0, 1], full_channels=2112)
+    stay = [c for c in range(2112) if c % 7]
+    decision["kept"]["channels"] = [pack_indices(stay, 2112)]
+    decision["sizes"] |= {"channels": [len(stay)], "hidden": 1056}
+    own, wide = apply_width(handle, decision).layers[0].mlp, handle.layers[0].mlp
+    assert torch.equal(own.down_proj.weight, wide.down_proj.weight[:, stay])
+    assert torch.equal(own.gate_proj.weight, wide.gate_proj.weight[stay])
+
+
 def test_the_biases_of_flap_make_up_for_the_mean(make_tiny, tokens):
     """With inputs that hardly vary, the compensated layer's output is nearer than the bare one's; in general too."""
     handle = make_tiny(layers=3)
