@@ -75,12 +75,15 @@ def one_dense(runs: Sequence[Measured]) -> Measured | None:
 
 
 def _others(runs: Sequence[Measured]) -> dict[str, str]:
-    """heading -> quantity of every setting in which the runs differ and that has no column yet."""
+    """heading -> quantity of every setting in which the runs differ and that has no column yet.
+
+    A field that only some members of a group have counts where its values differ: the member's name tells the rest.
+    """
     configs = [{path.replace("/", "."): value for path, value in flat(m.record.get("config") or {}).items()}
                for m in runs]
     paths = dict.fromkeys(path for config in configs for path in config)
     wanted = [path for path in paths if not path.startswith(NEVER) and f"config.{path}" not in SETTINGS.values()
-              and len({repr(config.get(path)) for config in configs}) > 1]
+              and len({repr(config[path]) for config in configs if path in config}) > 1]
     return {path.removesuffix(".name"): f"config.{path}" for path in wanted}
 
 
