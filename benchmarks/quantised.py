@@ -9,8 +9,8 @@ transformers), 8 bits of weights each; one that is not says so.
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.metadata
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -22,11 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-def perplexity(model: Any, tokens: torch.Tensor) -> float:
-    """Every row read alone."""
-    losses = [model(row[None], labels=row[None], use_cache=False).loss.float() for row in tokens]
-    return float(torch.stack(losses).mean().exp())
+from slm_exp.evaluation.perplexity import perplexity
 
 
 def load(folder: str, **kwargs: Any) -> Any:
@@ -51,7 +49,7 @@ def through_transformers(folder: str, reload: bool = False) -> Any:
         return model
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved)
-        return copy.deepcopy(load(saved))
+        return load(saved)
 
 
 def quanto(folder: str) -> Any:
@@ -74,7 +72,7 @@ def main() -> int:
     parser.add_argument("--gguf", type=Path, help="the checkpoint converted by llama.cpp")
     args = parser.parse_args()
     logging.disable_progress_bar()
-    tokens = torch.as_tensor(np.load(args.tokens)).long()
+    tokens = np.load(args.tokens)
     ways: dict[str, Callable[[str], Any]] = {
         "float32": partial(load, dtype=torch.float32),
         "torchao, `quantize_(model, Int8WeightOnlyConfig())`": torchao,
@@ -84,12 +82,11 @@ def main() -> int:
         **({"GGUF q8_0, read by transformers": partial(gguf, args.gguf)} if args.gguf else {}),
     }
     print(f"| {len(tokens)} x {tokens.shape[1]} tokens | perplexity |\n|---|---|")
-    with torch.inference_mode():
-        for name, way in ways.items():
-            try:
-                print(f"| {name} | {perplexity(way(args.checkpoint), tokens):.2f} |", flush=True)
-            except ImportError as error:
-                print(f"| {name} | not installed: {error.name} |", flush=True)
+    for name, way in ways.items():
+        try:
+            print(f"| {name} | {perplexity(way(args.checkpoint), tokens):.2f} |", flush=True)
+        except ImportError as error:
+            print(f"| {name} | not installed: {error.name} |", flush=True)
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     print({n: installed.get(n) for n in ("torch", "transformers", "torchao", "optimum-quanto")})
     return 0

@@ -67,7 +67,6 @@ def fill(made: Made) -> int:
     if made.sweep:
         commands = [f"python -m slm_exp sweep={made.sweep}"]
     else:
-        (ROOT / made.folder).mkdir(parents=True, exist_ok=True)
         told = subprocess.run(slm_tables(made.table, *made.words, "outputs", "--missing"), cwd=ROOT, check=True,
                               capture_output=True, text=True).stdout  # fmt: skip
         commands = [line for line in told.splitlines() if line.startswith("python ")]

@@ -48,7 +48,7 @@ CACHED_AT_ONCE = {"cpu": 8192, "cuda": 131072}
 """Tokens in the key-value cache while generating, room for what comes included."""
 ROWS_AT_ONCE = 32
 """Prompts that are continued together at most."""
-UNCERTAIN = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+UNCERTAIN = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a model that does not understand trees raises."""
 
 
