@@ -87,13 +87,18 @@ def draw(made: Made) -> None:
         made_file.rename(made_file.with_stem(made.sweep))
 
 
-def page() -> str:
-    """What made each table. A run that two tables share counts in the time of the first."""
+def page(before: str) -> str:
+    """What made each table. A run that two tables share counts in the time of the first; a table made elsewhere keeps
+    the line that it had in the page `before`.
+    """
     rows = []
     for made in TABLES:
         if not (OUT / f"{made.name}.md").is_file():
             continue
         records = [json.loads(p.read_text()) for p in sorted((ROOT / made.folder).rglob("record.json"))]
+        if not records:
+            rows += [line for line in before.splitlines() if line.startswith(f"| [{made.name}]")]
+            continue
         minutes = sum(r["seconds"] for r in records if r["status"] == "finished") / 60
         [(runs, by)] = re.findall(r"(\d+) runs, by (.+?)\.\n", (OUT / f"{made.name}.md").read_text())
         others = ", ".join(f"[{f}]({made.name}.{f})" for f in ("tex", "csv", "html"))
@@ -117,8 +122,8 @@ def main() -> int:
     for made in wanted:  # afterwards: what is written here is a change of the tree, which records tell
         draw(made)
     readme = OUT / "README.md"
-    head = readme.read_text().split("| table |")[0]
-    readme.write_text(head + page() + "\n")
+    before = readme.read_text()
+    readme.write_text(before.split("| table |")[0] + page(before) + "\n")
     return status
 
 
