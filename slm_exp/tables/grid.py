@@ -251,9 +251,11 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity],
     out: list[str] = []
     halves = {kinds[k].spread for _, rows in grid.blocks for _, line in rows for k, e in enumerate(line)
               if e.half is not None}
+    dense = any(row.which == "dense" for block in table.blocks for row in block.rows)
     if len(table.over) > 1:
         out.append(f"± is the 95 % interval of the mean over {len(table.over)} runs a cell "
-                   f"({table.over[0][0].partition('=')[0]}); for the dense model the standard error over documents.")
+                   f"({table.over[0][0].partition('=')[0]})"
+                   f"{'; for the dense model the standard error over documents' if dense else ''}.")
     elif "error" in halves:
         out.append("± is the standard error over documents.")
     if "quartiles" in halves:
@@ -264,7 +266,7 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity],
                 len(table.over) > 1 else "exact McNemar test per task, paired bootstrap for the average")
         told = "; ".join(f"{mark}: {MARKS[mark]}" for mark in MARKS if mark in used) or "no row is marked"
         out.append(f"Marks: {told}. {test[0].upper()}{test[1:]}, Holm's correction over all pairs of a block and "
-                   f"column, level {LEVEL:g}. The dense model takes no part.")
+                   f"column, level {LEVEL:g}.{' The dense model takes no part.' if dense else ''}")
     return [*out, *provenance([m for found in placed.values() for m in found])]
 
 
