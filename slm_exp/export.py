@@ -41,7 +41,7 @@ def parser() -> Parser:
             "slm export outputs/RUN_ID --out merge.yaml": "a run's plan, for the model it was made of",
             "slm export plan.json --model FOLDER_OR_REPO": "a plan file, to stdout",
             "mergekit-yaml merge.yaml FOLDER": "then, with mergekit, one document; its first line says which",
-            "mergekit-multi merge.yaml -I SCRATCH --out-path FOLDER": "or several documents",
+            "mergekit-multi merge.yaml -I SCRATCH --out-path FOLDER --no-write-model-card": "or several documents",
         },
         exits={0: "the file is written", 1: "the plan cannot be expressed; says why", 2: "a wrong call"},
         notes="Removed layers, removed halves, compensation and every merge rule can be expressed. Width pruning, "
@@ -132,9 +132,11 @@ def mergekit(plan: MergePlan, model: str, dtype: str | None, source: str = "") -
     else:
         mixed = [{"model": name, "parameters": {"weight": _weights(plan, at)}} for at, name in enumerate(parts)]
         documents = [*parts.values(), {"merge_method": "linear", **head, "models": mixed}]
-        command = "mergekit-multi FILE -I SCRATCH --out-path FOLDER"
+        # its model card asks the hub for the documents' names
+        command = "mergekit-multi FILE -I SCRATCH --out-path FOLDER --no-write-model-card"
     title = f"# {command}\n# slm export {source} (slm_exp {__version__}): {plan.n_layers_out} of {plan.n_layers} layers"
-    title += (f", {len(plan.groups)} groups merged by {plan.rule}" if plan.groups else "") + "\n"
+    groups = "1 group" if len(plan.groups) == 1 else f"{len(plan.groups)} groups"
+    title += (f", {groups} merged by {plan.rule}" if plan.groups else "") + "\n"
     written = (yaml.safe_dump(d, sort_keys=False, default_flow_style=None, width=112) for d in documents)
     return title + "---\n".join(written)
 
