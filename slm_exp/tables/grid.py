@@ -279,13 +279,22 @@ def provenance(runs: Sequence[Measured]) -> list[str]:
         out.append(f"{len(used_runs)} runs, by {', '.join(versions)}.")
     models = sorted({m.record["model"]["note"] for m in runs if (m.record.get("model") or {}).get("note")})
     out += [f"Model: {note}." for note in models]
-    hashes = {(p or {}).get("hash"): p for m in runs if (p := m.protocol) and p}
-    if len(hashes) == 1:
-        [(name, protocol)] = hashes.items()
-        fields: dict[str, Any] = (protocol or {}).get("fields") or {}
+    asked = {p.get("hash"): p.get("fields") or {} for m in runs if (p := m.protocol)}
+    if len(asked) == 1:
+        [(name, fields)] = asked.items()
         limit = "every document" if fields.get("limit") is None else f"the first {fields['limit']} documents a task"
         dtype = f", {fields['dtype']}" if fields.get("dtype") else ""
-        out.append(f"Protocol {name}: lm-eval {fields.get('lm_eval')}, {limit}{dtype}.")
+        if fields.get("tasks"):
+            out.append(f"Protocol {name}: lm-eval {fields.get('lm_eval')}, {limit}{dtype}.")
+        elif fields.get("perplexity"):
+            out.append(f"Protocol {name}: perplexity of {', '.join(fields['perplexity'])}{dtype}.")
+    timed = [p for r in used_runs.values() if (p := (r.get("speed") or {}).get("protocol"))]
+    if timed and all(p == timed[0] for p in timed):
+        speed: dict[str, Any] = timed[0]
+        threads = f"{speed['threads']} threads" if speed.get("threads") else ""
+        where = ", ".join(filter(None, (speed.get("dtype"), speed.get("device"), threads)))
+        out.append(f"Speed: {speed.get('runs')} runs in turn with the dense model, "
+                   f"the first {speed.get('discard')} left out; {where}.")
     return out
 
 

@@ -26,7 +26,7 @@ from slm_exp.statistics.spread import spread
 from slm_exp.tables.commands import commands, products
 from slm_exp.tables.definition import cells, read_table, table_names
 from slm_exp.tables.formats import FORMATS
-from slm_exp.tables.grid import BEST, SECOND, TIED, fill, marked, shown
+from slm_exp.tables.grid import BEST, SECOND, TIED, fill, marked, provenance, shown
 from slm_exp.tables.quantities import quantity
 from slm_exp.tables.records import find_runs
 from slm_exp.tables.reference import published
@@ -325,6 +325,21 @@ def test_quantities_of_a_record(rules: Path) -> None:
     assert quantity("speed.speedup").value(timed) == 2.0
     assert quantity("speed.peak_bytes").value(Measured("d", run.folder, timed.record, "dense")) == 2.0
     assert quantity("speed.latency_s.8x12x128").value(timed) is None
+
+
+def test_the_protocol_below_a_table_is_of_what_was_measured(rules: Path) -> None:
+    run = find_runs([rules])[0]
+
+    def last_note(asked: dict, **more: dict) -> str:
+        record = run.record | more | {"eval": {"compressed": {"protocol": {"hash": "h", "fields": asked}}}}
+        return provenance([Measured("a", run.folder, record)])[-1]
+
+    nothing = {"lm_eval": "1", "tasks": {}, "limit": None, "dtype": "float32", "perplexity": {}}
+    speed = {"protocol": {"runs": 30, "discard": 10, "dtype": "float32", "device": "cpu", "threads": 2}}
+    assert last_note(nothing, speed=speed) == ("Speed: 30 runs in turn with the dense model, the first 10 left out; "
+                                               "float32, cpu, 2 threads.")
+    assert last_note(nothing | {"perplexity": {"mine": {}}}) == "Protocol h: perplexity of mine, float32."
+    assert last_note(nothing | {"tasks": {"boolq": {}}}) == "Protocol h: lm-eval 1, every document, float32."
 
 
 def test_published_numbers_carry_their_source_and_add_up() -> None:
