@@ -65,11 +65,11 @@ def choices(of: Parser) -> list[str]:
 
 def overrides() -> list[str]:
     """`group=member` for every member of every group, presets included, and the fields of the default members."""
-    from slm_exp.door import _choices, conf_dir
+    from slm_exp.door import choices, conf_dir
     from slm_exp.registry import GROUPS
 
     presets = {group: sorted(p.stem for p in (conf_dir() / group).glob("*.yaml")) for group in ("experiment", "sweep")}
-    return [f"{group}={name}" for group in GROUPS for name in _choices(group)] + [
+    return [f"{group}={name}" for group in GROUPS for name in choices(group)] + [
         f"{group}={name}" for group, names in presets.items() for name in names
     ]
 

@@ -155,7 +155,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         extra = next((e for e in ("joblib", "submitit") if e in name), None)
         if group == "hydra/launcher" and extra:
             return f"{group} = {name}; that launcher is not installed. pip install 'slm-exp[{extra}]'."
-        options = sorted(set(re.findall(r"^\t(\S+)$", text, re.M)) or _choices(group))
+        options = sorted(set(re.findall(r"^\t(\S+)$", text, re.M)) or choices(group))
         return f"{group} = {name}; expected one of {', '.join(options)}. {did_you_mean(name, options)}".strip()
     if found := re.search(r"(?:override|Error merging override) '?([\w.@/+~]+)", text):
         key = found.group(1).lstrip("+~")
@@ -170,7 +170,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     return " ".join(line.strip() for line in text.splitlines()[:3] if line.strip())
 
 
-def _choices(group: str) -> list[str]:
+def choices(group: str) -> list[str]:
+    """What GROUP=NAME takes: members registered in code, and presets of conf/."""
     presets = [p.stem for p in (conf_dir() / group).glob("*.yaml")]
     return sorted({*presets, *(available(group) if group in GROUPS else ())})
 

@@ -40,8 +40,8 @@ def parser() -> Parser:
         examples={
             "slm export outputs/RUN_ID --out merge.yaml": "a run's plan, for the model it was made of",
             "slm export plan.json --model FOLDER_OR_REPO": "a plan file, to stdout",
-            "mergekit-yaml merge.yaml FOLDER": "then, with mergekit, one document; its first line says which",
-            "mergekit-multi merge.yaml -I SCRATCH --out-path FOLDER --no-write-model-card": "or several documents",
+            "mergekit-yaml merge.yaml FOLDER": "then mergekit, as the file says in its first line",
+            "mergekit-multi merge.yaml -I SCRATCH --out-path FOLDER --no-write-model-card": "or this",
         },
         exits={0: "the file is written", 1: "the plan cannot be expressed; says why", 2: "a wrong call"},
         notes="Removed layers, removed halves, compensation and every merge rule can be expressed. Width pruning, "

@@ -36,13 +36,34 @@ log = logging.getLogger(__name__)
 VERSIONED = ("torch", "transformers", "lm_eval", "datasets", "peft", "wandb", "hydra-core", "omegaconf", "numpy")
 
 
+SECTIONS = ("config", "versions", "eval", "model", "calibration", "plan", "layers", "params", "recovery", "speed")
+"""Parts of a record that are objects wherever they stand; a file in which one is not is no record."""
+
+
+def load_record(folder: Path) -> dict[str, Any]:
+    """The record in a run's folder.
+
+    Raises:
+        SlmError: there is none, or it cannot be read.
+    """
+    path = folder / "record.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SlmError(f"{folder} holds no record.json; give the folder of a run, e.g. outputs/<run_id>.") from None
+    except (OSError, ValueError) as error:
+        raise SlmError(f"{path} cannot be read: {error}. Run the experiment again.") from None
+    if not isinstance(record, dict) or not all(isinstance(record.get(part) or {}, dict) for part in SECTIONS):
+        raise SlmError(f"{path} is not a run's record. Run the experiment again.")
+    return record
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record in a run's folder; None where there is none or it cannot be read."""
     try:
-        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return load_record(folder)
+    except SlmError:
         return None
-    return record if isinstance(record, dict) else None
 
 
 def is_finished(folder: Path, run_id: str, with_model: bool = False) -> bool:

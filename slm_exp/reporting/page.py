@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from slm_exp.errors import SlmError
 from slm_exp.files import write_text
 from slm_exp.launch.folder import DIED, FAILED, FINISHED, RUNNING, in_use
+from slm_exp.records import load_record
 from slm_exp.reporting import charts, results
 from slm_exp.types import LayerSimilarity, MergePlan
 
@@ -28,7 +29,7 @@ def write_report(folder: Path, record: dict[str, Any] | None = None) -> Path:
         SlmError: no readable record.json.
     """
     if record is None:
-        record = read_record(folder)
+        record = load_record(folder)
     plan = MergePlan.from_json(record["plan"]) if record.get("plan") else None
     page = environment().get_template("run.html.j2").render(
         record=record,
@@ -133,24 +134,6 @@ def advice(record: dict[str, Any]) -> list[str]:
 
 def _named_errors() -> set[str]:
     return {cls.__name__ for cls in SlmError.__subclasses__()}
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record in a run's folder.
-
-    Raises:
-        SlmError: there is none, or it cannot be read.
-    """
-    path = folder / "record.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SlmError(f"{folder} holds no record.json; give the folder of a run, e.g. outputs/<run_id>.") from None
-    except (OSError, ValueError) as error:
-        raise SlmError(f"{path} cannot be read: {error}. Run the experiment again.") from None
-    if not isinstance(record, dict):
-        raise SlmError(f"{path} is not a run's record.")
-    return record
 
 
 def _widths(plan: MergePlan | None) -> dict[str, list[int]]:

@@ -20,8 +20,9 @@ from slm_exp.errors import ConfigError, PlanError, SlmError
 from slm_exp.evaluation.protocol import mixed
 from slm_exp.files import write_text
 from slm_exp.launch.folder import DIED, FAILED, FINISHED, LOG, RUNNING, STATES, WAITING, Cell, SweepFolder, last_lines
+from slm_exp.records import load_record
 from slm_exp.reporting import atlas, charts, measures, results, sweep_charts
-from slm_exp.reporting.page import advice, environment, read_record, setting, state_of, write_report
+from slm_exp.reporting.page import advice, environment, setting, state_of, write_report
 from slm_exp.reporting.results import Comparison
 from slm_exp.tracking.base import flat
 from slm_exp.types import MergePlan
@@ -186,7 +187,7 @@ def read_rows(folder: Path) -> tuple[SweepFolder | None, list[Row]]:
     for where in sorted({*cells, *here}):
         cell, run = cells.get(where), here.get(where) or cells[where].job.folder
         try:
-            record = read_record(run) if (run / "record.json").exists() else {}
+            record = load_record(run) if (run / "record.json").exists() else {}
         except SlmError as error:
             rows.append(Row(run.name, quote(os.path.relpath(run, folder)), DIED, run, {}, error=str(error),
                             overrides=cell.job.overrides if cell else ()))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_exp.door import conf_dir
+from slm_exp.door import choices, conf_dir
 from slm_exp.errors import ConfigError, did_you_mean
 from slm_exp.evaluation.base import SEVEN
 
@@ -154,12 +154,17 @@ class _Reader:
 
     def __init__(self, path: Path, told: dict[str, Any]) -> None:
         self._path, self._told = path, told
+        self._known_facts: set[str] = set()
 
     def table(self, name: str, given: dict[str, Any]) -> Table:
         told = self._keys("table", self._told, str(self._path))
         own = self._mapping(told.get("params"), "params")
-        facts, known_facts = model_facts(str(given.get("model", own.get("model", ""))))
-        known = sorted({*own, *known_facts})
+        model = str(given.get("model", own.get("model", "")))
+        if model and model not in (models := choices("model")):
+            raise ConfigError(f"model = {model}; expected one of {', '.join(models)}. "
+                              f"{did_you_mean(model, models)}".rstrip())
+        facts, self._known_facts = model_facts(model)
+        known = sorted({*own, *self._known_facts})
         for key in given:
             if key not in known:
                 raise ConfigError(f"{key}={given[key]}: {self._path} has no parameter {key}; it has "
@@ -242,6 +247,9 @@ class _Reader:
                 return params[value[1:]]
             return string.Template(value).substitute(params)
         except KeyError as error:
+            if (name := error.args[0]) in self._known_facts:
+                raise ConfigError(f"{self._path}: {where} uses ${name}, which conf/table/{MODELS}.yaml does not say of "
+                                  f"model={params.get('model')}; give it: {name}=VALUE.") from None
             raise ConfigError(f"{self._path}: {where} uses ${error.args[0]}, and there is no such parameter; known: "
                               f"{', '.join(sorted(params))}. {did_you_mean(error.args[0], params)}".rstrip()) from None
         except ValueError as error:
@@ -275,9 +283,13 @@ class _Reader:
 def _shares(params: Mapping[str, Any]) -> dict[str, Any]:
     """What leaving `$size` layers removes: `$share` of the parameters, `$percent`, `$width_ratio` of the layers'."""
     try:
-        layers, left = int(params["layers"]), int(params["size"])
-        share = (layers - left) * int(params["per_layer"]) / int(params["parameters"])
+        layers, per_layer, parameters = (int(params[key]) for key in ("layers", "per_layer", "parameters"))
     except (KeyError, TypeError, ValueError):
         return {}
+    left = params["size"]
+    if not isinstance(left, int) or not 0 < left < layers:
+        raise ConfigError(f"size = {left}; expected a number of layers left of {params.get('model')}'s {layers}: 1 to "
+                          f"{layers - 1} (sizes=[...]).")
+    share = (layers - left) * per_layer / parameters
     return {"share": str(round(share, 4)), "percent": f"{100 * share:.1f}",
             "width_ratio": str(round((layers - left) / layers, 4))}

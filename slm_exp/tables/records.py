@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import cached_property, lru_cache
@@ -10,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from slm_exp.config import UNSCIENTIFIC
-from slm_exp.errors import ConfigError
+from slm_exp.errors import ConfigError, SlmError
 from slm_exp.files import plain
-from slm_exp.records import read_record
+from slm_exp.records import load_record
 from slm_exp.registry import GROUPS, available
 from slm_exp.statistics.runs import Measured
 
 
 def find_runs(folders: Sequence[Path], may_be_empty: bool = False) -> list[Measured]:
-    """Every run in folders and below them, ordered by what it is, not by where it lies.
+    """Every run in folders and below them, ordered by what it is, not by where it lies. A record that cannot be read is
+    named on stderr.
 
     Raises:
         ConfigError: no such folder, or no record in any of them.
@@ -30,9 +32,10 @@ def find_runs(folders: Sequence[Path], may_be_empty: bool = False) -> list[Measu
         for at, below, files in os.walk(folder):
             if "record.json" in files:
                 below.clear()
-                record = read_record(Path(at))
-                if record is not None:
-                    found.append(Measured(Path(at).name, Path(at), record))
+                try:
+                    found.append(Measured(Path(at).name, Path(at), load_record(Path(at))))
+                except SlmError as error:
+                    print(f"left out: {error}", file=sys.stderr)
             below[:] = sorted(name for name in below if not name.startswith("."))
     if not found and not may_be_empty:
         raise ConfigError(f"DIR = {', '.join(map(str, folders))}; expected at least one run there, and there is no "

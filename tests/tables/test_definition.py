@@ -123,6 +123,18 @@ def test_a_wrong_declaration_names_what_and_where(old: str, new: str, message: s
     assert "own.yaml" in str(error.value)
 
 
+@pytest.mark.parametrize(("params", "message"), [
+    ({"sizes": [99]}, "size = 99.*1 to 29"),
+    ({"sizes": [0]}, "size = 0.*1 to 29"),
+    ({"sizes": ["few"]}, "size = few.*1 to 29"),
+    ({"model": "llama_7b"}, "model = llama_7b.*Did you mean llama2_7b"),
+    ({"model": "tiny"}, "sizes, which .* does not say of model=tiny; give it: sizes=VALUE"),
+])  # fmt: skip
+def test_parameters_that_no_run_could_have_are_refused(params: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cells("rules", params)
+
+
 def test_unknown_names_are_refused_with_the_closest() -> None:
     with pytest.raises(ConfigError, match="Did you mean main"):
         cells("mian")

@@ -305,6 +305,15 @@ def test_drawing_loads_nothing_heavy(rules: Path) -> None:
 # ------------------------------------------------------------------------------- quantities and references
 
 
+@pytest.mark.parametrize("broken", ['{"status": "fin', "[]", '{"status": "finished", "eval": "x"}'])
+def test_a_record_that_is_none_is_named_and_left_out(rules: Path, broken: str, tmp_path: Path, capsys) -> None:
+    copied = Path(shutil.copytree(rules, tmp_path / "runs"))
+    first, *others = find_runs([copied])
+    (first.folder / "record.json").write_text(broken)
+    assert [m.name for m in find_runs([copied])] == [m.name for m in others]
+    assert f"left out: {first.folder / 'record.json'}" in capsys.readouterr().err
+
+
 def test_quantities_of_a_record(rules: Path) -> None:
     run = find_runs([rules])[0]
     dense = Measured(run.name, run.folder, run.record, "dense")
