@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -45,5 +46,11 @@ def run_command(command: object, argv: Sequence[str]) -> int:
     try:
         return int(command(list(argv)) or 0)  # type: ignore[operator]
     except SlmError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `slm ... | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a place that cannot be written
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -52,7 +52,7 @@ def open_run(told: str) -> Any:
     from slm_exp.records import read_record
     from slm_exp.statistics.runs import Measured
 
-    path, _, which = told.partition(":") if told.endswith((":dense", ":compressed")) else (told, "", "")
+    path, _, which = told.rpartition(":") if told.endswith((":dense", ":compressed")) else (told, "", "")
     folder = Path(path)
     record = read_record(folder)
     if record is None:

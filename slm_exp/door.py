@@ -189,6 +189,23 @@ def _fields_beside(key: str) -> list[str]:
     return sorted(f.name for f in dataclasses.fields(CacheConfig)) if head == "cache" else []
 
 
+def check_key(override: str) -> None:
+    """Refuse an override of a field or a member that no group has, without composing (0.1 s).
+
+    Raises:
+        ConfigError: with what there is, and the nearest name.
+    """
+    key, _, value = override.partition("=")
+    group, _, tail = key.lstrip("+~").partition(".")
+    name = f"{group}.{tail.partition('.')[0]}" if tail else group
+    known = _fields_beside(name)
+    if name.partition(".")[2] not in known and (tail or name not in known):
+        raise ConfigError(f"{override}: there is no {name}. Known here: {', '.join(known)}. "
+                          f"{did_you_mean(name.rpartition('.')[2], known)}".rstrip())
+    if not tail and group in GROUPS and value not in (there := choices(group)):
+        raise ConfigError(f"{override}: expected one of {', '.join(there)}. {did_you_mean(value, there)}".rstrip())
+
+
 def split_sweep(overrides: Sequence[str], params: dict[str, str]) -> list[list[str]]:
     """The jobs of a grid: every combination of swept values, preset parameters first, as Hydra's sweeper makes them."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper

@@ -265,14 +265,14 @@ def _of_table(overrides: Sequence[str]) -> tuple[str, list[list[str]] | None]:
     if name is None:
         return "", None
     try:
-        from slm_exp.tables.definition import cells, read_table
+        from slm_exp.tables.definition import cells, parameters
     except ImportError:
         raise ConfigError(f"table={name}: this version of slm_exp has no tables.") from None
-    import yaml
+    from slm_exp.tables.command import split_words
 
     others = [o for o in overrides if not o.startswith(("table=", "hydra"))]
-    known = read_table(name).params
-    given = {k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in others) if k in known}
+    known = parameters(name)
+    given, _ = split_words([o for o in others if o.partition("=")[0] in known])
     added = [o for o in others if o.partition("=")[0] not in known]
     return name, [[*cell, *added] for cell in cells(name, given)]
 

@@ -7,12 +7,14 @@ maximum length, how texts are cut), and leaves out what does not (batch size, ba
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from slm_exp.errors import ProtocolError
 from slm_exp.files import digest
+
+Protocol = Mapping[str, Any] | None
 
 FILE = "protocol.json"
 """Its name in a run's folder."""
@@ -64,9 +66,14 @@ def require_same(protocols: Mapping[str, Mapping[str, Any] | None], remedy: str 
         raise ProtocolError(f"{reason}. Their numbers cannot be compared. {remedy}".rstrip())
 
 
-def mixed(protocols: Mapping[str, Mapping[str, Any] | None]) -> str | None:
-    """Which two results were measured by different protocols, and in what they differ; or None."""
-    measured = [(name, p) for name, p in protocols.items() if p and p.get("hash")]
+def mixed(protocols: Mapping[str, Protocol] | Iterable[tuple[str, Protocol]]) -> str | None:
+    """Which two results were measured by different protocols, and in what they differ; or None.
+
+    Args:
+        protocols: name -> protocol, or pairs of them where names repeat.
+    """
+    pairs = protocols.items() if isinstance(protocols, Mapping) else protocols
+    measured = [(name, p) for name, p in pairs if p and p.get("hash") and _asks(p)]
     for name, other in measured[1:]:
         first, reference = measured[0]
         if other["hash"] != reference["hash"]:
@@ -74,6 +81,13 @@ def mixed(protocols: Mapping[str, Mapping[str, Any] | None]) -> str | None:
             more = f"; {len(told) - 3} more" if len(told) > 3 else ""
             return f"{first} and {name} were measured by different protocols ({'; '.join(told[:3])}{more})"
     return None
+
+
+def _asks(protocol: Mapping[str, Any]) -> bool:
+    """Whether anything was measured by it: `evaluation=none` has a protocol without tasks and texts."""
+    fields = protocol.get("fields") or {}
+    asked = [fields[part] for part in ("tasks", "perplexity") if part in fields]
+    return not asked or any(asked)
 
 
 def _pairs(a: Any, b: Any, where: str) -> list[tuple[str, Any, Any]]:

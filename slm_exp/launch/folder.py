@@ -304,3 +304,11 @@ def complaints(cells: Sequence[Cell]) -> str:
             log_file = cell.job.folder / LOG
             lines.append(f"  {log_file if log_file.exists() else cell.job.folder}")
     return "\n".join(lines)
+
+
+def state_of(folder: Path, record: dict[str, Any]) -> str:
+    """One of STATES. A run whose record says running, and whose folder no process holds, has died."""
+    status = record.get("status")
+    if status in (FINISHED, FAILED):
+        return str(status)
+    return RUNNING if in_use(folder) else DIED

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_exp.errors import SlmError
 from slm_exp.files import write_text
-from slm_exp.launch.folder import DIED, FAILED, FINISHED, RUNNING, in_use
+from slm_exp.launch.folder import state_of
 from slm_exp.records import load_record
 from slm_exp.reporting import charts, results
 from slm_exp.types import LayerSimilarity, MergePlan
@@ -46,14 +46,6 @@ def write_report(folder: Path, record: dict[str, Any] | None = None) -> Path:
     path = folder / "report.html"
     write_text(path, page)
     return path
-
-
-def state_of(folder: Path, record: dict[str, Any]) -> str:
-    """One of launch.folder.STATES. A run whose record says running, and whose folder no process holds, has died."""
-    status = record.get("status")
-    if status in (FINISHED, FAILED):
-        return str(status)
-    return RUNNING if in_use(folder) else DIED
 
 
 @functools.cache

@@ -19,10 +19,22 @@ from urllib.parse import quote
 from slm_exp.errors import ConfigError, PlanError, SlmError
 from slm_exp.evaluation.protocol import mixed
 from slm_exp.files import write_text
-from slm_exp.launch.folder import DIED, FAILED, FINISHED, LOG, RUNNING, STATES, WAITING, Cell, SweepFolder, last_lines
+from slm_exp.launch.folder import (
+    DIED,
+    FAILED,
+    FINISHED,
+    LOG,
+    RUNNING,
+    STATES,
+    WAITING,
+    Cell,
+    SweepFolder,
+    last_lines,
+    state_of,
+)
 from slm_exp.records import load_record
 from slm_exp.reporting import atlas, charts, measures, results, sweep_charts
-from slm_exp.reporting.page import advice, environment, setting, state_of, write_report
+from slm_exp.reporting.page import advice, environment, setting, write_report
 from slm_exp.reporting.results import Comparison
 from slm_exp.tracking.base import flat
 from slm_exp.types import MergePlan
@@ -289,7 +301,8 @@ def resume_command(folder: Path, sweep: SweepFolder | None) -> str | None:
     if sweep is None:
         return None
     inside = sweep.cwd and folder.resolve().is_relative_to(sweep.cwd)
-    return f"slm sweep resume {os.path.relpath(folder.resolve(), sweep.cwd) if inside else folder}"
+    where = os.path.relpath(folder.resolve(), sweep.cwd) if inside else str(folder)
+    return f"slm sweep resume {shlex.quote(where)}"
 
 
 def stage_costs(rows: list[Row]) -> list[StageCost]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -16,7 +17,12 @@ def commands(jobs: Sequence[Sequence[str]], name: str) -> list[str]:
         jobs: overrides; no job twice.
         name: of the table; its runs go to outputs/multirun/NAME.
     """
-    head = ["python", "-m", "slm_exp", "-m", f"hydra.sweep.dir=outputs/multirun/{name}"]
+    folder = f"hydra.sweep.dir=outputs/multirun/{name}"
+    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):  # Hydra's grammar, besides the shell's
+        from slm_exp.launch.plugins import override
+
+        folder = override("hydra.sweep.dir", f"outputs/multirun/{name}")
+    head = ["python", "-m", "slm_exp", "-m", folder]
     return [shlex.join([*head, *(f"{key}={','.join(values)}" for key, values in product.items())])
             for product in products(jobs)]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_exp.door import choices, conf_dir
+from slm_exp.door import check_key, choices, conf_dir
 from slm_exp.errors import ConfigError, did_you_mean
 from slm_exp.evaluation.base import SEVEN
 
@@ -110,12 +110,22 @@ def table_path(name: str) -> Path:
 
 def read_table(name: str, params: Mapping[str, Any] | None = None) -> Table:
     """A table by name or by the path of its file; see `cells` for arguments and errors."""
+    path, told = _declared(name)
+    return _Reader(path, told).table(path.stem, dict(params or {}))
+
+
+def parameters(name: str) -> set[str]:
+    """What a table can be told, whatever its model is; see `cells` for errors."""
+    return {*(_declared(name)[1].get("params") or {}), *model_facts("")[1]}
+
+
+def _declared(name: str) -> tuple[Path, dict[str, Any]]:
     path = table_path(name)
     if not path.is_file():
         names = ["sweep", *table_names()]
         raise ConfigError(f"table = {name}; expected one of {', '.join(names)}, or an existing .yaml file. "
                           f"{did_you_mean(name, names)}".rstrip())
-    return _Reader(path, read_yaml(path)).table(path.stem, dict(params or {}))
+    return path, read_yaml(path)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -177,6 +187,12 @@ class _Reader:
                        for b in self._blocks(item, told.get("rows"), params, f"blocks[{i}]"))
         over = [[f"{key}={v}" for v in self._list(self._fill(values, params, f"over.{key}"), f"over.{key}", empty=True)]
                 for key, values in self._mapping(told.get("over"), "over").items()]
+        for values in over:
+            for override in values[:1]:
+                check_key(override)
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{self._path}: over has {', '.join(values)}; expected every value once, for a run "
+                                  "counted twice is no second run.")
         notes = self._list(told.get("notes", []), "notes", empty=True)
         if not any(row.which != "dense" for block in blocks for row in block.rows):
             empty = sorted(key for key, value in params.items() if value == [] and key in str(self._told))
@@ -201,6 +217,9 @@ class _Reader:
         which = told.get("which", "compressed")
         if which not in ("compressed", "dense"):
             raise ConfigError(f"{self._path}: {where}.which = {which}; expected compressed or dense.")
+        if which == "dense" and told.get("runs"):
+            raise ConfigError(f"{self._path}: {where} is the dense model and has runs of its own; expected none: "
+                              "every run of the block has measured it.")
         for inner in self._each(told, params, where):
             label = str(self._fill(self._required(told, "label", where), inner, where))
             yield Row(label, self._runs(told.get("runs", []), inner, where), which)
@@ -211,6 +230,9 @@ class _Reader:
         if isinstance(item, str):
             item = {"show": item}
         told = self._keys("column", item, where)
+        digits = told.get("digits")
+        if digits is not None and (not isinstance(digits, int) or isinstance(digits, bool) or digits < 0):
+            raise ConfigError(f"{self._path}: {where}.digits = {digits}; expected a whole number >= 0.")
         for inner in self._each(told, params, where):
             show = str(self._fill(self._required(told, "show", where), inner, where))
             for name in SEVEN if show == "tasks" else (show,):
@@ -234,6 +256,10 @@ class _Reader:
         for override in runs:
             if not override.partition("=")[1]:
                 raise ConfigError(f"{self._path}: {where}.runs has {override!r}; expected an override, key=value.")
+            try:
+                check_key(override)
+            except ConfigError as error:
+                raise ConfigError(f"{self._path}: {where}: {error}") from None
         return tuple(runs)
 
     def _fill(self, value: Any, params: Mapping[str, Any], where: str) -> Any:

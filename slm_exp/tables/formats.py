@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import unicodedata
 from collections.abc import Callable, Iterator
 
 from markupsafe import Markup, escape
@@ -52,7 +53,7 @@ def latex(grid: Grid) -> str:
         lines.append("\\midrule")
         if label:
             lines += [f"\\multicolumn{{{width}}}{{l}}{{\\textit{{{_tex(label)}}}}} \\\\", "\\midrule"]
-        lines += [" & ".join([_tex(name), *map(_tex_entry, row)]) + " \\\\" for name, row in rows]
+        lines += [" & ".join([_tex_head(name), *map(_tex_entry, row)]) + " \\\\" for name, row in rows]
     lines += ["\\bottomrule", "\\end{tabular}", ""]
     lines += [f"\\par\\raggedright {_tex(' '.join(_notes(grid)))}"] if _notes(grid) else []
     lines.append("\\end{table}")
@@ -63,11 +64,20 @@ def latex(grid: Grid) -> str:
 
 TEX = {"\\": "\\textbackslash{}", "&": "\\&", "%": "\\%", "$": "\\$", "#": "\\#", "_": "\\_", "{": "\\{", "}": "\\}",
        "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$", "°": "$^{\\circ}$", "–": "--",
-       "<": "$<$", ">": "$>$"}
+       "<": "$<$", ">": "$>$", "|": "\\textbar{}", '"': "''", "“": "``", "”": "''", "‘": "`", "’": "'", "—": "---",
+       "−": "$-$", "×": "$\\times$", "≤": "$\\le$", "≥": "$\\ge$", "…": "\\dots{}", "\u00a0": "~",
+       "α": "$\\alpha$", "β": "$\\beta$", "γ": "$\\gamma$", "δ": "$\\delta$", "Δ": "$\\Delta$", "θ": "$\\theta$",
+       "λ": "$\\lambda$", "μ": "$\\mu$", "σ": "$\\sigma$", "τ": "$\\tau$"}
 
 
 def _tex(text: str) -> str:
-    return "".join(TEX.get(letter, letter if ord(letter) < 128 else "?") for letter in text)
+    """LaTeX reads UTF-8 since 2018, but its default fonts have Latin letters only; of others nothing is known."""
+    return "".join(TEX.get(c) or (c if ord(c) < 128 or "LATIN" in unicodedata.name(c, "") else "?") for c in text)
+
+
+def _tex_head(text: str) -> str:
+    """A row's first cell: behind the end of a line, `[` and `*` would be arguments of it."""
+    return ("{}" if text[:1] in ("[", "*") else "") + _tex(text)
 
 
 def _tex_entry(entry: Entry) -> str:
@@ -128,9 +138,10 @@ def csv_text(grid: Grid) -> str:
     spread = [k for k in range(len(grid.columns)) if any(row[k].half is not None for row in _rows(grid))]
     marks = [k for k in range(len(grid.columns)) if any(row[k].mark for row in _rows(grid))]
     named = any(label for label, _ in grid.blocks)
+    noted = any(e.note for row in _rows(grid) for e in row)
     writer.writerow([*([grid.row_heads[0]] if named else []), grid.row_heads[1], *grid.columns,
                      *(f"{grid.columns[k]} ±" for k in spread), *(f"{grid.columns[k]} mark" for k in marks),
-                     *(["missing"] if grid.gaps else [])])
+                     *(["note"] if noted else []), *(["missing"] if grid.gaps else [])])
     by_number = {gap.number: gap for gap in grid.gaps}
     for label, rows in grid.blocks:
         for name, row in rows:
@@ -138,7 +149,8 @@ def csv_text(grid: Grid) -> str:
             told = "; ".join(command for gap in gaps for command in _commands(grid, gap))
             writer.writerow([*([label] if named else []), name, *(e.text for e in row),
                              *(row[k].half_text for k in spread), *(row[k].mark for k in marks),
-                             *([told] if grid.gaps else [])])
+                             *(["; ".join(f"{c}: {e.note}" for c, e in zip(grid.columns, row, strict=True) if e.note)]
+                               if noted else []), *([told] if grid.gaps else [])])
     return out.getvalue()
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from slm_exp.errors import ProtocolError
+from slm_exp.errors import ConfigError, ProtocolError
 from slm_exp.evaluation.protocol import mixed
+from slm_exp.launch.folder import state_of
 from slm_exp.statistics.paired import LEVEL, holm
 from slm_exp.statistics.runs import Measured, difference
 from slm_exp.statistics.spread import spread
@@ -21,7 +22,7 @@ from slm_exp.tables.records import Finder
 
 BEST, SECOND, TIED = "best", "second", "tied"
 MARKS = {
-    BEST: "better than every other row of its block",
+    BEST: "better than every other row of its block that is there",
     SECOND: "better than all but the best",
     TIED: "not to be told from the highest",
 }
@@ -103,7 +104,8 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
     found = {(i, j, k): [finder.find(overrides) for overrides in table.cell(row, column)]
              for i, block in enumerate(table.blocks) for j, row in enumerate(block.rows)
              for k, column in enumerate(table.columns)}
-    dense = dense_of([m for models in found.values() for m in models])
+    dense = {(i, k): _dense(found, i, k, f"{table.blocks[i].label} {table.columns[k].label}".strip())
+             for i in range(len(table.blocks)) for k in range(len(table.columns))}
     grid = Grid(table.name, table.title, [column.label for column in table.columns], notes=list(table.notes))
     gaps: dict[tuple[tuple[str, ...], ...], Gap] = {}
     placed: dict[tuple[int, int, int], list[Measured]] = {}
@@ -113,7 +115,8 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
             line = []
             for k, column in enumerate(table.columns):
                 if row.which == "dense":
-                    models, gap = ([dense] if dense else []), None
+                    there = dense[i, k]
+                    models, gap = ([there] if there else []), None
                 else:
                     models = [m for m in found[i, j, k] if _finished(m)]  # type: ignore[misc]
                     gap = _gap(table, row, column, found[i, j, k], gaps, block.label)
@@ -135,6 +138,26 @@ def _finished(m: Measured | None) -> bool:
     return m is not None and m.record.get("status") == "finished"
 
 
+def _dense(found: Mapping[tuple[int, int, int], Sequence[Measured | None]], block: int, column: int,
+           where: str) -> Measured | None:
+    """The dense model of a block's column, as its own runs measured it: other columns may have other protocols.
+
+    Raises:
+        ConfigError: they began with different models.
+    """
+    there = {at: models for at, models in found.items() if at[2] == column}
+    here = [m for at, models in there.items() if at[0] == block for m in models if _finished(m)]
+    models = here or [m for models in there.values() for m in models if _finished(m)]
+    digests = {(m.record.get("model") or {}).get("digest"): m.name for m in models if m is not None}
+    if len(digests) < 2:
+        return dense_of(models)
+    if not here:
+        return None
+    a, b, *_ = digests.values()
+    raise ConfigError(f"{where}: runs {a} and {b} began with different models, so there is no one dense row. Give "
+                      "every model a block of its own (each: {model: [...]}).")
+
+
 def dense_of(models: Iterable[Measured | None]) -> Measured | None:
     """The dense model as a run of the table measured it: of the first by run_id, so always the same."""
     with_dense = [m for m in models if m is not None and _finished(m)]
@@ -152,7 +175,8 @@ def _gap(table: Table, row: Row, column: Column, models: Sequence[Measured | Non
     if jobs not in gaps:
         errors = [m.record.get("error") or {} for _, m in left if m is not None]
         why = next((f"failed in stage {e.get('stage')}: {str(e.get('message')).splitlines()[0][:200]}"
-                    for e in errors if e.get("message")), "not run" if not errors else "not finished")
+                    for e in errors if e.get("message")), "not run" if not errors else next(
+                       f"{state_of(m.folder, m.record)}, not finished" for _, m in left if m is not None))
         gaps[jobs] = Gap(len(gaps) + 1, jobs, ", ".join(filter(None, (block, row.label))), why)
     return gaps[jobs]
 
@@ -179,8 +203,8 @@ def _one_protocol(table: Table, kinds: Sequence[Quantity], placed: dict[tuple[in
     """Columns whose numbers were measured by different protocols, with what differs; refused unless `allowed`."""
     out: dict[int, str] = {}
     for k, column in enumerate(table.columns):
-        told = {f"{_label(table, i, j)} (run {m.name})": kinds[k].protocol(m)
-                for (i, j, at), models in placed.items() if at == k for m in models}
+        told = [(f"{_label(table, i, j)} (run {m.name})", kinds[k].protocol(m))
+                for (i, j, at), models in placed.items() if at == k for m in models]
         reason = mixed(told)
         if reason and not allowed:
             raise ProtocolError(f"column {column.label}: {reason}. Their numbers do not belong in one table: run them "
@@ -200,6 +224,12 @@ def _mark(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: dict[tupl
     grid.notes += other_protocols.values()
     for i, k in itertools.product(range(len(table.blocks)), range(len(table.columns))):
         if not kinds[k].tasks or k in other_protocols:
+            continue
+        some = [row.label for j, row in enumerate(table.blocks[i].rows)
+                if row.which != "dense" and 0 < len(placed[i, j, k]) < len(table.over)]
+        if some:
+            grid.notes.append(f"column {table.columns[k].label}: no marks, for {', '.join(some)} has only some of "
+                              "its runs.")
             continue
         rows = {j: placed[i, j, k] for j, row in enumerate(table.blocks[i].rows)
                 if row.which != "dense" and len(placed[i, j, k]) == len(table.over)

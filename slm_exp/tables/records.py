@@ -17,6 +17,9 @@ from slm_exp.records import load_record
 from slm_exp.registry import GROUPS, available
 from slm_exp.statistics.runs import Measured
 
+NO_RESULT = ("hydra", "cache", "save_model")
+"""What decides nothing besides the groups in UNSCIENTIFIC."""
+
 
 def find_runs(folders: Sequence[Path], may_be_empty: bool = False) -> list[Measured]:
     """Every run in folders and below them, ordered by what it is, not by where it lies. A record that cannot be read is
@@ -26,10 +29,15 @@ def find_runs(folders: Sequence[Path], may_be_empty: bool = False) -> list[Measu
         ConfigError: no such folder, or no record in any of them.
     """
     found: list[Measured] = []
+    seen: set[Path] = set()
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"DIR = {folder}; expected a folder with runs (outputs/multirun/NAME, outputs).")
-        for at, below, files in os.walk(folder):
+        for at, below, files in os.walk(folder, followlinks=True):
+            if (here := Path(at).resolve()) in seen:  # a folder given twice, or a link in a circle
+                below.clear()
+                continue
+            seen.add(here)
             if "record.json" in files:
                 below.clear()
                 try:
@@ -66,12 +74,27 @@ class Finder:
         left = [m for m in self._runs if not _contradicts(m.record, overrides)]
         if not left:
             return None
-        wanted = _wanted(tuple(overrides))
+        try:
+            wanted = _wanted(tuple(overrides))
+        except ConfigError:  # a file of theirs may be elsewhere: then those runs that were asked in the same words
+            same = [m for m in left if _said(m.record.get("overrides") or ()) == _said(overrides)]
+            if not same:
+                raise
+            return self._best(same)
         same = [m for m in left if m.record.get("run_id") == wanted.run_id] or [
             m for m in left if science(m.record.get("config")) == wanted.science]
+        return self._best(same)
+
+    @staticmethod
+    def _best(same: Sequence[Measured]) -> Measured | None:
         best = max(same, key=lambda m: str(m.record.get("created")), default=None)
         done = [m for m in same if m.record.get("status") == "finished"]
         return max(done, key=lambda m: str(m.record.get("created")), default=best)
+
+
+def _said(overrides: Iterable[str]) -> set[str]:
+    """Overrides without those that change no result."""
+    return {o for o in overrides if o.partition("=")[0].partition(".")[0] not in (*UNSCIENTIFIC, *NO_RESULT)}
 
 
 @lru_cache(maxsize=4096)
@@ -121,6 +144,8 @@ def _contradicts(record: dict[str, Any], overrides: Sequence[str]) -> bool:
         key, _, text = override.partition("=")
         group, _, name = key.partition(".")
         has = config.get(group)
+        if not _decides(group, name, has):
+            continue
         if isinstance(has, dict):
             if not name and group in GROUPS and text in available(group) and has.get("name") != text:
                 return True
@@ -128,6 +153,14 @@ def _contradicts(record: dict[str, Any], overrides: Sequence[str]) -> bool:
         if not isinstance(has, str | bool | list | dict) and _number(text) != has:
             return True  # None is not a number, and a number is not None
     return False
+
+
+def _decides(group: str, name: str, member: Any) -> bool:
+    """Whether an override can change a result, and so a run_id."""
+    if group in (*UNSCIENTIFIC, *NO_RESULT):
+        return False
+    cls = available(group).get(member.get("name", "")) if group in GROUPS and isinstance(member, dict) else None
+    return cls is None or all(f.metadata.get("science", True) for f in fields(cls) if f.name == name)
 
 
 def _number(text: str) -> float | None:

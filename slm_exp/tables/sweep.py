@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from slm_exp.errors import ProtocolError
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import mixed
+from slm_exp.launch.folder import state_of
 from slm_exp.statistics.runs import Measured
 from slm_exp.tables.grid import Entry, Grid, dense_of, provenance
 from slm_exp.tables.quantities import check_quantity, quantity
@@ -30,7 +32,9 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
         ProtocolError: runs were measured by different protocols, and `mixed_protocols` is not set.
         ConfigError: a column in `only` that does not exist.
     """
-    reason = mixed({f"run {m.name}": m.protocol for m in runs})
+    often = Counter(m.name for m in runs)
+    names = [m.name if often[m.name] == 1 else str(m.folder) for m in runs]
+    reason = mixed((f"run {name}", m.protocol) for name, m in zip(names, runs, strict=True))
     if reason and not mixed_protocols:
         raise ProtocolError(f"{reason}. Their numbers do not belong in one table: give folders measured alike, or say "
                             "--mixed-protocols to see them side by side.")
@@ -42,25 +46,28 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
                **{t: t if t in SEVEN else f"task.{t}" for t in tasks}, "average": "average",
                **{f"ppl {c}": f"perplexity.{c}" for c in corpora}}
     if only is not None:
-        for name in only.split(","):
+        wanted = [n for name in only.split(",") for n in (tasks if name == "tasks" else [name])]
+        for name in wanted:
             if name not in columns:
                 check_quantity(name, "--columns", columns)
-        columns = {name: columns.get(name, name) for name in only.split(",")}
+        columns = {name: columns.get(name, name) for name in wanted}
     kinds = {label: quantity(show) for label, show in columns.items()}
     rows = []
     if dense := None if reason else one_dense(runs):
         line = [Entry(kind.value(dense), kind.stderr(dense), kind.digits) for kind in kinds.values()]
         rows.append(("dense", [Entry() if label in settings else e for label, e in zip(kinds, line, strict=True)]))
-    for m in sorted(runs, key=lambda m: [_order(quantity(show).value(m)) for show in settings.values()]):
+    shown = sorted(zip(names, runs, strict=True),
+                   key=lambda at: [_order(quantity(show).value(at[1])) for show in settings.values()])
+    for name, m in shown:
         line = [Entry(kind.value(m), kind.stderr(m), kind.digits) for kind in kinds.values()]
         line = [replace(e, value=f"{e.value:g}") if label == "threshold" and isinstance(e.value, (int, float)) else e
                 for label, e in zip(kinds, line, strict=True)]
-        status = str(m.record.get("status"))
+        status = state_of(m.folder, m.record)
         if status != "finished":
             error = m.record.get("error") or {}
             why = f": {error.get('type')} in stage {error.get('stage')}" if error else ""
             line[-1] = replace(line[-1], note=f"{status}{why}")
-        rows.append((m.name, line))
+        rows.append((name, line))
     notes = ["removed in per cent of the parameters, tasks in per cent, ± the standard error over documents.",
              "Runs differ in size, so none is marked as best: slm compare RUN RUN tests a difference."]
     return Grid("sweep", f"{len(runs)} runs", list(columns), [("", rows)],
