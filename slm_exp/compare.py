@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_exp.commandline import Parser
-from slm_exp.errors import ConfigError
+from slm_exp.errors import ConfigError, SlmError
 
 ABOUT = """Accuracies in per cent, differences on the same documents: second minus first, with standard error and 95 %
 interval. p is two-sided: of the exact McNemar test for a task, of the paired bootstrap (10,000 resamples of documents
@@ -49,14 +49,16 @@ def open_run(told: str) -> Any:
     Raises:
         ConfigError: no record there, not finished, or nothing measured.
     """
-    from slm_exp.records import read_record
+    from slm_exp.records import load_record
     from slm_exp.statistics.runs import Measured
 
     path, _, which = told.rpartition(":") if told.endswith((":dense", ":compressed")) else (told, "", "")
     folder = Path(path)
-    record = read_record(folder)
-    if record is None:
-        raise ConfigError(f"RUN = {told}; expected the folder of a run, with a record.json (outputs/RUN_ID).")
+    try:
+        record = load_record(folder)
+    except SlmError as error:
+        raise ConfigError(f"RUN = {told}; expected the folder of a run, with a record.json (outputs/RUN_ID): "
+                          f"{error}") from None
     model = Measured(told, folder, record, which or "compressed")
     if not model.evaluation.get("tasks"):
         raise ConfigError(f"RUN = {told}; expected a run that has measured tasks on its {model.which} model, and this "

@@ -59,8 +59,8 @@ def main(argv: Sequence[str]) -> int:
     from slm_exp.files import write_text
 
     args = parser().parse_args(list(argv))
-    plan, model, dtype = read(Path(args.source).expanduser(), args.model)
     try:
+        plan, model, dtype = read(Path(args.source).expanduser(), args.model)
         text = mergekit(plan, model, dtype, args.source)
     except PlanError as error:
         print(f"slm export: {error}", file=sys.stderr)
@@ -92,7 +92,7 @@ def read(source: Path, model: str | None) -> tuple[MergePlan, str, str | None]:
     config = record.get("config") or {}
     about = config.get("model") or {}
     if (recipe := (config.get("recovery") or {}).get("name", "none")) != "none":
-        raise ConfigError(f"{source}: recovery={recipe} changed weights after the plan, so the plan does not give that "
+        raise PlanError(f"{source}: recovery={recipe} changed weights after the plan, so the plan does not give that "
                           f"model. Take the checkpoint in {path.parent / 'model'}.")
     place = model or _place(about, config)
     if place is None:

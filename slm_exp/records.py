@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,8 +36,11 @@ log = logging.getLogger(__name__)
 VERSIONED = ("torch", "transformers", "lm_eval", "datasets", "peft", "wandb", "hydra-core", "omegaconf", "numpy")
 
 
-SECTIONS = ("config", "versions", "eval", "model", "calibration", "plan", "layers", "params", "recovery", "speed")
+SECTIONS = ("config", "versions", "git", "error", "eval", "model", "calibration", "plan", "layers", "params",
+            "recovery", "speed")
 """Parts of a record that are objects wherever they stand; a file in which one is not is no record."""
+SIDES = ("tasks", "perplexity", "protocol")
+"""The same of what was measured on each model."""
 
 
 def load_record(folder: Path) -> dict[str, Any]:
@@ -53,9 +56,22 @@ def load_record(folder: Path) -> dict[str, Any]:
         raise SlmError(f"{folder} holds no record.json; give the folder of a run, e.g. outputs/<run_id>.") from None
     except (OSError, ValueError) as error:
         raise SlmError(f"{path} cannot be read: {error}. Run the experiment again.") from None
-    if not isinstance(record, dict) or not all(isinstance(record.get(part) or {}, dict) for part in SECTIONS):
+    if not _is_record(record):
         raise SlmError(f"{path} is not a run's record. Run the experiment again.")
     return record
+
+
+def _is_record(told: Any) -> bool:
+    def objects(told: Any, parts: Iterable[str]) -> bool:
+        return isinstance(told, dict) and all(isinstance(told.get(part) or {}, dict) for part in parts)
+
+    if not objects(told, SECTIONS):
+        return False
+    stages = told.get("stages") or []
+    sides = (told.get("eval") or {}).values()
+    return (isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)
+            and all(objects(side or {}, SIDES) and objects(side.get("tasks") or {}, side.get("tasks") or ())
+                    for side in sides if side is not None))
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

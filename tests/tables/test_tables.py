@@ -305,7 +305,10 @@ def test_drawing_loads_nothing_heavy(rules: Path) -> None:
 # ------------------------------------------------------------------------------- quantities and references
 
 
-@pytest.mark.parametrize("broken", ['{"status": "fin', "[]", '{"status": "finished", "eval": "x"}'])
+@pytest.mark.parametrize("broken", [
+    '{"status": "fin', "[]", '{"status": "finished", "eval": "x"}', '{"error": "boom"}', '{"stages": [1]}',
+    '{"eval": {"dense": {"tasks": [1]}}}', '{"eval": {"compressed": {"protocol": "x"}}}',
+])  # fmt: skip
 def test_a_record_that_is_none_is_named_and_left_out(rules: Path, broken: str, tmp_path: Path, capsys) -> None:
     copied = Path(shutil.copytree(rules, tmp_path / "runs"))
     first, *others = find_runs([copied])
