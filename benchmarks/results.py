@@ -53,7 +53,7 @@ TABLES = (
     Made("what a candidate is scored by", "similarity", (HALF,)),
     Made("how far the calibration sample moves a result", "calibration", (HALF,)),
     Made("depth, width, half and half", "depth_width", (HALF,)),
-    Made("every recovery of one cut", "recovery", ("sizes=[22]", "methods=[slm,shortgpt]")),
+    Made("every recovery of two cuts", "recovery", ("sizes=[22]", "methods=[slm,shortgpt]")),
     Made("latency and throughput", "speed", (f"extra=[{', '.join(TIMED)}]",)),
 )
 
