@@ -156,7 +156,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         if group == "hydra/launcher" and extra:
             return f"{group} = {name}; that launcher is not installed. pip install 'slm-exp[{extra}]'."
         options = sorted(set(re.findall(r"^\t(\S+)$", text, re.M)) or choices(group))
-        return f"{group} = {name}; expected one of {', '.join(options)}. {did_you_mean(name, options)}".strip()
+        return _no_member(group, name, options)
     if found := re.search(r"(?:override|Error merging override) '?([\w.@/+~]+)", text):
         key = found.group(1).lstrip("+~")
         given = next((o for o in overrides if o.lstrip("+~").startswith(key)), key)
@@ -168,6 +168,10 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         reason = re.search(known, text)
         return f"{given}: {reason.group(1) if reason else text.splitlines()[0]}."
     return " ".join(line.strip() for line in text.splitlines()[:3] if line.strip())
+
+
+def _no_member(group: str, name: str, there: Sequence[str]) -> str:
+    return f"{group} = {name}; expected one of {', '.join(there)}. {did_you_mean(name, there)}".strip()
 
 
 def choices(group: str) -> list[str]:
@@ -203,7 +207,7 @@ def check_key(override: str) -> None:
         raise ConfigError(f"{override}: there is no {name}. Known here: {', '.join(known)}. "
                           f"{did_you_mean(name.rpartition('.')[2], known)}".rstrip())
     if not tail and group in GROUPS and value not in (there := choices(group)):
-        raise ConfigError(f"{override}: expected one of {', '.join(there)}. {did_you_mean(value, there)}".rstrip())
+        raise ConfigError(_no_member(group, value, there))
 
 
 def split_sweep(overrides: Sequence[str], params: dict[str, str]) -> list[list[str]]:

@@ -93,7 +93,7 @@ def read(source: Path, model: str | None) -> tuple[MergePlan, str, str | None]:
     about = config.get("model") or {}
     if (recipe := (config.get("recovery") or {}).get("name", "none")) != "none":
         raise PlanError(f"{source}: recovery={recipe} changed weights after the plan, so the plan does not give that "
-                          f"model. Take the checkpoint in {path.parent / 'model'}.")
+                        f"model. Take the checkpoint in {path.parent / 'model'}.")
     place = model or _place(about, config)
     if place is None:
         raise ConfigError(f"--model is missing; expected the dense model's folder or repo: {source} does not say one.")

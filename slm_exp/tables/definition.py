@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_exp.door import check_key, choices, conf_dir
+from slm_exp.door import check_key, conf_dir
 from slm_exp.errors import ConfigError, did_you_mean
 from slm_exp.evaluation.base import SEVEN
 
@@ -170,9 +170,8 @@ class _Reader:
         told = self._keys("table", self._told, str(self._path))
         own = self._mapping(told.get("params"), "params")
         model = str(given.get("model", own.get("model", "")))
-        if model and model not in (models := choices("model")):
-            raise ConfigError(f"model = {model}; expected one of {', '.join(models)}. "
-                              f"{did_you_mean(model, models)}".rstrip())
+        if model:
+            check_key(f"model={model}")
         facts, self._known_facts = model_facts(model)
         known = sorted({*own, *self._known_facts})
         for key in given:
@@ -188,8 +187,8 @@ class _Reader:
         over = [[f"{key}={v}" for v in self._list(self._fill(values, params, f"over.{key}"), f"over.{key}", empty=True)]
                 for key, values in self._mapping(told.get("over"), "over").items()]
         for values in over:
-            for override in values[:1]:
-                check_key(override)
+            if values:
+                check_key(values[0])
             if len(set(values)) < len(values):
                 raise ConfigError(f"{self._path}: over has {', '.join(values)}; expected every value once, for a run "
                                   "counted twice is no second run.")

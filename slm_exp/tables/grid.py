@@ -104,8 +104,6 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
     found = {(i, j, k): [finder.find(overrides) for overrides in table.cell(row, column)]
              for i, block in enumerate(table.blocks) for j, row in enumerate(block.rows)
              for k, column in enumerate(table.columns)}
-    dense = {(i, k): _dense(found, i, k, f"{table.blocks[i].label} {table.columns[k].label}".strip())
-             for i in range(len(table.blocks)) for k in range(len(table.columns))}
     grid = Grid(table.name, table.title, [column.label for column in table.columns], notes=list(table.notes))
     gaps: dict[tuple[tuple[str, ...], ...], Gap] = {}
     placed: dict[tuple[int, int, int], list[Measured]] = {}
@@ -115,8 +113,8 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
             line = []
             for k, column in enumerate(table.columns):
                 if row.which == "dense":
-                    there = dense[i, k]
-                    models, gap = ([there] if there else []), None
+                    dense = _dense(found, i, k, f"{block.label} {column.label}".strip())
+                    models, gap = ([dense] if dense else []), None
                 else:
                     models = [m for m in found[i, j, k] if _finished(m)]  # type: ignore[misc]
                     gap = _gap(table, row, column, found[i, j, k], gaps, block.label)

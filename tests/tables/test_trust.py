@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -46,8 +46,6 @@ def runs_of(folder: Path, name: str, **changes: object) -> list[Path]:
 
 
 def set_record(folder: Path, **changes: object) -> None:
-    import json
-
     path = folder / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -70,6 +68,8 @@ def test_one_dense_row_of_two_models_is_refused(tmp_path: Path) -> None:
         make_run(tmp_path / "runs", overrides, model={"digest": str(i % 2), "name": "m"})
     with pytest.raises(ConfigError, match="began with different models"):
         fill(read_table(name), find_runs([tmp_path / "runs"]))
+    without = table(tmp_path, TABLE.replace("  - {label: dense, which: dense}\n", ""))
+    assert not fill(read_table(without), find_runs([tmp_path / "runs"])).gaps  # nobody asks which it was
 
 
 def test_a_row_with_some_of_its_seeds_takes_the_marks_away_and_is_told_in_every_format(tmp_path: Path) -> None:
@@ -110,7 +110,8 @@ def test_folders_given_twice_links_and_equal_names(tmp_path: Path) -> None:
         sweep_grid(find_runs([tmp_path / "a", tmp_path / "b"]))
     record["eval"] |= {"compressed": {"protocol": {"hash": "0", "fields": {"tasks": {}, "perplexity": {}}}}}
     set_record(tmp_path / "b" / "run", eval=record["eval"])
-    assert len(sweep_grid(find_runs([tmp_path / "a", tmp_path / "b"])).blocks[0][1]) >= 2  # nothing was measured in b
+    rows = [name for name, _ in sweep_grid(find_runs([tmp_path / "a", tmp_path / "b"])).blocks[0][1]]
+    assert [name for name in rows if name != "dense"] == [str(tmp_path / where / "run") for where in "ab"]
 
 
 def test_a_run_that_no_process_holds_has_died(tmp_path: Path) -> None:
@@ -163,6 +164,6 @@ def test_a_file_that_is_elsewhere_does_not_hide_its_runs(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path / "here")
     runs_of(tmp_path, own)
     at_home = fill(read_table(own), find_runs([tmp_path / "runs"]))
-    os.chdir(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
     assert csv_text(fill(read_table(own), find_runs([tmp_path / "runs"]))) == csv_text(at_home)
     assert not at_home.gaps
