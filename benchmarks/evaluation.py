@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from slm_exp.door import compose_run
 from slm_exp.evaluation.backends.trees import Request, grow
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.harness import language_model, load_tasks, quiet
+from slm_exp.launch.compose import compose_run
 from slm_exp.models.base import ModelHandle
 
 ABSOLUTE, RELATIVE = 1e-3, 1e-5

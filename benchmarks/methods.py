@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from slm_exp.registry import available  # noqa: E402
+from slm_exp.core.registry import available  # noqa: E402
 from slm_exp.reporting.results import average, compare  # noqa: E402
 
 FOLDER = ROOT / "outputs" / "multirun" / "methods"

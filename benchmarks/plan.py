@@ -46,8 +46,8 @@ def measured(overrides: list[str], folder: Path) -> tuple[float, float]:
 def estimated(overrides: list[str]) -> tuple[float, float]:
     """Seconds and bytes by `slm plan`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run([sys.executable, "-m", "slm_exp.plan", "--json", *overrides], capture_output=True, text=True,
-                         env=environment, check=True)  # fmt: skip
+    ran = subprocess.run([sys.executable, "-m", "slm_exp.cli", "plan", "--json", *overrides], capture_output=True,
+                         text=True, env=environment, check=True)  # fmt: skip
     totals = json.loads(ran.stdout)["totals"]
     return totals["seconds"], totals["memory_bytes"]
 
@@ -56,11 +56,11 @@ def documents() -> None:
     """Tokens of a document of each task: read by the fast backend, predicting, and read by lm-eval's own class."""
     import torch
 
-    from slm_exp.config import default_cache_dir
     from slm_exp.evaluation.backends.trees import Request, grow
     from slm_exp.evaluation.base import SEVEN
     from slm_exp.evaluation.harness import load_tasks, quiet
     from slm_exp.models.smollm2_135m import SmolLM2
+    from slm_exp.pipeline.config import default_cache_dir
 
     tokenizer = SmolLM2().open(torch.device("cpu"), Path(default_cache_dir())).tokenizer
     assert tokenizer is not None
@@ -87,7 +87,7 @@ def documents() -> None:
 
 def against_records(folder: Path) -> float:
     """Print a line for every finished record below a folder; returns the worst factor."""
-    from slm_exp.plan import make_plan
+    from slm_exp.cli.plan import make_plan
 
     worst = 1.0
     for path in sorted(folder.rglob("record.json")):
@@ -147,7 +147,7 @@ def main() -> int:
 
 def _keep_conversion(cache: Path) -> None:
     """An empty stage cache but for the converted weights (copied from the default cache, once) and the speeds."""
-    from slm_exp.config import default_cache_dir
+    from slm_exp.pipeline.config import default_cache_dir
 
     own = Path(default_cache_dir()) / "model"
     if own.is_dir() and not (cache / "model").exists():

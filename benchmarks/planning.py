@@ -18,14 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from slm_exp.cache.store import StageStore  # noqa: E402
-from slm_exp.config import RunConfig  # noqa: E402
-from slm_exp.door import compose_run  # noqa: E402
-from slm_exp.errors import SlmError  # noqa: E402
+from slm_exp.core.cache.store import StageStore  # noqa: E402
+from slm_exp.core.errors import SlmError  # noqa: E402
+from slm_exp.core.registry import available  # noqa: E402
+from slm_exp.core.types import MergePlan  # noqa: E402
+from slm_exp.launch.compose import compose_run  # noqa: E402
 from slm_exp.methods.base import PlanTask  # noqa: E402
-from slm_exp.registry import available  # noqa: E402
+from slm_exp.pipeline.config import RunConfig  # noqa: E402
 from slm_exp.similarity.layers import layer_similarity  # noqa: E402
-from slm_exp.types import MergePlan  # noqa: E402
 
 MINUTES = {"sleb": 6, "blockpruner": 12, "finercut": 12, "slm": None, "laco": None}
 ONE_SHOT = 3

@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from slm_exp.types import MergePlan  # noqa: E402
+from slm_exp.core.types import MergePlan  # noqa: E402
 
 FOLDER = ROOT / "outputs" / "multirun" / "recovery"
 PAGE = ROOT / "docs" / "recovery.md"

@@ -59,7 +59,7 @@ TABLES = (
 
 
 def slm_tables(*words: str) -> list[str]:
-    return [sys.executable, "-m", "slm_exp.tables", *words]
+    return [sys.executable, "-m", "slm_exp.cli", "tables", *words]
 
 
 def fill(made: Made) -> int:

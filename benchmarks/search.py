@@ -28,13 +28,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "reference")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from slm_exp.cache.store import StageStore  # noqa: E402
-from slm_exp.door import compose_run  # noqa: E402
+from slm_exp.core.cache.store import StageStore  # noqa: E402
+from slm_exp.core.registry import available  # noqa: E402
+from slm_exp.core.types import CalibrationTokens, MergePlan  # noqa: E402
+from slm_exp.launch.compose import compose_run  # noqa: E402
 from slm_exp.methods.base import PlanTask  # noqa: E402
 from slm_exp.methods.slm import SLM  # noqa: E402
 from slm_exp.models.base import ModelHandle  # noqa: E402
-from slm_exp.registry import available  # noqa: E402
-from slm_exp.types import CalibrationTokens, MergePlan  # noqa: E402
 
 RULES = ("top_layer", "sum_of_deltas", "mean")
 THRESHOLDS = (0.9, 0.8, 0.7, 0.6)

@@ -42,8 +42,8 @@ def call(*words: str) -> float:
 def thresholds(where: Path, cells: int) -> list[float]:
     """One threshold for each of `cells` different plans, spread over the path."""
     low, high = RANGE
-    seconds = call("-m", "slm_exp.path", *SETTINGS, f"method.threshold_range=[{low},{high}]", f"hydra.run.dir={where}",
-                   f"cache.dir={where / 'cache'}")  # fmt: skip
+    seconds = call("-m", "slm_exp.cli", "path", *SETTINGS, f"method.threshold_range=[{low},{high}]",
+                   f"hydra.run.dir={where}", f"cache.dir={where / 'cache'}")  # fmt: skip
     path = json.loads((where / "path.json").read_text())
     plans = {json.dumps(p["groups"]): (p["threshold_low"] + p["threshold_high"]) / 2 for p in path["plans"]}
     released = 832 * len(path["plans"])
@@ -91,7 +91,7 @@ def main() -> None:
         again = call("-m", "slm_exp", "-m", *grid, f"hydra.sweep.dir={where / 'again'}")
         single = call("-m", "slm_exp", *SETTINGS, f"method.threshold={asked[0]!r}", f"cache.dir={weights}",
                       f"hydra.run.dir={where / 'cached'}")  # fmt: skip
-        imports = call("-c", "import torch, transformers, matplotlib.figure, slm_exp.door")
+        imports = call("-c", "import torch, transformers, matplotlib.figure, slm_exp.launch.compose")
         done = computed(where / "sweep")
         plans = {json.dumps(r["plan"]["groups"]) for r in records(where / "sweep")}
         alone = statistics.mean(separate) * args.cells

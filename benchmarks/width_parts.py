@@ -23,12 +23,12 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from slm_exp.door import compose_run  # noqa: E402
+from slm_exp.core.types import CalibrationTokens, MergePlan  # noqa: E402
 from slm_exp.evaluation.perplexity import perplexity  # noqa: E402
+from slm_exp.launch.compose import compose_run  # noqa: E402
+from slm_exp.merging.width import unpack_indices  # noqa: E402
 from slm_exp.models.base import ModelHandle  # noqa: E402
-from slm_exp.types import CalibrationTokens, MergePlan  # noqa: E402
 from slm_exp.width.base import WidthTask  # noqa: E402
-from slm_exp.width.surgery import unpack_indices  # noqa: E402
 
 Columns = dict[str, torch.Tensor]
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from slm_exp.door import main
+from slm_exp.cli.run import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from slm_exp.core.types import CalibrationTokens
     from slm_exp.models.base import ModelHandle
-    from slm_exp.types import CalibrationTokens
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -60,7 +60,7 @@ def tokens() -> CalibrationTokens:
     """[4, 32] random bytes."""
     import numpy as np
 
-    from slm_exp.types import CalibrationTokens
+    from slm_exp.core.types import CalibrationTokens
 
     ids = np.random.default_rng(0).integers(0, 256, (4, 32)).astype("int32")
     return CalibrationTokens(ids, "random", tuple(f"random:{i}" for i in range(4)))

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from slm_exp import checkpoint, reload
-from slm_exp.checkpoint import expectation, model_card, save_checkpoint
-from slm_exp.errors import ArchitectureError, CheckpointError
+from slm_exp.core.errors import ArchitectureError, CheckpointError
+from slm_exp.core.registry import available
+from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.hf import HF
 from slm_exp.models.layouts import layout_for
-from slm_exp.registry import available
-from slm_exp.types import MergePlan
+from slm_exp.runs import checkpoint, reload
+from slm_exp.runs.checkpoint import expectation, model_card, save_checkpoint
 
 MEAN = available("merge_rule")["mean"]()
 PLAN = MergePlan(8, groups=((1, 3), (4, 7)), rule="mean", method="slm", similarity="flat_cosine", threshold=0.9)

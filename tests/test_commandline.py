@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from slm_exp import cli, completion
-from slm_exp.door import conf_dir
+from slm_exp.cli import completion
+from slm_exp.cli import main as cli
+from slm_exp.launch.compose import conf_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,7 +20,8 @@ def test_help_has_examples_and_exit_statuses(name, capsys):
         cli.main([name, "--help"])
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    for part in (f"usage: slm {name}", f"(= python -m slm_exp.{name})", "examples:", f"  slm {name}", "exit status:"):
+    for part in (f"usage: slm {name}", f"(= python -m slm_exp.cli {name})", "examples:", f"  slm {name}",
+                 "exit status:"):
         assert part in shown, part
     assert max(map(len, shown.splitlines())) <= 130
 
@@ -49,7 +51,7 @@ def test_a_wrong_call_ends_with_status_2_and_names_what_was_meant(call, said, ca
 
 def test_every_command_is_a_module_with_a_main():
     for name in cli.COMMANDS:
-        module = importlib.import_module(f"slm_exp.{name}")
+        module = importlib.import_module(f"slm_exp.cli.{name}")
         assert callable(module.main)
         assert (ROOT / "docs" / "commands.md").read_text().count(f"`slm {name}"), name
 

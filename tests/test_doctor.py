@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from slm_exp import doctor
-from slm_exp.cache.store import StageStore
+from slm_exp.cli import doctor
+from slm_exp.core.cache.store import StageStore
 
 
 def found(check, name=None):

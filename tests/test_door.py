@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from slm_exp import door
-from slm_exp.errors import ConfigError
-from slm_exp.registry import GROUPS, available
+from slm_exp.core.errors import ConfigError
+from slm_exp.core.registry import GROUPS, available
+from slm_exp.launch import compose as door
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["model=tiny", "evaluation=none", "tracking=none"]
@@ -115,7 +115,7 @@ def test_help_and_cfg_answer_at_once_and_import_nothing_heavy():
     composed = python_m("--cfg", "job", "method.threshold=0.7")
     assert "threshold: 0.7" in composed.stdout
     assert time.monotonic() - started < 20, "both together; the benchmark holds the 2 s each on a quiet machine"
-    code = ("import sys; from slm_exp import door; door.compose_run(['model=tiny']); "
+    code = ("import sys; from slm_exp.launch import compose as door; door.compose_run(['model=tiny']); "
             "print([m for m in ('torch', 'transformers', 'datasets', 'wandb', 'lm_eval', 'matplotlib', 'peft') "
             "if m in sys.modules])")
     listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

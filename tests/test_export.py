@@ -6,11 +6,11 @@ import pytest
 import torch
 import yaml
 
-from slm_exp import export
-from slm_exp.errors import ConfigError, PlanError
+from slm_exp.cli import export
+from slm_exp.core.errors import ConfigError, PlanError
+from slm_exp.core.registry import available
+from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.registry import available
-from slm_exp.types import MergePlan
 
 PLANS = {
     "removal": MergePlan(8, dropped=(2, 3, 6)),

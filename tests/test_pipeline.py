@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slm_exp import pipeline, records
-from slm_exp.door import compose_run
-from slm_exp.errors import ProtocolError, StageError
-from slm_exp.types import MergePlan
+from slm_exp.core.errors import ProtocolError, StageError
+from slm_exp.core.types import MergePlan
+from slm_exp.launch.compose import compose_run
+from slm_exp.pipeline import run as pipeline
+from slm_exp.runs import record as records
 
 STAGES = ["load", "calibrate", "similarity", "evaluate_dense", "plan", "merge", "width", "recover", "evaluate", "save",
           "report"]
@@ -91,13 +92,13 @@ def test_calibration_can_be_repeated_from_its_own_file(run, tmp_path):
 PATCHES = {
     "load": "slm_exp.models.tiny.Tiny.open",
     "calibrate": "slm_exp.calibration.base.Calibration.draw",
-    "similarity": "slm_exp.pipeline.layer_similarity",
+    "similarity": "slm_exp.pipeline.run.layer_similarity",
     "plan": "slm_exp.methods.slm.SLM.plan",
-    "merge": "slm_exp.pipeline.apply_plan",
+    "merge": "slm_exp.pipeline.run.apply_plan",
     "width": "slm_exp.width.none.NoWidth.decide",
     "recover": "slm_exp.recovery.none.NoRecovery.heal",
     "evaluate_dense": "slm_exp.evaluation.base.Evaluation.run",
-    "save": "slm_exp.checkpoint.save_checkpoint",
+    "save": "slm_exp.runs.checkpoint.save_checkpoint",
     "report": "slm_exp.reporting.page.write_report",
 }
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from slm_exp import cli, door
-from slm_exp.errors import ConfigError
+from slm_exp.cli import main as cli
+from slm_exp.core.errors import ConfigError
+from slm_exp.launch import compose as door
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "outputs" / "README.md", ROOT / "sweeps" / "README.md",
@@ -59,7 +60,7 @@ def test_every_command_is_one_that_exists(page, command, tmp_path, monkeypatch):
         assert words[1] in cli.COMMANDS, command
         if len(words) > 2 and not set("|[") & set(command) and "..." not in command:
             with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
-                importlib.import_module(f"slm_exp.{words[1]}").parser().parse_args(words[2:])
+                importlib.import_module(f"slm_exp.cli.{words[1]}").parser().parse_args(words[2:])
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), command
     elif words[0] not in FOREIGN and not (words[0] == "python" and words[1].startswith("llama.cpp/")):
@@ -93,7 +94,7 @@ def test_the_readme_run_runs(tmp_path):
                            capture_output=True, text=True, timeout=300, env=_env())
     assert again.returncode == 0
     assert "finished" in again.stdout
-    report = subprocess.run([sys.executable, "-m", "slm_exp.report", str(record.parent)], cwd=tmp_path,
+    report = subprocess.run([sys.executable, "-m", "slm_exp.cli", "report", str(record.parent)], cwd=tmp_path,
                             capture_output=True, text=True, timeout=300, env=_env())
     assert report.returncode == 0, report.stderr
 
@@ -102,7 +103,7 @@ def test_the_readmes_method_runs_as_it_stands(tmp_path):
     """The block as a module of its own, then a run of it: what a user who pastes it gets."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     run = [*SMALL, "method=middle", "method.target_layers=6", f"cache.dir={tmp_path / 'cache'}", "save_model=false"]
-    program = f"{block}\n\nimport sys\nfrom slm_exp.door import main\n\nsys.exit(main({run!r}))\n"
+    program = f"{block}\n\nimport sys\nfrom slm_exp.launch.compose import main\n\nsys.exit(main({run!r}))\n"
     (tmp_path / "mine.py").write_text(program)
     done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
                           env=_env())

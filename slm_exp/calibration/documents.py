@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slm_exp.errors import ConfigError, DataError, did_you_mean
+from slm_exp.core.errors import ConfigError, DataError, did_you_mean
 
 JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 SUFFIXES = (*JSON_LINES, ".parquet", ".txt")

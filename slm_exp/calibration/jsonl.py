@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from slm_exp.calibration.documents import Document
 from slm_exp.calibration.text import TextCalibration
-from slm_exp.errors import require
-from slm_exp.registry import register
+from slm_exp.core.errors import require
+from slm_exp.core.registry import register
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle

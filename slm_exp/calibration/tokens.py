@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from slm_exp.calibration.base import Calibration
 from slm_exp.calibration.text import check_ids, paths_digest
-from slm_exp.errors import ConfigError, DataError, require
-from slm_exp.registry import register
+from slm_exp.core.errors import ConfigError, DataError, require
+from slm_exp.core.registry import register
 
 if TYPE_CHECKING:
+    from slm_exp.core.types import CalibrationTokens
     from slm_exp.models.base import ModelHandle
-    from slm_exp.types import CalibrationTokens
 
 
 @register("calibration", "tokens")
@@ -42,7 +42,7 @@ class Tokens(Calibration):
     def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
         import numpy as np
 
-        from slm_exp.types import CalibrationTokens
+        from slm_exp.core.types import CalibrationTokens
 
         assert self.path is not None
         file = Path(self.path).expanduser()

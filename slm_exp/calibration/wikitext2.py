@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from slm_exp.calibration.documents import Document, pieces, read_documents
 from slm_exp.calibration.text import HubText
-from slm_exp.registry import register
+from slm_exp.core.registry import register
 
 
 @register("calibration", "wikitext2")

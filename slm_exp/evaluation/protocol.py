@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slm_exp.errors import ProtocolError
-from slm_exp.files import digest
+from slm_exp.core.errors import ProtocolError
+from slm_exp.core.files import digest
 
 Protocol = Mapping[str, Any] | None
 

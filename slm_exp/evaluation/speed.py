@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from slm_exp.errors import DataError
+from slm_exp.core.errors import DataError
 
 if TYPE_CHECKING:
     import torch

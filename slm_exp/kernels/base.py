@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slm_exp.registry import Component
+from slm_exp.core.registry import Component
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,9 @@ from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slm_exp.errors import require
+from slm_exp.core.errors import require
+from slm_exp.core.registry import register
 from slm_exp.kernels.base import Kernel
-from slm_exp.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,18 +21,18 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 
-from slm_exp.errors import SlmError, require, require_one_of
-from slm_exp.launch.folder import FAILED, FINISHED, Cell, Job, SweepFolder, complaints, note_death, read_cell, table
+from slm_exp.core.errors import SlmError, require, require_one_of
 from slm_exp.launch.pool import Interrupted, Pool
 from slm_exp.launch.queued import every_job_answers
 from slm_exp.launch.screen import Screen
 from slm_exp.launch.workers import make_workers, visible_gpus
+from slm_exp.runs.sweep import FAILED, FINISHED, Cell, Job, SweepFolder, complaints, note_death, read_cell, table
 
 if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
     from omegaconf import DictConfig
 
-    from slm_exp.config import RunConfig
+    from slm_exp.pipeline.config import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +82,9 @@ def compose_job(context: HydraContext, config: DictConfig, overrides: Sequence[s
     """A job of the sweep from its overrides: its run_id, folder and checked config."""
     from omegaconf import OmegaConf
 
-    from slm_exp.config import to_run_config
-    from slm_exp.door import checked, science_only
-    from slm_exp.tracking.wandb import slug
+    from slm_exp.launch.compose import checked, science_only
+    from slm_exp.pipeline.config import to_run_config
+    from slm_exp.runs.tracking.wandb import slug
 
     by_run_id = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"] == "${run_id:}"  # type: ignore[index, call-overload]
     if by_run_id and tuple(overrides) in checked:
@@ -180,7 +180,7 @@ class GridSweeper(Sweeper):
         return list(jobs.values())
 
     def _asked(self, sweep: SweepFolder, arguments: list[str]) -> list[list[str]]:
-        from slm_exp.door import split_sweep
+        from slm_exp.launch.compose import split_sweep
 
         if self.select is None:
             return split_sweep(arguments, self.params)
@@ -267,7 +267,7 @@ class ProcessLauncher(Launcher):
         return [
             sys.executable,
             "-m",
-            "slm_exp.launch.job",
+            "slm_exp.cli.job",
             str(os.getpid()),
             *job.overrides,
             *([f"evaluation.batch_size={batch_size}"] if batch_size else []),

@@ -18,9 +18,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from slm_exp.launch.folder import FAILED, FINISHED, LOG, Cell, Job, note_death, read_cell
 from slm_exp.launch.screen import Screen
 from slm_exp.launch.workers import Worker
+from slm_exp.runs.sweep import FAILED, FINISHED, LOG, Cell, Job, note_death, read_cell
 
 POLL_S = 0.1
 GRACE_S = 10.0

@@ -17,7 +17,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
-from slm_exp.errors import SlmError
+from slm_exp.core.errors import SlmError
 
 LOOK_S = 1.0
 QUEUE_S = 10.0

@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from slm_exp.launch.folder import FINISHED, Cell, Job, differing
-from slm_exp.records import read_record
+from slm_exp.runs.record import read_record
+from slm_exp.runs.sweep import FINISHED, Cell, Job, differing
 
 REDRAW_S = 0.5
 LINE_EVERY_S = 60.0

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from slm_exp.core.types import MergePlan
+    from slm_exp.engine.runner import Slot
     from slm_exp.methods.base import PlanTask
     from slm_exp.models.layouts import LayerLayout
     from slm_exp.search.reduced import ReducedModels
-    from slm_exp.search.runner import Slot
-    from slm_exp.types import MergePlan
 
 
 def magnitudes(task: PlanTask, plan: MergePlan, models: ReducedModels) -> tuple[dict[str, Any], int]:

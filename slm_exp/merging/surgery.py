@@ -7,8 +7,8 @@ import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import PlanError
-from slm_exp.files import digest
+from slm_exp.core.errors import PlanError
+from slm_exp.core.files import digest
 from slm_exp.merging.compensation import scaled_outputs, scales
 from slm_exp.models.base import ModelHandle
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from slm_exp.core.types import MergePlan
     from slm_exp.merging.rules.base import MergeRule
-    from slm_exp.types import MergePlan
 
 
 def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = None) -> ModelHandle:
@@ -43,7 +43,7 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
     if plan.groups and rule is not None and plan.rule and plan.rule != rule.name:
         raise PlanError(f"the plan was made with merge_rule={plan.rule}, not {rule.name}.")
     if plan.width:
-        from slm_exp.width.surgery import apply_width
+        from slm_exp.merging.width import apply_width
 
         depth = dataclasses.replace(plan, width=None)
         if plan.width.get("order") == "before":

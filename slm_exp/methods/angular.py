@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from slm_exp.core.registry import register
+from slm_exp.core.types import Trial
 from slm_exp.methods.base import Baseline, Choice, PlanTask
-from slm_exp.registry import register
-from slm_exp.types import Trial
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_exp.errors import ConfigError, PlanError, require, require_one_of
-from slm_exp.registry import Component
-from slm_exp.types import Group, MergePlan, Trial
+from slm_exp.core.errors import ConfigError, PlanError, require, require_one_of
+from slm_exp.core.registry import Component
+from slm_exp.core.types import Group, MergePlan, Trial
 
 if TYPE_CHECKING:
-    from slm_exp.cache.store import StageStore
-    from slm_exp.config import RunConfig
+    from slm_exp.core.cache.store import StageStore
+    from slm_exp.core.types import CalibrationTokens, LayerSimilarity
     from slm_exp.kernels.base import Kernel
     from slm_exp.merging.rules.base import MergeRule
     from slm_exp.models.base import ModelHandle
+    from slm_exp.pipeline.config import RunConfig
     from slm_exp.search.reduced import ReducedModels
     from slm_exp.similarity.base import Similarity
-    from slm_exp.types import CalibrationTokens, LayerSimilarity
 
 COMPENSATIONS = ("magnitude",)
 

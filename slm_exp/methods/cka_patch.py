@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from slm_exp.core.registry import register
+from slm_exp.core.types import Group, Trial
 from slm_exp.methods.base import Baseline, Choice, PlanTask
-from slm_exp.registry import register
-from slm_exp.types import Group, Trial
 
 if TYPE_CHECKING:
     import numpy as np

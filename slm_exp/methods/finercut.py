@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slm_exp.errors import require, require_one_of
+from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.registry import register
 from slm_exp.methods.sublayers import SublayerBaseline
-from slm_exp.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,8 +45,8 @@ class FinerCut(SublayerBaseline):
         super().check()
 
     def find(self, models: ReducedModels, wanted: Wanted) -> Removed:
+        from slm_exp.engine.vocabulary import PredictionDistance
         from slm_exp.search.greedy import greedy
-        from slm_exp.search.vocabulary import PredictionDistance
 
         distance: PredictionDistance | None = None
 

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import ConfigError, PlanError, require
-from slm_exp.files import digest
+from slm_exp.core.errors import ConfigError, PlanError, require
+from slm_exp.core.files import digest
+from slm_exp.core.registry import available, register
+from slm_exp.core.types import MergePlan
 from slm_exp.methods.base import Method, PlanTask, scored
-from slm_exp.registry import available, register
-from slm_exp.types import MergePlan
 
 if TYPE_CHECKING:
     from slm_exp.merging.rules.base import MergeRule

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slm_exp.errors import PlanError, require
+from slm_exp.core.errors import PlanError, require
+from slm_exp.core.registry import register
+from slm_exp.core.types import Group, MergePlan, Trial
 from slm_exp.methods.base import Baseline, Choice, PlanTask
-from slm_exp.registry import register
-from slm_exp.types import Group, MergePlan, Trial
 
 log = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_exp.errors import require, require_one_of
+from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.registry import register
 from slm_exp.methods.base import Baseline, Choice, PlanTask
 from slm_exp.methods.sublayers import SublayerBaseline
-from slm_exp.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,9 +80,9 @@ class LLMDrop(SublayerBaseline):
         return Choice(tuple(u.layer for u in found.units), trace=found.trace, models=models)
 
     def find(self, models: ReducedModels, wanted: Wanted) -> Removed:
+        from slm_exp.engine.runner import Slot
         from slm_exp.methods.shortgpt import token_cosine
         from slm_exp.search.greedy import Removed, one_shot, traced
-        from slm_exp.search.runner import Slot
 
         states, units = models.dense_states, self.units(len(models.dense))
         costs: dict[Unit, float] = {}

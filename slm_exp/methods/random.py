@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
+from slm_exp.core.registry import register
 from slm_exp.methods.base import Baseline, Choice, PlanTask
-from slm_exp.registry import register
 
 
 @register("method", "random")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slm_exp.errors import require
+from slm_exp.core.errors import require
+from slm_exp.core.registry import register
 from slm_exp.methods.base import Baseline, Choice, PlanTask, lowest
-from slm_exp.registry import register
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle
@@ -36,8 +36,8 @@ class ShortenedTaylor(Baseline):
     def choose(self, task: PlanTask, n_remove: int) -> Choice:
         import torch
 
-        from slm_exp.search.gradients import layer_gradients
-        from slm_exp.search.progress import ticking
+        from slm_exp.engine.gradients import layer_gradients
+        from slm_exp.engine.progress import ticking
         from slm_exp.search.reduced import ReducedModels
 
         models, n = ReducedModels(task), task.handle.n_layers

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from slm_exp.core.registry import register
 from slm_exp.methods.base import Baseline, Choice, PlanTask, lowest
-from slm_exp.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor

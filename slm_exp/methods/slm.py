@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import require, require_one_of
+from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.registry import register
+from slm_exp.core.types import MergePlan, Trial
 from slm_exp.methods.base import Method, PlanTask, scored
-from slm_exp.registry import register
-from slm_exp.types import MergePlan, Trial
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle

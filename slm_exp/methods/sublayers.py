@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slm_exp.errors import ConfigError, require
+from slm_exp.core.errors import ConfigError, require
 from slm_exp.methods.base import Baseline, Choice, PlanTask
 
 if TYPE_CHECKING:

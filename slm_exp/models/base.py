@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import require, require_one_of
-from slm_exp.registry import Component, knob
+from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.registry import Component, knob
 
 if TYPE_CHECKING:
     import torch

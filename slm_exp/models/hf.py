@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import ArchitectureError, CheckpointError, ConfigError, require
-from slm_exp.files import digest
+from slm_exp.core.errors import ArchitectureError, CheckpointError, ConfigError, require
+from slm_exp.core.files import digest
+from slm_exp.core.registry import register
 from slm_exp.models.base import ModelHandle, ModelSource, dtype_name, empty_model
+from slm_exp.models.layerwise import PREFIX, layerwise_classes
 from slm_exp.models.layouts import LayerLayout, layout_for
-from slm_exp.registry import register
-from slm_exp.width.layerwise import PREFIX, layerwise_classes
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,7 @@ class HF(ModelSource):
         )
 
     def _fetch(self, patterns: Sequence[str], complete: Callable[[Path], bool], revision: str | None) -> Path:
-        from slm_exp.hub import Repo
+        from slm_exp.core.hub import Repo
 
         code = ("*.py",) if self.trust_remote_code else ()
         repo = Repo(self.path, revision, "model", "model.path", ConfigError)
@@ -165,7 +165,7 @@ def folder_digest(folder: Path) -> str:
     Raises:
         ConfigError: the folder holds no model, or a part of it is missing.
     """
-    from slm_exp.cache.digests import files_digest
+    from slm_exp.core.cache.digests import files_digest
 
     names = weight_files(folder)
     for name in ("config.json", *names):

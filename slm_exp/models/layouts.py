@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slm_exp.errors import ArchitectureError, did_you_mean
-from slm_exp.width.layerwise import PREFIX, has_own_code
+from slm_exp.core.errors import ArchitectureError, did_you_mean
+from slm_exp.models.layerwise import PREFIX, has_own_code
 
 if TYPE_CHECKING:
     import torch

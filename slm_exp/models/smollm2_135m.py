@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.cache.digests import content_digest
-from slm_exp.errors import ConfigError, require
-from slm_exp.files import digest, honour_umask
+from slm_exp.core.cache.digests import content_digest
+from slm_exp.core.errors import ConfigError, require
+from slm_exp.core.files import digest, honour_umask
+from slm_exp.core.registry import register
 from slm_exp.models.base import ModelHandle, ModelSource, dtype_name
 from slm_exp.models.hf import load_weights, read_config, read_tokenizer, save_tokenizer
 from slm_exp.models.layouts import layout_for
-from slm_exp.registry import register
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ class SmolLM2(ModelSource):
         return 540_000_000 // (1 if self.dtype in ("float32", "auto") else 2)
 
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
-        from slm_exp.cache.store import StageStore
+        from slm_exp.core.cache.store import StageStore
 
         gguf = gguf_file()
         try:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import require, require_one_of
-from slm_exp.files import digest
+from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.files import digest
+from slm_exp.core.registry import register
 from slm_exp.models.base import ModelHandle, ModelSource
 from slm_exp.models.layouts import FAMILIES, layout_for
-from slm_exp.registry import register
 
 if TYPE_CHECKING:
     import torch

@@ -11,19 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.files import digest, write_json
-from slm_exp.launch.ranks import world
-from slm_exp.registry import Component
+from slm_exp.core.files import digest, write_json
+from slm_exp.core.ranks import world
+from slm_exp.core.registry import Component
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from slm_exp.config import RunConfig
+    from slm_exp.core.types import CalibrationTokens, MergePlan
     from slm_exp.models.base import ModelHandle
-    from slm_exp.records import Stage
-    from slm_exp.tracking.base import Tracker
-    from slm_exp.types import CalibrationTokens, MergePlan
+    from slm_exp.pipeline.config import RunConfig
+    from slm_exp.runs.record import Stage
+    from slm_exp.runs.tracking.base import Tracker
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import require
+from slm_exp.core.errors import require
+from slm_exp.core.registry import register
 from slm_exp.recovery.base import HealTask
 from slm_exp.recovery.full import Full
 from slm_exp.recovery.head import counted_states, head_loss
-from slm_exp.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from slm_exp.errors import ConfigError, DataError, did_you_mean
+from slm_exp.core.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ def read_rows(data: str, path: str | None, dense: ModelHandle) -> list[dict[str,
 
         return [{"text": d.text} for d in Bundled(seq_len=512).documents(dense)[1]]
     if data == "hub":
-        from slm_exp.hub import Repo
+        from slm_exp.core.hub import Repo
 
         name = path or ALPACA
         repo, _, file = name.partition(":")

@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import require
+from slm_exp.core.errors import require
+from slm_exp.core.registry import register
 from slm_exp.recovery.base import HealTask
 from slm_exp.recovery.examples import IGNORED
 from slm_exp.recovery.streams import beside_cuts, ends, needs_the_dense_stream, stream_scales
 from slm_exp.recovery.trained import Trained, trainable_copy, trained_tensors
-from slm_exp.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from slm_exp.config import RunConfig
+    from slm_exp.pipeline.config import RunConfig
 
 
 @register("recovery", "feature_distill")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from slm_exp.core.registry import register
 from slm_exp.recovery.base import HealTask
 from slm_exp.recovery.streams import silenced
 from slm_exp.recovery.trained import Trained, trainable_copy, trained_tensors
-from slm_exp.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import require
-from slm_exp.launch.ranks import rank
+from slm_exp.core.errors import require
+from slm_exp.core.ranks import rank
+from slm_exp.core.registry import register
 from slm_exp.recovery.base import HealTask, replaced
 from slm_exp.recovery.streams import silenced
 from slm_exp.recovery.trained import Trained
-from slm_exp.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

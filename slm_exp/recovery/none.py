@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slm_exp.core.registry import register
 from slm_exp.recovery.base import Healed, HealTask, Recovery
-from slm_exp.registry import register
 
 
 @register("recovery", "none")

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import DataError, require, require_one_of
+from slm_exp.calibration.fit import FitSource
+from slm_exp.core.errors import DataError, require, require_one_of
+from slm_exp.core.registry import register
+from slm_exp.core.types import CalibrationTokens
+from slm_exp.engine.ridge import Moments, add_tokens, changed, empty_moments, held_out, input_of, ridge_step
 from slm_exp.recovery.base import Healed, HealTask, Recovery
-from slm_exp.recovery.fit import FitSource
-from slm_exp.recovery.regression import Moments, add_tokens, changed, empty_moments, held_out, input_of, ridge_step
 from slm_exp.recovery.streams import beside_cuts, ends, needs_the_dense_stream, stream_scales
-from slm_exp.registry import register
-from slm_exp.types import CalibrationTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_exp.config import RunConfig
+    from slm_exp.engine.runner import BlockRunner
     from slm_exp.models.base import ModelHandle
-    from slm_exp.search.runner import BlockRunner
+    from slm_exp.pipeline.config import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class _Refit:
     def __init__(self, cfg: Reconstruct, task: HealTask, tokens: CalibrationTokens, where: Path) -> None:
         import torch
 
-        from slm_exp.search.runner import BlockRunner
+        from slm_exp.engine.runner import BlockRunner
 
         self.cfg, self.task = cfg, task
         self.layout = task.handle.layout
@@ -128,7 +128,7 @@ class _Refit:
 
     def run(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """New tensors by name in the model, and what was done layer by layer."""
-        from slm_exp.search.runner import Slot
+        from slm_exp.engine.runner import Slot
 
         out: dict[str, Tensor] = {}
         steps: list[dict[str, Any]] = []
@@ -159,7 +159,7 @@ class _Refit:
         return out, steps
 
     def _embed(self) -> None:
-        from slm_exp.search.runner import BlockRunner
+        from slm_exp.engine.runner import BlockRunner
 
         for rows in self.batches:  # a runner embeds all it has: one for each batch
             part = BlockRunner(self.task.dense, self.dense.tokens_NT[rows], self.dense.dtype, fuse=False)
@@ -197,7 +197,7 @@ class _Refit:
         self, position: int, module: str | None, weights: dict[str, Tensor], scale: float
     ) -> tuple[Moments, Moments]:
         """(fitted on, held out): inputs of a projection against what the layer's output lacks; without one, errors."""
-        from slm_exp.search.runner import Slot
+        from slm_exp.engine.runner import Slot
 
         layer = self.task.handle.layers[position]
         fit, held = (empty_moments(layer, module, self.dense_NTD.shape[-1]) for _ in "12")

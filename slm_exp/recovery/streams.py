@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slm_exp.config import RunConfig
+    from slm_exp.core.types import MergePlan
     from slm_exp.models.base import ModelHandle
-    from slm_exp.types import MergePlan
+    from slm_exp.pipeline.config import RunConfig
 
 
 def ends(plan: MergePlan) -> list[int]:

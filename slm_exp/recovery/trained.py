@@ -15,21 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import DataError, SlmError, require, require_one_of
-from slm_exp.files import digest
-from slm_exp.launch.ranks import rank, world
+from slm_exp.core.errors import DataError, SlmError, require, require_one_of
+from slm_exp.core.files import digest
+from slm_exp.core.ranks import rank, world
+from slm_exp.core.registry import knob
 from slm_exp.recovery.base import Healed, HealTask, Recovery, replaced, tensors_digest
 from slm_exp.recovery.examples import IGNORED, SOURCES, Examples, left_padded, make_examples, read_rows
 from slm_exp.recovery.head import LOGITS, counted_states, head_loss
-from slm_exp.registry import knob
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel, Trainer
 
-    from slm_exp.config import RunConfig
     from slm_exp.models.base import ModelHandle
+    from slm_exp.pipeline.config import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +100,8 @@ class Trained(Recovery):
                 f"a multiple of recovery.micro_batch_size = {self.micro_batch_size}")
 
     def identity(self) -> dict[str, Any]:
-        from slm_exp.cache.digests import content_digest
-        from slm_exp.errors import ConfigError
+        from slm_exp.core.cache.digests import content_digest
+        from slm_exp.core.errors import ConfigError
 
         out = super().identity()
         if self.data == "jsonl" and self.path is not None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from slm_exp.core.types import Group, LayerSimilarity, MergePlan
 from slm_exp.reporting import charts
-from slm_exp.types import Group, LayerSimilarity, MergePlan
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
+from slm_exp.core.types import Group, MergePlan
 from slm_exp.reporting.results import Comparison
-from slm_exp.types import Group, MergePlan
 
 if TYPE_CHECKING:
     import numpy as np

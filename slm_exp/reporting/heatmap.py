@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slm_exp.files import writing
+from slm_exp.core.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from slm_exp.types import LayerSimilarity, MergePlan
+    from slm_exp.core.types import LayerSimilarity, MergePlan
 
 INK, SOFT, GONE = "#1c2127", "#59626d", "#e8590c"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import SlmError
+from slm_exp.core.errors import SlmError
 
 if TYPE_CHECKING:
     from slm_exp.reporting.sweep import Row

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import SlmError
-from slm_exp.files import write_text
-from slm_exp.launch.folder import state_of
-from slm_exp.records import load_record
+from slm_exp.core.errors import SlmError
+from slm_exp.core.files import write_text
+from slm_exp.core.types import LayerSimilarity, MergePlan
 from slm_exp.reporting import charts, results
-from slm_exp.types import LayerSimilarity, MergePlan
+from slm_exp.runs.record import load_record
+from slm_exp.runs.sweep import state_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment

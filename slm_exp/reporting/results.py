@@ -9,7 +9,7 @@ from typing import Any
 
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import mixed
-from slm_exp.statistics.scores import Estimate, by_document, estimate, metric_of, stderr_of_mean
+from slm_exp.runs.statistics.scores import Estimate, by_document, estimate, metric_of, stderr_of_mean
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ def draw_staircase(result: dict[str, Any], path: Path) -> None:
     """Draw the contents of path.json: a staircase of layers, final scores on the same threshold axis. Writes a PNG."""
     from matplotlib.figure import Figure
 
-    from slm_exp.files import writing
+    from slm_exp.core.files import writing
 
     plans = result["plans"]
     figure = Figure(figsize=(8, 5.2), layout="constrained")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slm_exp.statistics.scores import metric_of
+from slm_exp.runs.statistics.scores import metric_of
 
 
 def summary(record: dict[str, Any], folder: Path) -> str:

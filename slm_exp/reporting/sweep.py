@@ -16,10 +16,15 @@ from statistics import median
 from typing import Any
 from urllib.parse import quote
 
-from slm_exp.errors import ConfigError, PlanError, SlmError
+from slm_exp.core.errors import ConfigError, PlanError, SlmError
+from slm_exp.core.files import write_text
+from slm_exp.core.types import MergePlan
 from slm_exp.evaluation.protocol import mixed
-from slm_exp.files import write_text
-from slm_exp.launch.folder import (
+from slm_exp.reporting import atlas, charts, measures, results, sweep_charts
+from slm_exp.reporting.page import advice, environment, setting, write_report
+from slm_exp.reporting.results import Comparison
+from slm_exp.runs.record import load_record
+from slm_exp.runs.sweep import (
     DIED,
     FAILED,
     FINISHED,
@@ -32,12 +37,7 @@ from slm_exp.launch.folder import (
     last_lines,
     state_of,
 )
-from slm_exp.records import load_record
-from slm_exp.reporting import atlas, charts, measures, results, sweep_charts
-from slm_exp.reporting.page import advice, environment, setting, write_report
-from slm_exp.reporting.results import Comparison
-from slm_exp.tracking.base import flat
-from slm_exp.types import MergePlan
+from slm_exp.runs.tracking.base import flat
 
 UNINTERESTING = ("tracking/", "runtime/", "cache/", "save_model")
 """Settings that change no result: never a column."""

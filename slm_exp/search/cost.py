@@ -21,8 +21,8 @@ def sizes(dense: ModelHandle, rule: MergeRule, plans: Iterable[PathPlan], seq_le
 
     Cost: the models of all sizes, which share what they do not merge, and ROUNDS + 1 prefills of each.
     """
+    from slm_exp.core.types import MergePlan
     from slm_exp.merging.surgery import apply_plan
-    from slm_exp.types import MergePlan
 
     best: dict[int, PathPlan] = {}
     for plan in plans:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from slm_exp.errors import PlanError
-from slm_exp.search.progress import ticking
+from slm_exp.core.errors import PlanError
+from slm_exp.core.types import SUBLAYERS, Trial
+from slm_exp.engine.progress import ticking
 from slm_exp.search.reduced import Slots
-from slm_exp.types import SUBLAYERS, Trial
 
 if TYPE_CHECKING:
     from slm_exp.search.reduced import ReducedModels

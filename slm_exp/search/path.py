@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from slm_exp.core.types import Group
 from slm_exp.search.state import Candidate, SearchState
-from slm_exp.types import Group
 
 
 class Scores(Protocol):

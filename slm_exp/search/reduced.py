@@ -12,20 +12,20 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.cache.journal import Journal
+from slm_exp.core.cache.journal import Journal
+from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.engine.vocabulary import mean_loss
 from slm_exp.merging.compensation import scaled_outputs, scales
 from slm_exp.search.refit import Refits, with_refits
-from slm_exp.search.runner import BlockRunner, Slot
 from slm_exp.search.scoring import merged_slot
-from slm_exp.search.vocabulary import mean_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_exp.core.types import MergePlan
     from slm_exp.merging.rules.base import MergeRule
     from slm_exp.methods.base import PlanTask
     from slm_exp.similarity.base import Scorer
-    from slm_exp.types import MergePlan
 
 Slots = tuple[Slot, ...]
 

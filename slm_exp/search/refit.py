@@ -18,15 +18,15 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import DataError
-from slm_exp.recovery.regression import add_tokens, changed, empty_moments, held_out, input_of, ridge_step
-from slm_exp.search.runner import BlockRunner, Slot
+from slm_exp.core.errors import DataError
+from slm_exp.engine.ridge import add_tokens, changed, empty_moments, held_out, input_of, ridge_step
+from slm_exp.engine.runner import BlockRunner, Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_exp.core.types import CalibrationTokens
     from slm_exp.methods.base import PlanTask
-    from slm_exp.types import CalibrationTokens
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Refits:
         Raises:
             DataError: they are too few, or share text with those that are scored on.
         """
-        from slm_exp.recovery.fit import shared_sequences
+        from slm_exp.calibration.fit import shared_sequences
 
         task = self.task
         tokens = task.similarity.fit_source().draw(task.handle, task.seed, task.tokens)

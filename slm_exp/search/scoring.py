@@ -6,10 +6,10 @@ import json
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from slm_exp.cache.journal import Journal
+from slm_exp.core.cache.journal import Journal
+from slm_exp.core.types import Group
+from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.search.refit import Refits
-from slm_exp.search.runner import BlockRunner, Slot
-from slm_exp.types import Group
 
 if TYPE_CHECKING:
     from torch import Tensor

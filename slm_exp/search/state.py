@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from slm_exp.types import Group
+from slm_exp.core.types import Group
 
 
 class Candidate(NamedTuple):

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slm_exp.errors import ConfigError, PlanError
+from slm_exp.core.errors import ConfigError, PlanError
+from slm_exp.engine.progress import ticking
 from slm_exp.search.path import PathPlan, Scores, follow, single
-from slm_exp.search.progress import ticking
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle

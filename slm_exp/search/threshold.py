@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from slm_exp.search.progress import Progress
+from slm_exp.engine.progress import Progress
 from slm_exp.search.state import SearchState
 
 if TYPE_CHECKING:

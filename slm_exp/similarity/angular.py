@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import pi
 from typing import TYPE_CHECKING
 
-from slm_exp.registry import register
+from slm_exp.core.registry import register
 from slm_exp.similarity.base import Scorer, Similarity, as_score, wide
 
 if TYPE_CHECKING:

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_exp.errors import require, require_one_of
-from slm_exp.registry import Component
+from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.registry import Component
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_exp.calibration.fit import FitSource
     from slm_exp.kernels.base import Kernel
     from slm_exp.models.base import ModelHandle
-    from slm_exp.recovery.fit import FitSource
 
 AFTER = ("reconstruct",)
 FIT = ("fit_path", "fit_samples", "fit_seq_len")
@@ -74,7 +74,7 @@ class Similarity(Component, ABC):
 
     def fit_source(self) -> FitSource:
         """Where the tokens of the refit come from."""
-        from slm_exp.recovery.fit import FitSource
+        from slm_exp.calibration.fit import FitSource
 
         return FitSource(self.fit_path, self.fit_samples, self.fit_seq_len, called=CALLED)
 

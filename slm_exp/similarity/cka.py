@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slm_exp.errors import DataError
-from slm_exp.registry import register
+from slm_exp.core.errors import DataError
+from slm_exp.core.registry import register
 from slm_exp.similarity.base import Scorer, Similarity, as_score, cosines
 
 if TYPE_CHECKING:

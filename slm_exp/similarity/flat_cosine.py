@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slm_exp.registry import register
+from slm_exp.core.registry import register
 from slm_exp.similarity.base import Scorer, Similarity, as_score, cosines, token_dots, wide
 
 if TYPE_CHECKING:

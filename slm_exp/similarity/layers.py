@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slm_exp.errors import DataError
+from slm_exp.core.errors import DataError
+from slm_exp.core.types import LayerSimilarity
 from slm_exp.similarity.cka import fingerprint, minibatches, normalised, token_rows
-from slm_exp.types import LayerSimilarity
 
 if TYPE_CHECKING:
+    from slm_exp.core.types import CalibrationTokens
     from slm_exp.kernels.base import Kernel
     from slm_exp.models.base import ModelHandle
     from slm_exp.similarity.base import Similarity
-    from slm_exp.types import CalibrationTokens
 
 GRAM_BYTES = 2**29
 """Memory for the Gram matrices of all layers. Beyond it (30 layers: 8,700 tokens) the model runs again for the rest."""
@@ -36,7 +36,7 @@ def layer_similarity(
     import torch
     from tqdm import tqdm
 
-    from slm_exp.search.runner import BlockRunner, Slot
+    from slm_exp.engine.runner import BlockRunner, Slot
 
     n_samples, n_tokens = tokens.tokens_NT.shape
     parts = minibatches(n_samples * (n_tokens - similarity.skip_first_token), similarity.batch)

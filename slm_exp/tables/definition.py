@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_exp.door import check_key, conf_dir
-from slm_exp.errors import ConfigError, did_you_mean
+from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.evaluation.base import SEVEN
+from slm_exp.launch.compose import check_key, conf_dir
 
 MODELS = "_models"
 """The file beside the tables that says what `$sizes` and its like are for each model."""

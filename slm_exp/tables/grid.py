@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from slm_exp.errors import ConfigError, ProtocolError
+from slm_exp.core.errors import ConfigError, ProtocolError
 from slm_exp.evaluation.protocol import mixed
-from slm_exp.launch.folder import state_of
-from slm_exp.statistics.paired import LEVEL, holm
-from slm_exp.statistics.runs import Measured, difference
-from slm_exp.statistics.spread import spread
+from slm_exp.runs.statistics.paired import LEVEL, holm
+from slm_exp.runs.statistics.runs import Measured, difference
+from slm_exp.runs.statistics.spread import spread
+from slm_exp.runs.sweep import state_of
 from slm_exp.tables.commands import commands
 from slm_exp.tables.definition import Column, Row, Table
 from slm_exp.tables.quantities import Quantity, Value, quantity

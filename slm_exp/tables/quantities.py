@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import ConfigError, did_you_mean
+from slm_exp.core.errors import ConfigError, did_you_mean
+from slm_exp.core.files import digest
 from slm_exp.evaluation.base import SEVEN
-from slm_exp.files import digest
-from slm_exp.statistics.scores import estimate, metric_of, stderr_of_mean
+from slm_exp.runs.statistics.scores import estimate, metric_of, stderr_of_mean
 
 if TYPE_CHECKING:
-    from slm_exp.statistics.runs import Measured
+    from slm_exp.runs.statistics.runs import Measured
 
 Value = float | str | None
 

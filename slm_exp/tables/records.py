@@ -10,12 +10,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from slm_exp.config import UNSCIENTIFIC
-from slm_exp.errors import ConfigError, SlmError
-from slm_exp.files import plain
-from slm_exp.records import load_record
-from slm_exp.registry import GROUPS, available
-from slm_exp.statistics.runs import Measured
+from slm_exp.core.errors import ConfigError, SlmError
+from slm_exp.core.files import plain
+from slm_exp.core.registry import GROUPS, available
+from slm_exp.pipeline.config import UNSCIENTIFIC
+from slm_exp.runs.record import load_record
+from slm_exp.runs.statistics.runs import Measured
 
 NO_RESULT = ("hydra", "cache", "save_model")
 """What decides nothing besides the groups in UNSCIENTIFIC."""
@@ -106,7 +106,7 @@ class _Wanted:
     """What overrides compose to."""
 
     def __init__(self, overrides: Sequence[str]) -> None:
-        from slm_exp.door import compose_run
+        from slm_exp.launch.compose import compose_run
 
         self._cfg = compose_run(overrides)
 

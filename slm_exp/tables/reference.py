@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_exp.door import conf_dir
-from slm_exp.errors import ConfigError, did_you_mean
-from slm_exp.statistics.runs import Measured
+from slm_exp.core.errors import ConfigError, did_you_mean
+from slm_exp.launch.compose import conf_dir
+from slm_exp.runs.statistics.runs import Measured
 from slm_exp.tables.definition import Row, Table, read_yaml
 from slm_exp.tables.grid import Entry, Gap, Grid, fill
 from slm_exp.tables.quantities import check_quantity, quantity

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from slm_exp.errors import ProtocolError
+from slm_exp.core.errors import ProtocolError
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import mixed
-from slm_exp.launch.folder import state_of
-from slm_exp.statistics.runs import Measured
+from slm_exp.runs.statistics.runs import Measured
+from slm_exp.runs.sweep import state_of
+from slm_exp.runs.tracking.base import flat
 from slm_exp.tables.grid import Entry, Grid, dense_of, provenance
 from slm_exp.tables.quantities import check_quantity, quantity
-from slm_exp.tracking.base import flat
 
 SETTINGS = {"threshold": "threshold", "rule": "config.merge_rule.name", "similarity": "config.similarity.name",
             "kernel": "config.kernel.name"}

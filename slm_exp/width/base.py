@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_exp.registry import Component
+from slm_exp.core.registry import Component
 
 if TYPE_CHECKING:
-    from slm_exp.config import RunConfig
+    from slm_exp.core.types import CalibrationTokens, Group
     from slm_exp.methods.base import Method
     from slm_exp.models.base import ModelHandle
-    from slm_exp.types import CalibrationTokens, Group
+    from slm_exp.pipeline.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class WidthDecision:
     data: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
-        from slm_exp.files import write_json
+        from slm_exp.core.files import write_json
 
         write_json(folder / "width.json", self.data)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from slm_exp.core.types import CalibrationTokens
     from slm_exp.models.base import ModelHandle
-    from slm_exp.types import CalibrationTokens
 
 EPSILON = 1e-3
 
@@ -22,8 +22,8 @@ def layer_importance(handle: ModelHandle, tokens: CalibrationTokens, n_samples: 
     import torch
     from torch.nn.functional import cross_entropy
 
-    from slm_exp.search.progress import ticking
-    from slm_exp.search.runner import BlockRunner, Slot
+    from slm_exp.engine.progress import ticking
+    from slm_exp.engine.runner import BlockRunner, Slot
 
     ids_NT = torch.as_tensor(tokens.tokens_NT[:n_samples]).long()
     runner = BlockRunner(handle, ids_NT)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_exp.errors import ConfigError
-from slm_exp.registry import register
+from slm_exp.core.errors import ConfigError
+from slm_exp.core.registry import register
+from slm_exp.merging.sizes import Kept, LayerScores, head_dim, standardised
 from slm_exp.width.base import WidthTask
 from slm_exp.width.inputs import walk
 from slm_exp.width.pruner import Choose, Pruner, Scored
-from slm_exp.width.sizes import Kept, LayerScores, head_dim, standardised
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle
@@ -68,7 +68,7 @@ class FLAP(Pruner):
         return Scored(out, means=means)
 
     def extras(self, task: WidthTask, kept: Sequence[Kept], found: Scored) -> dict[str, Any]:
-        from slm_exp.width.surgery import pack_floats
+        from slm_exp.merging.width import pack_floats
 
         if not self.compensate or found.means is None:
             return {}

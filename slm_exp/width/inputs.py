@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from slm_exp.core.types import CalibrationTokens
     from slm_exp.models.base import ModelHandle
-    from slm_exp.types import CalibrationTokens
 
 
 @dataclass
@@ -64,8 +64,8 @@ def walk(handle: ModelHandle, tokens: CalibrationTokens, names: Sequence[str]) -
 
     Cost: one block forward per layer, two where parameters are sent. Memory: the states of the calibration set.
     """
-    from slm_exp.search.progress import ticking
-    from slm_exp.search.runner import BlockRunner, Slot
+    from slm_exp.engine.progress import ticking
+    from slm_exp.engine.runner import BlockRunner, Slot
 
     runner = BlockRunner(handle, tokens.tokens_NT, fuse=False)  # the library's layer, whose parts can be listened to
     h_NTD = runner.embed()

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slm_exp.errors import ConfigError, require_one_of
-from slm_exp.registry import register
+from slm_exp.core.errors import ConfigError, require_one_of
+from slm_exp.core.registry import register
 from slm_exp.width.base import WidthTask
 from slm_exp.width.magnitude import coupled_sums
 from slm_exp.width.pruner import Choose, Pruner, Scored
@@ -15,9 +15,9 @@ from slm_exp.width.pruner import Choose, Pruner, Scored
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_exp.core.types import CalibrationTokens
     from slm_exp.methods.base import Method
     from slm_exp.models.base import ModelHandle
-    from slm_exp.types import CalibrationTokens
 
 FIRST, LAST = 4, 2
 """Layers at the bottom and the top that the published runs leave as they are."""
@@ -87,7 +87,7 @@ def gradients(handle: ModelHandle, tokens: CalibrationTokens, second: bool) -> t
     import torch
     from torch.nn.functional import cross_entropy
 
-    from slm_exp.search.progress import ticking
+    from slm_exp.engine.progress import ticking
 
     model, layout = handle.model, handle.layout
     ids_NT = torch.as_tensor(tokens.tokens_NT).long()

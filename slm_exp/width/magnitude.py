@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slm_exp.errors import require
-from slm_exp.registry import register
+from slm_exp.core.errors import require
+from slm_exp.core.registry import register
+from slm_exp.merging.sizes import LayerScores
 from slm_exp.width.base import WidthTask
 from slm_exp.width.pruner import Choose, Pruner, Scored
-from slm_exp.width.sizes import LayerScores
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.errors import require
-from slm_exp.registry import register
+from slm_exp.core.errors import require
+from slm_exp.core.registry import register
+from slm_exp.merging.sizes import Kept, LayerScores, top
 from slm_exp.width.base import WidthTask
 from slm_exp.width.inputs import walk
 from slm_exp.width.pruner import Choose, Pruner, Scored
-from slm_exp.width.sizes import Kept, LayerScores, top
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle
@@ -63,7 +63,7 @@ class Minitron(Pruner):
         return Scored(out, hidden_D=hidden_D)
 
     def extras(self, task: WidthTask, kept: Sequence[Kept], found: Scored) -> dict[str, Any]:
-        from slm_exp.width.surgery import pack_indices
+        from slm_exp.merging.width import pack_indices
 
         if self.hidden_size is None or found.hidden_D is None:
             return {}

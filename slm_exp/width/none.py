@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from slm_exp.errors import require
-from slm_exp.registry import register
+from slm_exp.core.errors import require
+from slm_exp.core.registry import register
 from slm_exp.width.base import Width, WidthDecision, WidthTask
 
 

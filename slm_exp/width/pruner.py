@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from slm_exp.errors import ArchitectureError, ConfigError, PlanError, require, require_one_of
-from slm_exp.width import sizes
+from slm_exp.core.errors import ArchitectureError, ConfigError, PlanError, require, require_one_of
+from slm_exp.merging import sizes
+from slm_exp.merging.sizes import Costs, Kept, LayerScores, Shape
 from slm_exp.width.base import Width, WidthDecision, WidthTask
-from slm_exp.width.sizes import Costs, Kept, LayerScores, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_exp.config import RunConfig
+    from slm_exp.core.types import Group
     from slm_exp.methods.base import Method
     from slm_exp.models.base import ModelHandle
-    from slm_exp.types import Group
+    from slm_exp.pipeline.config import RunConfig
 
 ALLOCATIONS = ("equal", "score", "ecoflap")
 RATIO = 0.2
@@ -160,8 +160,8 @@ class Pruner(Width):
 
     def _outline(self, method: Method, dense: ModelHandle) -> ModelHandle:
         """The narrower model as far as shapes go: its sizes are right, its weights are not."""
-        from slm_exp.types import MergePlan
-        from slm_exp.width.surgery import narrower_config
+        from slm_exp.core.types import MergePlan
+        from slm_exp.merging.width import narrower_config
 
         slots = MergePlan(dense.n_layers).slots
         shapes = self._plan_sizes(dense, slots, len(slots), self.ratio_for(method, dense, dense))
@@ -194,7 +194,7 @@ class Pruner(Width):
         return ratio
 
     def check_model(self, handle: ModelHandle, method: Method) -> None:
-        from slm_exp.types import Group
+        from slm_exp.core.types import Group
 
         slots = tuple(Group(i, i + 1) for i in range(handle.n_layers))
         if self.ratios is not None:
@@ -360,7 +360,7 @@ class Pruner(Width):
     def _describe(
         self, task: WidthTask, shapes: Sequence[Shape], kept: Sequence[Kept], costs: Costs, whole: int
     ) -> dict[str, Any]:
-        from slm_exp.width.surgery import pack_indices
+        from slm_exp.merging.width import pack_indices
 
         config = task.handle.config
         full, hidden = sizes.full_shape(config), self._hidden(task.handle)

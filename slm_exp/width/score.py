@@ -10,9 +10,9 @@ from slm_exp.width.base import WidthDecision
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slm_exp.core.types import MergePlan
     from slm_exp.methods.base import PlanTask
     from slm_exp.models.base import ModelHandle
-    from slm_exp.types import MergePlan
 
 
 def rescored(task: PlanTask, compressed: ModelHandle, plan: MergePlan) -> MergePlan:
@@ -24,7 +24,7 @@ def rescored(task: PlanTask, compressed: ModelHandle, plan: MergePlan) -> MergeP
     """
 
     def last_state(handle: ModelHandle) -> Tensor:
-        from slm_exp.search.runner import BlockRunner, Slot
+        from slm_exp.engine.runner import BlockRunner, Slot
 
         runner = BlockRunner(handle, task.tokens.tokens_NT)
         h_NTD = runner.embed()

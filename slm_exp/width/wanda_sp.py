@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slm_exp.registry import register
+from slm_exp.core.registry import register
+from slm_exp.merging.sizes import LayerScores
 from slm_exp.width.base import WidthTask
 from slm_exp.width.inputs import walk
 from slm_exp.width.pruner import Choose, Pruner, Scored
-from slm_exp.width.sizes import LayerScores
 
 
 @register("width", "wanda_sp")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from slm_exp.cache.command import find_entries, main
-from slm_exp.cache.store import StageStore
-from slm_exp.cli import run_command
+from slm_exp.cli.cache import find_entries, main
+from slm_exp.cli.main import run_command
+from slm_exp.core.cache.store import StageStore
 
 DAY = 86400
 

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from slm_exp.cache import digests
-from slm_exp.cache.digests import content_digest, files_digest
-from slm_exp.files import file_digest
+from slm_exp.core.cache import digests
+from slm_exp.core.cache.digests import content_digest, files_digest
+from slm_exp.core.files import file_digest
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from slm_exp.cache.journal import FILE, Journal, read
-from slm_exp.cache.store import StageStore
+from slm_exp.core.cache.journal import FILE, Journal, read
+from slm_exp.core.cache.store import StageStore
 
 
 def test_entries_come_back(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_folder_that_cannot_be_written_only_warns(tmp_path: Path, caplog: pyte
 
 def test_several_processes_append_to_one_journal(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from slm_exp.cache.journal import Journal\n"
+        "import sys; from pathlib import Path; from slm_exp.core.cache.journal import Journal\n"
         "j = Journal(Path(sys.argv[1]))\n"
         "for i in range(200): j.append(f'{sys.argv[2]}-{i}', [i] * 20)\n"
     )

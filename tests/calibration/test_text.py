@@ -11,7 +11,7 @@ import pytest
 
 from slm_exp.calibration.documents import pieces, read_documents
 from slm_exp.calibration.jsonl import JsonLines
-from slm_exp.errors import ConfigError, DataError
+from slm_exp.core.errors import ConfigError, DataError
 
 LONG = [f"{i}: " + "abcdefghij" * 30 for i in range(12)]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slm_exp.calibration.tokens import Tokens
-from slm_exp.errors import ConfigError, DataError
+from slm_exp.core.errors import ConfigError, DataError
 
 
 def test_as_it_is(tiny_handle, tokens, tmp_path):

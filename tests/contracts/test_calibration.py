@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slm_exp.errors import ConfigError
-from slm_exp.registry import available
-from slm_exp.types import CalibrationTokens
+from slm_exp.core.errors import ConfigError
+from slm_exp.core.registry import available
+from slm_exp.core.types import CalibrationTokens
 
 SOURCES = available("calibration")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from slm_exp.core.registry import available
 from slm_exp.kernels.base import Kernel
-from slm_exp.registry import available
 
 pytestmark = pytest.mark.parametrize("name", available("kernel"))
 

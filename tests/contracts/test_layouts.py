@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from slm_exp.core.registry import available
+from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.layouts import FAMILIES, layout_for
-from slm_exp.registry import available
-from slm_exp.types import MergePlan
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

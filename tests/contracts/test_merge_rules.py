@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from slm_exp import registry
-from slm_exp.errors import ArchitectureError
+from slm_exp.core import registry
+from slm_exp.core.errors import ArchitectureError
 from slm_exp.models.layouts import FAMILIES
 
 RULES = sorted(registry.available("merge_rule"))

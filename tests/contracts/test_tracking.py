@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slm_exp import registry
+from slm_exp.core import registry
 
 CONFIG = {"model": {"name": "tiny"}, "seed": 0}
 RECORD = {"run_id": "0123456789abcdef", "config": CONFIG, "overrides": [], "group": None}
@@ -36,6 +36,6 @@ def test_an_exception_passes_unchanged(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", registry.available("tracking"))
 def test_changes_no_result(name: str) -> None:
-    from slm_exp.config import UNSCIENTIFIC
+    from slm_exp.pipeline.config import UNSCIENTIFIC
 
     assert registry.available("tracking")[name].config_group in UNSCIENTIFIC

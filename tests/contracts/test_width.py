@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from slm_exp.errors import ConfigError
+from slm_exp.core.errors import ConfigError
+from slm_exp.core.registry import available
+from slm_exp.core.types import MergePlan
+from slm_exp.merging.sizes import costs_of, full_shape, legal
+from slm_exp.merging.width import apply_width, unpack_indices
 from slm_exp.methods.slm import SLM
 from slm_exp.models.layouts import FAMILIES
-from slm_exp.registry import available
-from slm_exp.types import MergePlan
 from slm_exp.width.base import WidthTask
-from slm_exp.width.sizes import costs_of, full_shape, legal
-from slm_exp.width.surgery import apply_width, unpack_indices
 
 PRUNERS = sorted(name for name, cls in available("width").items() if cls.prunes)
 every_pruner = pytest.mark.parametrize("name", PRUNERS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slm_exp.errors import DataError
+from slm_exp.core.errors import DataError
 from slm_exp.evaluation import documents
 from slm_exp.evaluation.base import SEVEN, Evaluation
 from slm_exp.evaluation.documents import ASSETS, local_documents, missing_documents, out_of_reach

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from slm_exp.errors import DataError
+from slm_exp.core.errors import DataError
 from slm_exp.evaluation import documents
 from slm_exp.evaluation.backends import fast
 from slm_exp.evaluation.backends.decoding import NoCacheError

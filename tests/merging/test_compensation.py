@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from slm_exp import registry
-from slm_exp.cache.store import StageStore
+from slm_exp.core import registry
+from slm_exp.core.cache.store import StageStore
+from slm_exp.core.types import MergePlan
 from slm_exp.merging.compensation import ratio
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.methods.base import Choice, PlanTask
 from slm_exp.similarity.layers import layer_similarity
-from slm_exp.types import MergePlan
 
 METHODS = registry.available("method")
 

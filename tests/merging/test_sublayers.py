@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from slm_exp.errors import PlanError
+from slm_exp.core.errors import PlanError
+from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan, half_sizes, zeroed, zeroed_note
-from slm_exp.types import MergePlan
 
 
 def half(layer: int, kind: str) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slm_exp.errors import PlanError
+from slm_exp.core.errors import PlanError
+from slm_exp.core.registry import available
+from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.layouts import FAMILIES
-from slm_exp.registry import available
-from slm_exp.types import MergePlan
 
 RULES = available("merge_rule")
 GROUPS = ((1, 3), (4, 7))  # slots: 0, 1..2, 3, 4..6, 7
@@ -121,7 +121,7 @@ def test_generates_with_the_cache_as_without(make_tiny, family, ids):
 @pytest.mark.parametrize("name", RULES)
 def test_the_search_saw_this_model(make_tiny, family, name, tokens):
     """The states the search scores a plan by, from overridden weights, are those of the model surgery makes."""
-    from slm_exp.search.runner import BlockRunner, Slot
+    from slm_exp.engine.runner import BlockRunner, Slot
 
     dense, rule = make_tiny(family, sliding_window=None if family == "llama" else 8), RULES[name]()
     short = apply_plan(dense, plan(name, dropped=(7,)), rule)

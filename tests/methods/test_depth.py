@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from slm_exp import registry
-from slm_exp.cache.store import StageStore
-from slm_exp.door import compose_run
-from slm_exp.errors import ConfigError, PlanError
+from slm_exp.core import registry
+from slm_exp.core.cache.store import StageStore
+from slm_exp.core.errors import ConfigError, PlanError
+from slm_exp.core.types import MergePlan
+from slm_exp.launch.compose import compose_run
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.methods.base import Baseline, PlanTask, merged_runs
 from slm_exp.methods.cka_patch import segments
 from slm_exp.methods.from_plan import DEFAULT_RULE
 from slm_exp.similarity.layers import layer_similarity
-from slm_exp.types import MergePlan
 
 METHODS = registry.available("method")
 BASELINES = sorted(
@@ -189,7 +189,7 @@ def test_laco_is_its_loop_at_the_highest_threshold_that_reaches_the_size(
 
 
 def test_laco_says_when_its_steps_cannot_reach_a_size(task: PlanTask) -> None:
-    from slm_exp.errors import PlanError
+    from slm_exp.core.errors import PlanError
 
     with pytest.raises(PlanError, match=r"leave . of 8 layers at least.*method.interval=1"):
         METHODS["laco"](target_layers=2, window=2, interval=5).plan(task)
@@ -311,7 +311,7 @@ def test_taylor_refuses_quantised_weights(make_tiny: Any) -> None:
 
 def test_weights_are_whole_after_an_exception_in_the_middle(task: PlanTask, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {n: p.clone() for n, p in task.handle.model.state_dict().items()}
-    import slm_exp.search.gradients as gradients_module
+    import slm_exp.engine.gradients as gradients_module
 
     calls: list[int] = []
 

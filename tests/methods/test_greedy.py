@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from slm_exp.cache.store import StageStore
-from slm_exp.errors import ConfigError, PlanError
+from slm_exp.core.cache.store import StageStore
+from slm_exp.core.errors import ConfigError, PlanError
+from slm_exp.core.registry import available
+from slm_exp.core.types import MergePlan
+from slm_exp.engine.runner import BlockRunner
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.methods.base import PlanTask
-from slm_exp.registry import available
-from slm_exp.search.runner import BlockRunner
-from slm_exp.types import MergePlan
 
 METHODS = available("method")
 KINDS = ("attention", "mlp")
@@ -103,7 +103,7 @@ def test_sleb_scores_a_layer_once_per_state_and_counts_what_it_ran(
 def test_progress_is_shown_where_there_is_no_terminal(
     tiny_handle: Any, tokens: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("slm_exp.search.progress.LOG_EVERY_S", -1)
+    monkeypatch.setattr("slm_exp.engine.progress.LOG_EVERY_S", -1)
     with caplog.at_level(logging.INFO, "slm_exp"):
         plan = plan_of(tiny_handle, tokens, "sleb", target_layers=6)
     lines = [record.message for record in caplog.records if record.message.startswith("sleb")]
@@ -332,8 +332,8 @@ def test_what_is_zeroed_is_told(make_tiny: Any, tokens: Any) -> None:
 
 
 def test_a_run_states_what_is_removed_and_what_is_only_zeroed(tmp_path: Path) -> None:
-    from slm_exp import pipeline
-    from slm_exp.door import compose_run
+    from slm_exp.launch.compose import compose_run
+    from slm_exp.pipeline import run as pipeline
 
     cfg = compose_run(["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=4",
                        "calibration.seq_len=32", "method=llm_drop", "method.target_sublayers=3", "save_model=false",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slm_exp.errors import ArchitectureError, CheckpointError, ConfigError
+from slm_exp.core.errors import ArchitectureError, CheckpointError, ConfigError
 from slm_exp.models.hf import HF
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_identity_is_contents_not_place(saved, mine):
 
 
 def test_weights_are_hashed_once(mine, monkeypatch):
-    from slm_exp.cache import digests
+    from slm_exp.core.cache import digests
 
     read = []
     monkeypatch.setattr(digests, "file_digest", lambda p: read.append(p.name) or "x" * 16)
@@ -276,7 +276,7 @@ def test_a_repo_of_pickles_is_refused_before_the_download(hub_cache, monkeypatch
 
 def test_weights_are_fetched_by_the_names_of_the_index(hub_cache, saved, monkeypatch):
     """Not by pattern: some repos hold a second copy of all weights under another name."""
-    from slm_exp import hub
+    from slm_exp.core import hub
 
     folder = cached(hub_cache, "me/small", saved)
     (folder / "model.safetensors").unlink()

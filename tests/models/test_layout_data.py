@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoConfig
 
-from slm_exp.errors import ArchitectureError
+from slm_exp.core.errors import ArchitectureError
 from slm_exp.models.base import empty_model
 from slm_exp.models.layouts import FAMILIES, layout_for
 

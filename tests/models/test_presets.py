@@ -18,7 +18,7 @@ def compose_model(choice: str, *overrides: str) -> ModelSource:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    from slm_exp.registry import load_all
+    from slm_exp.core.registry import load_all
 
     load_all()
     ConfigStore.instance().store(name="only_model", node={"defaults": [{"model": choice}, "_self_"]})

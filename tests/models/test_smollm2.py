@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slm_exp.errors import ConfigError
+from slm_exp.core.errors import ConfigError
 from slm_exp.models import smollm2_135m
 from slm_exp.models.smollm2_135m import SmolLM2
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slm_exp.errors import ConfigError
+from slm_exp.core.errors import ConfigError
 from slm_exp.models.hf import HF
 from slm_exp.models.layouts import FAMILIES
 from slm_exp.models.tiny import Tiny, byte_tokenizer

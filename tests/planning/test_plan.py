@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slm_exp import plan
-from slm_exp.errors import ConfigError
+from slm_exp.cli import plan
+from slm_exp.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["model=tiny", "model.layers=5", "calibration.n_samples=2", "calibration.seq_len=32", "tracking=none"]
@@ -17,7 +17,7 @@ NO_TORCH = """
 import sys
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-from slm_exp import plan
+from slm_exp.cli import plan
 assert plan.main([*sys.argv[2:], "model=tiny", "--tflops", "1"]) == 0
 assert plan.main([*sys.argv[2:], "model=hf", "model.path=" + sys.argv[1], "--tflops", "1"]) == 0
 print([m for m in ("torch", "transformers", "datasets", "wandb", "lm_eval", "matplotlib") if m in sys.modules])
@@ -38,8 +38,8 @@ def told(call, *more, **kwargs):
 
 
 def run(call, *more):
-    from slm_exp.door import compose_run
-    from slm_exp.pipeline import run
+    from slm_exp.launch.compose import compose_run
+    from slm_exp.pipeline.run import run
 
     cfg = compose_run([o for o in [*call, *more] if not o.startswith("hydra")])
     cfg.save_model = False
@@ -48,7 +48,7 @@ def run(call, *more):
 
 
 def test_no_weights_are_read_and_nothing_heavy_is_imported(tmp_path):
-    from slm_exp.planning.shapes import SMOLLM2
+    from slm_exp.forecast.shapes import SMOLLM2
 
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
     (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
@@ -126,7 +126,7 @@ def test_a_grid_lies_where_the_run_puts_it(overrides):
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    from slm_exp import door
+    from slm_exp.launch import compose as door
 
     with door._hydra_session():
         loader = GlobalHydra.instance().hydra

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
+from slm_exp.core.registry import available
+from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.tiny import Tiny
 from slm_exp.recovery.base import HealTask
-from slm_exp.registry import available
-from slm_exp.types import CalibrationTokens, MergePlan
 
 
 class Killer:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from slm_exp.errors import ConfigError, DataError
+from slm_exp.core.errors import ConfigError, DataError
+from slm_exp.core.registry import available
+from slm_exp.core.types import CalibrationTokens, MergePlan
+from slm_exp.engine.ridge import Moments, ridge_step
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.recovery.base import HealTask, with_tensors
 from slm_exp.recovery.reconstruct import Reconstruct
-from slm_exp.recovery.regression import Moments, ridge_step
 from slm_exp.recovery.streams import beside_cuts, stream_scales
-from slm_exp.registry import available
-from slm_exp.types import CalibrationTokens, MergePlan
 
 PLANS = {
     "merged": MergePlan(8, groups=((2, 4), (5, 7)), rule="top_layer"),

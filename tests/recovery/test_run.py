@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slm_exp import pipeline
-from slm_exp.door import compose_run
-from slm_exp.errors import ConfigError
+from slm_exp.core.errors import ConfigError
+from slm_exp.launch.compose import compose_run
+from slm_exp.pipeline import run as pipeline
 
 QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=4",
          "calibration.seq_len=32", "method=first", "method.target_layers=6", "save_model=false"]  # fmt: skip

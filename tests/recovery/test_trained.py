@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 import torch
 
-from slm_exp.errors import ConfigError, DataError, SlmError
+from slm_exp.core.errors import ConfigError, DataError, SlmError
+from slm_exp.core.registry import available
+from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.recovery import head
 from slm_exp.recovery.base import HealTask, replaced, with_tensors
 from slm_exp.recovery.examples import IGNORED, checked, left_padded, make_examples, packed, read_rows
 from slm_exp.recovery.head import head_loss
 from slm_exp.recovery.trained import last_checkpoint
-from slm_exp.registry import available
-from slm_exp.types import CalibrationTokens, MergePlan
 
 QUICK: dict[str, Any] = {"data": "bundled", "seq_len": 32, "max_steps": 6, "batch_size": 4, "micro_batch_size": 2,
                          "warmup_steps": 1, "checkpoint_every": 3, "held_out": 8}  # fmt: skip

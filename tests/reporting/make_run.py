@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from slm_exp.files import write_json, write_text, writing
-from slm_exp.types import Group, LayerSimilarity, MergePlan, Trial
+from slm_exp.core.files import write_json, write_text, writing
+from slm_exp.core.types import Group, LayerSimilarity, MergePlan, Trial
 
 L, N_DOCS = 30, 20
 TASKS = {  # name -> (dense accuracy, compressed accuracy, has acc_norm)

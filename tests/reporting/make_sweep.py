@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from make_run import NORMED, TASKS, L, record, similarity
 
-from slm_exp.files import digest, write_json, write_text, writing
-from slm_exp.launch.folder import Job, SweepFolder
-from slm_exp.types import Group, LayerSimilarity, MergePlan, Trial
+from slm_exp.core.files import digest, write_json, write_text, writing
+from slm_exp.core.types import Group, LayerSimilarity, MergePlan, Trial
+from slm_exp.runs.sweep import Job, SweepFolder
 
 N_DOCS = 12
 RULES = {"top_layer": 0.0, "sum_of_deltas": -0.02, "mean": 0.015, "keep_low": 0.03, "keep_top": 0.02}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from slm_exp.core.types import LayerSimilarity, MergePlan
 from slm_exp.reporting.heatmap import draw_heatmap
-from slm_exp.types import LayerSimilarity, MergePlan
 
 
 def blocks(n_layers: int) -> LayerSimilarity:

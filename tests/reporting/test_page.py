@@ -15,12 +15,12 @@ import pytest
 from make_run import TASKS, L, make_run, plan, similarity
 from pages import Page, table
 
-from slm_exp import report
-from slm_exp.errors import SlmError
-from slm_exp.files import write_json
+from slm_exp.cli import report
+from slm_exp.core.errors import SlmError
+from slm_exp.core.files import write_json
+from slm_exp.core.types import Group, MergePlan, Trial
 from slm_exp.reporting import charts
 from slm_exp.reporting.page import duration, signed, size_change, write_report
-from slm_exp.types import Group, MergePlan, Trial
 
 KINDS = ("finished", "failed", "running", "baseline", "healed", "bare")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from slm_exp.reporting.results import Comparison, average, compare
-from slm_exp.statistics.scores import metric_of
+from slm_exp.runs.statistics.scores import metric_of
 
 
 def write(folder: Path, which: str, task: str, rows: list[dict[str, Any]]) -> None:

@@ -15,14 +15,14 @@ from make_run import L, make_run
 from make_sweep import KERNELS, make_cell, make_sweep
 from pages import Page, table
 
-from slm_exp import report
-from slm_exp.errors import SlmError
-from slm_exp.files import write_json
-from slm_exp.launch.folder import SweepFolder
+from slm_exp.cli import report
+from slm_exp.core.errors import SlmError
+from slm_exp.core.files import write_json
+from slm_exp.core.types import LayerSimilarity, MergePlan
 from slm_exp.reporting import atlas, sweep_charts
 from slm_exp.reporting.measures import Point, _with_front
 from slm_exp.reporting.sweep import is_sweep, read_rows, write_sweep_report
-from slm_exp.types import LayerSimilarity, MergePlan
+from slm_exp.runs.sweep import SweepFolder
 
 
 def sweep(folder: Path) -> Path:

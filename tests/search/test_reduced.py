@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from slm_exp.cache.store import StageStore
+from slm_exp.core.cache.store import StageStore
+from slm_exp.core.registry import available
+from slm_exp.core.types import MergePlan
+from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.engine.vocabulary import PredictionDistance
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.methods.base import PlanTask
-from slm_exp.registry import available
 from slm_exp.search.reduced import ReducedModels, slots_of
-from slm_exp.search.runner import BlockRunner, Slot
-from slm_exp.search.vocabulary import PredictionDistance
-from slm_exp.types import MergePlan
 
 ATTENTION, MLP = frozenset({"attention"}), frozenset({"mlp"})
 
@@ -177,7 +177,7 @@ def test_a_model_that_predicts_no_numbers_costs_infinity(tiny_handle: Any, token
 def test_the_loss_is_a_mean_over_the_whole_vocabulary_in_any_pieces(
     models: ReducedModels, tokens: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slm_exp.search import vocabulary
+    from slm_exp.engine import vocabulary
 
     ids = torch.as_tensor(tokens.tokens_NT).long()
     with torch.inference_mode():
@@ -212,7 +212,7 @@ def test_distances_of_predictions_by_their_definitions(models: ReducedModels, to
 
 
 def test_js_of_predictions_that_share_no_word_is_log_2(models: ReducedModels) -> None:
-    from slm_exp.search.vocabulary import DISTANCES
+    from slm_exp.engine.vocabulary import DISTANCES
 
     p = torch.full((1, 300), -1e4)
     q = p.clone()

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from slm_exp.errors import ArchitectureError
-from slm_exp.search import runner as runner_module
-from slm_exp.search.runner import BlockRunner, Slot
+from slm_exp.core.errors import ArchitectureError
+from slm_exp.engine import runner as runner_module
+from slm_exp.engine.runner import BlockRunner, Slot
 
 FAMILIES = {
     "llama": {},

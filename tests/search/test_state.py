@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from slm_exp.core.types import Group
 from slm_exp.search.state import Candidate, SearchState
-from slm_exp.types import Group
 
 
 def follow(state: SearchState, verdicts: str) -> SearchState:

@@ -9,7 +9,7 @@ import pytest
 def trial_tokens(shared_data):
     import numpy as np
 
-    from slm_exp.types import CalibrationTokens
+    from slm_exp.core.types import CalibrationTokens
 
     return CalibrationTokens(np.load(shared_data / "trial" / "wt2valid_10x128.npy"), "trial")
 
@@ -17,7 +17,7 @@ def trial_tokens(shared_data):
 @pytest.fixture(scope="session")
 def smol_states(smol_handle, trial_tokens):
     """{layer: [10, 128, 576]}: five layers of the embedded model, those whose similarity is hardest to estimate too."""
-    from slm_exp.search.runner import BlockRunner, Slot
+    from slm_exp.engine.runner import BlockRunner, Slot
 
     runner = BlockRunner(smol_handle, trial_tokens.tokens_NT)
     h, kept = runner.embed(), {}

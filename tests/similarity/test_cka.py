@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from slm_exp.errors import DataError
+from slm_exp.core.errors import DataError
 from slm_exp.kernels.cosine import Cosine
 from slm_exp.kernels.linear import Linear
 from slm_exp.kernels.rbf import RBF

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from slm_exp.errors import DataError
+from slm_exp.core.errors import DataError
+from slm_exp.core.types import CalibrationTokens
 from slm_exp.kernels.linear import Linear
 from slm_exp.kernels.rbf import RBF
 from slm_exp.similarity import layers
 from slm_exp.similarity.cka import CKA, cka
 from slm_exp.similarity.flat_cosine import FlatCosine
 from slm_exp.similarity.layers import layer_similarity
-from slm_exp.types import CalibrationTokens
 
 
 def hooked(handle, tokens) -> list[torch.Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from slm_exp.core.registry import available
 from slm_exp.kernels.linear import Linear
-from slm_exp.registry import available
 from slm_exp.similarity.cka import cka, fingerprint, minibatches, normalised, token_rows
 
 EVERYTHING = 10**6

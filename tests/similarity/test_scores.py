@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from slm_exp.errors import ConfigError
+from slm_exp.core.errors import ConfigError
 from slm_exp.kernels.linear import Linear
 from slm_exp.similarity.angular import Angular
 from slm_exp.similarity.cka import CKA

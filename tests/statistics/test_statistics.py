@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_exp.statistics.paired import bootstrap, holm, mcnemar, paired_t
-from slm_exp.statistics.spread import spread, student_quantile, student_two_sided
+from slm_exp.runs.statistics.paired import bootstrap, holm, mcnemar, paired_t
+from slm_exp.runs.statistics.spread import spread, student_quantile, student_two_sided
 
 COUNTS = st.integers(0, 60)
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from slm_exp import __version__
-from slm_exp.door import compose_run
+from slm_exp.core.files import write_json, writing
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import protocol
-from slm_exp.files import write_json, writing
+from slm_exp.launch.compose import compose_run
 
 SIZE = (134_515_008, 3_540_096)
 """Parameters of SmolLM2 and of a layer of it."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from slm_exp.door import compose_run, conf_dir
-from slm_exp.errors import ConfigError
-from slm_exp.tables.command import split_words
+from slm_exp.cli.tables import split_words
+from slm_exp.core.errors import ConfigError
+from slm_exp.launch.compose import compose_run, conf_dir
 from slm_exp.tables.definition import cells, read_table, read_yaml, table_names, together
 
 MODELS = sorted(set(read_yaml(conf_dir() / "table" / "_models.yaml")) - {"all"})

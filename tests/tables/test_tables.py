@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_runs import make_run
 
-from slm_exp.cli import main
-from slm_exp.door import split_sweep
+from slm_exp.cli.main import main
 from slm_exp.evaluation.base import SEVEN
-from slm_exp.statistics.runs import Measured
-from slm_exp.statistics.spread import spread
+from slm_exp.launch.compose import split_sweep
+from slm_exp.runs.statistics.runs import Measured
+from slm_exp.runs.statistics.spread import spread
 from slm_exp.tables.commands import commands, products
 from slm_exp.tables.definition import cells, read_table, table_names
 from slm_exp.tables.formats import FORMATS

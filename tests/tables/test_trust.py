@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from made_runs import make_run
 
-from slm_exp.cli import main
-from slm_exp.errors import ConfigError, ProtocolError
-from slm_exp.launch.folder import DIED
+from slm_exp.cli.main import main
+from slm_exp.core.errors import ConfigError, ProtocolError
+from slm_exp.runs.sweep import DIED
 from slm_exp.tables.commands import commands
 from slm_exp.tables.definition import cells, read_table
 from slm_exp.tables.formats import csv_text, latex

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from readback import offline_runs
 
-from slm_exp import pipeline
-from slm_exp.door import compose_run
-from slm_exp.errors import StageError
-from slm_exp.tracking.base import flat
+from slm_exp.core.errors import StageError
+from slm_exp.launch.compose import compose_run
+from slm_exp.pipeline import run as pipeline
+from slm_exp.runs.tracking.base import flat
 
 QUICK = ["model=tiny", "evaluation=none", "tracking=wandb", "runtime=cpu", "calibration.n_samples=4",
          "calibration.seq_len=32", "method.threshold=0.5", "save_model=false"]

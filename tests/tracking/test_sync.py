@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from slm_exp import sync
+from slm_exp.cli import sync
 
 
 def offline(folder: Path, run_id: str, stamp: str = "20260101_120000", suffix: str = "") -> Path:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from readback import OfflineRun, offline_runs
 
-from slm_exp.errors import ConfigError
-from slm_exp.tracking.base import flat
-from slm_exp.tracking.none import NoTracking
-from slm_exp.tracking.wandb import WandbTracking, slug
+from slm_exp.core.errors import ConfigError
+from slm_exp.runs.tracking.base import flat
+from slm_exp.runs.tracking.none import NoTracking
+from slm_exp.runs.tracking.wandb import WandbTracking, slug
 
 CONFIG = {
     "model": {"name": "tiny", "path": ""},
@@ -95,7 +95,7 @@ def test_picture_and_table_are_in_the_run(tmp_path: Path) -> None:
 def test_everything_stays_in_the_run_folder(tmp_path: Path) -> None:
     script = """
 from pathlib import Path
-from slm_exp.tracking.wandb import WandbTracking
+from slm_exp.runs.tracking.wandb import WandbTracking
 with WandbTracking().session({"run_id": "a", "config": {}}, Path("run")) as tracker:
     tracker.table("plan", ["slot"], [[0]])
 """
@@ -136,7 +136,7 @@ def test_killed_two_seconds_after_the_start_the_config_is_on_disk(tmp_path: Path
     script = f"""
 import time
 from pathlib import Path
-from slm_exp.tracking.wandb import WandbTracking
+from slm_exp.runs.tracking.wandb import WandbTracking
 with WandbTracking().session({running_record()!r}, Path("run")) as tracker:
     tracker.log({SECTIONS[0]!r})
     print("open", flush=True)
@@ -166,7 +166,7 @@ def test_under_an_agent_its_id_is_kept_and_run_id_is_in_the_config(tmp_path: Pat
     """In a process of its own: W&B reads its environment once."""
     script = f"""
 from pathlib import Path
-from slm_exp.tracking.wandb import WandbTracking
+from slm_exp.runs.tracking.wandb import WandbTracking
 assert WandbTracking().resolved_mode() == "online"
 with WandbTracking(mode="offline").session({running_record()!r}, Path("run")): pass
 """
@@ -206,8 +206,8 @@ def test_online_without_a_key_names_the_remedy(tmp_path: Path) -> None:
     """In a process of its own, without a terminal to ask at."""
     script = f"""
 from pathlib import Path
-from slm_exp.errors import ConfigError
-from slm_exp.tracking.wandb import WandbTracking
+from slm_exp.core.errors import ConfigError
+from slm_exp.runs.tracking.wandb import WandbTracking
 try:
     with WandbTracking(mode="online").session({running_record()!r}, Path("run")): pass
 except ConfigError as error:

@@ -9,16 +9,16 @@ import sys
 import numpy as np
 import pytest
 
-from slm_exp import pipeline
-from slm_exp.door import compose_run
-from slm_exp.errors import ConfigError, StageError
+from slm_exp.core.errors import ConfigError, StageError
+from slm_exp.core.registry import available
+from slm_exp.core.types import CalibrationTokens
+from slm_exp.launch.compose import compose_run
+from slm_exp.merging.sizes import Costs, Shape, allocate_by_score, attention_shapes, costs_of, fit, full_shape, legal
+from slm_exp.merging.width import apply_width
 from slm_exp.methods.cka_patch import segments
 from slm_exp.methods.slm import SLM
-from slm_exp.registry import available
+from slm_exp.pipeline import run as pipeline
 from slm_exp.similarity.layers import layer_similarity
-from slm_exp.types import CalibrationTokens
-from slm_exp.width.sizes import Costs, Shape, allocate_by_score, attention_shapes, costs_of, fit, full_shape, legal
-from slm_exp.width.surgery import apply_width
 
 QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=2",
          "calibration.seq_len=32", "method.threshold=0.5"]  # fmt: skip
@@ -89,7 +89,7 @@ def test_llama_wants_heads_that_divide_its_hidden_size():
 def test_score_allocation_takes_the_lowest_wherever_they_are():
     import torch
 
-    from slm_exp.width.sizes import LayerScores
+    from slm_exp.merging.sizes import LayerScores
 
     def layer(level):
         return LayerScores(torch.full((4,), 10.0 * level), torch.zeros(2), torch.arange(64.0) + 100 * level)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slm_exp.registry import available
-from slm_exp.types import MergePlan
+from slm_exp.core.registry import available
+from slm_exp.core.types import MergePlan
 from slm_exp.width.base import WidthTask
 from slm_exp.width.ecoflap import EPSILON, layer_importance
 from slm_exp.width.inputs import InputStats
@@ -122,7 +122,7 @@ def test_wanda_without_what_lies_below_being_pruned(found, small, tokens):
 
 def test_wanda_sees_the_pruned_layers_below(small, tokens):
     """Its second layer's scores are those of a model whose first layer lost its units already."""
-    from slm_exp.width.surgery import apply_width
+    from slm_exp.merging.width import apply_width
 
     cfg = available("width")["wanda_sp"](uniform=False, ratios=[0.5, 0])
     task = WidthTask(small, tokens, MergePlan(2).slots, 0.25, n_dense=2)
@@ -130,7 +130,7 @@ def test_wanda_sees_the_pruned_layers_below(small, tokens):
     one_pass = available("width")["wanda_sp"](sequential=False)
     expected = one_pass.scores(WidthTask(narrow, tokens, MergePlan(2).slots, 0.25, n_dense=2), lambda i, s: None)
     shapes = cfg._plan_sizes(small, task.slots, 2, 0.25)
-    from slm_exp.width.sizes import select
+    from slm_exp.merging.sizes import select
 
     got = cfg.scores(task, lambda i, s: select(s, shapes[i])).layers[1]
     dense = cfg.scores(task, lambda i, s: None).layers[1]

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from slm_exp import checkpoint
-from slm_exp.checkpoint import model_card, save_checkpoint
-from slm_exp.errors import ArchitectureError, PlanError
+from slm_exp.core.errors import ArchitectureError, PlanError
+from slm_exp.core.registry import available
+from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan
+from slm_exp.merging.width import apply_width, pack_floats, pack_indices, unpack_floats, unpack_indices
 from slm_exp.methods.slm import SLM
 from slm_exp.models.hf import HF
-from slm_exp.registry import available
-from slm_exp.types import MergePlan
+from slm_exp.runs import checkpoint
+from slm_exp.runs.checkpoint import model_card, save_checkpoint
 from slm_exp.width.base import WidthTask
-from slm_exp.width.surgery import apply_width, pack_floats, pack_indices, unpack_floats, unpack_indices
 
 TOP = available("merge_rule")["top_layer"]()
 

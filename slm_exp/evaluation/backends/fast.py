@@ -27,12 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from slm_exp.errors import ArchitectureError, DataError
+from slm_exp.core.errors import ArchitectureError, DataError
+from slm_exp.engine.fused import fused_layer, supported
 from slm_exp.evaluation.backends.decoding import Prompt, agrees, continue_greedily, stop_ids, unusual
 from slm_exp.evaluation.backends.hflm import CheckedHFLM, out_of_memory, refuse_broken
 from slm_exp.evaluation.backends.trees import Request, Tree, common_prefix, grow
 from slm_exp.models.layouts import layout_for
-from slm_exp.search.fused import fused_layer, supported
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from slm_exp.errors import DataError
+from slm_exp.core.errors import DataError
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from slm_exp.errors import ArchitectureError
-from slm_exp.registry import Component
+from slm_exp.core.errors import ArchitectureError
+from slm_exp.core.registry import Component
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from slm_exp.core.registry import register
 from slm_exp.merging.rules.base import MergeRule
-from slm_exp.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor

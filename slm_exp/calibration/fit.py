@@ -1,0 +1,89 @@
+"""Tokens to fit a regression on, of whatever source, disjoint from those that something is judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.core.errors import ConfigError, DataError
+from slm_exp.core.types import CalibrationTokens
+
+if TYPE_CHECKING:
+    from slm_exp.calibration.base import Calibration
+    from slm_exp.models.base import ModelHandle
+
+RUN = 32  # tokens in a row that two texts do not share by chance
+
+
+@dataclass(frozen=True)
+class FitSource:
+    """Where the tokens come from, and by which names a user knows the settings."""
+
+    path: str | None
+    """A .npy file [N, T], taken as it is; or texts as in calibration=jsonl; null is the bundled text."""
+    n_samples: int
+    seq_len: int
+    field: str = "text"
+    called: tuple[tuple[str, str], ...] = ()
+    """(as a calibration source says it, as this setting is called) for its errors."""
+
+    @property
+    def is_tokens(self) -> bool:
+        return self.path is not None and self.path.endswith(".npy")
+
+    def identity(self) -> dict[str, Any]:
+        with self._named():
+            return self._source().identity()
+
+    def check(self, dense: ModelHandle) -> None:
+        """Raise ConfigError or DataError where it cannot be drawn from."""
+        with self._named():
+            self._source().draw(dense, 0)
+
+    def draw(self, dense: ModelHandle, seed: int, avoid: CalibrationTokens) -> CalibrationTokens:
+        """The tokens: none from a document of `avoid`, where documents are known.
+
+        Raises:
+            DataError: too few or too short texts.
+        """
+        used = {name.rpartition("@")[0] for name in avoid.sample_ids}
+        with self._named():
+            if self.is_tokens:
+                return self._source().draw(dense, seed)
+            drawn = self._source(len(used)).draw(dense, seed + 1)
+        fresh = [i for i, name in enumerate(drawn.sample_ids) if name.rpartition("@")[0] not in used][: self.n_samples]
+        return CalibrationTokens(drawn.tokens_NT[fresh], drawn.source, tuple(drawn.sample_ids[i] for i in fresh))
+
+    def _source(self, more: int = 0) -> Calibration:
+        from slm_exp.calibration.bundled import Bundled
+        from slm_exp.calibration.jsonl import JsonLines
+        from slm_exp.calibration.tokens import Tokens
+
+        if self.is_tokens:
+            return Tokens(path=self.path)
+        n = self.n_samples + more
+        if self.path is None:
+            return Bundled(n, self.seq_len)
+        return JsonLines(n, self.seq_len, path=self.path, field=self.field)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of a calibration source, told in the names of these settings."""
+        try:
+            yield
+        except (ConfigError, DataError) as error:
+            text = str(error)
+            for theirs, ours in self.called:
+                text = text.replace(theirs, ours)
+            raise type(error)(text) from error
+
+
+def shared_sequences(tokens: CalibrationTokens, other: CalibrationTokens) -> int:
+    """How many sequences of `tokens` have a run of RUN tokens that `other` has too."""
+    n = min(RUN, tokens.tokens_NT.shape[1], other.tokens_NT.shape[1])
+    rows = [row.astype("int32") for row in other.tokens_NT]
+    seen = {row[i : i + n].tobytes() for row in rows for i in range(len(row) - n + 1)}
+    ours = (row.astype("int32") for row in tokens.tokens_NT)
+    return sum(any(row[i : i + n].tobytes() in seen for i in range(0, len(row) - n + 1, n)) for row in ours)

@@ -1,0 +1,1 @@
+"""The commands: `slm COMMAND`, and `slm-exp`, the run itself."""

@@ -1,0 +1,50 @@
+"""One job of a pool, `python -m slm_exp.cli.job PARENT_PID [overrides]`: a run that dies with its launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+from typing import Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel SIGKILL this process when its parent ends, however it ends. Linux only; elsewhere nothing."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the request
+        sys.exit(1)
+
+
+class Terminated(SystemExit):
+    """The job was asked to end, by its launcher or by hand."""
+
+    def __str__(self) -> str:
+        return "told to stop by SIGTERM"
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    raise Terminated(128 + signum)  # unwinds: the record says failed, W&B closes
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line after the parent's pid. Exit status as of a single run."""
+    die_with(int(argv[0]))
+    signal.signal(signal.SIGTERM, _terminated)
+    faulthandler.enable()
+    with contextlib.suppress(OSError):  # when memory runs out the kernel shall take a job, not the launcher
+        with open("/proc/self/oom_score_adj", "w") as f:
+            f.write("500")
+    from slm_exp.cli.run import main as run
+
+    return run(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Types, errors, files, registry, stage cache, runtime: what everything stands on."""

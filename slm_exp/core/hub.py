@@ -1,0 +1,135 @@
+"""Files of Hugging Face repositories: the local cache first, then one quick look at the hub, never a retry loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slm_exp.core.errors import SlmError
+
+log = logging.getLogger(__name__)
+
+PROBE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A repository, and how to speak of it to the user."""
+
+    name: str
+    """`owner/name`."""
+    revision: str | None
+    """Commit, tag or branch; None is the default branch."""
+    kind: str
+    """`model` or `dataset`."""
+    setting: str
+    """The config field that named it."""
+    error: type[SlmError]
+    """What to raise."""
+
+    def folder(
+        self,
+        patterns: Sequence[str],
+        complete: Callable[[Path], bool],
+        vet: Callable[[list[str]], None] | None = None,
+    ) -> Path:
+        """The snapshot folder with the files that match `patterns`; its name is the commit.
+
+        A cached snapshot that is `complete` is taken as it is, without a look at the network: a branch stays where it
+        was when first fetched. Else one request with a short timeout decides between a download and an error.
+
+        Args:
+            patterns: file names to fetch, as in `hf download --include`.
+            complete: whether a folder has all that is needed.
+            vet: sees the repo's file names before a download and may refuse.
+        Raises:
+            `error`: gated, missing, offline or unreachable; names the remedy.
+        """
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        which: dict[str, Any] = {"repo_type": self.kind, "revision": self.revision}
+        asked = {**which, "allow_patterns": list(patterns)}
+        with contextlib.suppress(LocalEntryNotFoundError):
+            folder = Path(snapshot_download(self.name, **asked, local_files_only=True))
+            if complete(folder):
+                return folder
+        with self._probing():
+            info: Any = HfApi().repo_info(self.name, **which, timeout=PROBE_SECONDS)
+        if vet is not None:
+            vet([f.rfilename for f in info.siblings or []])
+        with self._downloading(info.sha):
+            folder = Path(snapshot_download(self.name, **asked))
+        if not complete(folder):
+            raise self.error(f"{self}: the repo lacks files that are needed ({', '.join(patterns)}).")
+        return folder
+
+    def file(self, name: str) -> Path:
+        """One file; looks at nothing else, for some data sets list a hundred thousand.
+
+        Raises:
+            `error`: as `folder`.
+        """
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        which: dict[str, Any] = {"repo_type": self.kind, "revision": self.revision}
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return Path(hf_hub_download(self.name, name, **which, local_files_only=True))
+        with self._probing():
+            found = get_hf_file_metadata(hf_hub_url(self.name, name, **which), timeout=PROBE_SECONDS)
+        with self._downloading(found.commit_hash):
+            return Path(hf_hub_download(self.name, name, **which))
+
+    def __str__(self) -> str:
+        return f"{self.setting} = {self.name}" + (f" (revision {self.revision})" if self.revision else "")
+
+    @contextlib.contextmanager
+    def _probing(self) -> Iterator[None]:
+        """Refuse at once when offline; put what the hub answers into words."""
+        from huggingface_hub import constants
+        from huggingface_hub import errors as hub
+
+        flags = (" --repo-type dataset" if self.kind == "dataset" else "") + (
+            f" --revision {self.revision}" if self.revision else ""
+        )
+        elsewhere = (
+            f"On a machine with access run `hf download {self.name}{flags}` and copy the cache folder ($HF_HOME), "
+            f"or set {self.setting} to a local {'folder' if self.kind == 'model' else 'file'}."
+        )
+        absent = f"{self}: not in the local Hugging Face cache, and"
+        if constants.is_offline_mode():
+            raise self.error(f"{absent} HF_HUB_OFFLINE forbids looking further. Unset it to download. {elsewhere}")
+        page = f"https://huggingface.co/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+        try:
+            yield
+        except hub.GatedRepoError as cause:
+            raise self.error(
+                f"{self}: the repo is gated. Accept its terms at {page}, then `hf auth login` (or set HF_TOKEN)."
+            ) from cause
+        except (hub.RevisionNotFoundError, hub.EntryNotFoundError) as cause:
+            raise self.error(f"{self}: the repo has no such revision or file.") from cause
+        except hub.RepositoryNotFoundError as cause:
+            raise self.error(
+                f"{self}: no such repo on the hub, or it is private. Check the name; for a private repo "
+                "`hf auth login` (or set HF_TOKEN)."
+            ) from cause
+        except Exception as cause:  # no route, no name server, a proxy, a timeout, a server error: all mean "not now"
+            raise self.error(
+                f"{absent} the hub does not answer ({type(cause).__name__}: {cause}). {elsewhere}"
+            ) from cause
+
+    @contextlib.contextmanager
+    def _downloading(self, commit: str | None) -> Iterator[None]:
+        log.info("downloading %s at %s ...", self.name, commit)
+        try:
+            yield
+        except Exception as cause:
+            raise self.error(
+                f"{self}: the download failed ({type(cause).__name__}: {cause}). Run it again to go on; what is "
+                "complete stays in the cache."
+            ) from cause

@@ -1,0 +1,95 @@
+"""One decorated file adds a component: `@register("kernel", "rbf")` on a dataclass is schema, default and code.
+
+The dataclass is stored in Hydra's ConfigStore, so `kernel=rbf kernel.bandwidth=2` works at once and an
+unknown key is refused while composing. Nothing in a config can name code: only registered classes exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar, TypeVar
+
+GROUPS = {  # config group -> package whose modules hold its members
+    "model": "models",
+    "calibration": "calibration",
+    "kernel": "kernels",
+    "similarity": "similarity",
+    "method": "methods",
+    "merge_rule": "merging.rules",
+    "width": "width",
+    "recovery": "recovery",
+    "evaluation": "evaluation",
+    "tracking": "runs.tracking",
+    "runtime": "core.runtime",
+}
+
+_members: dict[str, dict[str, type[Component]]] = {group: {} for group in GROUPS}
+
+
+@dataclasses.dataclass
+class Component:
+    """Base of every member of a config group: a dataclass whose fields are its settings.
+
+    `check()` refuses bad values and runs when the config becomes an object, before anything loads.
+    A field with `metadata={"science": False}` (see `knob`) changes no result and stays out of the run_id.
+    """
+
+    config_group: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError on a bad field. Cheap: no files of weights, no heavy imports."""
+
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes this component's results, JSON-able: its name and scientific fields.
+
+        Override to replace a path by a digest of what it holds.
+        """
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("science", True)}
+        return {"name": self.name, **fields}
+
+
+def knob(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
+    """A field that changes how a result is reached, never the result: left out of the run_id."""
+    if default is not dataclasses.MISSING:
+        kwargs["default"] = default
+    return dataclasses.field(metadata={"science": False}, **kwargs)
+
+
+C = TypeVar("C", bound=Component)
+
+
+def register(group: str, name: str) -> Callable[[type[C]], type[C]]:
+    """Class decorator: make a dataclass the member `name` of a config group. Put it above `@dataclass`."""
+
+    def add(cls: type[C]) -> type[C]:
+        from hydra.core.config_store import ConfigStore
+
+        cls.config_group, cls.name = group, name
+        _members[group][name] = cls
+        ConfigStore.instance().store(group=group, name=name, node=cls)
+        return cls
+
+    return add
+
+
+@cache
+def load_all() -> None:
+    """Import every module of every group's package, so that all members are registered. Idempotent, cheap."""
+    for package_name in GROUPS.values():
+        package = importlib.import_module(f"slm_exp.{package_name}")
+        for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def available(group: str) -> dict[str, type[Component]]:
+    """Members of a group by name, as registered in code (presets in conf/ come on top)."""
+    load_all()
+    return dict(sorted(_members[group].items()))

@@ -1,0 +1,92 @@
+"""The `runtime` group: device, threads, determinism. Changes no result a record claims."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.core.errors import ConfigError, require
+from slm_exp.core.ranks import local_rank, world
+from slm_exp.core.registry import Component, knob, register
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Runtime(Component):
+    """Where a run computes."""
+
+    device: str = knob("auto")
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    threads: int | None = knob(None)
+    """CPU threads; null leaves torch's choice."""
+    deterministic: bool = knob(False)
+    """Refuse kernels that are not deterministic (slower on CUDA)."""
+
+    def check(self) -> None:
+        require(self.device == "auto" or self.device.split(":")[0] in ("cpu", "cuda"), "runtime.device", self.device,
+                "auto, cpu, cuda or cuda:N")
+        require(self.threads is None or self.threads >= 1, "runtime.threads", self.threads, "null or a number >= 1")
+
+    def prepare(self, seed: int, device: str | None = None) -> torch.device:
+        """Set threads, determinism and every seed; return the device (`device` overrides this config's).
+
+        Raises:
+            ConfigError: cuda was asked for and is not there.
+        """
+        import random
+
+        import numpy as np
+        import torch
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        # the same switch as use_deterministic_algorithms, which imports the compiler (2 s) besides
+        torch.set_deterministic_debug_mode("error" if self.deterministic else "default")
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        wanted = device or self.device
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted == "cuda" and world() > 1:
+            wanted = f"cuda:{local_rank()}"
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"device = {wanted}; no CUDA device is visible. Use runtime=cpu or runtime=auto.")
+        return torch.device(wanted)
+
+
+    def describe(self, device: torch.device) -> dict[str, Any]:
+        """What the record says about the machine."""
+        import platform
+
+        import torch
+
+        name = platform.processor() or platform.machine()
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        return {"type": device.type, "name": name, "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
+
+
+@register("runtime", "auto")
+@dataclass
+class Auto(Runtime):
+    """CUDA where there is one, else CPU."""
+
+
+@register("runtime", "cpu")
+@dataclass
+class Cpu(Runtime):
+    """CPU only."""
+
+    device: str = knob("cpu")
+
+
+@register("runtime", "cuda")
+@dataclass
+class Cuda(Runtime):
+    """A CUDA device, or an error."""
+
+    device: str = knob("cuda")

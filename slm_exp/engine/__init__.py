@@ -1,0 +1,1 @@
+"""Running decoder layers: blocks without model copies, gradients, head losses, ridge regression, progress."""

@@ -1,0 +1,89 @@
+"""Gradients of the calibration loss, one decoder layer at a time: no layer's activations outlive it.
+
+The states entering every layer come from a pass without gradients; going down, each layer runs again on them with
+gradients and hands the gradient of its input to the layer below. The model's own parameters are never touched:
+float32 copies of one layer's take their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.core.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_exp.engine.runner import BlockRunner
+
+
+def layer_gradients(
+    runner: BlockRunner, states: list[Tensor]
+) -> Iterator[tuple[int, dict[str, tuple[Tensor, Tensor]]]]:
+    """From the top layer down, each layer's parameters with the gradient of the mean next-token loss.
+
+    Args:
+        runner: of the model; its tokens are inputs and targets.
+        states: entering layers 0..L-1, then the last layer's output: L + 1 of [N, T, D].
+    Yields:
+        (layer, {name: (parameter, gradient)}), both float32, only good until the next one is asked for.
+    Raises:
+        DataError: the loss is not finite.
+    Cost: a forward and a backward pass of every layer and of the head; memory for one layer's parameters in float32
+        three times over, one sample's activations of it, and [N, T, D].
+    """
+    import torch
+
+    upstream = _last_state_gradient(runner, states[-1])
+    for i in range(len(states) - 2, -1, -1):
+        layer = runner.handle.layers[i]
+        device = next(layer.parameters()).device
+        weights = {n: p.detach().float().clone().requires_grad_() for n, p in layer.named_parameters()}
+        call = _ordinary(runner.call(i, torch.float32))
+        for row in range(len(upstream)):
+            x_1TD = _ordinary(states[i][row : row + 1].to(device, torch.float32)).requires_grad_()
+            with torch.enable_grad():
+                out = torch.func.functional_call(layer, weights, (x_1TD,), call)
+                out = out[0] if isinstance(out, tuple) else out
+            out.backward(upstream[row : row + 1].to(device))
+            assert x_1TD.grad is not None
+            upstream[row] = x_1TD.grad[0]
+        yield i, {n: (w.detach(), w.grad if w.grad is not None else torch.zeros_like(w)) for n, w in weights.items()}
+
+
+def _last_state_gradient(runner: BlockRunner, last_NTD: Tensor) -> Tensor:
+    """Gradient of the mean loss with respect to the last layer's output: [N, T, D] float32."""
+    import torch
+
+    norm = runner.model.get_submodule(runner.handle.layout.final_norm)
+    head: Any = runner.model.get_output_embeddings()
+    of_norm, of_head = ({n: _ordinary(p.detach().float()) for n, p in m.named_parameters()} for m in (norm, head))
+    device = head.weight.device
+    n_targets = runner.tokens_NT[:, 1:].numel()
+    out = torch.empty(last_NTD.shape, dtype=torch.float32, device=device)
+    for row, targets_T in enumerate(runner.tokens_NT[:, 1:]):
+        x_TD = _ordinary(last_NTD[row].to(device, torch.float32)).requires_grad_()
+        with torch.enable_grad():
+            logits_TV = torch.func.functional_call(head, of_head, torch.func.functional_call(norm, of_norm, x_TD[:-1]))
+            loss = torch.nn.functional.cross_entropy(logits_TV, targets_T.to(device), reduction="sum") / n_targets
+        if not loss.isfinite():
+            raise DataError(f"the loss of calibration sample {row} is not finite; there is no gradient. "
+                            "The weights or the states of this model are damaged.")
+        loss.backward()
+        assert x_TD.grad is not None
+        out[row] = x_TD.grad
+    return out
+
+
+def _ordinary(value: Any) -> Any:
+    """Copies of tensors made in inference mode, which autograd refuses; containers keep their kind."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: _ordinary(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_ordinary(v) for v in value)
+    return value

@@ -1,0 +1,101 @@
+"""Values of a model's predictions over the vocabulary, in pieces: no [N, T, V] tensor ever exists whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_exp.engine.runner import BlockRunner
+
+PIECE = 1 << 22
+"""Logits held at once: 16 MiB in float32, which stays near the processor."""
+WORDS = 4096
+
+
+def mean_loss(runner: BlockRunner, last_NTD: Tensor) -> float:
+    """Mean cross entropy, in nats, of every token but the first given those before it.
+
+    Args:
+        runner: of the model whose head it is; its tokens are the targets.
+        last_NTD: [N, T, D] last hidden states, after the final norm.
+    Cost: one pass of the head, in pieces over tokens and vocabulary; sums are float64.
+    """
+    import torch
+
+    with torch.inference_mode():
+        x_MD = last_NTD[:, :-1].flatten(0, 1)
+        targets_M = runner.tokens_NT[:, 1:].flatten()
+        n_words = runner.model.get_output_embeddings().weight.shape[0]
+        total = 0.0
+        for x, target in zip(x_MD.split(PIECE // WORDS), targets_M.split(PIECE // WORDS), strict=True):
+            sums = []
+            for start in range(0, n_words, WORDS):
+                z = runner.logits(x, slice(start, start + WORDS)).float()
+                sums.append(z.logsumexp(-1))
+                at = target.to(z.device) - start
+                here = (at >= 0) & (at < z.shape[1])
+                total -= float(z[here, at[here]].double().sum())
+            total += float(torch.stack(sums).logsumexp(0).double().sum())
+        return total / targets_M.numel()
+
+
+class PredictionDistance:
+    """How far a model's next-token predictions are from the dense model's: mean over all tokens, 0 is identical.
+
+    Kinds:
+        js: Jensen-Shannon divergence, [KL(P||M) + KL(Q||M)] / 2 with M = (P + Q) / 2, in nats (at most log 2).
+        kl: KL(P||Q), P the dense model's.
+        angular: angle between the logits over pi, 0 to 1.
+        norm: Euclidean distance of the logits.
+    Cost of one value: the head over the calibration set twice (the dense logits are computed again, not kept).
+    """
+
+    def __init__(self, runner: BlockRunner, dense_NTD: Tensor, kind: str) -> None:
+        """`dense_NTD`: [N, T, D] the dense model's last hidden states, after the final norm."""
+        self.runner, self.dense_MD = runner, dense_NTD.flatten(0, 1)
+        self._of = DISTANCES[kind]
+
+    def __call__(self, last_NTD: Tensor) -> float:
+        import torch
+
+        n_words = self.runner.model.get_output_embeddings().weight.shape[0]
+        rows = max(1, PIECE // n_words)
+        total = 0.0
+        with torch.inference_mode():
+            for dense, x in zip(self.dense_MD.split(rows), last_NTD.flatten(0, 1).split(rows), strict=True):
+                p, q = self.runner.logits(dense).float(), self.runner.logits(x).float()
+                total += float(self._of(p, q).double().sum())
+        return total / len(self.dense_MD)
+
+
+def _js(p_MV: Tensor, q_MV: Tensor) -> Tensor:
+    import torch
+
+    p_MV, q_MV = p_MV.log_softmax(-1), q_MV.log_softmax(-1)
+    p, q = p_MV.exp(), q_MV.exp()
+    m_MV = (p + q).mul_(0.5).clamp_(min=torch.finfo(p.dtype).tiny).log_()  # both at zero: no contribution
+    return (p.mul_(p_MV.sub_(m_MV)).sum(-1) + q.mul_(q_MV.sub_(m_MV)).sum(-1)) / 2
+
+
+def _kl(p_MV: Tensor, q_MV: Tensor) -> Tensor:
+    p_MV, q_MV = p_MV.log_softmax(-1), q_MV.log_softmax(-1)
+    return (p_MV.exp() * (p_MV - q_MV)).sum(-1)
+
+
+def _angular(p_MV: Tensor, q_MV: Tensor) -> Tensor:
+    import math
+
+    import torch
+
+    return torch.nn.functional.cosine_similarity(p_MV, q_MV, -1).clamp(-1, 1).acos() / math.pi
+
+
+def _norm(p_MV: Tensor, q_MV: Tensor) -> Tensor:
+    return (p_MV - q_MV).norm(dim=-1)
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"js": _js, "kl": _kl, "angular": _angular, "norm": _norm}
+"""Both logits [M, V] -> [M], by name."""

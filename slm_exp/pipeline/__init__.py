@@ -1,0 +1,1 @@
+"""One experiment: its config and its stages, in paper order."""

@@ -1,0 +1,174 @@
+"""The whole experiment as one typed object; composed by Hydra, checked before anything loads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from slm_exp.calibration.base import Calibration
+from slm_exp.core.errors import ConfigError, did_you_mean, require
+from slm_exp.core.files import digest
+from slm_exp.core.registry import GROUPS
+from slm_exp.core.runtime import Runtime
+from slm_exp.evaluation.base import Evaluation
+from slm_exp.kernels.base import Kernel
+from slm_exp.merging.rules.base import MergeRule
+from slm_exp.methods.base import Method
+from slm_exp.models.base import ModelSource
+from slm_exp.recovery.base import Recovery
+from slm_exp.runs.tracking.base import Tracking
+from slm_exp.similarity.base import Similarity
+from slm_exp.width.base import Width
+
+UNSCIENTIFIC = ("tracking", "runtime")
+
+
+def default_cache_dir() -> str:
+    """`$SLM_EXP_CACHE`, else `$XDG_CACHE_HOME/slm_exp`, else `~/.cache/slm_exp`."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return os.environ.get("SLM_EXP_CACHE") or str(Path(home) / "slm_exp")
+
+
+@dataclass
+class CacheConfig:
+    """Where grid cells share results."""
+
+    dir: str = field(default_factory=default_cache_dir)
+    """Folder of the stage cache and of converted weights."""
+    enabled: bool = True
+    """False computes every stage anew (converted weights are still kept)."""
+
+
+@dataclass
+class RunConfig:
+    """One experiment. Every field but seed, save_model and cache is a config group."""
+
+    model: ModelSource
+    calibration: Calibration
+    kernel: Kernel
+    similarity: Similarity
+    method: Method
+    merge_rule: MergeRule
+    width: Width
+    recovery: Recovery
+    evaluation: Evaluation
+    tracking: Tracking
+    runtime: Runtime
+    seed: int = 0
+    """Seeds calibration, shuffles and recovery."""
+    save_model: bool | None = None
+    """Write model/: null means yes in a single run, no in a multirun."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "a whole number >= 0")
+        self.merge_rule = self.method.merge_rule(self.merge_rule)
+        check_together(self)
+
+    @property
+    def run_id(self) -> str:
+        """16 hex digits over everything that decides the result (see `science`)."""
+        return digest(self.science())
+
+    def science(self) -> dict[str, Any]:
+        """The resolved scientific config: never tracking, folders or device."""
+        groups = {name: getattr(self, name).identity() for name in GROUPS if name not in UNSCIENTIFIC}
+        return {**groups, "seed": self.seed}
+
+    def plan_identity(self) -> dict[str, Any]:
+        """What decides the plan besides model and tokens: kernel and rule only where score or method look at them."""
+        similarity = {"name": self.similarity.name, **self.similarity.after_identity()}
+        if self.similarity.uses_kernel() or self.method.uses_layer_similarity:
+            similarity |= self.similarity.identity() | {"kernel": self.kernel.identity()}
+        rule = self.merge_rule.identity() if self.method.uses_merge_rule() else None
+        return {"method": self.method.identity(), "rule": rule, "similarity": similarity}
+
+    def matrix_identity(self) -> dict[str, Any]:
+        """What decides the layer similarity matrix besides model and tokens: kernel and CKA estimator."""
+        estimator = self.similarity.identity()
+        for other in ("name", "after"):
+            estimator.pop(other, None)
+        return {"kernel": self.kernel.identity(), "estimator": estimator}
+
+    def advice(self) -> list[str]:
+        """Settings that are allowed but do less than they seem to."""
+        out = []
+        kernel_decides = self.similarity.uses_kernel() or self.method.uses_layer_similarity
+        if self.kernel.name != "linear" and not kernel_decides:
+            out.append(f"kernel={self.kernel.name} shapes the similarity matrix only; candidates are scored by "
+                       f"{self.similarity.name}. Add similarity=cka to let the kernel decide.")
+        if self.merge_rule.name != "top_layer" and not self.method.uses_merge_rule():
+            out.append(f"merge_rule={self.merge_rule.name} plays no part: method={self.method.name} merges nothing.")
+        if self.similarity.after and self.recovery.name != self.similarity.after:
+            out.append(f"similarity.after={self.similarity.after} scores candidates refitted, and recovery="
+                       f"{self.recovery.name} leaves the plan's model without a refit. Add recovery="
+                       f"{self.similarity.after}.")
+        return out + self.evaluation.advice()
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting with the member's name in each group, JSON-able: `config` of the record."""
+        groups = {name: {"name": getattr(self, name).name, **asdict(getattr(self, name))} for name in GROUPS}
+        return {**groups, "seed": self.seed, "save_model": self.save_model, "cache": asdict(self.cache)}
+
+
+def check_together(cfg: RunConfig) -> None:
+    """Checks across groups. Raises ConfigError."""
+    given = getattr(cfg.method, "given", None)  # the plan that from_plan replays
+    if cfg.similarity.after and (cfg.method.compensate or (given and given.compensation)):
+        raise ConfigError(f"similarity.after = {cfg.similarity.after}; expected null with a compensated plan "
+                          "(method.compensate): a refit gives the stream behind a cut its size already.")
+    of_groups = (group.refuses(cfg) for group in (cfg.method, cfg.width, cfg.recovery))
+    for refused in (*of_groups, cfg.evaluation.refuses()):
+        if refused:
+            raise ConfigError(refused)
+
+
+def to_run_config(cfg: Any) -> RunConfig:
+    """From a composed Hydra config (its `hydra`, `experiment` and `sweep` nodes ignored) to the typed object.
+
+    Raises:
+        ConfigError: with the field, its value, what was wanted and the remedy.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _refuse_added_keys(cfg)
+    try:
+        run_config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__cause__ or cause.__context__
+        raise (cause or ConfigError(str(error).splitlines()[0])) from None
+    assert isinstance(run_config, RunConfig)
+    return run_config
+
+
+def _refuse_added_keys(cfg: Any, where: str = "") -> None:
+    """`+group.key=1` adds keys that no schema knows and Hydra lets pass."""
+    from omegaconf import DictConfig, OmegaConf
+
+    kind = OmegaConf.get_type(cfg)
+    if not is_dataclass(kind):
+        return
+    known = {f.name for f in fields(kind)}
+    for key in cfg:
+        name = f"{where}{key}"
+        if key not in known:
+            raise ConfigError(f"+{name}: there is no {name}. Known here: {', '.join(sorted(known))}. "
+                              f"{did_you_mean(str(key), known)}".rstrip())
+        value = cfg._get_node(key)
+        if isinstance(value, DictConfig) and not value._is_none():
+            _refuse_added_keys(value, f"{name}.")
+
+
+def register_schema() -> None:
+    """Put RunConfig into Hydra's ConfigStore as `run_schema`, the base of conf/config.yaml."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+
+
+

@@ -1,0 +1,1 @@
+"""One run on disk: record, state, checkpoint; statistics over runs; trackers."""

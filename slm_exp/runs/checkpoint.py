@@ -1,0 +1,306 @@
+"""Saving a model as an ordinary Hugging Face folder that is known to reload: verified first, visible afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.core.errors import CheckpointError
+from slm_exp.core.files import honour_umask, write_json, write_text
+from slm_exp.models.hf import save_tokenizer
+from slm_exp.models.layerwise import has_own_code
+from slm_exp.runs.reload import tensor_digests
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+    from slm_exp.core.types import CalibrationTokens, MergePlan
+    from slm_exp.models.base import ModelHandle
+
+log = logging.getLogger(__name__)
+
+ROWS, LENGTH = 2, 32  # tokens whose logits are compared
+
+
+def save_checkpoint(
+    compressed: ModelHandle,
+    folder: Path,
+    plan: MergePlan,
+    tokens: CalibrationTokens | None = None,
+    record: dict[str, Any] | None = None,
+    max_shard_size: str = "5GB",
+) -> dict[str, Any]:
+    """Write a model to `folder`: safetensors, config, generation config, tokenizer, plan.json and a model card.
+
+    Everything goes to a temporary folder beside it, is reloaded there by a fresh process (see
+    `verify_checkpoint`), and takes its name by one rename; a checkpoint already there is replaced. The weights keep
+    their dtype. On any failure the temporary folder is gone and an older checkpoint untouched.
+
+    Args:
+        compressed: the model; loads now if it is not loaded.
+        plan: saved beside the weights, and described in the card.
+        tokens: whose first rows the logits are compared on; None takes arbitrary ids.
+        record: the run's record; the card takes run_id, overrides, params, layers and license notes from it.
+        max_shard_size: larger models are cut into several files.
+    Returns:
+        What was verified: `{tensors, logits_off, kv_cache_off, tolerance, device}`.
+    Raises:
+        CheckpointError: the disk is full or not writable, or the reloaded model differs.
+    Cost: the weights' bytes on disk and again in a second process, and its start (about 10 s).
+    """
+    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp")
+    try:
+        _remove_leftovers(folder)
+        tmp.mkdir(parents=True)
+        model = compressed.model
+        with _savable(model.generation_config):
+            model.save_pretrained(tmp, max_shard_size=max_shard_size)
+        if not has_own_code(compressed.config):
+            _name_no_code(tmp / "config.json")
+        if compressed.tokenizer is not None:
+            save_tokenizer(compressed.tokenizer, tmp)
+        plan.save(tmp)
+        write_text(tmp / "README.md", model_card(compressed, plan, record or {}))
+        honour_umask(tmp)
+        verified = verify_checkpoint(tmp, compressed, tokens)
+        _flush(tmp)
+        _replace(tmp, folder)
+    except Exception as cause:
+        if isinstance(cause, OSError) or type(cause).__name__ == "SafetensorError":  # the latter is Rust's I/O error
+            raise CheckpointError(
+                f"{folder} could not be written ({cause}). Free space there, choose another "
+                "hydra.run.dir, or set save_model=false."
+            ) from cause
+        raise
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return verified
+
+
+def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None = None) -> dict[str, Any]:
+    """Reload a folder in a fresh process with plain transformers and compare it with the model in memory.
+
+    Every tensor must be bit-equal, embeddings tied or not as before, logits within 1e-5 in float32 (in half precision
+    within a thousandth of the largest), logits with the KV cache as without, and generation must run with it. The
+    process uses the model's device; where the GPU has no room for a second copy it uses the CPU, whose arithmetic
+    differs, and 5 % of the largest logit are allowed.
+
+    Returns:
+        `{tensors, logits_off, kv_cache_off, tolerance, device}`.
+    Raises:
+        CheckpointError: the first difference found, or why the process could not finish.
+    """
+    with tempfile.TemporaryDirectory(prefix="slm_exp-verify-") as where:
+        expected = expectation(folder, compressed, tokens, Path(where))
+        script = Path(__file__).with_name("reload.py")
+        ran = subprocess.run(
+            [sys.executable, "-P", str(script), where],  # -P: the script's folder stays off the import path
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_MODULES_CACHE": where},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        try:
+            result: dict[str, Any] = json.loads((Path(where) / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            last = ran.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise CheckpointError(
+                f"the process that reloads {folder} ended with status {ran.returncode}: {last[0]}"
+            ) from None
+    error = result.pop("error")
+    if error:
+        raise CheckpointError(f"the checkpoint does not reload as the model in memory: {error}.")
+    return {**result, "tolerance": expected["tolerance"], "device": expected["device"]}
+
+
+def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None, where: Path) -> dict[str, Any]:
+    """Write what a reloaded model must show into `where`: expected.json and logits.npy ([2, T, V] float32)."""
+    import numpy as np
+    import torch
+
+    model = compressed.model
+    vocab = int(compressed.config.vocab_size)
+    ids = np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % vocab if tokens is None else tokens.tokens_NT[:ROWS, :LENGTH]
+    embedding: Any = model.get_input_embeddings().weight
+    head: Any = model.get_output_embeddings().weight  # type: ignore[operator]
+    with torch.inference_mode():
+        logits_NTV = model(torch.as_tensor(ids).long().to(embedding.device), use_cache=False).logits.float().cpu()
+    device = _second_device(model)
+    same = device == "auto" or torch.device(device) == model.device
+    exact = same and model.dtype == torch.float32
+    scale = max(1.0, float(logits_NTV.abs().max()))
+    expected = {
+        "folder": str(folder.resolve()),
+        "tensors": tensor_digests(model),
+        "tied": embedding.data_ptr() == head.data_ptr(),
+        "tokenizer": compressed.tokenizer is not None,
+        "tokens": np.asarray(ids).tolist(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "exact": exact,
+        "own_code": has_own_code(compressed.config),
+        "tolerance": 1e-5 if exact else (1e-3 if same else 5e-2) * scale,
+        "kv_tolerance": (1e-3 if exact else 5e-2) * scale,
+    }
+    write_json(where / "expected.json", expected)
+    np.save(where / "logits.npy", logits_NTV.numpy(), allow_pickle=False)
+    return expected
+
+
+def _second_device(model: PreTrainedModel) -> str:
+    """Where a second copy can live: the model's device, `auto` for several, cpu where the GPU has no room."""
+    import torch
+
+    if model.device.type != "cuda":
+        return str(model.device)
+    if len({p.device for p in model.parameters()}) > 1:
+        return "auto"
+    torch.cuda.empty_cache()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return str(model.device) if torch.cuda.mem_get_info(model.device)[0] > 1.2 * size else "cpu"
+
+
+def _name_no_code(path: Path) -> None:
+    """Take out what a source model's config said of code to load it by: this package did not run it, nor check it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("auto_map", None) is not None:
+        write_json(path, config)
+
+
+@contextlib.contextmanager
+def _savable(generation: GenerationConfig | None) -> Any:
+    """transformers refuses to save some published generation configs (sampling settings without do_sample)."""
+    if generation is None:
+        yield
+        return
+    before = generation.do_sample
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+    try:
+        yield
+    finally:
+        generation.do_sample = before
+
+
+def _flush(folder: Path) -> None:
+    """fsync every file, so that the rename does not overtake their contents."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Give `new` the name `folder`; what had it before disappears afterwards."""
+    if not folder.exists():
+        os.replace(new, folder)
+        return
+    old = new.with_suffix(".old")
+    os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Temporary folders of processes that were killed while they saved."""
+    for left in folder.parent.glob(f".{folder.name}.*.*"):
+        pid = left.name.removeprefix(f".{folder.name}.").split(".")[0]
+        if left.suffix in (".tmp", ".old") and pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def model_card(compressed: ModelHandle, plan: MergePlan, record: dict[str, Any]) -> str:
+    """README.md of a checkpoint: what it was made from and how, sizes, licence, how to load it."""
+    base = compressed.lineage.get("base", compressed.name)
+    front = ["library_name: transformers", "tags: [layer-merging, depth-pruning]"]
+    if "/" in base:
+        front.append(f"base_model: {base}")
+    before = (record.get("params") or {}).get("before")
+    after = compressed.n_params
+    size = f"{after:,} parameters" + (f", {before:,} before ({1 - after / before:.1%} removed)" if before else "")
+    merged = ", ".join(f"{g.start}..{g.stop - 1}" for g in plan.groups) or "none"
+    dropped = ", ".join(map(str, plan.dropped)) or "none"
+    zeros = ", ".join(f"{half['kind']} of {half['layer']}" for half in plan.sublayers)
+    score = "" if plan.final_score is None else f"; score {plan.final_score:.4f} against the dense model"
+    threshold = "" if plan.threshold is None else f", threshold {plan.threshold:g}"
+    own_code = has_own_code(compressed.config)
+    load = '"path/to/this/folder", trust_remote_code=True' if own_code else '"path/to/this/folder"'
+    lines = [
+        "---",
+        *front,
+        "---",
+        "",
+        f"# {base}, {plan.n_layers_out} of {plan.n_layers} layers",
+        "",
+        f"Made from **{base}**{f' ({compressed.note})' if compressed.note else ''} by merging decoder layers.",
+        "",
+        f"- Size: {size}.",
+        f"- Layers merged into one: {merged}. Layers removed: {dropped}.",
+        *([f"- Sublayers whose output is zero (of the original layers): {zeros}. The checkpoint holds them; an engine "
+           "that skips them could leave them out."] if plan.sublayers else []),
+        f"- Method {plan.method or 'given plan'}, merge rule {plan.rule or 'none'}, similarity "
+        f"{plan.similarity or 'none'}{threshold}{score}.",
+        *(["- The stream above every cut is rescaled (magnitude compensation, arXiv:2507.18212)."]
+          if "compensation" in plan.effect() else []),
+        *_width_lines(plan.width, own_code),
+        *([f"- Healed by {healed['name']}."] if (healed := compressed.lineage.get("recovery")) else []),
+        "- The whole decision is in `plan.json`.",
+        "",
+    ]
+    if record.get("run_id"):
+        command = shlex.join(["python", "-m", "slm_exp", *record.get("overrides", [])])
+        lines += [f"Run {record['run_id']}:", "", "```sh", command, "```", ""]
+    lines += [
+        "## Licence",
+        "",
+        f"These weights derive from {base}; its licence and terms of use hold for them too.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({load})",
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _width_lines(width: dict[str, Any] | None, own_code: bool) -> list[str]:
+    """What the card says of narrowed layers; nothing where there are none."""
+    if not width:
+        return []
+    lines = [f"- Width pruned by {width['method']}, {width['order']} the layers: {width['reached']:.1%} of the decoder "
+             "layers' parameters, whole attention heads and MLP channels."]
+    if own_code:
+        lines.append("- **Layers have widths of their own**, which no ordinary config describes. The folder brings the "
+                     "code that builds them (`modeling_layerwise.py`): load it with `trust_remote_code=True`, or with "
+                     "`model=hf model.path=...` of slm_exp, which has that code itself.")
+    return lines

@@ -1,0 +1,107 @@
+"""Runs compared by what their models answered on the same documents."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.core.files import digest
+from slm_exp.evaluation.base import SEVEN
+from slm_exp.runs.statistics.paired import Difference, bootstrap, mcnemar, paired_t
+from slm_exp.runs.statistics.scores import by_document, metric_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model that a run measured."""
+
+    name: str
+    folder: Path
+    """The run's folder."""
+    record: dict[str, Any] = dataclasses.field(repr=False, compare=False)
+    which: str = "compressed"
+    """Or `dense`."""
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        return (self.record.get("eval") or {}).get(self.which) or {}
+
+    @property
+    def protocol(self) -> dict[str, Any] | None:
+        return self.evaluation.get("protocol")
+
+    def scores(self, task: str) -> dict[str, Any]:
+        """The task's entry in the record: {acc, acc_stderr, n, ...}; empty where it was not asked."""
+        return (self.evaluation.get("tasks") or {}).get(task) or {}
+
+
+def difference(first: Sequence[Measured], second: Sequence[Measured], tasks: Sequence[str] = tuple(SEVEN),
+               interval: bool = True) -> Difference | None:
+    """How much better `second` is than `first`, on one task or on the mean of several.
+
+    Args:
+        first, second: one run each, or as many runs that differ in their seed, paired in the order given.
+        interval: False may leave stderr and interval out, where p does not need them.
+
+    Returns:
+        None unless every pair of runs has the same documents in its `samples/`. One task of zeros and ones and one
+        run each: exact McNemar test. Otherwise the paired bootstrap over documents; with several seeds the larger
+        p-value of that and of Student's paired test over the seeds, so that both documents and seeds have to agree.
+    """
+    at_task = [_paired(first, second, task) for task in tasks]
+    paired = [at for at in at_task if at is not None]
+    if not paired or len(paired) < len(at_task):
+        return None
+    apart = [b_SN - a_SN for a_SN, b_SN in paired]
+    a_SN, b_SN = paired[0]
+    if len(first) == len(tasks) == 1 and bool((((a_SN == 0) | (a_SN == 1)) & ((b_SN == 0) | (b_SN == 1))).all()):
+        found = bootstrap(apart) if interval else Difference(float(apart[0].mean()), None, None, None, 1.0, "")
+        p = mcnemar(int((b_SN > a_SN).sum()), int((b_SN < a_SN).sum()))
+        return dataclasses.replace(found, p=p, test="mcnemar")
+    found = bootstrap(apart)
+    if len(first) > 1:
+        means_S = sum(at_SN.mean(axis=1) for at_SN in apart) / len(apart)
+        return dataclasses.replace(found, p=max(found.p, paired_t([float(m) for m in means_S])), test="bootstrap + t")
+    return found
+
+
+def _paired(first: Sequence[Measured], second: Sequence[Measured], task: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Scores [S, N] of both sides on the same documents; None where there is no such pairing."""
+    import numpy as np
+
+    if len(first) != len(second) or not first:
+        return None
+    sides = [[_documents(m.folder, m.which, task, *_told(m, task)) for m in side] for side in (first, second)]
+    if any(scores is None for side in sides for scores in side):
+        return None
+    if len({scores[0] for side in sides for scores in side if scores}) > 1:
+        return None
+    a_SN, b_SN = (np.array([scores[1] for scores in side if scores]) for side in sides)
+    return a_SN, b_SN
+
+
+def _told(m: Measured, task: str) -> tuple[str, float] | tuple[None, None]:
+    scores = m.scores(task)
+    metric = metric_of(task, scores)
+    return (None, None) if metric is None else (metric, float(scores[metric]))
+
+
+@lru_cache(maxsize=4096)
+def _documents(folder: Path, which: str, task: str, metric: str | None, told: float | None) -> (
+        tuple[str, np.ndarray] | None):
+    """(digest of the documents, their scores in an order of theirs); None unless their mean is what the record says."""
+    import numpy as np
+
+    scores = by_document(folder / "samples" / which / f"{task}.jsonl.gz", metric) if metric else {}
+    documents = sorted(scores, key=repr)
+    scores_N = np.array([scores[d] for d in documents])
+    if not documents or told is None or abs(float(scores_N.mean()) - told) > 1e-6:
+        return None
+    return digest([list(d) for d in documents]), scores_N

@@ -1,0 +1,22 @@
+"""No tracking: the record on disk is all there is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slm_exp.core.registry import register
+from slm_exp.runs.tracking.base import Silent, Tracker, Tracking
+
+
+@register("tracking", "none")
+@dataclass
+class NoTracking(Tracking):
+    """Nothing is tracked."""
+
+    @contextlib.contextmanager
+    def session(self, record: dict[str, Any], folder: Path) -> Iterator[Tracker]:
+        yield Silent()

@@ -1,0 +1,231 @@
+"""Weights & Biases: one W&B run per experiment, complete on disk at every moment, offline unless told otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_exp.core.errors import ConfigError, StageError, require_one_of
+from slm_exp.core.files import plain
+from slm_exp.core.registry import register
+from slm_exp.runs.tracking.base import Silent, Tracker, Tracking, flat
+
+if TYPE_CHECKING:
+    import wandb
+
+log = logging.getLogger(__name__)
+
+MODES = ("online", "offline", "disabled")
+ALIASES = {"run": "online", "dryrun": "offline"}  # older spellings that WANDB_MODE still knows
+REMEDIES = {
+    "online": "Log in with `wandb login`, or use tracking.mode=offline (`slm sync` sends it later) or tracking=none.",
+    "offline": "Use tracking=none to do without W&B.",
+}
+PROVENANCE = ("run_id", "overrides", "command", "versions", "git")  # of the record, beside the config itself
+
+
+@register("tracking", "wandb")
+@dataclass
+class WandbTracking(Tracking):
+    """Mirrors the record to W&B: config, metrics by record path, the heatmap, the plan and its trace.
+
+    The run's id is the run_id, so a repeated cell never becomes a second run. Under a W&B agent, which assigns
+    ids and the project, its id is kept and run_id is a config key.
+    """
+
+    project: str = "slm_exp"
+    """W&B project; under an agent the sweep's own is used."""
+    entity: str | None = None
+    """W&B user or team; null is your default."""
+    group: str | None = None
+    """Groups runs in the W&B interface; null is the sweep's name in a multirun, else none."""
+    run_name: str | None = None
+    """Display name; null makes one from the config, e.g. `smollm2_135m-slm-top_layer-0.9`."""
+    mode: str | None = None
+    """online, offline or disabled; null follows WANDB_MODE, else online under a W&B agent, else offline."""
+    tags: list[str] = field(default_factory=list)
+    """Labels in the W&B interface."""
+
+    def check(self) -> None:
+        if self.mode is not None:
+            require_one_of("tracking.mode", self.mode, MODES)
+
+    def resolved_mode(self) -> str:
+        """The mode after the environment had its say.
+
+        Raises:
+            ConfigError: WANDB_MODE holds something else.
+        """
+        if self.mode is not None:
+            return self.mode
+        asked = os.environ.get("WANDB_MODE")
+        if not asked:
+            return "online" if under_agent() else "offline"
+        mode = ALIASES.get(asked, asked)
+        require_one_of("WANDB_MODE", mode, MODES)
+        return mode
+
+    @contextlib.contextmanager
+    def session(self, record: dict[str, Any], folder: Path) -> Iterator[Tracker]:
+        mode = self.resolved_mode()
+        if mode == "disabled":
+            yield Silent()
+            return
+        with _wandb_files_in(folder.resolve() / "wandb"):
+            run = self._start(record, folder, mode)
+            tracker = _WandbTracker(run)
+            try:
+                yield tracker
+            except BaseException as error:
+                tracker.log({"status": "failed", "error": _told(error)})
+                tracker.close(exit_code=1)
+                raise
+            tracker.close(exit_code=0)
+
+    def _start(self, record: dict[str, Any], folder: Path, mode: str) -> wandb.Run:
+        """Open the W&B run.
+
+        Raises:
+            ConfigError: wandb is not installed, or cannot start (no key, no network, no right to write).
+        """
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                f"tracking = wandb; the package cannot be imported ({error}). pip install wandb, or use tracking=none."
+            ) from None
+        folder.mkdir(parents=True, exist_ok=True)
+        agent = under_agent()
+        name = self.run_name or slug(record["config"])
+        config = plain({**record["config"], **{k: record[k] for k in PROVENANCE if k in record}})
+        try:
+            run = wandb.init(
+                id=None if agent else record["run_id"],
+                project=None if agent else self.project,
+                entity=None if agent else self.entity,
+                group=self.group or record.get("group"),
+                name=name,
+                tags=self.tags,
+                mode=mode,  # type: ignore[arg-type]
+                dir=folder,
+                config=config,
+                reinit="finish_previous",  # else a second run in one process would be handed the first one
+                settings=wandb.Settings(
+                    x_transaction_log_flush_interval=1,  # 15 by default: a kill would lose config and first stages
+                    init_timeout=60,
+                    silent=True,
+                    console="off",  # run.log in the folder has the output
+                    disable_git=True,  # the record's own git state is in the config
+                    disable_code=True,
+                ),
+            )
+        except Exception as error:
+            words = " ".join(str(error).split()) or type(error).__name__
+            reason = words.partition(" Consider increasing")[0].rstrip(".")
+            raise ConfigError(f"tracking.mode = {mode}; W&B cannot start a run: {reason}. {REMEDIES[mode]}") from error
+        where = run.url if mode == "online" else f"{Path(run.dir).parent} (slm sync {folder} sends it)"
+        log.info("W&B run %s: %s", run.id, where)
+        return run
+
+
+class _WandbTracker:
+    """Mirrors to one open W&B run. See `Tracker`."""
+
+    def __init__(self, run: wandb.Run) -> None:
+        self._run = run
+
+    def log(self, section: dict[str, Any]) -> None:
+        """One history row of the numbers (they enter the summary too); text and flags go to the summary alone."""
+        scalars = flat(section)
+        texts = {k: v for k, v in scalars.items() if isinstance(v, (str, bool))}
+        numbers = {k: v for k, v in scalars.items() if k not in texts}
+        if numbers:
+            self._mirror(lambda: self._run.log(numbers))
+        if texts:
+            self._mirror(lambda: self._run.summary.update(texts))
+
+    def image(self, name: str, path: Path) -> None:
+        import wandb
+
+        self._mirror(lambda: self._run.log({name: wandb.Image(str(path))}))
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        import wandb
+
+        self._mirror(lambda: self._run.log({name: wandb.Table(columns=[*columns], data=plain(rows))}))
+
+    def close(self, exit_code: int) -> None:
+        """Finish the run; offline, come back only when the last record is on disk."""
+        import wandb
+
+        self._mirror(lambda: self._run.finish(exit_code=exit_code))
+        if self._run.settings.mode == "offline":  # finish() returns while the log is still in wandb-core's buffer
+            self._mirror(wandb.teardown)
+
+    @staticmethod
+    def _mirror(send: Callable[[], Any]) -> None:
+        try:
+            send()
+        except Exception as error:
+            log.warning("W&B: %s: %s. The record in the run's folder is complete.", type(error).__name__, error)
+
+
+def _told(error: BaseException) -> dict[str, str | None]:
+    """The record's `error` section: the cause and the stage it happened in."""
+    stage = error.stage if isinstance(error, StageError) else None
+    cause = error.__cause__ if stage and error.__cause__ else error
+    return {"type": type(cause).__name__, "message": str(cause), "stage": stage}
+
+
+def under_agent() -> bool:
+    """Whether a W&B agent started this process: it assigns run id, project and entity."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
+@contextlib.contextmanager
+def _wandb_files_in(folder: Path) -> Iterator[None]:
+    """Point W&B's staging, cache and artifact folders into the run's folder, except where the user chose others."""
+    wanted = {f"WANDB_{kind.upper()}_DIR": str(folder / kind) for kind in ("data", "cache", "artifact")}
+    ours = {name: path for name, path in wanted.items() if not os.environ.get(name)}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def slug(config: dict[str, Any]) -> str:
+    """A readable name of a run from its resolved config: model, method, rule, size asked, and what is unusual.
+
+    `smollm2_135m-slm-top_layer-0.9`, `Llama-2-7b-hf-slm-mean-25layers-cka_rbf-lora`.
+    """
+
+    def node(group: str) -> dict[str, Any]:
+        return config.get(group) or {}
+
+    def name(group: str) -> str:
+        """The member's name, or nothing where it is the usual one."""
+        usual = {"similarity": "flat_cosine", "width": "none", "recovery": "none"}.get(group)
+        chosen = str(node(group).get("name", ""))
+        return "" if chosen == usual else chosen
+
+    model, similarity, width = name("model"), name("similarity"), name("width")
+    sizes = {"threshold": "{:g}", "target_layers": "{}layers", "target_ratio": "{:g}less",
+             "target_sublayers": "less{}halves"}
+    parts = [
+        Path(str(node("model").get("path") or model)).name if model == "hf" else model,
+        name("method"),
+        "" if node("method").get("merge") is False else name("merge_rule"),  # a baseline that merges nothing
+        *(form.format(node("method")[key]) for key, form in sizes.items() if node("method").get(key) is not None),
+        f"cka_{name('kernel')}" if similarity == "cka" else similarity,
+        f"{width}{node('width').get('ratio') or ''}" if width else "",
+        name("recovery"),
+        f"seed{config['seed']}" if config.get("seed") else "",
+    ]
+    return "-".join(part for part in parts if part)

@@ -1,1 +1,0 @@
-"""Which device, how many threads, how deterministic."""
