@@ -56,11 +56,11 @@ def documents() -> None:
     """Tokens of a document of each task: read by the fast backend, predicting, and read by lm-eval's own class."""
     import torch
 
+    from slm_exp.core.cache.store import default_cache_dir
     from slm_exp.evaluation.backends.trees import Request, grow
     from slm_exp.evaluation.base import SEVEN
     from slm_exp.evaluation.harness import load_tasks, quiet
     from slm_exp.models.smollm2_135m import SmolLM2
-    from slm_exp.pipeline.config import default_cache_dir
 
     tokenizer = SmolLM2().open(torch.device("cpu"), Path(default_cache_dir())).tokenizer
     assert tokenizer is not None
@@ -147,7 +147,7 @@ def main() -> int:
 
 def _keep_conversion(cache: Path) -> None:
     """An empty stage cache but for the converted weights (copied from the default cache, once) and the speeds."""
-    from slm_exp.pipeline.config import default_cache_dir
+    from slm_exp.core.cache.store import default_cache_dir
 
     own = Path(default_cache_dir()) / "model"
     if own.is_dir() and not (cache / "model").exists():

@@ -21,12 +21,12 @@ from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import ConfigError, PlanError, StageError
 from slm_exp.core.registry import available
 from slm_exp.launch.compose import compose_run
-from slm_exp.methods.base import PlanTask
 from slm_exp.methods.slm import SLM
 from slm_exp.pipeline import run as pipeline
 from slm_exp.search.path import Path as ThresholdPath
 from slm_exp.search.path import PathPlan, follow
 from slm_exp.search.scoring import CandidateScorer
+from slm_exp.search.task import PlanTask
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=4",

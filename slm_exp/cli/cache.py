@@ -183,7 +183,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     """`slm cache [show | prune | verify]`. Exit status 1 when verify finds damage, 2 for a wrong call."""
-    from slm_exp.pipeline.config import default_cache_dir
+    from slm_exp.core.cache.store import default_cache_dir
 
     args = parser().parse_args(list(argv))
     folder = Path(args.dir or default_cache_dir()).expanduser()

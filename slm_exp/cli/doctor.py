@@ -80,7 +80,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     """See `slm doctor --help`."""
-    from slm_exp.pipeline.config import default_cache_dir
+    from slm_exp.core.cache.store import default_cache_dir
 
     args = parser().parse_args(list(argv))
     cache = Path(args.cache_dir or default_cache_dir()).expanduser()

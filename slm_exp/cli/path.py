@@ -72,12 +72,12 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
     """Follow the path of a config's model and write it into a folder. Returns main's exit status."""
     from slm_exp.core.cache.store import StageStore
     from slm_exp.core.files import write_json, write_text
-    from slm_exp.methods.base import PlanTask
     from slm_exp.methods.slm import SLM
     from slm_exp.reporting.staircase import draw_staircase
     from slm_exp.search.cost import sizes
     from slm_exp.search.path import follow
     from slm_exp.search.scoring import CandidateScorer
+    from slm_exp.search.task import PlanTask
 
     method = cfg.method
     assert isinstance(method, SLM)

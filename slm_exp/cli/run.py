@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.errors import ConfigError, SlmError
-from slm_exp.core.ranks import rank, world
+from slm_exp.core.runtime import rank, world
 from slm_exp.launch.compose import (
     check_all,
     compose_raw,

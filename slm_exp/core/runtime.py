@@ -1,4 +1,9 @@
-"""The `runtime` group: device, threads, determinism. Changes no result a record claims."""
+"""The `runtime` group: device, threads, determinism. Changes no result a record claims.
+
+Ranks: where a launcher (accelerate, torchrun) started the same command many times, the first process does the run. The
+others come to the recovery by the same way (through the stage cache they share), take part in its training, and end;
+what they write goes to a folder of their own that is removed.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.errors import ConfigError, require
-from slm_exp.core.ranks import local_rank, world
 from slm_exp.core.registry import Component, knob, register
 
 if TYPE_CHECKING:
     import torch
+
+
+def world() -> int:
+    """How many processes train together; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+
+
+def rank() -> int:
+    """Of this process among them; the first is 0."""
+    return int(os.environ.get("RANK", "0")) if world() > 1 else 0
+
+
+def local_rank() -> int:
+    """Of this process on its machine: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if world() > 1 else 0
 
 
 @dataclass
@@ -56,7 +75,6 @@ class Runtime(Component):
         if wanted.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device = {wanted}; no CUDA device is visible. Use runtime=cpu or runtime=auto.")
         return torch.device(wanted)
-
 
     def describe(self, device: torch.device) -> dict[str, Any]:
         """What the record says about the machine."""

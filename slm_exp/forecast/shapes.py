@@ -12,99 +12,13 @@ from typing import TYPE_CHECKING, Any
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import digest
 from slm_exp.models.layouts import FAMILIES
+from slm_exp.models.sizes import BYTES, PUBLISHED, SMOLLM2, Sizes, sizes_of
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle, ModelSource
 
 UNKNOWN = "?"
 """A digest that cannot be told here begins with it; what follows tells unknown things apart."""
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-LLAMA = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
-LLAMA2_7B = {**LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-             "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "dtype": "float16"}
-LLAMA2_13B = {**LLAMA2_7B, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
-              "num_attention_heads": 40, "num_key_value_heads": 40}
-SMOLLM2 = {**LLAMA, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-           "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "dtype": "float32"}
-PUBLISHED: dict[str, dict[str, Any]] = {  # the presets' repos by their published config.json, for machines without hub
-    "meta-llama/Llama-2-7b-hf": LLAMA2_7B,
-    "meta-llama/Llama-2-13b-hf": LLAMA2_13B,
-    "lmsys/vicuna-7b-v1.3": LLAMA2_7B,
-    "lmsys/vicuna-13b-v1.3": LLAMA2_13B,
-    "meta-llama/Meta-Llama-3-8B": {**LLAMA2_7B, "intermediate_size": 14336, "num_key_value_heads": 8,
-                                   "vocab_size": 128256, "dtype": "bfloat16"},
-}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A decoder-only model's sizes, in parameters and floating-point operations."""
-
-    n_layers: int
-    hidden: int
-    vocab: int
-    layer: int
-    """Parameters of one decoder layer."""
-    total: int
-    """Parameters, tied ones once."""
-    matrices: int
-    """Weights of one layer's matrix products."""
-    query: int
-    """Width of all query heads together."""
-    mlp: int
-    """Channels between the MLP's projections."""
-
-    def with_layers(self, n: float) -> Sizes:
-        """The same model with another number of layers."""
-        return Sizes(int(n), self.hidden, self.vocab, self.layer, self.total - int((self.n_layers - n) * self.layer),
-                     self.matrices, self.query, self.mlp)  # fmt: skip
-
-    def block_flops(self, tokens: float, seq_len: float) -> float:
-        """Operations of one layer over so many tokens in sequences of `seq_len`; as `search.cost.flops_per_token`."""
-        return tokens * (2 * self.matrices + 4 * self.query * (seq_len + 1) / 2)
-
-    def head_flops(self, tokens: float) -> float:
-        """Operations of the output head over so many tokens."""
-        return 2 * tokens * self.hidden * self.vocab
-
-    def flops_per_token(self, seq_len: int) -> float:
-        """Operations of one token of a prefill, head included; as `search.cost.flops_per_token`."""
-        return self.head_flops(1) + self.n_layers * self.block_flops(1, seq_len)
-
-
-def sizes_of(config: Any) -> Sizes:
-    """Sizes from a config's fields: a mapping (config.json) or an object.
-
-    Raises:
-        ConfigError: a family that is not understood, or a field that is missing; names it.
-    """
-    about = config if isinstance(config, Mapping) else vars(config)
-    family = about.get("model_type")
-    if family not in FAMILIES:
-        raise ConfigError(f"model_type = {family}; expected one of {', '.join(FAMILIES)}.")
-    try:
-        d, f, heads = (int(about[n]) for n in ("hidden_size", "intermediate_size", "num_attention_heads"))
-        n, v = int(about["num_hidden_layers"]), int(about["vocab_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"a config of type {family} lacks {error}.") from None
-    kv = int(about.get("num_key_value_heads") or heads)
-    head = int(about.get("head_dim") or d // heads)
-    q, k = heads * head, kv * head
-    matrices = 2 * d * q + 2 * d * k + 3 * d * f
-    vectors = 2 * d  # two norms
-    if family == "qwen2":
-        vectors += q + 2 * k
-    elif about.get("attention_bias"):
-        vectors += q + 2 * k + d
-    if family == "qwen3":
-        vectors += 2 * head
-    if family == "llama" and about.get("mlp_bias"):
-        vectors += 2 * f + d
-    layer = matrices + vectors
-    total = n * layer + d + v * d * (1 if about.get("tie_word_embeddings") else 2)
-    return Sizes(n, d, v, layer, total, matrices, q, f)
-
-
 @dataclass(frozen=True)
 class Sketch:
     """What is known of a model without opening it."""

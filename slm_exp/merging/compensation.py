@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from slm_exp.core.types import MergePlan
     from slm_exp.engine.runner import Slot
-    from slm_exp.methods.base import PlanTask
     from slm_exp.models.layouts import LayerLayout
     from slm_exp.search.reduced import ReducedModels
+    from slm_exp.search.task import PlanTask
 
 
 def magnitudes(task: PlanTask, plan: MergePlan, models: ReducedModels) -> tuple[dict[str, Any], int]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from slm_exp.core.registry import register
 from slm_exp.core.types import Trial
-from slm_exp.methods.base import Baseline, Choice, PlanTask
+from slm_exp.methods.base import Baseline, Choice
+from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
     from torch import Tensor

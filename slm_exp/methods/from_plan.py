@@ -12,7 +12,8 @@ from slm_exp.core.errors import ConfigError, PlanError, require
 from slm_exp.core.files import digest
 from slm_exp.core.registry import available, register
 from slm_exp.core.types import MergePlan
-from slm_exp.methods.base import Method, PlanTask, scored
+from slm_exp.methods.base import Method, scored
+from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
     from slm_exp.merging.rules.base import MergeRule

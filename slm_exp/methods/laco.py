@@ -12,7 +12,8 @@ from typing import ClassVar
 from slm_exp.core.errors import PlanError, require
 from slm_exp.core.registry import register
 from slm_exp.core.types import Group, MergePlan, Trial
-from slm_exp.methods.base import Baseline, Choice, PlanTask
+from slm_exp.methods.base import Baseline, Choice
+from slm_exp.search.task import PlanTask
 
 log = logging.getLogger(__name__)
 

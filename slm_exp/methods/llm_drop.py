@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice, PlanTask
+from slm_exp.methods.base import Baseline, Choice
 from slm_exp.methods.sublayers import SublayerBaseline
+from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
     from torch import Tensor

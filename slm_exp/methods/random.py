@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from random import Random
 
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice, PlanTask
+from slm_exp.methods.base import Baseline, Choice
+from slm_exp.search.task import PlanTask
 
 
 @register("method", "random")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from slm_exp.core.errors import require
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice, PlanTask, lowest
+from slm_exp.methods.base import Baseline, Choice, lowest
+from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice, PlanTask, lowest
+from slm_exp.methods.base import Baseline, Choice, lowest
+from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
     from torch import Tensor

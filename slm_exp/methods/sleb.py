@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice, PlanTask
+from slm_exp.methods.base import Baseline, Choice
+from slm_exp.search.task import PlanTask
 
 
 @register("method", "sleb")

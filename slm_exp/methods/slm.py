@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import register
 from slm_exp.core.types import MergePlan, Trial
-from slm_exp.methods.base import Method, PlanTask, scored
+from slm_exp.methods.base import Method, scored
+from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle

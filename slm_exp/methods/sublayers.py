@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.errors import ConfigError, require
-from slm_exp.methods.base import Baseline, Choice, PlanTask
+from slm_exp.methods.base import Baseline, Choice
+from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle

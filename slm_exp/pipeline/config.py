@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from slm_exp.calibration.base import Calibration
+from slm_exp.core.cache.store import default_cache_dir
 from slm_exp.core.errors import ConfigError, did_you_mean, require
 from slm_exp.core.files import digest
 from slm_exp.core.registry import GROUPS
@@ -23,12 +22,6 @@ from slm_exp.similarity.base import Similarity
 from slm_exp.width.base import Width
 
 UNSCIENTIFIC = ("tracking", "runtime")
-
-
-def default_cache_dir() -> str:
-    """`$SLM_EXP_CACHE`, else `$XDG_CACHE_HOME/slm_exp`, else `~/.cache/slm_exp`."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return os.environ.get("SLM_EXP_CACHE") or str(Path(home) / "slm_exp")
 
 
 @dataclass

@@ -12,12 +12,13 @@ from slm_exp.core.types import CalibrationTokens, LayerSimilarity, MergePlan
 from slm_exp.evaluation.base import EvalReport, Evaluation
 from slm_exp.merging.surgery import apply_plan, zeroed
 from slm_exp.merging.width import apply_width
-from slm_exp.methods.base import PlanTask
 from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline.config import RunConfig
+from slm_exp.pipeline.observers import Recorder, Stage
 from slm_exp.recovery.base import HealTask, healed
-from slm_exp.runs.record import Recorder, Stage, is_finished
+from slm_exp.runs.record import is_finished
 from slm_exp.runs.tracking.none import NoTracking
+from slm_exp.search.task import PlanTask
 from slm_exp.similarity.layers import layer_similarity
 from slm_exp.width.base import WidthDecision, WidthTask
 from slm_exp.width.score import rescored

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.files import digest, write_json
-from slm_exp.core.ranks import world
 from slm_exp.core.registry import Component
+from slm_exp.core.runtime import world
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from slm_exp.core.types import CalibrationTokens, MergePlan
     from slm_exp.models.base import ModelHandle
     from slm_exp.pipeline.config import RunConfig
-    from slm_exp.runs.record import Stage
+    from slm_exp.pipeline.observers import Stage
     from slm_exp.runs.tracking.base import Tracker
 
 

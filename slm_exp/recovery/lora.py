@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.errors import require
-from slm_exp.core.ranks import rank
 from slm_exp.core.registry import register
+from slm_exp.core.runtime import rank
 from slm_exp.recovery.base import HealTask, replaced
 from slm_exp.recovery.streams import silenced
 from slm_exp.recovery.trained import Trained

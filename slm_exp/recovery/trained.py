@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.errors import DataError, SlmError, require, require_one_of
 from slm_exp.core.files import digest
-from slm_exp.core.ranks import rank, world
 from slm_exp.core.registry import knob
+from slm_exp.core.runtime import rank, world
 from slm_exp.recovery.base import Healed, HealTask, Recovery, replaced, tensors_digest
 from slm_exp.recovery.examples import IGNORED, SOURCES, Examples, left_padded, make_examples, read_rows
 from slm_exp.recovery.head import LOGITS, counted_states, head_loss

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from slm_exp.core.types import MergePlan
     from slm_exp.merging.rules.base import MergeRule
-    from slm_exp.methods.base import PlanTask
+    from slm_exp.search.task import PlanTask
     from slm_exp.similarity.base import Scorer
 
 Slots = tuple[Slot, ...]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_exp.core.types import CalibrationTokens
-    from slm_exp.methods.base import PlanTask
+    from slm_exp.search.task import PlanTask
 
 log = logging.getLogger(__name__)
 

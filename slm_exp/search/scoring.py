@@ -14,8 +14,8 @@ from slm_exp.search.refit import Refits
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_exp.methods.base import PlanTask
     from slm_exp.search.state import Candidate
+    from slm_exp.search.task import PlanTask
     from slm_exp.similarity.base import Scorer
 
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slm_exp.core.types import MergePlan
-    from slm_exp.methods.base import PlanTask
     from slm_exp.models.base import ModelHandle
+    from slm_exp.search.task import PlanTask
 
 
 def rescored(task: PlanTask, compressed: ModelHandle, plan: MergePlan) -> MergePlan:

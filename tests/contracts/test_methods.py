@@ -13,7 +13,7 @@ from slm_exp.core import registry
 from slm_exp.core.cache.store import StageStore
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.methods.base import PlanTask
+from slm_exp.search.task import PlanTask
 from slm_exp.similarity.layers import layer_similarity
 
 METHODS = sorted(registry.available("method"))

@@ -18,8 +18,8 @@ from slm_exp.core.errors import SlmError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.merging.surgery import apply_plan
+from slm_exp.pipeline.observers import Stage
 from slm_exp.recovery.base import Healed, HealTask, Recovery, healed
-from slm_exp.runs.record import Stage
 
 RECOVERIES = available("recovery")
 QUICK = {"n_samples": 10, "seq_len": 24, "cutoff_len": 24, "max_steps": 2, "batch_size": 4, "micro_batch_size": 2,

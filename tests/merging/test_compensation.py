@@ -15,7 +15,8 @@ from slm_exp.core.cache.store import StageStore
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.compensation import ratio
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.methods.base import Choice, PlanTask
+from slm_exp.methods.base import Choice
+from slm_exp.search.task import PlanTask
 from slm_exp.similarity.layers import layer_similarity
 
 METHODS = registry.available("method")

@@ -19,9 +19,10 @@ from slm_exp.core.errors import ConfigError, PlanError
 from slm_exp.core.types import MergePlan
 from slm_exp.launch.compose import compose_run
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.methods.base import Baseline, PlanTask, merged_runs
+from slm_exp.methods.base import Baseline, merged_runs
 from slm_exp.methods.cka_patch import segments
 from slm_exp.methods.from_plan import DEFAULT_RULE
+from slm_exp.search.task import PlanTask
 from slm_exp.similarity.layers import layer_similarity
 
 METHODS = registry.available("method")

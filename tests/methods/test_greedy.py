@@ -16,7 +16,7 @@ from slm_exp.core.registry import available
 from slm_exp.core.types import MergePlan
 from slm_exp.engine.runner import BlockRunner
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.methods.base import PlanTask
+from slm_exp.search.task import PlanTask
 
 METHODS = available("method")
 KINDS = ("attention", "mlp")

@@ -17,10 +17,10 @@ from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.types import Group
 from slm_exp.engine.runner import BlockRunner
-from slm_exp.methods.base import PlanTask
 from slm_exp.methods.slm import SLM
 from slm_exp.search.scoring import CandidateScorer
 from slm_exp.search.state import Candidate
+from slm_exp.search.task import PlanTask
 
 
 @pytest.fixture

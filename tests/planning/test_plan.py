@@ -48,7 +48,7 @@ def run(call, *more):
 
 
 def test_no_weights_are_read_and_nothing_heavy_is_imported(tmp_path):
-    from slm_exp.forecast.shapes import SMOLLM2
+    from slm_exp.models.sizes import SMOLLM2
 
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
     (tmp_path / "model.safetensors").write_bytes(b"no weights at all")

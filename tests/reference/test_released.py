@@ -13,8 +13,8 @@ from released import search as released_search
 from slm_exp.core import registry
 from slm_exp.core.cache.store import StageStore
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.methods.base import PlanTask
 from slm_exp.methods.slm import SLM
+from slm_exp.search.task import PlanTask
 
 FAMILIES = {
     "llama": {},
@@ -85,8 +85,8 @@ def test_real_weights_give_the_published_groups(rule: str, groups: list[tuple[in
     """SmolLM2-135M, 10 x 128 tokens of WikiText-2, threshold 0.9."""
     import numpy as np
 
+    from slm_exp.core.cache.store import default_cache_dir
     from slm_exp.core.types import CalibrationTokens
-    from slm_exp.pipeline.config import default_cache_dir
 
     file = shared_data / "trial" / "wt2valid_10x128.npy"
     if not file.is_file():

@@ -10,10 +10,10 @@ import pytest
 from slm_exp.core.cache.store import StageStore
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens
-from slm_exp.methods.base import PlanTask
 from slm_exp.methods.slm import SLM
 from slm_exp.search.path import follow
 from slm_exp.search.scoring import CandidateScorer
+from slm_exp.search.task import PlanTask
 
 RELEASED = 832
 """Block forwards of one released search of 30 layers at threshold 0.9."""

@@ -16,8 +16,8 @@ from slm_exp.core.types import MergePlan
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.engine.vocabulary import PredictionDistance
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.methods.base import PlanTask
 from slm_exp.search.reduced import ReducedModels, slots_of
+from slm_exp.search.task import PlanTask
 
 ATTENTION, MLP = frozenset({"attention"}), frozenset({"mlp"})
 

@@ -15,12 +15,12 @@ from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, Group, MergePlan
 from slm_exp.launch.compose import compose_run
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.methods.base import PlanTask
 from slm_exp.recovery.base import replaced
 from slm_exp.search.reduced import ReducedModels, slots_of
 from slm_exp.search.refit import Refits, with_refits
 from slm_exp.search.scoring import CandidateScorer
 from slm_exp.search.state import Candidate
+from slm_exp.search.task import PlanTask
 
 RUN = ["model=tiny", "evaluation=none", "tracking=none"]
 AFTER = ["similarity=token_cosine", "similarity.after=reconstruct"]

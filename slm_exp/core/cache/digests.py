@@ -48,7 +48,7 @@ def remembered(path: Path) -> str | None:
 
 def _memory(path: Path) -> tuple[dict[str, Any], Path]:
     """What a resolved path is known by, and the file that remembers its digest."""
-    from slm_exp.pipeline.config import default_cache_dir
+    from slm_exp.core.cache.store import default_cache_dir
 
     stat = path.stat()
     known_by = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}

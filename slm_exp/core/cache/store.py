@@ -44,6 +44,12 @@ LIBRARIES = {"evaluate": ("torch", "transformers", "lm_eval"), "calibrate": ("tr
              "recover": ("torch", "transformers", "peft")}
 
 
+def default_cache_dir() -> str:
+    """`$SLM_EXP_CACHE`, else `$XDG_CACHE_HOME/slm_exp`, else `~/.cache/slm_exp`."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return os.environ.get("SLM_EXP_CACHE") or str(Path(home) / "slm_exp")
+
+
 class Storable(Protocol):
     """A value that writes itself into a folder and reads itself back."""
 

@@ -13,7 +13,7 @@ if os.environ.get("SLM_TEST_MISBEHAVE"):
     import sys
     import time
 
-    from slm_exp.runs.record import Recorder
+    from slm_exp.pipeline.observers import Recorder
 
     plans = json.loads(os.environ["SLM_TEST_MISBEHAVE"])
     enter_stage = Recorder.stage

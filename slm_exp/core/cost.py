@@ -1,0 +1,62 @@
+"""What a stage has to compute, by what it is fast or slow at: how components report their own cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage computes, by what it is fast or slow at."""
+
+    blocks: float = 0
+    """Operations in decoder layers."""
+    head: float = 0
+    """Operations in the output head."""
+    wide: float = 0
+    """Operations in float64."""
+    moved: float = 0
+    """Bytes read or written on disk."""
+    read: float = 0
+    """Bytes read from memory, where nothing else takes as long: generation."""
+    starts: float = 0
+    """Processes that import torch and transformers."""
+    harness: float = 0
+    """Imports of lm-eval and data sets."""
+    fixed: float = 0
+    """Seconds that depend on nothing here."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(getattr(self, f.name) * times for f in fields(self)))
+
+    @property
+    def flops(self) -> float:
+        return self.blocks + self.head + self.wide
+
+
+@dataclass(frozen=True)
+class Count:
+    """A number of things, where it is a guess or a bound with the reason."""
+
+    blocks: float
+    """Block forwards over the whole calibration set."""
+    heads: float = 0
+    """Passes of the head over it."""
+    scores: float = 1
+    """Comparisons with the dense model's last state."""
+    note: str = ""
+
+
+class Tokens(NamedTuple):
+    """The calibration set's shape."""
+
+    n: int
+    t: int
+
+    @property
+    def total(self) -> int:
+        return self.n * self.t

@@ -1,0 +1,256 @@
+"""What watches a run: the record on disk, the tracker, the checkpoint, the pages."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from slm_exp import __version__
+from slm_exp.core.cache.store import S, StageStore, library_versions
+from slm_exp.core.errors import SlmError, StageError
+from slm_exp.core.files import write_json, write_text
+from slm_exp.evaluation.protocol import FILE as PROTOCOL
+from slm_exp.runs.record import VERSIONED, git_state, is_finished, read_record
+from slm_exp.runs.tracking.base import Tracker
+
+if TYPE_CHECKING:
+    from slm_exp.core.types import CalibrationTokens, LayerSimilarity, MergePlan
+    from slm_exp.evaluation.base import EvalReport
+    from slm_exp.models.base import ModelHandle
+    from slm_exp.pipeline.config import RunConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Stage:
+    """One stage while it runs."""
+
+    name: str
+    store: StageStore
+    cached: bool = False
+    """Whether the result came from the cache."""
+
+    def compute(self, kind: type[S], compute: Callable[[], S], **inputs: Any) -> S:
+        """The result for these inputs from the stage cache, or computed now."""
+        value, self.cached = self.store.cached(self.name.removesuffix("_dense"), inputs, kind, compute)
+        return value
+
+
+@dataclass
+class Recorder:
+    """Keeps `record.json` true while a run goes on: running, then finished or failed.
+
+    Use as a context manager around the whole run. A second process on the same folder waits for the first.
+    """
+
+    cfg: RunConfig
+    folder: Path
+    overrides: Sequence[str] = ()
+    group: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+    track: Tracker | None = None
+    _started: float = 0.0
+    _lock: Any = None
+
+    def __enter__(self) -> Self:
+        from filelock import FileLock, Timeout
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            log.warning("another process is computing run %s in %s; waiting for it.", self.cfg.run_id, self.folder)
+            self._lock.acquire()
+        run_id = self.cfg.run_id
+        if is_finished(self.folder, run_id, with_model=bool(self.cfg.save_model)):
+            self.finished = True
+            self.record = read_record(self.folder) or {}
+            return self
+        if (before := read_record(self.folder)) and before.get("status") == "finished":
+            write_json(self.folder / "record.before.json", before)  # computed again: nothing finished is lost
+        self._started = time.perf_counter()
+        self.record = {
+            "run_id": run_id,
+            "status": "running",
+            "group": self.group,
+            "command": shlex.join(["python", "-m", "slm_exp", *self.overrides]),
+            "overrides": list(self.overrides),
+            "config": self.cfg.resolved(),
+            "versions": {"slm_exp": __version__, "python": platform.python_version(), **library_versions(VERSIONED)},
+            "device": None,
+            "git": git_state(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": None,
+            "pid": os.getpid(),
+            "stages": [],
+            "warnings": [],
+            "eval": {"dense": None, "compressed": None},
+            "error": None,
+        }
+        self.write()
+        from omegaconf import OmegaConf
+
+        write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.record["config"])))
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, tb: Any) -> None:
+        try:
+            if error is not None and not self.finished:
+                self._fail(error)
+        finally:
+            self._lock.release()
+
+    def write(self) -> None:
+        """Put the record on disk, atomically."""
+        if self._started:
+            self.record["seconds"] = round(time.perf_counter() - self._started, 3)
+        write_json(self.folder / "record.json", self.record)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Time a stage and note it in the record; an exception inside becomes a StageError."""
+        store = StageStore(Path(self.cfg.cache.dir) if self.cfg.cache.enabled else None)
+        stage = Stage(name, store)
+        log.info("%s ...", name)
+        self.record["stage"] = name  # what a killed run was doing, and what a sweep's screen shows
+        started = time.perf_counter()
+        try:
+            self.write()
+            yield stage
+        except Exception as error:
+            raise StageError(name, error) from error
+        except BaseException as error:
+            error.add_note(f"stage: {name}")
+            raise
+        entry = {"name": name, "seconds": round(time.perf_counter() - started, 3), "cached": stage.cached}
+        self.record["stages"].append(entry)
+        log.info("%s done in %.1f s%s", name, entry["seconds"], " (from the cache)" if stage.cached else "")
+        self.write()
+        if self.track:
+            self.track.log({"stages": {name: {"seconds": entry["seconds"], "cached": stage.cached}}})
+
+    def note(self, **sections: Any) -> None:
+        """Add sections to the record (written with the next stage) and mirror them to the tracker."""
+        self.record.update(sections)
+        if self.track:
+            self.track.log(sections)
+
+    def warn(self, message: str) -> None:
+        """Tell the user once, and keep it in the record."""
+        if message not in self.record["warnings"]:
+            log.warning(message)
+            self.record["warnings"].append(message)
+
+    def accept_evaluations(self) -> None:
+        """Hold a finished record to `evaluation.protocol` and `dense_range`, which a run_id does not tell apart."""
+        from slm_exp.evaluation.base import EvalReport
+
+        for which, found in self.record["eval"].items():
+            if found:
+                self.cfg.evaluation.accept(EvalReport(**found, samples={}), dense=which == "dense")
+
+    def keep_evaluation(self, which: str, report: EvalReport) -> None:
+        """Per-document results into samples/<which>/, scores into `eval.<which>` of the record, protocol.json."""
+        report.save_samples(self.folder / "samples" / which)
+        write_json(self.folder / PROTOCOL, report.protocol)
+        self.record["eval"][which] = report.to_json()
+        if self.track:
+            self.track.log({"eval": {which: report.to_json()}})
+
+    def keep_speed(self, speed: dict[str, Any]) -> None:
+        """The record's `speed`, and what its numbers do not mean as warnings."""
+        self.note(speed=speed)
+        for message in speed["notes"]:
+            self.warn(message)
+
+    def keep_plan(self, plan: MergePlan) -> None:
+        """plan.json, the record's `plan`, its notes as warnings, and the tracker's tables."""
+        plan.save(self.folder)
+        self.note(plan=plan.to_json())
+        for message in plan.notes:
+            self.warn(message)
+        if plan.n_layers_out == plan.n_layers and not plan.sublayers:
+            best = max((t.score for t in plan.trace), default=None)
+            lower = best is not None and plan.threshold is not None
+            hint = f" The best candidate scored {best:.4f}: lower method.threshold below that." if lower else ""
+            self.warn(f"the plan merges and removes nothing.{hint}")
+        if self.track:
+            kind = {1: "kept"}
+            self.track.table("plan", ["slot", "first layer", "last layer", "kind"],
+                             [[i, g.start, g.stop - 1, kind.get(g.stop - g.start, "merged")]
+                              for i, g in enumerate(plan.slots)])
+            self.track.table("trace", ["low", "high", "score", "accepted"],
+                             [[t.low, t.high, t.score, t.accepted] for t in plan.trace])
+
+    def keep_width(self, plan: MergePlan) -> None:
+        """plan.json and the record's `plan` again, with what was decided about widths, and its notes as warnings."""
+        plan.save(self.folder)
+        self.note(plan=plan.to_json())
+        for message in (plan.width or {}).get("notes", ()):
+            self.warn(message)
+
+    def keep_model(self, compressed: ModelHandle, plan: MergePlan, tokens: CalibrationTokens) -> None:
+        """model/: the checkpoint, verified in a fresh process before it appears."""
+        from slm_exp.runs.checkpoint import save_checkpoint
+
+        save_checkpoint(compressed, self.folder / "model", plan=plan, tokens=tokens, record=self.record)
+
+    def draw(self, alike: LayerSimilarity, plan: MergePlan) -> None:
+        """similarity.png and report.html."""
+        from slm_exp.reporting.heatmap import draw_heatmap
+        from slm_exp.reporting.page import write_report
+
+        picture = self.folder / "similarity.png"
+        title = f"{self.record['model']['name']}: layer similarity ({alike.kernel} CKA)"
+        draw_heatmap(alike, plan, picture, title=title)
+        if self.track:
+            self.track.image("similarity", picture)
+        write_report(self.folder, self.record | {"status": "finished"})
+
+    def done(self) -> dict[str, Any]:
+        """Mark the run finished. Nothing may fail after this."""
+        self.record["status"] = "finished"
+        self.record.pop("stage", None)
+        self.write()
+        self.finished = True
+        if self.track:
+            self.track.log({"status": "finished", "seconds": self.record["seconds"]})
+        return self.record
+
+    def _fail(self, error: BaseException) -> None:
+        cause = error.__cause__ if isinstance(error, StageError) and error.__cause__ else error
+        stage = error.stage if isinstance(error, StageError) else None
+        for line in getattr(error, "__notes__", []):
+            stage = line.removeprefix("stage: ") if line.startswith("stage: ") else stage
+        self.record["status"] = "failed"
+        self.record["error"] = {"type": type(cause).__name__, "message": str(cause), "stage": stage}
+        trace = "" if isinstance(cause, SlmError) else "".join(traceback.format_exception(cause))
+        log.error("run %s failed in stage %s: %s: %s\n%s", self.cfg.run_id, stage, type(cause).__name__, cause, trace)
+        try:
+            self.write()
+            self._draw_failure()
+        except OSError as second:  # e.g. the disk is full: the running record stays, which resume takes for unfinished
+            print(f"could not write the failed record in {self.folder}: {second}", file=sys.stderr)
+
+    def _draw_failure(self) -> None:
+        """report.html of a failed run: which stage, why, what to do. A page that fails must not hide the failure."""
+        from slm_exp.reporting.page import write_report
+
+        try:
+            write_report(self.folder)
+        except Exception as error:
+            log.warning("no report page: %s", error)
