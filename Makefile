@@ -35,9 +35,10 @@ test-slurm: setup  ## a real one-node Slurm (as root; apt-get install --no-insta
 test-browser: setup  ## clicks through the report pages (as root once: apt-get install --no-install-recommends chromium)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m browser tests/browser
 
-check: setup  ## ruff and mypy
+check: setup  ## ruff, mypy, import rules
 	$(BIN)/ruff check slm_exp tests benchmarks
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 docs: setup  ## README and docs/ as a site of plain files; a link that leads nowhere fails
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
