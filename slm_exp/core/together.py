@@ -1,0 +1,29 @@
+"""What config groups must know of each other to refuse a combination, without importing each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slm_exp.core.types import MergePlan
+
+
+@dataclass(frozen=True)
+class Together:
+    """Facts of one config that more than one group looks at; made by `pipeline.config` from the groups' members."""
+
+    method: str
+    """The method's name."""
+    recovery: str
+    """The recovery's name."""
+    target_ratio: float | None
+    """Share of the model's parameters requested by the method; None where it asks otherwise."""
+    removes_sublayers: bool
+    """Whether the method counts sublayers, not whole layers."""
+    plan: MergePlan | None
+    """The plan that is replayed (method=from_plan); None where one is searched."""
+    plan_path: str
+    """Where that plan came from; empty where one is searched."""
+    new_hidden_size: int | None
+    """What the width pruner shrinks the residual stream to; None leaves it."""
+    model_dtype: str
+    """As the model group says: auto, float32, bfloat16, float16."""
