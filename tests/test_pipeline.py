@@ -56,7 +56,7 @@ def test_a_run_leaves_what_the_contract_says(run, tmp_path):
 
 def test_a_finished_run_returns_at_once(run, tmp_path, monkeypatch):
     first = run()
-    monkeypatch.setattr(pipeline, "apply_plan", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr("slm_exp.pipeline.stages.apply_plan", lambda *a: pytest.fail("computed again"))
     written = (tmp_path / "run" / "record.json").stat().st_mtime_ns
     assert run() == first
     assert (tmp_path / "run" / "record.json").stat().st_mtime_ns == written
@@ -65,6 +65,7 @@ def test_a_finished_run_returns_at_once(run, tmp_path, monkeypatch):
 def test_another_package_version_runs_again(run, monkeypatch):
     first = run()
     monkeypatch.setattr(records, "__version__", "99")
+    monkeypatch.setattr("slm_exp.pipeline.observers.__version__", "99")
     assert run()["versions"]["slm_exp"] == "99" != first["versions"]["slm_exp"]
 
 
@@ -92,9 +93,9 @@ def test_calibration_can_be_repeated_from_its_own_file(run, tmp_path):
 PATCHES = {
     "load": "slm_exp.models.tiny.Tiny.open",
     "calibrate": "slm_exp.calibration.base.Calibration.draw",
-    "similarity": "slm_exp.pipeline.run.layer_similarity",
+    "similarity": "slm_exp.similarity.layers.layer_similarity",
     "plan": "slm_exp.methods.slm.SLM.plan",
-    "merge": "slm_exp.pipeline.run.apply_plan",
+    "merge": "slm_exp.pipeline.stages.apply_plan",
     "width": "slm_exp.width.none.NoWidth.decide",
     "recover": "slm_exp.recovery.none.NoRecovery.heal",
     "evaluate_dense": "slm_exp.evaluation.base.Evaluation.run",
@@ -129,7 +130,7 @@ def test_an_interrupt_is_recorded_and_passes_through(run, tmp_path, monkeypatch)
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "apply_plan", stop)
+    monkeypatch.setattr("slm_exp.pipeline.stages.apply_plan", stop)
     with pytest.raises(KeyboardInterrupt):
         run()
     error = json.loads((tmp_path / "run" / "record.json").read_text())["error"]

@@ -119,6 +119,11 @@ class MergePlan:
         return tuple(starts.get(i, Group(i, i + 1)) for i in range(self.n_layers) if i not in gone)
 
     @property
+    def changes_layers(self) -> bool:
+        """Whether any layer is merged, removed or loses a sublayer."""
+        return bool(self.groups or self.dropped or self.sublayers)
+
+    @property
     def n_layers_out(self) -> int:
         return len(self.slots)
 

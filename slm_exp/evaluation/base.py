@@ -104,6 +104,16 @@ class Evaluation(Component):
             values = getattr(self, f"speed_{name}")
             require(bool(values) and min(values) >= 1, f"evaluation.speed_{name}", values, "numbers >= 1, one at least")
 
+    @property
+    def measures(self) -> bool:
+        """Whether anything is measured that the stage cache keeps."""
+        return bool(self.tasks or self.corpora)
+
+    @property
+    def times(self) -> bool:
+        """Whether latency is measured."""
+        return bool(self.speed_runs)
+
     def refuses(self) -> str | None:
         """Why this evaluation makes no sense: an unknown task, an unknown corpus, a file that is not there; or None.
 

@@ -10,42 +10,36 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from slm_exp import __version__
-from slm_exp.core.cache.store import S, StageStore, library_versions
+from slm_exp.core.cache.store import StageStore, library_versions
 from slm_exp.core.errors import SlmError, StageError
 from slm_exp.core.files import write_json, write_text
 from slm_exp.evaluation.protocol import FILE as PROTOCOL
+from slm_exp.merging.surgery import zeroed
 from slm_exp.runs.record import VERSIONED, git_state, is_finished, read_record
 from slm_exp.runs.tracking.base import Tracker
 
 if TYPE_CHECKING:
-    from slm_exp.core.types import CalibrationTokens, LayerSimilarity, MergePlan
+    from slm_exp.core.types import MergePlan
     from slm_exp.evaluation.base import EvalReport
-    from slm_exp.models.base import ModelHandle
     from slm_exp.pipeline.config import RunConfig
+    from slm_exp.pipeline.stages import Experiment, Stage
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Stage:
-    """One stage while it runs."""
+class Timing:
+    """How a stage went."""
 
-    name: str
-    store: StageStore
-    cached: bool = False
-    """Whether the result came from the cache."""
-
-    def compute(self, kind: type[S], compute: Callable[[], S], **inputs: Any) -> S:
-        """The result for these inputs from the stage cache, or computed now."""
-        value, self.cached = self.store.cached(self.name.removesuffix("_dense"), inputs, kind, compute)
-        return value
+    cached: list[bool] = field(default_factory=list)
+    """For each part of it, whether that came from the cache."""
 
 
 @dataclass
@@ -120,11 +114,45 @@ class Recorder:
             self.record["seconds"] = round(time.perf_counter() - self._started, 3)
         write_json(self.folder / "record.json", self.record)
 
+    @property
+    def store(self) -> StageStore:
+        """The stage cache of this run."""
+        return StageStore(Path(self.cfg.cache.dir) if self.cfg.cache.enabled else None)
+
+    def carry_out(self, stage: Stage[Any], x: Experiment) -> bool:
+        """Carry out one stage and keep what it gave in the folder, the record and the tracker."""
+        cached = stage.carry_out(x)
+        match stage.name:
+            case "load":
+                self.note(device=self.cfg.runtime.describe(x.dense.device),
+                          model={"name": x.dense.name, "note": x.dense.note, "digest": x.dense.digest})
+            case "calibrate":
+                x.tokens.save(self.folder)
+                self.note(calibration=x.tokens.describe())
+            case "similarity":
+                x.similarity.save(self.folder)
+            case "evaluate_dense":
+                self.keep_evaluation("dense", x.dense_report)
+            case "plan":
+                self.keep_plan(x.plan)
+            case "narrowed_score":
+                self.keep_width(x.plan)
+            case "recover":
+                self.note(recovery=x.recovery.report)
+                self.note(layers={"before": x.dense.n_layers, "after": x.model.n_layers},
+                          params={"before": x.dense.n_params, "after": x.model.n_params,
+                                  "ratio_removed": 1 - x.model.n_params / x.dense.n_params,
+                                  "zeroed": zeroed(x.model, x.plan)})
+            case "evaluate":
+                self.keep_evaluation("compressed", x.report)
+            case "time":
+                self.keep_speed(x.speed)
+        return cached
+
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
+    def stage(self, name: str) -> Iterator[Timing]:
         """Time a stage and note it in the record; an exception inside becomes a StageError."""
-        store = StageStore(Path(self.cfg.cache.dir) if self.cfg.cache.enabled else None)
-        stage = Stage(name, store)
+        stage = Timing()
         log.info("%s ...", name)
         self.record["stage"] = name  # what a killed run was doing, and what a sweep's screen shows
         started = time.perf_counter()
@@ -136,12 +164,13 @@ class Recorder:
         except BaseException as error:
             error.add_note(f"stage: {name}")
             raise
-        entry = {"name": name, "seconds": round(time.perf_counter() - started, 3), "cached": stage.cached}
+        cached = bool(stage.cached) and all(stage.cached)
+        entry = {"name": name, "seconds": round(time.perf_counter() - started, 3), "cached": cached}
         self.record["stages"].append(entry)
-        log.info("%s done in %.1f s%s", name, entry["seconds"], " (from the cache)" if stage.cached else "")
+        log.info("%s done in %.1f s%s", name, entry["seconds"], " (from the cache)" if cached else "")
         self.write()
         if self.track:
-            self.track.log({"stages": {name: {"seconds": entry["seconds"], "cached": stage.cached}}})
+            self.track.log({"stages": {name: {"seconds": entry["seconds"], "cached": cached}}})
 
     def note(self, **sections: Any) -> None:
         """Add sections to the record (written with the next stage) and mirror them to the tracker."""
@@ -170,6 +199,7 @@ class Recorder:
         self.record["eval"][which] = report.to_json()
         if self.track:
             self.track.log({"eval": {which: report.to_json()}})
+        self.cfg.evaluation.accept(report, dense=which == "dense")
 
     def keep_speed(self, speed: dict[str, Any]) -> None:
         """The record's `speed`, and what its numbers do not mean as warnings."""
@@ -203,20 +233,20 @@ class Recorder:
         for message in (plan.width or {}).get("notes", ()):
             self.warn(message)
 
-    def keep_model(self, compressed: ModelHandle, plan: MergePlan, tokens: CalibrationTokens) -> None:
+    def keep_model(self, x: Experiment) -> None:
         """model/: the checkpoint, verified in a fresh process before it appears."""
         from slm_exp.runs.checkpoint import save_checkpoint
 
-        save_checkpoint(compressed, self.folder / "model", plan=plan, tokens=tokens, record=self.record)
+        save_checkpoint(x.model, self.folder / "model", plan=x.plan, tokens=x.tokens, record=self.record)
 
-    def draw(self, alike: LayerSimilarity, plan: MergePlan) -> None:
+    def draw(self, x: Experiment) -> None:
         """similarity.png and report.html."""
         from slm_exp.reporting.heatmap import draw_heatmap
         from slm_exp.reporting.page import write_report
 
         picture = self.folder / "similarity.png"
-        title = f"{self.record['model']['name']}: layer similarity ({alike.kernel} CKA)"
-        draw_heatmap(alike, plan, picture, title=title)
+        title = f"{x.dense.name}: layer similarity ({x.similarity.kernel} CKA)"
+        draw_heatmap(x.similarity, x.plan, picture, title=title)
         if self.track:
             self.track.image("similarity", picture)
         write_report(self.folder, self.record | {"status": "finished"})

@@ -1,4 +1,7 @@
-"""One experiment on one page: load, calibrate, compare, measure, plan, merge, narrow, heal, measure, save, report."""
+"""One experiment: load, calibrate, similarity, evaluate, plan, merge, narrow, recover, evaluate, save, report.
+
+The stages are declared in `pipeline/stages.py`, in this order; here they are carried out and watched.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slm_exp.core.types import CalibrationTokens, LayerSimilarity, MergePlan
-from slm_exp.evaluation.base import EvalReport, Evaluation
-from slm_exp.merging.surgery import apply_plan, zeroed
-from slm_exp.merging.width import apply_width
-from slm_exp.models.base import ModelHandle
+from slm_exp.evaluation.base import Evaluation
 from slm_exp.pipeline.config import RunConfig
-from slm_exp.pipeline.observers import Recorder, Stage
-from slm_exp.recovery.base import HealTask, healed
+from slm_exp.pipeline.observers import Recorder
+from slm_exp.pipeline.stages import Experiment, steps
 from slm_exp.runs.record import is_finished
 from slm_exp.runs.tracking.none import NoTracking
-from slm_exp.search.task import PlanTask
-from slm_exp.similarity.layers import layer_similarity
-from slm_exp.width.base import WidthDecision, WidthTask
-from slm_exp.width.score import rescored
 
 
 def run(
@@ -44,93 +39,17 @@ def run(
         with cfg.tracking.session(rec.record, folder) as rec.track:
             for message in cfg.advice():
                 rec.warn(message)
-
-            with rec.stage("load"):
-                device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
-                dense = cfg.model.open(device, Path(cfg.cache.dir))
-                cfg.width.check_model(dense, cfg.method)
-                cfg.width.check_depth(cfg.method, dense)
-                cfg.evaluation.check_data(dense.random)
-                cfg.evaluation.check_model(dense)
-                cfg.recovery.check_data(dense)
-                cfg.similarity.check_data(dense)
-                rec.note(device=cfg.runtime.describe(device),
-                         model={"name": dense.name, "note": dense.note, "digest": dense.digest})
-            model_key = {"model": dense.digest, "dtype": cfg.model.dtype, "device": device.type}
-
-            with rec.stage("calibrate") as stage:
-                tokens = stage.compute(CalibrationTokens, lambda: cfg.calibration.draw(dense, cfg.seed),
-                                       source=cfg.calibration.identity(), seed=cfg.seed, tokenizer=dense.digest)
-                tokens.save(folder)
-                rec.note(calibration=tokens.describe())
-
-            with rec.stage("similarity") as stage:
-                alike = stage.compute(LayerSimilarity,
-                                      lambda: layer_similarity(dense, tokens, cfg.kernel, cfg.similarity),
-                                      **model_key, tokens=tokens.digest, **cfg.matrix_identity())
-                alike.save(folder)
-
-            with rec.stage("evaluate_dense") as stage:
-                report = stage.compute(EvalReport, lambda: cfg.evaluation.run(dense),
-                                       **model_key, **cfg.evaluation.measured_by())
-                rec.keep_evaluation("dense", report)
-                cfg.evaluation.accept(report, dense=True)
-
-            start, width = dense, None
-            if cfg.width.order == "before":
-                with rec.stage("width") as stage:
-                    start, width = narrow(cfg, stage, dense, tokens, dense, MergePlan(dense.n_layers))
-
-            with rec.stage("plan") as stage:
-                task = PlanTask(dense, tokens, cfg.similarity, cfg.kernel, cfg.merge_rule, alike, stage.store, cfg.seed)
-                method = cfg.width.depth_method(cfg.method, dense, start)
-                decides = cfg.plan_identity() | {"method": method.identity()}
-                plan = stage.compute(MergePlan, lambda: method.plan(task.on(start, method.uses_layer_similarity)),
-                                     **model_key | {"model": start.digest}, tokens=tokens.digest, **decides,
-                                     seed=cfg.seed)
-                plan = replace(plan, width=width or plan.width, target=cfg.width.target_of(cfg.method, plan.target))
-                rec.keep_plan(plan)
-
-            with rec.stage("merge"):
-                compressed = apply_plan(dense, plan, cfg.merge_rule)
-                if plan.width:  # narrowed before, or as the plan that is replayed says
-                    plan = rescored(task, compressed, plan)
-                    rec.keep_width(plan)
-
-            if cfg.width.order == "after":
-                with rec.stage("width") as stage:
-                    compressed, width = narrow(cfg, stage, dense, tokens, compressed, plan)
-                    if width:
-                        plan = rescored(task, compressed, replace(plan, width=width))
-                        rec.keep_width(plan)
-
-            with rec.stage("recover") as stage:
-                illness = HealTask(compressed, dense, plan, tokens, training or folder, rec.track, cfg.seed)
-                compressed, healing = healed(cfg.recovery, illness, stage)
-                rec.note(recovery=healing)
-
-            rec.note(layers={"before": dense.n_layers, "after": compressed.n_layers},
-                     params={"before": dense.n_params, "after": compressed.n_params,
-                             "ratio_removed": 1 - compressed.n_params / dense.n_params,
-                             "zeroed": zeroed(compressed, plan)})
-
-            with rec.stage("evaluate") as stage:
-                report = stage.compute(EvalReport, lambda: cfg.evaluation.run(compressed),
-                                       **model_key | {"model": compressed.digest},
-                                       **cfg.evaluation.measured_by())
-                rec.keep_evaluation("compressed", report)
-                cfg.evaluation.accept(report, dense=False)
-                if cfg.evaluation.speed_runs:
-                    rec.keep_speed(cfg.evaluation.time(dense, compressed))
-                    stage.cached = False  # a timing never comes from the cache
-
+            x = Experiment(cfg, folder, rec.store, training, rec.track, rec.record)
+            for step in steps(cfg):
+                with rec.stage(step.name) as timing:
+                    for stage in step.stages:
+                        if stage.when(x):
+                            timing.cached.append(rec.carry_out(stage, x))
             with rec.stage("save"):
                 if cfg.save_model:
-                    rec.keep_model(compressed, plan, tokens)
-
+                    rec.keep_model(x)
             with rec.stage("report"):
-                rec.draw(alike, plan)
-
+                rec.draw(x)
             return rec.done()
 
 
@@ -140,17 +59,3 @@ def take_part(cfg: RunConfig, folder: Path) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="slm_exp-rank-") as own:
         run(replace(cfg, evaluation=Evaluation(), tracking=NoTracking(), save_model=False), Path(own), training=folder)
-
-
-def narrow(
-    cfg: RunConfig, stage: Stage, dense: ModelHandle, tokens: CalibrationTokens, handle: ModelHandle, plan: MergePlan
-) -> tuple[ModelHandle, dict[str, Any] | None]:
-    """A model narrowed as the width group decides, and the decision; `plan` made it from the dense."""
-    task = WidthTask(handle, tokens, plan.slots, cfg.width.ratio_for(cfg.method, dense, handle), cfg.seed,
-                     n_dense=dense.n_layers)
-    if not cfg.width.prunes:
-        return handle, cfg.width.decide(task).data
-    decided = stage.compute(WidthDecision, lambda: cfg.width.decide(task), model=handle.digest, dtype=cfg.model.dtype,
-                            device=handle.device.type, tokens=tokens.digest, width=cfg.width.identity(),
-                            ratio=task.ratio, slots=plan.slots, seed=cfg.seed).data
-    return (handle if decided is None else apply_width(handle, decided)), decided

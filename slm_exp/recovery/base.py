@@ -9,11 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.core.files import digest, write_json
 from slm_exp.core.registry import Component
-from slm_exp.core.runtime import world
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from slm_exp.core.types import CalibrationTokens, MergePlan
     from slm_exp.models.base import ModelHandle
     from slm_exp.pipeline.config import RunConfig
-    from slm_exp.pipeline.observers import Stage
     from slm_exp.runs.tracking.base import Tracker
 
 
@@ -81,6 +79,8 @@ class Healed:
 class Recovery(Component, ABC):
     """A recovery recipe."""
 
+    changes_weights: ClassVar[bool] = True
+
     def refuses(self, cfg: RunConfig) -> str | None:
         """Why this recipe cannot run with the rest of the config, or None. Checked before anything loads."""
         return None
@@ -99,18 +99,6 @@ class Recovery(Component, ABC):
     @abstractmethod
     def heal(self, task: HealTask) -> Healed:
         """New tensors for the compressed model. Neither model is changed, bit for bit, also on an exception."""
-
-
-def healed(recovery: Recovery, task: HealTask, stage: Stage) -> tuple[ModelHandle, dict[str, Any]]:
-    """The recover stage: the healed model, and the recipe's report. From the stage cache where it is there."""
-    identity = {"recovery": recovery.identity(), "tokens": task.tokens.digest,
-                "samples": digest(list(task.tokens.sample_ids)), "seed": task.seed}
-    if recovery.stored() and world() == 1:  # of several processes, one must not find what another computes
-        found = stage.compute(Healed, lambda: recovery.heal(task), **identity, model=task.handle.digest,
-                              dense=task.dense.digest, plan=task.plan.effect(), device=task.handle.device.type)
-    else:
-        found = recovery.heal(task)
-    return with_tensors(task.handle, found, identity), found.report
 
 
 def with_tensors(handle: ModelHandle, found: Healed, identity: dict[str, Any]) -> ModelHandle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from slm_exp.core.registry import register
 from slm_exp.recovery.base import Healed, HealTask, Recovery
@@ -12,6 +13,8 @@ from slm_exp.recovery.base import Healed, HealTask, Recovery
 @dataclass
 class NoRecovery(Recovery):
     """No recovery."""
+
+    changes_weights: ClassVar[bool] = False
 
     def stored(self) -> bool:
         return False

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from slm_exp.core.files import write_json
 from slm_exp.core.registry import Component
 
 if TYPE_CHECKING:
@@ -40,13 +41,25 @@ class WidthDecision:
     data: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
-        from slm_exp.core.files import write_json
-
         write_json(folder / "width.json", self.data)
 
     @classmethod
     def load(cls, folder: Path) -> WidthDecision:
         return cls(json.loads((folder / "width.json").read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class NarrowedScore:
+    """Similarity of a narrowed model to the dense one; null where states of different size have none."""
+
+    score: float | None
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / "narrowed_score.json", {"score": self.score})
+
+    @classmethod
+    def load(cls, folder: Path) -> NarrowedScore:
+        return cls(json.loads((folder / "narrowed_score.json").read_text(encoding="utf-8"))["score"])
 
 
 @dataclass

@@ -39,7 +39,7 @@ def test_a_failed_run_is_closed_as_failed(tmp_path: Path, monkeypatch: pytest.Mo
     def explode(*args: object) -> None:
         raise ValueError("told to")
 
-    monkeypatch.setattr(pipeline, "apply_plan", explode)
+    monkeypatch.setattr("slm_exp.pipeline.stages.apply_plan", explode)
     with pytest.raises(StageError):
         pipeline.run(compose_run([*QUICK, f"cache.dir={tmp_path / 'cache'}"]), tmp_path / "run")
     record = json.loads((tmp_path / "run" / "record.json").read_text())

@@ -235,7 +235,7 @@ def test_a_failure_while_scoring_the_narrow_model_has_a_stage(order, stage, run,
     def failing(*args):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(pipeline, "rescored", failing)
+    monkeypatch.setattr("slm_exp.width.score.narrowed_score", failing)
     with pytest.raises(StageError, match=f"stage '{stage}' failed"):
         run("width=random", f"width.order={order}")
     error = json.loads((tmp_path / "run" / "record.json").read_text())["error"]

@@ -1,0 +1,364 @@
+"""The stages of an experiment, each declared once: what it computes, what its result depends on, which code does it.
+
+The pipeline carries the declarations out; the forecast (`slm plan`) walks the same ones with digests where the run has
+values; the stage cache takes its keys from here and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar, cast
+
+from slm_exp.core.cache.store import PACKAGE, StageStore
+from slm_exp.core.files import digest
+from slm_exp.core.registry import Component
+from slm_exp.core.runtime import world
+from slm_exp.core.types import CalibrationTokens, LayerSimilarity, MergePlan
+from slm_exp.evaluation.base import EvalReport
+from slm_exp.merging.surgery import apply_plan
+from slm_exp.merging.width import apply_width
+from slm_exp.models.base import ModelHandle
+from slm_exp.pipeline.config import RunConfig
+from slm_exp.recovery.base import Healed, HealTask, with_tensors
+from slm_exp.runs.tracking.base import Tracker
+from slm_exp.search.task import PlanTask
+from slm_exp.width.base import NarrowedScore, WidthDecision, WidthTask
+
+T = TypeVar("T")
+
+
+@dataclass
+class Experiment:
+    """What the stages of one run read and leave behind; every stage sets the field that it names."""
+
+    cfg: RunConfig
+    folder: Path
+    """The run's folder."""
+    store: StageStore
+    training: Path | None = None
+    """Where a training keeps its checkpoints; null is the run's folder."""
+    track: Tracker | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    """The run's record, as far as it is known."""
+
+    dense: ModelHandle = field(init=False)
+    tokens: CalibrationTokens = field(init=False)
+    similarity: LayerSimilarity = field(init=False)
+    dense_report: EvalReport = field(init=False)
+    width: WidthDecision = field(init=False)
+    plan: MergePlan = field(init=False)
+    model: ModelHandle = field(init=False)
+    """The model as far as it is compressed: the dense one at first."""
+    narrowed: NarrowedScore = field(init=False)
+    recovery: Healed = field(init=False)
+    report: EvalReport = field(init=False)
+    speed: dict[str, Any] = field(init=False)
+
+    @property
+    def task(self) -> PlanTask:
+        """What a method may look at; its model is the dense one."""
+        cfg = self.cfg
+        return PlanTask(self.dense, self.tokens, cfg.similarity, cfg.kernel, cfg.merge_rule, self.similarity,
+                        self.store, cfg.seed)
+
+    @property
+    def width_task(self) -> WidthTask:
+        return WidthTask(self.model, self.tokens, self.plan.slots, self.width_ratio, self.cfg.seed,
+                         n_dense=self.dense.n_layers)
+
+    @property
+    def width_ratio(self) -> float:
+        """Share of the decoder layers' parameters for the width pruner to remove."""
+        return known(self.cfg.width.ratio_for, self.cfg.method, self.dense, self.model)
+
+    def on(self, model: ModelHandle) -> dict[str, Any]:
+        """What the result of running a model depends on."""
+        return {"model": model.digest, "dtype": self.cfg.model.dtype, "device": self.dense.device.type}
+
+
+class Unknown(str):
+    """What only the run can tell: any part of an unknown value is unknown too. For the forecast."""
+
+    def __new__(cls, *parts: object) -> Unknown:
+        return str.__new__(cls, f"?{digest([str(p) for p in parts])}")
+
+    def __getattr__(self, name: str) -> Unknown:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Unknown(self, name)
+
+    def __call__(self, *args: object) -> Unknown:
+        return Unknown(self, *args)
+
+
+def known(function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, or an unknown where an argument is one."""
+    return cast(T, Unknown(function, *args)) if any(isinstance(a, Unknown) for a in args) else function(*args)
+
+
+def _none(x: Experiment) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Stage(Generic[T]):
+    """One stage. `compute` gives the value of the field `field`; `then` says what follows from it, without weights."""
+
+    name: str
+    field: str
+    compute: Callable[[Experiment], T]
+    kind: type[T] | None = None
+    """How the stage cache keeps the value; null: every run computes it."""
+    inputs: Callable[[Experiment], dict[str, Any] | None] = _none
+    """All that the value depends on, besides the code and the libraries; null: this time it is not kept."""
+    code: Callable[[Experiment], tuple[str, ...]] = lambda x: ()
+    """Files and folders of the package that compute the value."""
+    libraries: tuple[str, ...] = ("torch", "transformers")
+    when: Callable[[Experiment], bool] = lambda x: True
+    """Whether this run has the stage at all."""
+    works: Callable[[Experiment], bool] = lambda x: True
+    """Whether it has anything to do, as the forecast reports it."""
+    then: Callable[[Experiment], object] = _none
+    small: bool = False
+    """Whether the value is small enough for the forecast to read from the cache."""
+    light: bool = False
+    """Whether computing touches no weights, so that the forecast does it."""
+    cache: str = ""
+    """The cache's folder, where it is not `name`."""
+
+    def carry_out(self, x: Experiment) -> bool:
+        """Set the experiment's field from the stage cache or by computing. Returns whether it came from the cache."""
+        inputs, cached = self.inputs(x), False
+        if self.kind is None or inputs is None:
+            value = self.compute(x)
+        else:
+            value, cached = x.store.cached(self.folder, inputs, self.kind, lambda: self.compute(x))  # type: ignore[type-var]
+        setattr(x, self.field, value)
+        self.then(x)
+        return cached
+
+    @property
+    def folder(self) -> str:
+        """In the cache."""
+        return self.cache or self.name
+
+
+class Step(NamedTuple):
+    """What the record times under one name."""
+
+    name: str
+    stages: tuple[Stage[Any], ...]
+
+
+def code_of(*members: Component) -> tuple[str, ...]:
+    """The files that define members of config groups, their base classes in this package included."""
+    files = (inspect.getfile(kind) for member in members for kind in type(member).__mro__ if kind is not object)
+    inside = (Path(f).resolve() for f in files)
+    return tuple(dict.fromkeys(str(f.relative_to(PACKAGE)) for f in inside if f.is_relative_to(PACKAGE)))
+
+
+# --- load
+
+
+def _load(x: Experiment) -> ModelHandle:
+    cfg = x.cfg
+    device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
+    dense = cfg.model.open(device, Path(cfg.cache.dir))
+    check_model(cfg, dense)
+    return dense
+
+
+def check_model(cfg: RunConfig, dense: ModelHandle) -> None:
+    """Refuse what this model cannot do, before weights load.
+
+    Raises:
+        ConfigError / DataError: names the field.
+    """
+    cfg.width.check_model(dense, cfg.method)
+    cfg.width.check_depth(cfg.method, dense)
+    cfg.evaluation.check_data(dense.random)
+    cfg.evaluation.check_model(dense)
+    cfg.recovery.check_data(dense)
+    cfg.similarity.check_data(dense)
+
+
+def _loaded(x: Experiment) -> None:
+    x.model, x.plan = x.dense, MergePlan(x.dense.n_layers)
+
+
+LOAD = Stage("load", "dense", _load, then=_loaded)
+
+# --- calibrate, similarity, evaluate_dense
+
+CALIBRATE = Stage(
+    "calibrate", "tokens", lambda x: x.cfg.calibration.draw(x.dense, x.cfg.seed), CalibrationTokens,
+    lambda x: {"source": x.cfg.calibration.identity(), "seed": x.cfg.seed, "tokenizer": x.dense.digest},
+    code=lambda x: ("calibration", "core/types.py"), libraries=("transformers",), small=True,
+)  # fmt: skip
+
+
+def _similarity(x: Experiment) -> LayerSimilarity:
+    from slm_exp.similarity.layers import layer_similarity
+
+    return layer_similarity(x.dense, x.tokens, x.cfg.kernel, x.cfg.similarity)
+
+
+SIMILARITY = Stage(
+    "similarity", "similarity", _similarity, LayerSimilarity,
+    lambda x: {**x.on(x.dense), "tokens": x.tokens.digest, **x.cfg.matrix_identity()},
+    code=lambda x: ("similarity", "kernels", "engine", "models/layouts.py"),
+)  # fmt: skip
+
+BUILT = ("core/types.py", "models", "merging")
+"""What a compressed model is built by: the result of any stage that looks at one depends on it."""
+
+
+def _evaluate_code(x: Experiment) -> tuple[str, ...]:
+    return (*BUILT, "evaluation", "engine/fused.py")
+
+
+EVALUATE_DENSE = Stage(
+    "evaluate_dense", "dense_report", lambda x: x.cfg.evaluation.run(x.dense), EvalReport,
+    lambda x: {**x.on(x.dense), **x.cfg.evaluation.measured_by()},
+    code=_evaluate_code, libraries=("torch", "transformers", "lm_eval"), cache="evaluate",
+    works=lambda x: x.cfg.evaluation.measures,
+)  # fmt: skip
+
+# --- width: of the dense model before the plan, or of the merged one
+
+
+def _width_inputs(x: Experiment) -> dict[str, Any] | None:
+    if not x.cfg.width.prunes:
+        return None
+    return {**x.on(x.model), "tokens": x.tokens.digest, "width": x.cfg.width.identity(), "ratio": x.width_ratio,
+            "slots": x.plan.slots, "seed": x.cfg.seed}
+
+
+def _narrow(x: Experiment) -> None:
+    if x.width.data is not None:
+        x.model = known(apply_width, x.model, x.width.data)
+
+
+def _narrow_the_merged(x: Experiment) -> None:
+    if x.width.data is not None:
+        x.plan = replace(x.plan, width=x.width.data)
+    _narrow(x)
+
+
+WIDTH_BEFORE = Stage(
+    "width", "width", lambda x: x.cfg.width.decide(x.width_task), WidthDecision, _width_inputs,
+    code=lambda x: (*BUILT, "width", "engine", "search", "similarity", "kernels"),
+    works=lambda x: x.cfg.width.prunes, then=_narrow, small=True,
+)  # fmt: skip
+WIDTH_AFTER = replace(WIDTH_BEFORE, then=_narrow_the_merged)
+
+# --- plan
+
+
+def _depth_method(x: Experiment) -> Any:
+    """The depth method with its part of a target that depth and width share."""
+    return known(x.cfg.width.depth_method, x.cfg.method, x.dense, x.model)
+
+
+def _decided(x: Experiment) -> None:
+    """Where width came first, the plan says so."""
+    width = x.width.data if x.cfg.width.order == "before" else None
+    x.plan = replace(x.plan, width=width or x.plan.width, target=x.cfg.width.target_of(x.cfg.method, x.plan.target))
+
+
+PLAN = Stage(
+    "plan", "plan",
+    lambda x: _depth_method(x).plan(x.task.on(x.model, x.cfg.method.uses_layer_similarity)),
+    MergePlan,
+    lambda x: {**x.on(x.model), "tokens": x.tokens.digest, **x.cfg.plan_identity(),
+               "method": _depth_method(x).identity(), "seed": x.cfg.seed},
+    code=lambda x: (*BUILT, *code_of(x.cfg.method), "search", "engine", "similarity", "kernels", "calibration"),
+    then=_decided, small=True,
+)  # fmt: skip
+
+# --- merge
+
+MERGE = Stage("merge", "model", lambda x: known(apply_plan, x.dense, x.plan, x.cfg.merge_rule), light=True,
+              works=lambda x: x.plan.changes_layers)
+
+
+def _narrowed_score(x: Experiment) -> NarrowedScore:
+    from slm_exp.width.score import narrowed_score
+
+    return narrowed_score(x.task, x.model)
+
+
+def _rescored(x: Experiment) -> None:
+    x.plan = replace(x.plan, final_score=x.narrowed.score)
+
+
+RESCORE = Stage(
+    "narrowed_score", "narrowed", _narrowed_score, NarrowedScore,
+    lambda x: {**x.on(x.dense), "compressed": x.model.digest, "tokens": x.tokens.digest,
+               "similarity": x.cfg.similarity.identity(), "kernel": x.cfg.kernel.identity()},
+    code=lambda x: (*BUILT, "width/score.py", "engine", "similarity", "kernels"), cache="width",
+    when=lambda x: x.plan.width is not None, then=_rescored,
+)  # fmt: skip
+"""The final score of a model that is narrower than the one the search saw: where the plan came with its width."""
+RESCORE_NARROWED = replace(RESCORE, when=lambda x: x.width.data is not None)
+
+# --- recover
+
+
+def _recovery_identity(x: Experiment) -> dict[str, Any]:
+    return {"recovery": x.cfg.recovery.identity(), "tokens": x.tokens.digest,
+            "samples": known(digest, known(list, x.tokens.sample_ids)), "seed": x.cfg.seed}
+
+
+def _recover_inputs(x: Experiment) -> dict[str, Any] | None:
+    if not x.cfg.recovery.stored() or world() > 1:  # of several processes, one must not find what another computes
+        return None
+    return {**_recovery_identity(x), "model": x.model.digest, "dense": x.dense.digest, "plan": x.plan.effect(),
+            "device": x.dense.device.type}
+
+
+def _recovered(x: Experiment) -> None:
+    x.model = known(with_tensors, x.model, x.recovery, _recovery_identity(x))
+
+
+RECOVER = Stage(
+    "recover", "recovery",
+    lambda x: x.cfg.recovery.heal(HealTask(x.model, x.dense, x.plan, x.tokens, x.training or x.folder, x.track,
+                                           x.cfg.seed)),
+    Healed, _recover_inputs,
+    code=lambda x: (*BUILT, "recovery", "calibration", "engine"), libraries=("torch", "transformers", "peft"),
+    works=lambda x: x.cfg.recovery.changes_weights, then=_recovered,
+)  # fmt: skip
+
+# --- evaluate
+
+EVALUATE = Stage(
+    "evaluate", "report", lambda x: x.cfg.evaluation.run(x.model), EvalReport,
+    lambda x: {**x.on(x.model), **x.cfg.evaluation.measured_by()},
+    code=_evaluate_code, libraries=("torch", "transformers", "lm_eval"),
+    works=lambda x: x.cfg.evaluation.measures,
+)  # fmt: skip
+
+TIME = Stage("time", "speed", lambda x: x.cfg.evaluation.time(x.dense, x.model),
+             when=lambda x: x.cfg.evaluation.times)
+"""Latency of both models in turns; a timing never comes from the cache."""
+
+
+def steps(cfg: RunConfig) -> tuple[Step, ...]:
+    """The stages in paper order, under the names that the record times them by."""
+    before = cfg.width.order == "before"
+    return (
+        Step("load", (LOAD,)),
+        Step("calibrate", (CALIBRATE,)),
+        Step("similarity", (SIMILARITY,)),
+        Step("evaluate_dense", (EVALUATE_DENSE,)),
+        *([Step("width", (WIDTH_BEFORE,))] if before else []),
+        Step("plan", (PLAN,)),
+        Step("merge", (MERGE, RESCORE)),
+        *([Step("width", (WIDTH_AFTER, RESCORE_NARROWED))] if not before else []),
+        Step("recover", (RECOVER,)),
+        Step("evaluate", (EVALUATE, TIME)),
+    )
