@@ -186,7 +186,7 @@ def check_model(cfg: RunConfig, dense: ModelHandle) -> None:
 
 
 def _loaded(x: Experiment) -> None:
-    x.model, x.plan = x.dense, MergePlan(x.dense.n_layers)
+    x.model, x.plan, x.width = x.dense, MergePlan(x.dense.n_layers), WidthDecision()
 
 
 LOAD = Stage("load", "dense", _load, then=_loaded)
@@ -244,8 +244,12 @@ def _narrow(x: Experiment) -> None:
 
 def _narrow_the_merged(x: Experiment) -> None:
     if x.width.data is not None:
-        x.plan = replace(x.plan, width=x.width.data)
+        x.plan = known(_with_width, x.plan, x.width.data)
     _narrow(x)
+
+
+def _with_width(plan: MergePlan, width: Any) -> MergePlan:
+    return replace(plan, width=width)
 
 
 WIDTH_BEFORE = Stage(
@@ -265,8 +269,10 @@ def _depth_method(x: Experiment) -> Any:
 
 def _decided(x: Experiment) -> None:
     """Where width came first, the plan says so."""
-    width = x.width.data if x.cfg.width.order == "before" else None
-    x.plan = replace(x.plan, width=width or x.plan.width, target=x.cfg.width.target_of(x.cfg.method, x.plan.target))
+    if x.cfg.width.order == "before" and x.width.data is not None:
+        x.plan = known(_with_width, x.plan, x.width.data)
+    if not isinstance(x.plan, Unknown):
+        x.plan = replace(x.plan, target=x.cfg.width.target_of(x.cfg.method, x.plan.target))
 
 
 PLAN = Stage(
@@ -292,7 +298,8 @@ def _narrowed_score(x: Experiment) -> NarrowedScore:
 
 
 def _rescored(x: Experiment) -> None:
-    x.plan = replace(x.plan, final_score=x.narrowed.score)
+    if not isinstance(x.narrowed, Unknown):
+        x.plan = replace(x.plan, final_score=x.narrowed.score)
 
 
 RESCORE = Stage(

@@ -1,0 +1,350 @@
+"""What a run or a grid would do and cost: jobs, cache hits, sizes, operations, memory, time. Loads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slm_exp.core.cost import Tokens, Work
+from slm_exp.core.errors import ConfigError, SlmError
+from slm_exp.core.files import plain
+from slm_exp.forecast.machine import Machine, machine, stated
+from slm_exp.forecast.walk import CACHED, COMPUTE, MAYBE, SHARED, Lookup, Outline, walk
+from slm_exp.launch.jobs import CommandJobs, command_jobs
+from slm_exp.launch.workers import cores, visible_gpus
+from slm_exp.models.sizes import Sizes
+from slm_exp.models.sketch import Sketch
+from slm_exp.pipeline.config import RunConfig
+from slm_exp.runs.sweep import FINISHED, Job, differing, read_cell
+from slm_exp.tables.definition import cells, parameters
+
+ROWS = 12
+"""Jobs shown one by one."""
+
+
+@dataclass
+class JobPlan:
+    """What one job would do and cost."""
+
+    job: Job
+    state: str
+    """As `slm sweep status` reports it: finished, failed, died, running, waiting."""
+    stages: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By stage; empty where the time is not known."""
+    layers: int | None = None
+    """Left in the compressed model, where it is known."""
+    bounds: tuple[int, int] | None = None
+    """Fewest and most layers a search may leave."""
+    known: str = ""
+    """How the size is known."""
+    params: int | None = None
+    flops_per_token: float | None = None
+    flops: float = 0
+    block_forwards: float | None = None
+    problem: str = ""
+    """Why it would fail before its weights load."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> float | None:
+        return sum(self.seconds.values()) if self.seconds or self.state == FINISHED else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.job.run_id or None, "overrides": list(self.job.overrides), "folder": str(self.job.folder),
+            "state": self.state, "problem": self.problem or None, "layers": self.layers, "bounds": self.bounds,
+            "known": self.known or None, "params": self.params, "flops_per_token": self.flops_per_token,
+            "flops": self.flops, "block_forwards": self.block_forwards,
+            "stages": [{"name": n, "state": s, "seconds": self.seconds.get(n)} for n, s in self.stages.items()],
+            "seconds": self.total, "notes": self.notes,
+        }  # fmt: skip
+
+
+@dataclass
+class GridPlan:
+    """The whole command."""
+
+    folder: Path
+    multirun: bool
+    device: str
+    workers: int
+    threads: int
+    jobs: list[JobPlan] = field(default_factory=list)
+    models: list[Sketch] = field(default_factory=list)
+    machine: Machine | None = None
+    memory: float = 0
+    """Bytes of the largest job's process."""
+    verifying: float = 0
+    """More of them while a checkpoint is verified by a second process."""
+    device_memory: float = 0
+    seq_len: int = 128
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def to_run(self) -> list[JobPlan]:
+        return [j for j in self.jobs if j.state != FINISHED]
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all jobs together; None where a job's time is not known."""
+        times = [j.total for j in self.to_run]
+        return None if any(t is None for t in times) else sum(t for t in times if t is not None)
+
+    @property
+    def wall(self) -> float | None:
+        """With the workers there are."""
+        if self.seconds is None:
+            return None
+        longest = max((j.total or 0 for j in self.to_run), default=0.0)
+        return max(longest, self.seconds / max(1, min(self.workers, len(self.to_run))))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for programs."""
+        hours = None if self.seconds is None else self.seconds / 3600
+        return plain({  # type: ignore[no-any-return]
+            "folder": str(self.folder), "multirun": self.multirun, "device": self.device,
+            "workers": self.workers, "threads": self.threads,
+            "models": [{"name": m.name, "dtype": m.dtype, "digest": None if m.digest.startswith("?") else m.digest,
+                        **({"layers": m.sizes.n_layers, "params": m.sizes.total, "bytes": m.bytes,
+                            "flops_per_token": m.sizes.flops_per_token(self.seq_len)} if m.sizes else {})}
+                       for m in self.models],
+            "jobs": [j.to_json() for j in self.jobs],
+            "totals": {"jobs": len(self.jobs), "finished": len(self.jobs) - len(self.to_run),
+                       "seconds": self.wall, "hours_of_work": hours,
+                       "gpu_hours": hours if self.device == "cuda" else 0,
+                       "core_hours": None if hours is None or self.device == "cuda" else hours * self.threads,
+                       "flops": sum(j.flops for j in self.to_run), "memory_bytes": self.memory,
+                       "verification_bytes": self.verifying, "device_memory_bytes": self.device_memory},
+            "machine": asdict(self.machine) if self.machine else None, "notes": self.notes,
+        })  # fmt: skip
+
+
+def make_plan(
+    overrides: Sequence[str], multirun: bool = False, tflops: float | None = None, anew: bool = False
+) -> GridPlan:
+    """Compose every job, ask the cache, count, and estimate.
+
+    Args:
+        tflops: plan for a machine that sustains so many TFLOP/s; nothing is measured here then.
+        anew: measure this machine's speed even where it is known.
+    Raises:
+        ConfigError: as the run itself would; names the job.
+    """
+    command = jobs_of(overrides, multirun)
+    first = command.jobs[0][1]
+    requested = first.model.device or first.runtime.device
+    gpus = visible_gpus() if requested != "cpu" else []
+    device = "cuda" if requested.startswith("cuda") or (requested == "auto" and gpus) else "cpu"
+    here = device == "cpu" or bool(gpus)
+    grid = GridPlan(command.folder, command.multirun, device, *(command.capacity() if here else (1, cores())))
+    lookup = Lookup(Path(first.cache.dir) if first.cache.enabled else None)
+    sketches: dict[str, Sketch] = {}
+    for _, cfg in command.jobs:
+        if repr(cfg.model) not in sketches:
+            sketches[repr(cfg.model)] = cfg.model.sketch(Path(cfg.cache.dir), device)
+    grid.models = list(sketches.values())
+    grid.notes = [note for model in grid.models for note in model.notes]
+    dtype = grid.models[0].dtype
+    if tflops is not None:
+        grid.machine = stated(tflops, device, dtype)
+    elif here:
+        grid.machine = machine(Path(first.cache.dir), device, dtype, grid.threads, anew)
+    else:
+        grid.notes.append("no GPU is visible here, so times are not known: --tflops N gives those of a machine that "
+                          "sustains N TFLOP/s.")  # fmt: skip
+    for job, cfg in command.jobs:
+        grid.jobs.append(_job_plan(grid, job, cfg, sketches[repr(cfg.model)], lookup))
+    grid.notes += dict.fromkeys(note for plan in grid.to_run for note in plan.notes)
+    searches = sum(plan.bounds is not None and plan.stages.get("plan") == COMPUTE for plan in grid.to_run)
+    if searches > 1:
+        grid.notes.append("searches of one model, rule and similarity share scores, which is not counted: it is less.")
+    return grid
+
+
+def jobs_of(overrides: Sequence[str], multirun: bool) -> CommandJobs:
+    """The jobs of a command line as the run itself would make them; of `table=NAME [PARAM=VALUE]` those that fill it."""
+    def identify(cfg: RunConfig) -> str:
+        return "" if cfg.model.unread_weights() else cfg.run_id
+
+    name = next((o.partition("=")[2] for o in overrides if o.startswith("table=")), None)
+    if name is None:
+        return command_jobs(overrides, multirun, identify=identify)
+    others = [o for o in overrides if not o.startswith(("table=", "hydra"))]
+    own = parameters(name)
+    given = {key: value for key, _, value in (o.partition("=") for o in others) if key in own}
+    added = [o for o in others if o.partition("=")[0] not in own]
+    found = [[*cell, *added] for cell in cells(name, given)]
+    if not found:
+        raise ConfigError("no job is left to plan: the table has every cell.")
+    hydra = [o for o in overrides if o.startswith("hydra")]
+    return command_jobs(hydra, True, cells=found, name=Path(name).stem, identify=identify)
+
+
+def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: Lookup) -> JobPlan:
+    plan = JobPlan(job, read_cell(job).state if job.run_id else "unknown")
+    if model.sizes is None or model.handle is None:
+        plan.notes.append(f"{model.name}: without its config.json nothing can be counted.")
+        return plan
+    outline = walk(cfg, model, lookup, job.save_model)
+    try:
+        cfg.width.check_depth(cfg.method, model.handle)
+        cfg.evaluation.check_data(model.random)
+        _size(plan, cfg, model, outline)
+    except SlmError as error:
+        plan.problem = str(error)
+    if plan.state != FINISHED:
+        plan.stages = outline.stages
+        plan.notes += cfg.advice()
+        plan.known = plan.known or outline.plan_from
+        _cost(grid, plan, cfg, model)
+    return plan
+
+
+def _size(plan: JobPlan, cfg: RunConfig, model: Sketch, outline: Outline) -> None:
+    """Layers and parameters left, or the bounds of what a search may leave."""
+    sizes, handle = model.sizes, model.handle
+    assert sizes is not None
+    assert handle is not None
+    if outline.plan is not None:
+        plan.layers, plan.known = outline.plan.n_layers_out, outline.plan_from
+    else:
+        plan.layers = cfg.width.depth_method(cfg.method, handle, cfg.width.outline(cfg.method, handle)).layers_left(handle)
+        plan.known = "as asked" if plan.layers is not None else ""
+        plan.bounds = cfg.method.bounds(sizes.n_layers) if plan.layers is None else None
+    if plan.layers is None:
+        return
+    left = sizes.with_layers(plan.layers)
+    gone = cfg.width.params_removed(sizes, plan.layers, cfg.method.target_ratio)
+    plan.params = left.total - gone
+    plan.flops_per_token = left.flops_per_token(cfg.calibration.seq_len) - 2 * gone
+    plan.known += ", width to within a snap" if cfg.width.prunes else ""
+
+
+def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch) -> None:
+    """Operations, seconds and memory of a job's stages."""
+    sizes = model.sizes
+    assert sizes is not None
+    tokens = cfg.calibration.shape()
+    grid.seq_len = tokens.t
+    layers: float = plan.layers if plan.layers is not None else sizes.n_layers
+    count = cfg.method.cost(sizes.n_layers, None if plan.layers is None else sizes.n_layers - plan.layers)
+    before, unsaid = cfg.evaluation.cost(sizes, sizes.n_layers, model.random)
+    after, _ = cfg.evaluation.cost(sizes, layers, model.random)
+    recovery, more = cfg.recovery.cost(sizes, layers)
+    size = float(model.bytes)
+    if cfg.evaluation.times:  # measured anew every time, both models in turns
+        after += cfg.evaluation.generation_cost(sizes, layers, size)
+    search = Work(blocks=count.blocks * sizes.block_flops(tokens.total, tokens.t), head=count.heads * sizes.head_flops(tokens.total))
+    if cfg.similarity.uses_kernel():
+        search += cfg.similarity.score_cost(sizes, tokens) * (count.scores + 1)
+    works = {
+        "load": Work(starts=1, moved=size / 4, fixed=0.3 + (sizes.total / 5e7 if model.random else 0)),
+        "calibrate": Work(fixed=0.1 if model.random else 1.0),
+        "similarity": cfg.similarity.matrix_cost(sizes, tokens),
+        "evaluate_dense": before,
+        "plan": search,
+        "merge": Work(moved=(sizes.n_layers - layers) * sizes.layer * 4 / 10),
+        "width": cfg.width.cost(sizes, layers, tokens),
+        "recover": recovery,
+        "evaluate": after,
+        "save": Work(starts=1, moved=3 * size * layers / sizes.n_layers, fixed=0.7),
+        "report": Work(fixed=1.0 + cfg.tracking.seconds),
+    }
+    doing = {name: works[name] for name, state in plan.stages.items() if state in (COMPUTE, MAYBE)}
+    if "load" not in doing:
+        doing["load"] = Work(starts=1)  # the process imports torch all the same
+    elif "evaluate" in doing and "evaluate_dense" in doing and cfg.evaluation.tasks:
+        doing["evaluate"] += Work(harness=-1)
+    plan.flops = sum(w.flops for w in doing.values())
+    plan.block_forwards = count.blocks if "plan" in doing else 0
+    evaluates = bool({"evaluate", "evaluate_dense"} & set(doing))
+    plan.notes += [*([count.note] if count.note and "plan" in doing else []), *(unsaid if evaluates else ()), *more]
+    if grid.machine is not None and not (unsaid and evaluates):
+        plan.seconds = {name: grid.machine.seconds(w, sizes.hidden) for name, w in doing.items()}
+        if (limit := cfg.recovery.minutes_limit) and "recover" in plan.seconds:
+            plan.seconds["recover"] = min(plan.seconds["recover"], 60 * limit)
+    _memory(grid, cfg, model, sizes, tokens, doing)
+
+
+def _memory(grid: GridPlan, cfg: RunConfig, model: Sketch, sizes: Sizes, tokens: Tokens, doing: Iterable[str]) -> None:
+    """Peak bytes of the process, of its checkpoint's verification beside it, and on the GPU."""
+    imports = grid.machine.resident if grid.machine else 1e9
+    states = (sizes.n_layers + 3) * tokens.total * sizes.hidden * 4
+    work = max(states if "plan" in doing else 0, cfg.similarity.matrix_bytes(sizes, tokens) if "similarity" in doing else 0, 1e8)
+    if "recover" in doing:
+        work = max(work, cfg.recovery.memory(sizes))
+    weights = model.bytes
+    if grid.device == "cuda":
+        grid.device_memory = max(grid.device_memory, weights + work + 1e9)
+        grid.memory = max(grid.memory, imports + 2e9 + weights)
+    else:
+        grid.memory = max(grid.memory, imports + weights + work)
+    if "save" in doing:
+        grid.verifying = max(grid.verifying, imports * 0.6 + weights)
+
+
+def show(grid: GridPlan) -> str:
+    """One screen."""
+    todo = grid.to_run
+    jobs = f"{len(grid.jobs)} jobs" if grid.multirun else "1 job"
+    how = f"{grid.workers} at a time, " if grid.multirun else ""
+    lines = [f"{jobs} in {grid.folder}: {len(grid.jobs) - len(todo)} finished, {len(todo)} to run ({how}{grid.device}, "
+             f"{grid.threads} threads)"]  # fmt: skip
+    for model in grid.models:
+        about = "size unknown"
+        if model.sizes:
+            about = (f"{model.sizes.n_layers} layers, {model.sizes.total / 1e6:,.1f} M parameters, "
+                     f"{model.sizes.flops_per_token(grid.seq_len) / 1e9:.3g} GFLOP a token at {grid.seq_len}, "
+                     f"{human(model.bytes)} in {model.dtype}")  # fmt: skip
+        lines.append(f"model     {model.name}: {about}")
+    lines += ["", f"  {'stage':<15}{'compute':>8}{'cached':>8}{'shared':>8}{'unknown':>8}{'time':>10}"]
+    for name in dict.fromkeys(name for job in todo for name in job.stages):
+        states = [job.stages.get(name) for job in todo]
+        if any(s in (COMPUTE, MAYBE, CACHED, SHARED) for s in states):
+            counts = "".join(f"{states.count(s) or '-':>8}" for s in (COMPUTE, CACHED, SHARED, MAYBE))
+            spent = [job.seconds[name] for job in todo if name in job.seconds]
+            lines.append(f"  {name:<15}{counts}{duration(sum(spent)) if spent else '-':>10}")
+    lines.append("")
+    apart = differing([job.job for job in grid.jobs]) if all(j.job.run_id for j in grid.jobs) else {}
+    for job in grid.jobs[:ROWS]:
+        what = apart.get(job.job.run_id) or " ".join(job.job.overrides) or "(defaults)"
+        took = "" if job.state == FINISHED else duration(job.total) if job.total is not None else "time unknown"
+        state = f"{job.state} " if job.state != "waiting" else ""
+        lines.append(f"  {what}: {state}{_after(job, grid)}{', ' + took if took else ''}")
+        if job.problem:
+            lines.append(f"    WOULD FAIL: {job.problem}")
+    if len(grid.jobs) > ROWS:
+        bad = sum(bool(j.problem) for j in grid.jobs[ROWS:])
+        lines.append(f"  ... and {len(grid.jobs) - ROWS} more (--json has all){f'; {bad} WOULD FAIL' if bad else ''}")
+    lines.append("")
+    if grid.memory:
+        more = f"; {human(grid.verifying)} more while the checkpoint is verified" if grid.verifying else ""
+        card = f", {human(grid.device_memory)} on the GPU" if grid.device_memory else ""
+        lines.append(f"memory    {human(grid.memory)} a job{card}{more}")
+    lines.append(f"work      {sum(j.flops for j in todo) / 1e12:,.3g} TFLOP")
+    if grid.wall is not None and grid.seconds is not None:
+        unit = "GPU" if grid.device == "cuda" else "core"
+        hours = grid.seconds / 3600 * (1 if unit == "GPU" else grid.threads)
+        lines.append(f"time      {duration(grid.wall)}, {hours:.2g} {unit} hours")
+    else:
+        lines.append("time      unknown")
+    notes = [*grid.notes]
+    if any(MAYBE in job.stages.values() for job in todo):
+        notes.append("unknown stages depend on what an earlier one finds; they are counted as computed.")
+    return "\n".join([*lines, *(f"note      {note}" for note in notes)])
+
+
+def _after(job: JobPlan, grid: GridPlan) -> str:
+    """`27 of 30 layers, 123.9 M parameters (-7.9 %)`, or what is not known."""
+    model = grid.models[0].sizes
+    if job.layers is not None and job.params is not None and model:
+        gone = 1 - job.params / model.total
+        return (f"{job.layers} of {model.n_layers} layers, {job.params / 1e6:,.1f} M parameters ({-100 * gone:+.1f} %) "
+                f"{job.known}").rstrip()  # fmt: skip
+    if job.bounds:
+        how = f" ({job.known})" if job.known else ", which only the search can tell"
+        return f"{job.bounds[0]} to {job.bounds[1]} layers{how}"
+    return "size unknown"

@@ -1,0 +1,158 @@
+"""What of a run the stage cache already has: the pipeline's stages walked with digests where the run has values.
+
+Where the digest of an input is not known (weights never read here, tokens not drawn yet, a plan not searched yet) a
+stage is a certain miss if no current entry agrees with what is known, and otherwise cannot be told.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from slm_exp.core.cache import journal
+from slm_exp.core.cache.store import StageStore
+from slm_exp.core.errors import SlmError
+from slm_exp.core.files import digest, plain
+from slm_exp.core.types import CalibrationTokens, MergePlan
+from slm_exp.models.sketch import Sketch
+from slm_exp.pipeline.config import RunConfig
+from slm_exp.pipeline.stages import CALIBRATE, LOAD, PLAN, Experiment, Stage, Unknown, steps
+
+CACHED, SHARED, COMPUTE, MAYBE, NOTHING = "cached", "shared", "compute", "unknown", "-"
+STATES = {
+    CACHED: "its result is in the stage cache",
+    SHARED: "an earlier job of this grid computes it",
+    COMPUTE: "has to be computed",
+    MAYBE: "cannot be told here; counted as computed",
+    NOTHING: "nothing to do",
+}
+BY_EFFORT = (NOTHING, CACHED, SHARED, MAYBE, COMPUTE)
+
+
+class Lookup:
+    """The cache folder, asked by key, and what the jobs asked about so far will have put there."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.store = StageStore(folder)
+        self.coming: set[str] = set()
+        self._entries: dict[str, list[dict[str, Any]]] = {}
+
+    def state(self, stage: Stage[Any], x: Experiment, inputs: dict[str, Any]) -> tuple[str, Path | None]:
+        """CACHED with the entry's folder, SHARED, COMPUTE or MAYBE; a result that is to come is remembered."""
+        folder = self.store.folder
+        name = digest({"stage": stage.folder, "inputs": inputs})
+        if folder is None:
+            return COMPUTE, None
+        open_ended = any(isinstance(v, Unknown) for v in inputs.values())
+        if not open_ended:
+            entry = folder / stage.folder / stage.key(x, inputs)
+            if (entry / "manifest.json").is_file():
+                return CACHED, entry
+        if name in self.coming:
+            return SHARED, None
+        self.coming.add(name)
+        return (MAYBE if open_ended and self._could_be(stage, x, inputs) else COMPUTE), None
+
+    def _could_be(self, stage: Stage[Any], x: Experiment, inputs: dict[str, Any]) -> bool:
+        """Whether some current entry agrees with every input that is known."""
+        told = {k: plain(v) for k, v in inputs.items() if not isinstance(v, Unknown)}
+        return any(all(entry.get(k) == v for k, v in told.items()) for entry in self._current(stage, x))
+
+    def _current(self, stage: Stage[Any], x: Experiment) -> list[dict[str, Any]]:
+        """Inputs of the entries that today's code and libraries would use."""
+        if stage.folder not in self._entries:
+            current: list[dict[str, Any]] = []
+            for manifest in (self.store.folder or Path()).glob(f"{stage.folder}/[!.]*/manifest.json"):
+                try:
+                    inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
+                    if stage.key(x, inputs) == manifest.parent.name:
+                        current.append(inputs)
+                except (OSError, ValueError, KeyError, TypeError):
+                    continue
+            self._entries[stage.folder] = current
+        return self._entries[stage.folder]
+
+
+@dataclass
+class Outline:
+    """How a run would go, stage by stage."""
+
+    stages: dict[str, str] = field(default_factory=dict)
+    """Stage -> one of STATES, in the pipeline's order."""
+    plan: MergePlan | None = None
+    """Where the cache, a plan file or known scores tell it."""
+    plan_from: str = ""
+    """How it is known."""
+    tokens: CalibrationTokens | None = None
+
+
+def walk(cfg: RunConfig, model: Sketch, lookup: Lookup, save_model: bool) -> Outline:
+    """Walk the pipeline's stages. Opens no weights and computes nothing that takes time."""
+    out = Outline()
+    x = Experiment(cfg, Path(), lookup.store)
+    assert model.handle is not None
+    x.dense = model.handle
+    if model.digest.startswith("?"):
+        x.dense = replace(model.handle, digest=Unknown(model.digest))
+    LOAD.then(x)
+    for step in steps(cfg)[1:]:
+        states = [_advance(stage, x, lookup, out) for stage in step.stages if stage.when(x)]
+        out.stages[step.name] = max(states, key=BY_EFFORT.index, default=NOTHING)
+    out.stages["save"] = COMPUTE if save_model else NOTHING
+    out.stages["report"] = COMPUTE
+    needs = [state for name, state in out.stages.items() if name not in ("merge", "report")]
+    idle = all(state in (CACHED, SHARED, NOTHING) for state in needs)
+    out.stages = {"load": NOTHING if idle else COMPUTE, **out.stages}
+    return out
+
+
+def _advance(stage: Stage[Any], x: Experiment, lookup: Lookup, out: Outline) -> str:
+    """What has to be done for a stage; the experiment gets its value, or an unknown one."""
+    if not stage.works(x):
+        return NOTHING
+    state, entry = COMPUTE, None
+    inputs = stage.inputs(x) if stage.kind else None
+    if inputs is not None:
+        state, entry = lookup.state(stage, x, inputs)
+    value = _value(stage, x, entry)
+    if stage is CALIBRATE and value is not None:
+        out.tokens = value
+    if stage is PLAN:
+        out.plan, out.plan_from = value, "in the cache"
+        if value is None:
+            out.plan, out.plan_from = value, _ = _plan(x)
+    setattr(x, stage.field, Unknown(stage.name, inputs, x.model.digest) if value is None else value)
+    stage.then(x)
+    return state
+
+
+def _value(stage: Stage[Any], x: Experiment, entry: Path | None) -> Any:
+    """A small value from the cache or a file, or one that costs nothing to compute; None where only the run knows."""
+    try:
+        if entry is not None and stage.small and stage.kind is not None:
+            return stage.kind.load(entry)  # type: ignore[attr-defined]
+        if stage is CALIBRATE and x.cfg.calibration.name == "tokens":
+            return stage.compute(x)
+        if stage.light:
+            value = stage.compute(x)
+            return None if isinstance(value, Unknown) else value
+    except (OSError, ValueError, KeyError, TypeError, SlmError):
+        return None
+    return None
+
+
+def _plan(x: Experiment) -> tuple[MergePlan | None, str]:
+    """The plan where a file gives it, or where the scores that its search would ask for are in the cache."""
+    method = x.cfg.method
+    if method.replays is not None:
+        return (method.replays if method.compensate is None else None), "as given"
+    if x.store.folder is None or isinstance(x.model, Unknown) or isinstance(x.tokens, Unknown):
+        return None, ""
+    key = score_key(x)
+    if key is None:
+        return None, ""
+    known, _ = journal.read(x.store.folder / "scores" / key)
+    plan = method.plan_from_scores(x.dense.n_layers, known, x.cfg.merge_rule.name)
+    return plan, "from scores in the cache" if plan else ""
