@@ -6,7 +6,7 @@ same kind of thing, and the protocol of a report that used them says `packaged`.
 
 from __future__ import annotations
 
-from typing import Any
+from slm_exp.evaluation.report import Row
 
 THINGS = (  # (thing, what it does, where it is found)
     ("kettle", "boils water", "kitchen"),
@@ -32,12 +32,12 @@ THINGS = (  # (thing, what it does, where it is found)
 )
 
 
-def made_up(task: str) -> list[dict[str, Any]]:
+def made_up(task: str) -> list[Row]:
     """Twenty documents of one of the seven tasks; the same ones every time, right answers in turning places."""
     return [_document(task, i) for i in range(len(THINGS))]
 
 
-def _document(task: str, i: int) -> dict[str, Any]:
+def _document(task: str, i: int) -> Row:
     thing, work, place = THINGS[i]
     others = [THINGS[(i + step) % len(THINGS)] for step in (3, 7, 12)]
     if task == "boolq":

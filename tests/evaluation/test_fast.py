@@ -16,8 +16,9 @@ from slm_exp.evaluation import documents
 from slm_exp.evaluation.backends import fast
 from slm_exp.evaluation.backends.decoding import NoCacheError
 from slm_exp.evaluation.backends.fast import FastLM, TreeForward
+from slm_exp.evaluation.backends.harness import language_model, load_tasks, run_tasks
 from slm_exp.evaluation.base import SEVEN
-from slm_exp.evaluation.harness import language_model, quiet, run_tasks
+from slm_exp.evaluation.task_index import quiet
 from slm_exp.models.base import ModelHandle
 
 CONTEXT = "Ann owns a kettle and a rake. Which of the two boils water?"
@@ -137,7 +138,7 @@ class TestSameAsHFLM:
         monkeypatch.setattr(documents, "assets_folder", lambda: None)
         tokenizer = tiny_handle.tokenizer
         assert tokenizer is not None
-        ours, theirs = (run_tasks(tiny_handle.model, tokenizer, list(SEVEN), 10, None, None, True, name)
+        ours, theirs = (run_tasks(tiny_handle.model, tokenizer, load_tasks(list(SEVEN), 10, True), 10, backend=name)
                         for name in ("fast", "hflm"))
         assert ours.tasks == theirs.tasks
         assert (ours.protocol, ours.settings, ours.sources) == (theirs.protocol, theirs.settings, theirs.sources)

@@ -13,7 +13,8 @@ from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.files import digest
 from slm_exp.evaluation import documents
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
-from slm_exp.evaluation.measure import average, measure
+from slm_exp.evaluation.measure import measure
+from slm_exp.evaluation.report import TaskScore, average
 from slm_exp.models.base import ModelHandle
 
 
@@ -29,12 +30,12 @@ def token_file(tmp_path: Path) -> str:
 
 
 def test_average_takes_the_papers_metrics() -> None:
-    tasks: dict[str, dict[str, Any]] = {task: {"acc": 0.0, "acc_norm": 0.0} for task in SEVEN}
+    tasks = {task: TaskScore({"acc": 0.0, "acc_norm": 0.0}) for task in SEVEN}
     for task in ("boolq", "piqa", "winogrande", "arc_easy"):
-        tasks[task]["acc"] = 1.0
+        tasks[task].metrics["acc"] = 1.0
     assert average(tasks) == pytest.approx(4 / 7)
     for task in ("hellaswag", "arc_challenge", "openbookqa"):
-        tasks[task]["acc_norm"] = 1.0
+        tasks[task].metrics["acc_norm"] = 1.0
     assert average(tasks) == 1.0
     del tasks["piqa"]
     assert average(tasks) is None
@@ -46,13 +47,13 @@ def test_report(tiny_handle: ModelHandle, token_file: str, tmp_path: Path) -> No
     report = cfg.run(tiny_handle)
     assert report.average == average(report.tasks)
     assert report.perplexity["mine"] > 1
-    fields = report.protocol["fields"]
-    assert report.protocol["hash"] == digest(fields)
+    fields = report.protocol.fields
+    assert report.protocol.hash == digest(fields)
     assert fields["limit"] == 2
     assert fields["dtype"] == "float32"
     assert fields["perplexity"]["mine"]["seq_len"] == 12
     assert set(fields["tasks"]) == set(SEVEN)
-    assert set(report.protocol["sources"].values()) == {"packaged"}
+    assert set(report.protocol.sources.values()) == {"packaged"}
     report.save(tmp_path / "report")
     assert EvalReport.load(tmp_path / "report") == report
     assert {f.name for f in (tmp_path / "report" / "samples").iterdir()} == {f"{task}.jsonl.gz" for task in SEVEN}
@@ -60,7 +61,7 @@ def test_report(tiny_handle: ModelHandle, token_file: str, tmp_path: Path) -> No
 
 def test_protocol_knows_what_matters_and_nothing_else(tiny_handle: ModelHandle, token_file: str) -> None:
     base = Evaluation(tasks=["piqa"], limit=2, corpora={"mine": token_file})
-    hashes = {name: measure(replace(base, **change), tiny_handle).protocol["hash"] for name, change in {
+    hashes = {name: measure(replace(base, **change), tiny_handle).protocol.hash for name, change in {
         "base": {}, "again": {}, "batch": {"batch_size": 1}, "limit": {"limit": 3}, "tasks": {"tasks": ["boolq"]},
         "corpora": {"corpora": {}},
     }.items()}
