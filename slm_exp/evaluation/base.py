@@ -89,16 +89,17 @@ class Evaluation(Settings):
         return None
 
     def identity(self) -> dict[str, Any]:
-        """Corpora by what their files hold, and which documents the tasks are asked on."""
+        """Corpora by what their files hold, and which documents the tasks use."""
         out = super().identity()
         out["corpora"] = {name: corpus_identity(where) for name, where in self.wanted_corpora().items()}
         out["documents"] = documents_source() if self.tasks else None
         del out["corpora_at_hand"]  # it shows in which corpora there are
-        return out if self.times else _without_speed(out)
+        return {name: value for name, value in out.items() if self.times or not name.startswith("speed_")}
 
     def measured_by(self) -> dict[str, Any]:
-        """What the stage cache tells reports apart by: the backend too, whose rounding is its own; never the speed."""
-        return {"evaluation": _without_speed(self.identity()), "backend": self.backend}
+        """What distinguishes reports in the stage cache: the backend too, whose rounding is its own; never the speed."""
+        report = {name: value for name, value in self.identity().items() if not name.startswith("speed_")}
+        return {"evaluation": report, "backend": self.backend}
 
     def cost(self, sizes: Sizes, layers: float, random: bool) -> tuple[Work, list[str]]:
         """Measuring a model of so many layers, and what could not be counted. See evaluation/cost.py."""
@@ -130,7 +131,3 @@ class Evaluation(Settings):
                          "Change the settings, or leave evaluation.protocol unset.")
         if dense:
             check_range(report, self.dense_range)
-
-
-def _without_speed(identity: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in identity.items() if not name.startswith("speed_")}

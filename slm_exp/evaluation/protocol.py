@@ -24,7 +24,7 @@ FILE = "protocol.json"
 
 @dataclass(frozen=True)
 class TaskProtocol:
-    """How one task was asked."""
+    """How one task was measured."""
 
     version: Any
     metric: str | None

@@ -13,14 +13,9 @@ from slm_exp.core.files import plain, write_json, writing
 from slm_exp.evaluation.protocol import Protocol
 
 SEVEN = {  # task -> the metric that enters the seven-task average
-    "boolq": "acc",
-    "piqa": "acc",
-    "hellaswag": "acc_norm",
-    "winogrande": "acc",
-    "arc_easy": "acc",
-    "arc_challenge": "acc_norm",
-    "openbookqa": "acc_norm",
-}
+    "boolq": "acc", "piqa": "acc", "hellaswag": "acc_norm", "winogrande": "acc", "arc_easy": "acc",
+    "arc_challenge": "acc_norm", "openbookqa": "acc_norm",
+}  # fmt: skip
 Row = dict[str, Any]
 """A document in the schema of its set, or what a model answered to it."""
 

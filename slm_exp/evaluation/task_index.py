@@ -1,4 +1,4 @@
-"""lm-eval's index of task files: which tasks there are, and where each reads its data. Loads lm-eval when asked."""
+"""lm-eval's index of task files: which tasks there are, and where each reads its data. lm-eval loads on first use."""
 
 from __future__ import annotations
 

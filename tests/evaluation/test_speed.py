@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_operations(tiny_handle: ModelHandle, shorter: ModelHandle) -> None:
 
 
 def test_spread() -> None:
-    assert Spread.of([4.0, 1.0, 2.0, 3.0])._asdict() == pytest.approx(
+    assert asdict(Spread.of([4.0, 1.0, 2.0, 3.0])) == pytest.approx(
         {"median": 2.5, "q1": 1.75, "q3": 3.25, "mean": 2.5, "std": math.sqrt(1.25), "n": 4})
     assert Spread.of([7.0]).q3 == 7
 
@@ -111,7 +112,7 @@ class TestNotes:
     def notes(self, dense: ModelHandle, compressed: ModelHandle, **latency: float) -> str:
         spread = Spread(**{"median": 1.0, "q1": 0.99, "q3": 1.01, "mean": 1.0, "std": 0.0, "n": 3} | latency)  # type: ignore[arg-type]
         timing = Timing(spread, spread, spread, None, 1.0)
-        return " ".join(speed.notes(dense, compressed, [Cell(Case(1, 2, 3), timing, timing, spread)]))
+        return " ".join(speed.notes(dense, compressed, [Cell("1x2x3", 1, 2, 3, timing, timing, spread)]))
 
     def test_a_sound_measurement_needs_none(self, tiny_handle: ModelHandle, shorter: ModelHandle) -> None:
         tiny_handle.random = False

@@ -1,4 +1,4 @@
-"""lm-eval through its Python API: its own task definitions, asked on documents that are already here."""
+"""lm-eval through its Python API: its own task definitions, on documents that are already here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from slm_exp.evaluation.task_index import quiet
 
 LOCAL = "local_"
 """Names of the groups that only carry other data to lm-eval's loader begin with it."""
-FEWSHOT_SEED = 1234  # lm-eval's own default; the seven tasks are asked zero-shot and do not use it
+FEWSHOT_SEED = 1234  # lm-eval's own default; the seven tasks are zero-shot and do not use it
 BOOTSTRAP = 1000  # draws for metrics without a closed-form standard error; means have one
 
 
@@ -57,11 +57,12 @@ class TaskResults(NamedTuple):
     """What else shapes a request: {add_bos, max_length}."""
 
 
+@quiet()
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedTasks, limit: int | None = None,
     batch_size: int | None = None, add_bos: bool | None = None, backend: str = "fast",
 ) -> TaskResults:
-    """Ask a model in memory the first `limit` documents of each task.
+    """Evaluate a model in memory on the first `limit` documents of each task.
 
     Model and tokenizer are left as they are. lm-eval's response cache is not used: it knows models by name alone.
 
@@ -70,12 +71,11 @@ def run_tasks(
 
     Cost: on two CPU cores about as long as the requests' tokens take forwards; building them is milliseconds.
     """
-    with quiet():
-        lm = language_model(model, tokenizer, batch_size, add_bos, backend)
-        results = evaluate(lm, loaded.objects, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
-        assert results is not None  # None is for the other ranks of a distributed run
-        samples = {name: [_row(loaded.objects["tasks"][name], example) for example in examples]
-                   for name, examples in results["samples"].items()}
+    lm = language_model(model, tokenizer, batch_size, add_bos, backend)
+    results = evaluate(lm, loaded.objects, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
+    assert results is not None  # None is for the other ranks of a distributed run
+    samples = {name: [_row(loaded.objects["tasks"][name], example) for example in examples]
+               for name, examples in results["samples"].items()}
     scores = {name: _score(metrics) for name, metrics in results["results"].items()}
     protocol = {
         name: TaskProtocol(results["versions"].get(name), SEVEN.get(name), scores[name].n, results["n-shot"].get(name),
@@ -94,17 +94,13 @@ def language_model(
     return (FastLM if backend == "fast" else CheckedHFLM)(model, tokenizer, batch_size, add_bos)
 
 
+@quiet()
 def load_tasks(tasks: list[str], limit: int | None, random_model: bool = False) -> LoadedTasks:
-    """Build lm-eval's task objects, asked zero-shot unless they say otherwise. Documents of the asked splits only.
+    """Build lm-eval's task objects, zero-shot unless they say otherwise, with the documents of the evaluated split.
 
     Raises:
         DataError: lm-eval could not find the data of a task.
     """
-    with quiet():
-        return _load_tasks(tasks, limit, random_model)
-
-
-def _load_tasks(tasks: list[str], limit: int | None, random_model: bool) -> LoadedTasks:
     manager = task_index.task_manager(all(task in SEVEN or task in task_index.bundled_tasks() for task in tasks))
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     sources: dict[str, str] = {}
@@ -135,8 +131,8 @@ def _spec(task: str, limit: int | None, random_model: bool, manager: TaskManager
         return {"group": LOCAL + task, "task": [_on(task, documents)]}, documents.source
     if task in MMLU_GROUPS and mmlu_subjects():
 
-        def of_subject(config_source: str, **_: Any) -> dict[str, Any]:
-            """lm-eval tells a subject's own file, `.../mmlu_anatomy.yaml`."""
+        def of_subject(config_source: str, **_: Any) -> dict[str, datasets.Dataset]:
+            """lm-eval passes a subject's own file, `.../mmlu_anatomy.yaml`."""
             subject = local_documents(Path(config_source).stem, limit)
             if subject is None:
                 raise DataError(f"the assets hold no subject {Path(config_source).stem}")
@@ -149,14 +145,14 @@ def _spec(task: str, limit: int | None, random_model: bool, manager: TaskManager
     return task, "hub"
 
 
-def _on(task: str, documents: Documents) -> dict[str, Any]:
+def _on(task: str, documents: Documents) -> Row:
     """The stock task with other data: only splits that exist may be named."""
     splits = dict.fromkeys(("training_split", "validation_split", "test_split"))
     splits["test_split" if documents.split == "test" else "validation_split"] = documents.split
     return {"task": task, "custom_dataset": lambda **_: _tables(documents), **splits}
 
 
-def _tables(documents: Documents) -> dict[str, Any]:
+def _tables(documents: Documents) -> dict[str, datasets.Dataset]:
     return {split: datasets.Dataset.from_list(rows)
             for split, rows in {documents.split: documents.rows, **documents.others}.items()}  # fmt: skip
 

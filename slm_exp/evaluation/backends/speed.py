@@ -17,9 +17,9 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +42,8 @@ UNSTEADY = 0.2
 """Quartiles this far apart, relative to the median, are worth a warning."""
 
 
-class Spread(NamedTuple):
+@dataclass(frozen=True)
+class Spread:
     """Some timings: quartiles by linear interpolation, standard deviation of the population as in the papers."""
 
     median: float
@@ -63,7 +64,8 @@ class Spread(NamedTuple):
         return (self.q3 - self.q1) / self.median
 
 
-class Timing(NamedTuple):
+@dataclass(frozen=True)
+class Timing:
     """One model in one case."""
 
     latency_s: Spread
@@ -73,44 +75,38 @@ class Timing(NamedTuple):
     """Weights and what grew during a generation; None where the system does not tell."""
     flops: float
 
-    def to_json(self) -> dict[str, Any]:
-        return {name: value._asdict() if isinstance(value, Spread) else value for name, value in self._asdict().items()}
-
 
 @dataclass(frozen=True)
 class Cell:
     """Both models in one case, or the error that a case ended in."""
 
-    case: Case
+    name: str
+    """batch x prompt x new"""
+    batch: int
+    prompt: int
+    new: int
     dense: Timing | None = None
     compressed: Timing | None = None
     speedup: Spread | None = None
     """Of dense / compressed latency, run by run."""
     error: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        out = {"name": self.case.name, **self.case._asdict()}
-        if self.dense is None or self.compressed is None or self.speedup is None:
-            return out | {"error": self.error}
-        return out | {"dense": self.dense.to_json(), "compressed": self.compressed.to_json(),
-                      "speedup": self.speedup._asdict()}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class SpeedReport:
     """`speed` of the record."""
 
-    protocol: Mapping[str, Any]
+    protocol: Mapping[str, object]
     """How it was timed: runs, sampling, dtype, device, threads."""
-    models: Mapping[str, Mapping[str, int]]
+    models: dict[str, dict[str, int]]
     """dense and compressed -> {params, weight_bytes}"""
-    cells: Sequence[Cell]
-    notes: Sequence[str]
+    cells: list[Cell]
+    notes: list[str]
     """What limits the meaning of these numbers."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"protocol": self.protocol, "models": self.models, "cells": [cell.to_json() for cell in self.cells],
-                "notes": self.notes}  # fmt: skip
+        cells = [{name: value for name, value in asdict(cell).items() if value is not None} for cell in self.cells]
+        return {"protocol": self.protocol, "models": self.models, "cells": cells, "notes": self.notes}
 
 
 def measure_speed(cfg: Settings, dense: ModelHandle, compressed: ModelHandle) -> SpeedReport:
@@ -132,7 +128,7 @@ def measure_speed(cfg: Settings, dense: ModelHandle, compressed: ModelHandle) ->
             if not out_of_memory(error):
                 raise
             log.warning("speed of %s: out of memory (%s).", case.name, error)
-            cells.append(Cell(case, error="out of memory"))
+            cells.append(Cell(case.name, *case, error="out of memory"))
     device = dense.model.device
     protocol = {
         "runs": cfg.speed_runs, "discard": cfg.speed_discard, "grid_runs": cfg.speed_grid_runs,
@@ -156,7 +152,7 @@ def notes(dense: ModelHandle, compressed: ModelHandle, cells: Sequence[Cell]) ->
         out.append("speed: the compressed model is as large as the dense one, so a speedup other than 1 is noise.")
     if len(set((getattr(dense.model, "hf_device_map", None) or {}).values())) > 1:
         out.append("speed: the model is spread over several devices; moving states between them is part of the time.")
-    wide = {cell.case.name: width for cell in cells if cell.dense and cell.compressed
+    wide = {cell.name: width for cell in cells if cell.dense and cell.compressed
             and (width := max(cell.dense.latency_s.width, cell.compressed.latency_s.width)) > UNSTEADY}  # fmt: skip
     if wide:
         out.append(f"speed: the quartiles of a latency are up to {max(wide.values()):.0%} apart ({', '.join(wide)}; "
@@ -218,7 +214,7 @@ def _time(case: Case, handles: Mapping[str, ModelHandle], runs: int, discard: in
                       generation_flops(handles[which], case))  # fmt: skip
 
     ratios = [before[0] / after[0] for before, after in zip(seconds["dense"], seconds["compressed"], strict=True)]
-    return Cell(case, timing("dense"), timing("compressed"), Spread.of(ratios))
+    return Cell(case.name, *case, timing("dense"), timing("compressed"), Spread.of(ratios))
 
 
 def prompt_ids(handle: ModelHandle, case: Case) -> Tensor:
