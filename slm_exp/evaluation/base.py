@@ -97,7 +97,7 @@ class Evaluation(Settings):
         return {name: value for name, value in out.items() if self.times or not name.startswith("speed_")}
 
     def measured_by(self) -> dict[str, Any]:
-        """What distinguishes reports in the stage cache: the backend too, whose rounding is its own; never the speed."""
+        """What distinguishes reports in the stage cache: the backend too, for its rounding, but not the speed."""
         report = {name: value for name, value in self.identity().items() if not name.startswith("speed_")}
         return {"evaluation": report, "backend": self.backend}
 
