@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def test_report(tiny_handle: ModelHandle, token_file: str, tmp_path: Path) -> No
     report.save(tmp_path / "report")
     assert EvalReport.load(tmp_path / "report") == report
     assert {f.name for f in (tmp_path / "report" / "samples").iterdir()} == {f"{task}.jsonl.gz" for task in SEVEN}
+
+
+def test_a_protocol_is_what_it_was(tiny_handle: ModelHandle) -> None:
+    """Results of every version compare by this hash."""
+    about = {"version": 1.0, "n": 2, "num_fewshot": 0, "document_ids": "463f2998327eb3a6"}
+    protocol = Evaluation(tasks=["piqa", "hellaswag"], limit=2).run(tiny_handle).protocol
+    assert protocol.fields == {
+        "lm_eval": version("lm-eval"), "limit": 2, "add_bos": False, "max_length": 8192, "dtype": "float32",
+        "tasks": {"piqa": about | {"metric": "acc", "documents": "183c72fa4873c4ab"},
+                  "hellaswag": about | {"metric": "acc_norm", "documents": "d9200bf446def490"}},
+        "perplexity": {},
+    }  # fmt: skip
+    assert protocol.hash == digest(protocol.fields)
+    assert version("lm-eval") != "0.4.13" or protocol.hash == "15b0a156b7acccad"
 
 
 def test_protocol_knows_what_matters_and_nothing_else(tiny_handle: ModelHandle, token_file: str) -> None:
