@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
+from slm_exp.evaluation.backends.harness import language_model, load_tasks
 from slm_exp.evaluation.backends.trees import Request, grow
 from slm_exp.evaluation.base import SEVEN
-from slm_exp.evaluation.harness import language_model, load_tasks, quiet
+from slm_exp.evaluation.task_index import quiet
 from slm_exp.launch.compose import compose_run
 from slm_exp.models.base import ModelHandle
 
@@ -41,10 +42,10 @@ def open_model(path: str | None) -> ModelHandle:
 
 def requests_of(tasks: list[str], limit: int) -> tuple[dict[str, Any], list[Any]]:
     with quiet():
-        loaded, _ = load_tasks(tasks, limit)
-        for task in loaded["tasks"].values():
+        loaded = load_tasks(tasks, limit).objects["tasks"]
+        for task in loaded.values():
             task.build_all_requests(limit=limit)
-    return loaded["tasks"], [i for task in loaded["tasks"].values() for i in task.instances]
+    return loaded, [i for task in loaded.values() for i in task.instances]
 
 
 def ask(handle: ModelHandle, backend: str, batch_size: int | None, requests: list[Any]) -> tuple[Any, float, float]:

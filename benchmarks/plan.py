@@ -57,16 +57,17 @@ def documents() -> None:
     import torch
 
     from slm_exp.core.cache.store import default_cache_dir
+    from slm_exp.evaluation.backends.harness import load_tasks
     from slm_exp.evaluation.backends.trees import Request, grow
     from slm_exp.evaluation.base import SEVEN
-    from slm_exp.evaluation.harness import load_tasks, quiet
+    from slm_exp.evaluation.task_index import quiet
     from slm_exp.models.smollm2_135m import SmolLM2
 
     tokenizer = SmolLM2().open(torch.device("cpu"), Path(default_cache_dir())).tokenizer
     assert tokenizer is not None
     for limit in (20, None):
         with quiet():
-            loaded, _ = load_tasks(list(SEVEN), limit)
+            loaded = load_tasks(list(SEVEN), limit).objects
         for name in SEVEN:
             task = loaded["tasks"][name]
             with quiet():

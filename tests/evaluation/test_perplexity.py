@@ -82,7 +82,7 @@ class TestChunks:
         assert {name: corpus.protocol["bos"] for name, corpus in got.items()} == {"mine": "once",
                                                                                   "mine_bos": "every_chunk"}
         report = Evaluation(corpora={"mine": text}, ppl_seq_len=8, ppl_bos="both").run(tiny_handle)
-        assert set(report.perplexity) == set(report.protocol["fields"]["perplexity"]) == {"mine", "mine_bos"}
+        assert set(report.perplexity) == set(report.protocol.fields["perplexity"]) == {"mine", "mine_bos"}
         with pytest.raises(ConfigError, match="no mine_bos"):
             Evaluation(corpora={"mine": text, "mine_bos": text}, ppl_bos="both")
 

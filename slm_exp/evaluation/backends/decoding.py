@@ -79,10 +79,10 @@ def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: s
     rows, cache = list(range(len(prompts))), None
     with torch.inference_mode():
         while rows:
-            found: Any = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT,
-                               past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
-            next_B = _most_likely(found.logits[:, -1])
-            cache = found.past_key_values
+            output: Any = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT,
+                                past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
+            next_B = _most_likely(output.logits[:, -1])
+            cache = output.past_key_values
             if cache is None:
                 raise NoCacheError(f"{type(model).__name__} gives no key-value cache")
             for row, token in zip(rows, next_B.tolist(), strict=True):

@@ -3,10 +3,10 @@
 Requests that begin alike become one tree (see trees.py): a document's context is computed once and every choice is a
 branch that sees its own ancestors only. Rows of a batch are trees of about the same size, so there is little padding;
 logits exist only where a continuation is predicted, a few megabytes at a time; on CPUs the decoder layers run fused
-(search/fused.py). Rolling likelihoods come through the same door. Greedy generation runs many prompts at once and lets
+(engine/fused.py). Rolling likelihoods are computed the same way. Greedy generation runs many prompts at once and lets
 each end by itself (decoding.py), where HFLM goes on until all of a batch have ended.
 
-Before it trusts a model it compares itself with a plain forward pass, and goes HFLM's way where it cannot agree.
+Before it trusts a model it compares itself with a plain forward pass, and falls back to HFLM where they disagree.
 
 Letters: B trees, T nodes, D hidden size, V vocabulary, P predicting nodes.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -83,8 +83,8 @@ class FastLM(CheckedHFLM):
         super().__init__(model, tokenizer, batch_size, add_bos)
         self.trees_per_batch = batch_size
         self.nodes_per_batch = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"])
-        self._way: TreeForward | None = None
-        self._falls_back: str | None = unfit(model)
+        self._forward: TreeForward | None = None
+        self._falls_back: str | None = unfit(model)  # the reason
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Score]:
         """As lm-eval's, with nothing at all after nothing at all certain instead of an error."""
@@ -104,20 +104,21 @@ class FastLM(CheckedHFLM):
         Raises:
             DataError: NaN or infinite logits, a text that became no tokens, a continuation longer than the model.
         """
-        asked = [self._request(i, *request) for i, request in enumerate(requests)]
-        out = [Score(0.0, True)] * len(asked)  # an empty continuation is certain
-        trees = grow([r for r in asked if r.targets])
+        sequences = [self._request(i, *request) for i, request in enumerate(requests)]
+        out = [Score(0.0, True)] * len(sequences)  # an empty continuation is certain
+        sequences = [s for s in sequences if s.targets]
+        trees = grow(sequences)
         if not trees:
             return out
-        if self._way is None and self._falls_back is None:
-            self._choose_way(trees)
+        if self._forward is None and self._falls_back is None:
+            self._choose_forward(trees)
         if self._falls_back is None:
             self.warn_of_cuts(requests)
-            found = self._scores(trees)
+            batches = self._scores(trees)
         else:
-            found = self._plain_scores([r for r in asked if r.targets], requests)
-        with tqdm(total=len(asked), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
-            for scores in found:
+            batches = self._plain_scores(sequences, requests)
+        with tqdm(total=len(out), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+            for scores in batches:
                 for owner, score in scores:
                     out[owner] = score
                 bar.update(len(scores))
@@ -130,41 +131,41 @@ class FastLM(CheckedHFLM):
         """Text after each context, up to a stop sequence, the end of text or `max_gen_toks`.
 
         Greedy requests run together whatever their stops; sampled ones, and models that decoding.py does not fit,
-        go HFLM's way, which is said once.
+        fall back to HFLM, with one warning.
 
         Raises:
             DataError: NaN or infinite logits, or no room in the model for what is to be generated.
         """
-        asked = [self._prompt(*request.args) for request in requests]
-        if cut := sum(p is not None and p.cut for p in asked):
+        prompts = [self._prompt(*request.args) for request in requests]
+        if cut := sum(p is not None and p.cut for p in prompts):
             log.warning("%d of %d contexts leave no room to generate in %d tokens and lose their beginning.",
-                        cut, len(asked), self.max_length)  # fmt: skip
+                        cut, len(prompts), self.max_length)  # fmt: skip
         reason = unusual(self.model)
         if reason is None:
             try:
-                found = self._continuations([p for p in asked if p], disable_tqdm)
+                answers = self._continuations([p for p in prompts if p], disable_tqdm)
             except UNCERTAIN as error:
                 reason = str(error)
         if reason is not None:
-            log.warning("evaluation.backend=fast generates the way of hflm: %s.", reason)
+            log.warning("evaluation.backend=fast falls back to HFLM for generation: %s.", reason)
             return list(super().generate_until(list(requests), disable_tqdm))
-        others = [i for i, p in enumerate(asked) if p is None]
+        others = [i for i, p in enumerate(prompts) if p is None]
         if others:
-            log.warning("%d of %d requests are sampled or searched; they go the way of hflm.", len(others), len(asked))
+            log.warning("%d of %d requests are sampled or searched and fall back to HFLM.", len(others), len(prompts))
         texts = iter(super().generate_until([requests[i] for i in others], disable_tqdm) if others else [])
         out = []
-        for request, prompt in zip(requests, asked, strict=True):
+        for request, prompt in zip(requests, prompts, strict=True):
             if prompt is None:
                 out.append(next(texts))
                 continue
-            text = postprocess_generated_text(self.tok_decode(next(found)), prompt.stops, None)
+            text = postprocess_generated_text(self.tok_decode(next(answers)), prompt.stops, None)
             self.cache_hook.add_partial("generate_until", request.args, text)
             out.append(text)
         return out
 
-    def _prompt(self, context: str, settings: dict[str, Any]) -> _Continue | None:
+    def _prompt(self, context: str, settings: Mapping[str, Any]) -> _Continue | None:
         """What is to be generated after a context; None where it is not simply the most likely text."""
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         stops = handle_stop_sequences(list(kwargs.pop("until", None) or []), eos=eos)
         room, sampled = int(kwargs.pop("max_gen_toks")), kwargs.pop("do_sample", False)
@@ -186,22 +187,22 @@ class FastLM(CheckedHFLM):
 
         return _Continue(Prompt(tokens, room, ended), stops, cut=len(tokens) < len(whole))
 
-    def _continuations(self, asked: Sequence[_Continue], disable_tqdm: bool) -> Iterator[list[int]]:
-        """The tokens generated for each, in the order asked; longest contexts first, fewer at once when memory ends.
+    def _continuations(self, prompts: Sequence[_Continue], disable_tqdm: bool) -> Iterator[list[int]]:
+        """The tokens generated for each, in the order given; longest contexts first, fewer at once when memory ends.
 
         Raises:
             RuntimeError: the model does not generate by its cache what it finds most likely without.
         """
         ends = stop_ids(self.model, self.tokenizer.eos_token_id)
-        left = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt.tokens))
+        left = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].prompt.tokens))
         most = self.trees_per_batch or ROWS_AT_ONCE
-        out: list[list[int]] = [[]] * len(asked)
-        with tqdm(total=len(asked), desc="Running generate_until requests", disable=disable_tqdm) as bar:
+        out: list[list[int]] = [[]] * len(prompts)
+        with tqdm(total=len(prompts), desc="Running generate_until requests", disable=disable_tqdm) as bar:
             while left:
-                longest = max(len(asked[i].prompt.tokens) + asked[i].prompt.room for i in left[:most])
+                longest = max(len(prompts[i].prompt.tokens) + prompts[i].prompt.room for i in left[:most])
                 some = left[: max(1, min(most, CACHED_AT_ONCE.get(self.device.type, 8192) // longest))]
                 try:
-                    found = continue_greedily(self.model, [asked[i].prompt for i in some], ends)
+                    answers = continue_greedily(self.model, [prompts[i].prompt for i in some], ends)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                     if not out_of_memory(error):
                         raise
@@ -213,22 +214,22 @@ class FastLM(CheckedHFLM):
                     most = len(some) // 2
                     log.warning("out of memory; going on with %d prompts at once.", most)
                     continue
-                if len(left) == len(asked):
-                    shortest = min(range(len(some)), key=lambda i: len(found[i]))
-                    if not agrees(self.model, asked[some[shortest]].prompt, found[shortest]):
+                if len(left) == len(prompts):
+                    shortest = min(range(len(some)), key=lambda i: len(answers[i]))
+                    if not agrees(self.model, prompts[some[shortest]].prompt, answers[shortest]):
                         raise RuntimeError("what it generates by its cache is not what it finds most likely without")
-                for i, answer in zip(some, found, strict=True):
+                for i, answer in zip(some, answers, strict=True):
                     out[i] = answer
                 bar.update(len(some))
                 left = left[len(some) :]
         return iter(out)
 
-    def _plain_scores(self, asked: Sequence[Request], requests: Sequence[Any]) -> Iterator[list[tuple[int, Score]]]:
-        """HFLM's own way, for models that do not take trees."""
-        log.warning("evaluation.backend=fast goes the way of hflm: %s.", self._falls_back)
-        plain = [(None, requests[r.owner][1] or [self.prefix_token_id], requests[r.owner][2]) for r in asked]
+    def _plain_scores(self, sequences: Sequence[Request], requests: Sequence[Any]) -> Iterator[list[tuple[int, Score]]]:
+        """HFLM's own, for models that do not take trees."""
+        log.warning("evaluation.backend=fast falls back to HFLM: %s.", self._falls_back)
+        plain = [(None, requests[r.owner][1] or [self.prefix_token_id], requests[r.owner][2]) for r in sequences]
         scores = super()._loglikelihood_tokens(plain, disable_tqdm=True)
-        yield [(r.owner, Score(*score)) for r, score in zip(asked, scores, strict=True)]
+        yield [(r.owner, Score(*score)) for r, score in zip(sequences, scores, strict=True)]
 
     def _request(self, owner: int, text: Any, context: list[int], continuation: list[int]) -> Request:
         if not continuation and text is not None and text[1]:
@@ -240,16 +241,16 @@ class FastLM(CheckedHFLM):
         whole = [*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) :]
         return Request(owner, tuple(whole[:-1]), tuple(continuation))
 
-    def _choose_way(self, trees: list[Tree]) -> None:
-        """The fastest way through the model that agrees with a plain forward pass on small trees of these."""
+    def _choose_forward(self, trees: list[Tree]) -> None:
+        """The fastest forward pass over trees that agrees with a plain forward pass on small trees of these."""
         probes = [(tree, self._plain_logits(tree)) for tree in _probes(trees, window_of(self.model))]
         reason = ""
         for fuse in (True, False):
             try:
                 with torch.inference_mode():
-                    way = TreeForward(self.model, fuse)
-                with torch.inference_mode(), way.ready():
-                    errors = [_disagreement(way, tree, plain) for tree, plain in probes]
+                    forward = TreeForward(self.model, fuse)
+                with torch.inference_mode(), forward.ready():
+                    errors = [_disagreement(forward, tree, plain) for tree, plain in probes]
             except torch.OutOfMemoryError:
                 raise
             except UNCERTAIN as problem:
@@ -257,7 +258,7 @@ class FastLM(CheckedHFLM):
                 reason = f"{kind} does not take a mask per tree ({type(problem).__name__}: {problem})"
                 continue
             if all(error <= AGREEMENT.get(self.model.dtype, 5e-2) for error in errors):
-                self._way = way
+                self._forward = forward
                 return
             reason = f"its logits differ from a plain forward pass's by {max(errors):.1e} of their spread"
         self._falls_back = reason
@@ -269,19 +270,19 @@ class FastLM(CheckedHFLM):
 
     def _scores(self, trees: list[Tree]) -> Iterator[list[tuple[int, Score]]]:
         """Scores of a batch at a time; longest trees first, so memory runs out at once or never."""
-        assert self._way is not None
+        assert self._forward is not None
         left = deque(trees)
-        with torch.inference_mode(), self._way.ready():
+        with torch.inference_mode(), self._forward.ready():
             while left:
                 batch = self._next(left)
                 try:
-                    found = _score(self._way, batch)
+                    scores = _score(self._forward, batch)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                     if not out_of_memory(error):
                         raise
                     left.extendleft(reversed(self._smaller(batch, error)))
                     continue
-                yield found
+                yield scores
 
     def _next(self, left: deque[Tree]) -> list[Tree]:
         """Take trees from the left: as many as fit, at least one."""
@@ -369,24 +370,23 @@ class TreeForward:
         return torch.where(visible_B1TT, zero, float("-inf"))
 
 
-def _score(way: TreeForward, trees: Sequence[Tree]) -> list[tuple[int, Score]]:
+def _score(forward: TreeForward, trees: Sequence[Tree]) -> list[tuple[int, Score]]:
     """(owner, score) of every request of some trees: one forward pass, logits in portions."""
-    h_BTD = way.hidden(trees)
+    h_BTD = forward.hidden(trees)
     size = h_BTD.shape[1]
-    found = [(owner, row * size + nodes, targets)
-             for row, tree in enumerate(trees) for owner, nodes, targets in tree.predictions()]  # fmt: skip
-    wanted = np.concatenate([nodes for _, nodes, _ in found])
-    nodes_P, inverse = np.unique(wanted, return_inverse=True)
-    targets = np.concatenate([np.asarray(t) for *_, t in found])
-    logp, best = _log_probabilities(way, h_BTD.flatten(0, 1)[torch.as_tensor(nodes_P, device=way.device)],
+    predictions = [(owner, row * size + nodes, targets)
+                   for row, tree in enumerate(trees) for owner, nodes, targets in tree.predictions()]  # fmt: skip
+    nodes_P, inverse = np.unique(np.concatenate([nodes for _, nodes, _ in predictions]), return_inverse=True)
+    targets = np.concatenate([np.asarray(t) for *_, t in predictions])
+    logp, best = _log_probabilities(forward, h_BTD.flatten(0, 1)[torch.as_tensor(nodes_P, device=forward.device)],
                                     inverse.reshape(-1), targets)  # fmt: skip
-    ends = np.cumsum([len(t) for *_, t in found])
+    ends = np.cumsum([len(t) for *_, t in predictions])
     return [(owner, Score(float(logp[end - len(t) : end].sum()), bool(best[end - len(t) : end].all())))
-            for (owner, _, t), end in zip(found, ends, strict=True)]  # fmt: skip
+            for (owner, _, t), end in zip(predictions, ends, strict=True)]  # fmt: skip
 
 
 def _log_probabilities(
-    way: TreeForward, h_PD: Tensor, which: np.ndarray, targets: np.ndarray
+    forward: TreeForward, h_PD: Tensor, which: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """log p(target) in float64 from float32 logits, and whether the target is the argmax.
 
@@ -399,10 +399,10 @@ def _log_probabilities(
     """
     order = np.argsort(which, kind="stable")
     logp, best = np.empty(len(targets)), np.empty(len(targets), dtype=bool)
-    step = way.positions_at_once
+    step = forward.positions_at_once
     for start in range(0, len(h_PD), step):
         part = order[slice(*np.searchsorted(which[order], [start, start + step]))]
-        logits_PV = way.logits(h_PD[start : start + step])
+        logits_PV = forward.logits(h_PD[start : start + step])
         highest_P = logits_PV.amax(dim=-1)
         refuse_broken(highest_P)
         rows = torch.as_tensor(which[part] - start, device=logits_PV.device)
@@ -416,7 +416,7 @@ def _log_probabilities(
 
 
 def unfit(model: PreTrainedModel) -> str | None:
-    """Why trees cannot run through a model, as far as its description tells; or None."""
+    """Why trees cannot run through a model, as far as its config says; or None."""
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1:
         return f"the model is spread over {len(devices)} devices"
@@ -449,12 +449,12 @@ def _probes(trees: Sequence[Tree], window: int | None) -> list[Tree]:
     return out
 
 
-def _disagreement(way: TreeForward, tree: Tree, plain: Sequence[Tensor]) -> float:
+def _disagreement(forward: TreeForward, tree: Tree, plain: Sequence[Tensor]) -> float:
     """Largest difference of a tree's logits from the plain ones, relative to their spread."""
-    h_TD = way.hidden([tree])[0]
+    h_TD = forward.hidden([tree])[0]
     off = []
     for (_, nodes, _), plain_PV in zip(tree.predictions(), plain, strict=True):
-        tree_PV = way.logits(h_TD[torch.as_tensor(nodes, device=h_TD.device)]).float()
+        tree_PV = forward.logits(h_TD[torch.as_tensor(nodes, device=h_TD.device)]).float()
         off.append((tree_PV - plain_PV).abs().max() / plain_PV.std())
     return float(torch.stack(off).max())  # NaN where any is
 

@@ -14,22 +14,23 @@ import contextlib
 import ctypes
 import itertools
 import logging
-import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from slm_exp.core.errors import DataError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from slm_exp.evaluation.base import Evaluation
-    from slm_exp.models.base import ModelHandle
+from slm_exp.evaluation.backends.hflm import out_of_memory, refuse_broken
+from slm_exp.evaluation.settings import Case, Settings
+from slm_exp.models.base import ModelHandle
 
 log = logging.getLogger(__name__)
 
@@ -38,64 +39,96 @@ SAMPLING = {"do_sample": True, "top_k": 50, "top_p": 0.95, "temperature": 1.0}
 GRID_DISCARD = 1
 """Runs of a grid's case that do not count."""
 UNSTEADY = 0.2
-"""Quartiles this far apart, relative to the median, are worth a word."""
+"""Quartiles this far apart, relative to the median, are worth a warning."""
 
 
-class Case(NamedTuple):
-    """One shape to generate in."""
+@dataclass(frozen=True)
+class Spread:
+    """Some timings: quartiles by linear interpolation, standard deviation of the population as in the papers."""
 
-    batch: int
-    prompt: int
-    """Tokens in, of every row."""
-    new: int
-    """Tokens out, of every row, neither more nor fewer."""
+    median: float
+    q1: float
+    q3: float
+    mean: float
+    std: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        q1, median, q3 = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
+        return cls(median, q1, q3, float(np.mean(values)), float(np.std(values)), len(values))
 
     @property
-    def name(self) -> str:
-        return f"{self.batch}x{self.prompt}x{self.new}"
+    def width(self) -> float:
+        """Distance of the quartiles, relative to the median."""
+        return (self.q3 - self.q1) / self.median
 
 
-PAPERS = Case(1, 12, 128)
+@dataclass(frozen=True)
+class Timing:
+    """One model in one case."""
+
+    latency_s: Spread
+    tokens_per_s: Spread
+    first_token_s: Spread
+    peak_bytes: int | None
+    """Weights and what grew during a generation; None where the system does not tell."""
+    flops: float
 
 
-def cases(cfg: Evaluation) -> list[Case]:
-    """The papers' case first, then the grid of batches, prompts and lengths."""
-    grid = itertools.product(cfg.speed_batches, cfg.speed_prompts, cfg.speed_new)
-    return list(dict.fromkeys([PAPERS, *(Case(*shape) for shape in grid)]))
+@dataclass(frozen=True)
+class Cell:
+    """Both models in one case, or the error that a case ended in."""
+
+    name: str
+    """batch x prompt x new"""
+    batch: int
+    prompt: int
+    new: int
+    dense: Timing | None = None
+    compressed: Timing | None = None
+    speedup: Spread | None = None
+    """Of dense / compressed latency, run by run."""
+    error: str | None = None
 
 
-def measure_speed(cfg: Evaluation, dense: ModelHandle, compressed: ModelHandle) -> dict[str, Any]:
-    """Time both models in every case: `speed` of the record.
+@dataclass(frozen=True)
+class SpeedReport:
+    """`speed` of the record."""
 
-    Returns:
-        `{protocol, models, cells, notes}`. A cell has `name` (batch x prompt x new), and for each model `latency_s`,
-        `tokens_per_s`, `first_token_s` (each `{median, q1, q3, mean, std, n}`), `peak_bytes` (weights and what grew
-        during a generation; None where the system does not tell) and `flops`; `speedup` is the spread of dense /
-        compressed latency run by run. A cell that does not fit into memory has `error` instead.
+    protocol: Mapping[str, object]
+    """How it was timed: runs, sampling, dtype, device, threads."""
+    models: dict[str, dict[str, int]]
+    """dense and compressed -> {params, weight_bytes}"""
+    cells: list[Cell]
+    notes: list[str]
+    """What limits the meaning of these numbers."""
+
+    def to_json(self) -> dict[str, Any]:
+        cells = [{name: value for name, value in asdict(cell).items() if value is not None} for cell in self.cells]
+        return {"protocol": self.protocol, "models": self.models, "cells": cells, "notes": self.notes}
+
+
+def measure_speed(cfg: Settings, dense: ModelHandle, compressed: ModelHandle) -> SpeedReport:
+    """Time both models in every case; one that does not fit into memory costs only itself.
 
     Raises:
         DataError: NaN or infinite logits.
 
     Cost: (runs + 1) generations of both models per case.
     """
-    import torch
-
-    from slm_exp.evaluation.backends.hflm import out_of_memory
-
     handles = {"dense": dense, "compressed": compressed}
     cells = []
-    for case in cases(cfg):
-        runs, discard = ((cfg.speed_runs, cfg.speed_discard) if case == PAPERS
+    for i, case in enumerate(cfg.cases()):
+        runs, discard = ((cfg.speed_runs, cfg.speed_discard) if i == 0
                          else (cfg.speed_grid_runs + GRID_DISCARD, GRID_DISCARD))  # fmt: skip
-        about: dict[str, Any] = {"name": case.name, **case._asdict()}
         try:
-            about |= _time(case, handles, runs, discard)
+            cells.append(_time(case, handles, runs, discard))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             log.warning("speed of %s: out of memory (%s).", case.name, error)
-            about["error"] = "out of memory"
-        cells.append(about)
+            cells.append(Cell(case.name, *case, error="out of memory"))
     device = dense.model.device
     protocol = {
         "runs": cfg.speed_runs, "discard": cfg.speed_discard, "grid_runs": cfg.speed_grid_runs,
@@ -104,12 +137,11 @@ def measure_speed(cfg: Evaluation, dense: ModelHandle, compressed: ModelHandle) 
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
     }
     models = {which: {"params": h.n_params, "weight_bytes": weight_bytes(h.model)} for which, h in handles.items()}
-    return {"protocol": protocol, "models": models, "cells": cells, "notes": notes(handles, cells)}
+    return SpeedReport(protocol, models, cells, notes(dense, compressed, cells))
 
 
-def notes(handles: Mapping[str, ModelHandle], cells: Sequence[Mapping[str, Any]]) -> list[str]:
+def notes(dense: ModelHandle, compressed: ModelHandle, cells: Sequence[Cell]) -> list[str]:
     """What makes these numbers mean less than they seem to."""
-    dense, compressed = handles["dense"], handles["compressed"]
     out = []
     if dense.random:
         out.append("speed: the model is random and tiny; its speed says nothing of a real one's.")
@@ -120,8 +152,8 @@ def notes(handles: Mapping[str, ModelHandle], cells: Sequence[Mapping[str, Any]]
         out.append("speed: the compressed model is as large as the dense one, so a speedup other than 1 is noise.")
     if len(set((getattr(dense.model, "hf_device_map", None) or {}).values())) > 1:
         out.append("speed: the model is spread over several devices; moving states between them is part of the time.")
-    wide = {cell["name"]: spread for cell in cells if "error" not in cell
-            and (spread := max(_width(cell[which]["latency_s"]) for which in handles)) > UNSTEADY}  # fmt: skip
+    wide = {cell.name: width for cell in cells if cell.dense and cell.compressed
+            and (width := max(cell.dense.latency_s.width, cell.compressed.latency_s.width)) > UNSTEADY}  # fmt: skip
     if wide:
         out.append(f"speed: the quartiles of a latency are up to {max(wide.values()):.0%} apart ({', '.join(wide)}; "
                    "other work on this machine?). The speedup is paired run by run and holds better than the seconds.")
@@ -129,7 +161,7 @@ def notes(handles: Mapping[str, ModelHandle], cells: Sequence[Mapping[str, Any]]
 
 
 def silent_sublayers(handle: ModelHandle) -> int:
-    """Halves of layers whose output projections are all zeros: they cost time and do nothing."""
+    """Sublayers whose output projections are all zeros: they cost time and do nothing."""
     return sum(
         all(not layer.get_submodule(name).weight.any() for name in names)  # type: ignore[operator, union-attr]
         for layer in handle.layers for names in handle.layout.outputs.values()
@@ -157,14 +189,9 @@ def generation_flops(handle: ModelHandle, case: Case) -> float:
     return float(case.batch * total)
 
 
-def _time(case: Case, handles: Mapping[str, ModelHandle], runs: int, discard: int) -> dict[str, Any]:
-    import torch
-    from tqdm import tqdm
-
-    from slm_exp.evaluation.backends.hflm import refuse_broken
-
+def _time(case: Case, handles: Mapping[str, ModelHandle], runs: int, discard: int) -> Cell:
     ids_BT = prompt_ids(handles["dense"], case)
-    found: dict[str, list[tuple[float, float]]] = {which: [] for which in handles}
+    seconds: dict[str, list[tuple[float, float]]] = {which: [] for which in handles}
     grown = {}
     with torch.random.fork_rng(), torch.inference_mode():
         for which, handle in handles.items():
@@ -175,29 +202,23 @@ def _time(case: Case, handles: Mapping[str, ModelHandle], runs: int, discard: in
         for run in tqdm(range(runs), desc=f"speed {case.name}", unit="run"):
             turns = list(handles.items())
             for which, handle in turns if run % 2 == 0 else reversed(turns):
-                seconds = _generate(handle.model, ids_BT, case.new, seed=run)
+                took = _generate(handle.model, ids_BT, case.new, seed=run)
                 if run >= discard:
-                    found[which].append(seconds)
-    out: dict[str, Any] = {}
-    for which, handle in handles.items():
-        latencies, firsts = zip(*found[which], strict=True)
-        grew = grown[which]
-        out[which] = {
-            "latency_s": spread(latencies),
-            "tokens_per_s": spread([case.batch * case.new / s for s in latencies]),
-            "first_token_s": spread(firsts),
-            "peak_bytes": None if grew is None else weight_bytes(handle.model) + grew,
-            "flops": generation_flops(handle, case),
-        }
-    pairs = zip(found["dense"], found["compressed"], strict=True)
-    out["speedup"] = spread([before[0] / after[0] for before, after in pairs])
-    return out
+                    seconds[which].append(took)
+
+    def timing(which: str) -> Timing:
+        latencies, firsts = zip(*seconds[which], strict=True)
+        grew, model = grown[which], handles[which].model
+        return Timing(Spread.of(latencies), Spread.of([case.batch * case.new / s for s in latencies]),
+                      Spread.of(firsts), None if grew is None else weight_bytes(model) + grew,
+                      generation_flops(handles[which], case))  # fmt: skip
+
+    ratios = [before[0] / after[0] for before, after in zip(seconds["dense"], seconds["compressed"], strict=True)]
+    return Cell(case.name, *case, timing("dense"), timing("compressed"), Spread.of(ratios))
 
 
 def prompt_ids(handle: ModelHandle, case: Case) -> Tensor:
-    """[B, T] int64: the papers' prompt, repeated or cut to the length asked; the same in every row."""
-    import torch
-
+    """[B, T] int64: the papers' prompt, repeated or cut to the length requested; the same in every row."""
     tokenizer = handle.tokenizer
     vocab = int(handle.config.vocab_size)
     ids = list(tokenizer(PROMPT).input_ids) if tokenizer is not None else [i % vocab for i in range(1, 13)]
@@ -207,9 +228,6 @@ def prompt_ids(handle: ModelHandle, case: Case) -> Tensor:
 
 def _generate(model: PreTrainedModel, ids_BT: Tensor, new: int, seed: int) -> tuple[float, float]:
     """(seconds of a whole generation, seconds to its first token)."""
-    import torch
-    from transformers import GenerationConfig, StoppingCriteriaList
-
     torch.manual_seed(seed)
     settings = GenerationConfig(**SAMPLING, min_new_tokens=new, max_new_tokens=new, use_cache=True, pad_token_id=0)
     _wait(model.device)
@@ -233,8 +251,6 @@ class _FirstToken:
         self.at: float | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        import torch
-
         if self.at is None:
             _wait(self.device)
             self.at = time.perf_counter()
@@ -242,8 +258,6 @@ class _FirstToken:
 
 
 def _wait(device: torch.device) -> None:
-    import torch
-
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -254,8 +268,6 @@ def _peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
 
     CUDA: what torch's allocator handed out. CPU: resident memory of the process, on Linux.
     """
-    import torch
-
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -281,26 +293,7 @@ def _resident_afresh() -> int | None:
 
 def _status(field: str) -> int | None:
     try:
-        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        line = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         return None
-    return int(found.group(1)) * 1024 if found else None
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """`{median, q1, q3, mean, std, n}`; quartiles by linear interpolation, std of the population as in the papers."""
-    ordered = sorted(values)
-    mean = math.fsum(ordered) / len(ordered)
-    std = math.sqrt(math.fsum((v - mean) ** 2 for v in ordered) / len(ordered))
-
-    def quantile(q: float) -> float:
-        at = q * (len(ordered) - 1)
-        low = math.floor(at)
-        return ordered[low] + (at - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
-
-    return {"median": quantile(0.5), "q1": quantile(0.25), "q3": quantile(0.75), "mean": mean, "std": std,
-            "n": len(ordered)}  # fmt: skip
-
-
-def _width(found: Mapping[str, float]) -> float:
-    return (found["q3"] - found["q1"]) / found["median"]
+    return int(line.group(1)) * 1024 if line else None

@@ -1,0 +1,94 @@
+"""What was measured on one model: scores, seven-task average, perplexities and the protocol; how it lies on disk."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slm_exp.core.files import plain, write_json, writing
+from slm_exp.evaluation.protocol import Protocol
+
+SEVEN = {  # task -> the metric that enters the seven-task average
+    "boolq": "acc", "piqa": "acc", "hellaswag": "acc_norm", "winogrande": "acc", "arc_easy": "acc",
+    "arc_challenge": "acc_norm", "openbookqa": "acc_norm",
+}  # fmt: skip
+Row = dict[str, Any]
+"""A document in the schema of its set, or what a model answered to it."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A task's metrics, in [0, 1]."""
+
+    metrics: dict[str, float | None]
+    """acc, acc_norm where defined, acc_stderr and so on; a standard error is None at n = 1."""
+    n: int | None = None
+    """Documents; None for groups that do not say."""
+
+    def to_json(self) -> dict[str, float | None]:
+        return {**self.metrics, "n": self.n}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> TaskScore:
+        return cls({name: value for name, value in stored.items() if name != "n"}, stored.get("n"))
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """One model's measurements, as in record.json's `eval.dense` / `eval.compressed`."""
+
+    tasks: dict[str, TaskScore]
+    average: float | None
+    """Seven-task mean of the contract, in [0, 1]; None when a task of it is missing."""
+    perplexity: dict[str, float]
+    protocol: Protocol
+    samples: dict[str, list[Row]]
+    """task -> one dict per document (doc_id, doc_hash, target, per-choice log-likelihoods, acc, acc_norm)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the samples, which have a folder of their own."""
+        tasks = {name: score.to_json() for name, score in self.tasks.items()}
+        return {"tasks": tasks, "average": self.average, "perplexity": self.perplexity,
+                "protocol": self.protocol.to_json()}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any], samples: dict[str, list[Row]] | None = None) -> EvalReport:
+        """A section of record.json's `eval`, or a report.json."""
+        tasks = {name: TaskScore.from_json(score) for name, score in stored["tasks"].items()}
+        return cls(tasks, stored["average"], dict(stored["perplexity"]), Protocol.from_json(stored["protocol"]),
+                   samples or {})  # fmt: skip
+
+    def save_samples(self, folder: Path) -> None:
+        """One <task>.jsonl.gz per task; the same results give the same bytes."""
+        for task, rows in self.samples.items():
+            with writing(folder / f"{task}.jsonl.gz") as tmp:
+                with open(tmp, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as f:
+                    for row in rows:
+                        f.write((json.dumps(plain(row), ensure_ascii=False) + "\n").encode())
+
+    def save(self, folder: Path) -> None:
+        """report.json and samples/."""
+        self.save_samples(folder / "samples")
+        write_json(folder / "report.json", self.to_json())
+
+    @classmethod
+    def load(cls, folder: Path) -> EvalReport:
+        samples = {}
+        for path in sorted((folder / "samples").glob("*.jsonl.gz")):
+            with gzip.open(path, "rt", encoding="utf-8") as f:
+                samples[path.name.removesuffix(".jsonl.gz")] = [json.loads(line) for line in f]
+        return cls.from_json(json.loads((folder / "report.json").read_text()), samples)
+
+
+def average(tasks: Mapping[str, TaskScore]) -> float | None:
+    """Unweighted mean over the seven tasks, acc_norm for hellaswag, arc_challenge and openbookqa, acc for the others.
+
+    None when one of the seven is missing. Source: `convert_json2csv_zeroshot` of the released code.
+    """
+    if not all(task in tasks for task in SEVEN):
+        return None
+    return sum(float(tasks[task].metrics[metric] or 0) for task, metric in SEVEN.items()) / len(SEVEN)

@@ -1,0 +1,125 @@
+"""The settings of a measurement, and what follows from them alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, NamedTuple
+
+from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.registry import Component, knob
+from slm_exp.evaluation.perplexity import BOS_TOO, missing_corpora
+from slm_exp.evaluation.report import SEVEN
+
+
+class Case(NamedTuple):
+    """One shape of generation to time."""
+
+    batch: int
+    prompt: int
+    """Tokens in, of every row."""
+    new: int
+    """Tokens out, of every row, neither more nor fewer."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.batch}x{self.prompt}x{self.new}"
+
+
+PAPERS = Case(1, 12, 128)
+
+
+@dataclass
+class Settings(Component):
+    """Fields of the group `evaluation`."""
+
+    tasks: list[str] = field(default_factory=list)
+    """lm-eval task names; documents of the seven come with the assets, others must be at hand or downloadable."""
+    limit: int | None = None
+    """The first N documents of each task; null takes all."""
+    batch_size: int | None = knob(None)
+    """Sequences per forward pass; null chooses."""
+    backend: str = knob("fast")
+    """`fast` computes what a document's choices share once; `hflm` is lm-eval's own model class. Same numbers."""
+    add_bos: bool | None = None
+    """Start every request with BOS; null leaves it to the tokenizer, as stock lm-eval does."""
+    corpora: dict[str, str] = field(default_factory=dict)
+    """Perplexity: name -> .txt or .jsonl text, .npy token file, or hub set (wikitext2, ptb, c4)."""
+    ppl_seq_len: int = 128
+    """Tokens per chunk for perplexity."""
+    ppl_bos: str = "once"
+    """BOS `once` at the very start, at the start of `every_chunk`, or `never`; `both` gives a corpus a second number,
+    NAME_bos, with BOS before every chunk. Token files are taken as they are."""
+    corpora_at_hand: bool = False
+    """Leave out hub corpora that cannot be had here, with a warning, instead of stopping."""
+    speed_runs: int = 0
+    """Generations of the papers' case (12 tokens in, 128 out, batch 1), dense and compressed in turns; 0: no speed."""
+    speed_discard: int = 10
+    """The first of them, which do not count."""
+    speed_batches: list[int] = field(default_factory=lambda: [1])
+    """Further cases: every combination of these batch sizes ..."""
+    speed_prompts: list[int] = field(default_factory=lambda: [12])
+    """... with these numbers of tokens in ..."""
+    speed_new: list[int] = field(default_factory=lambda: [128])
+    """... and out."""
+    speed_grid_runs: int = 5
+    """Counted generations of each further case."""
+    protocol: str | None = knob(None)
+    """The protocol.json of a run: anything measured otherwise stops the run, naming the field that differs."""
+    dense_range: dict[str, Any] = field(default_factory=dict, metadata={"science": False})
+    """What the dense model is known to reach, e.g. {average: [38, 44]}; outside of it nothing is compressed.
+
+    Keys: `average`, a task (per cent, by the metric that counts for it) or a corpus (perplexity).
+    """
+
+    def check(self) -> None:
+        require(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, "null or a number >= 1")
+        require(self.batch_size is None or self.batch_size >= 1, "evaluation.batch_size", self.batch_size,
+                "null or a number >= 1")
+        require(len(set(self.tasks)) == len(self.tasks), "evaluation.tasks", self.tasks, "each task once")
+        require_one_of("evaluation.backend", self.backend, ("fast", "hflm"))
+        require_one_of("evaluation.ppl_bos", self.ppl_bos, ("once", "every_chunk", "never", "both"))
+        require(self.ppl_seq_len >= 2, "evaluation.ppl_seq_len", self.ppl_seq_len, "a number >= 2")
+        twice = [name for name in self.corpora if self.ppl_bos == "both" and name + BOS_TOO in self.corpora]
+        require(not twice, "evaluation.corpora", list(self.corpora), f"no {', '.join(n + BOS_TOO for n in twice)}",
+                "evaluation.ppl_bos=both gives these names to the numbers with BOS before every chunk.")
+        self._check_speed()
+        for name, bounds in self.dense_range.items():
+            where = f"evaluation.dense_range.{name}"
+            pair = isinstance(bounds, (list, tuple)) and len(bounds) == 2
+            numbers = pair and all(isinstance(bound, (int, float)) for bound in bounds)
+            require(numbers and bounds[0] <= bounds[1], where, bounds, "two numbers [low, high]")
+            seven = name == "average" and set(SEVEN) <= set(self.tasks)
+            corpus = name in self.corpora or (self.ppl_bos == "both" and name.removesuffix(BOS_TOO) in self.corpora)
+            require(seven or name in self.tasks or corpus, where, bounds,
+                    "average (of the seven tasks), or one of evaluation.tasks or evaluation.corpora")
+
+    def _check_speed(self) -> None:
+        require(self.speed_runs >= 0, "evaluation.speed_runs", self.speed_runs, "a number >= 0")
+        if self.times:
+            require(0 <= self.speed_discard < self.speed_runs, "evaluation.speed_discard", self.speed_discard,
+                    f"0 to {self.speed_runs - 1}, fewer than evaluation.speed_runs = {self.speed_runs}")
+        require(self.speed_grid_runs >= 1, "evaluation.speed_grid_runs", self.speed_grid_runs, "a number >= 1")
+        grid = {"batches": self.speed_batches, "prompts": self.speed_prompts, "new": self.speed_new}
+        for name, values in grid.items():
+            require(bool(values) and min(values) >= 1, f"evaluation.speed_{name}", values, "numbers >= 1, one at least")
+
+    @property
+    def measures(self) -> bool:
+        """Whether a model's report holds anything."""
+        return bool(self.tasks or self.corpora)
+
+    @property
+    def times(self) -> bool:
+        """Whether generations are timed."""
+        return self.speed_runs > 0
+
+    def wanted_corpora(self) -> dict[str, str]:
+        """`corpora`, without those that may be left out and cannot be had here."""
+        return {name: where for name, where in self.corpora.items()
+                if not (self.corpora_at_hand and missing_corpora({name: where}))}  # fmt: skip
+
+    def cases(self) -> list[Case]:
+        """The generations to time: the papers' case first, then the grid of batches, prompts and lengths."""
+        grid = product(self.speed_batches, self.speed_prompts, self.speed_new)
+        return list(dict.fromkeys([PAPERS, *(Case(*shape) for shape in grid)]))
