@@ -92,11 +92,11 @@ def _tiny(source: Any, device_type: str) -> Sketch:
 def _smollm2(source: Any, cache_dir: Path, device_type: str) -> Sketch:
     from slm_exp.core.cache.digests import content_digest
     from slm_exp.core.cache.store import StageStore
-    from slm_exp.models.smollm2_135m import gguf_file
+    from slm_exp.models.smollm2_135m import CONVERSION, gguf_file
 
     gguf = content_digest(gguf_file())  # 92 MB, read once
     dtype = "float32" if source.dtype == "auto" else source.dtype
-    manifest = cache_dir / "model" / StageStore(cache_dir).key("model", {"gguf": gguf}) / "manifest.json"
+    manifest = cache_dir / "model" / StageStore(cache_dir).key("model", {"gguf": gguf}, CONVERSION) / "manifest.json"
     try:
         weights = json.loads(manifest.read_text(encoding="utf-8"))["files"]["model.safetensors"]["digest"]
     except (OSError, ValueError, KeyError):

