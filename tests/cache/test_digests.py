@@ -16,6 +16,8 @@ def read(monkeypatch):
     """The files that were read through."""
     seen = []
     monkeypatch.setattr(digests, "SMALL", 0)
+    monkeypatch.setattr(digests, "SETTLED_NS", 0)
+    monkeypatch.setattr(digests, "_seen", {})
     monkeypatch.setattr(digests, "file_digest", lambda p: seen.append(p.name) or file_digest(p))
     return seen
 
@@ -53,6 +55,17 @@ def test_a_small_file_is_always_read(tmp_path):
     assert content_digest(file) == file_digest(file) != first
 
 
+def test_a_file_that_changed_a_moment_ago_is_not_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "SMALL", 0)
+    file = tmp_path / "a"
+    file.write_bytes(b"weights")
+    content_digest(file)
+    assert digests.must_be_read(file)
+    monkeypatch.setattr(digests, "SETTLED_NS", 0)
+    content_digest(file)
+    assert not digests.must_be_read(file)
+
+
 def test_a_large_file_changed_with_its_times_put_back_is_read(tmp_path, read):
     file = tmp_path / "a"
     file.write_bytes(b"weights")
@@ -75,6 +88,7 @@ def test_the_memory_lies_in_the_cache_folder_that_a_run_uses(tmp_path, monkeypat
         digests.remember_in(None)
     assert len(list((tmp_path / "mine" / "digests").iterdir())) == 1
     assert not (tmp_path / "default").exists()
+    digests._seen.clear()  # as another process
     content_digest(file)
     assert len(read) == 2
 
@@ -83,6 +97,8 @@ def test_the_memory_lies_in_the_cache_folder_that_a_run_uses(tmp_path, monkeypat
 def test_a_spoilt_memory_only_costs_time(tmp_path, monkeypatch, spoilt):
     monkeypatch.setenv("SLM_EXP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(digests, "SMALL", 0)
+    monkeypatch.setattr(digests, "SETTLED_NS", 0)
+    monkeypatch.setattr(digests, "_seen", {})
     file = tmp_path / "a"
     file.write_bytes(b"weights")
     first = content_digest(file)

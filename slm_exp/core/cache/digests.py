@@ -1,13 +1,15 @@
 """Digests of files. Large ones are computed once: remembered by (path, size, mtime, ctime, inode) in the cache folder.
 
-A small file is always read: an edit that keeps size and mtime (rsync -t --inplace, touch -r) must be noticed at once.
-For large ones ctime, which no program can set, tells of such an edit.
+A small file is read by every process: an edit that keeps size and mtime (rsync -t --inplace, touch -r) is noticed at
+once. For large ones ctime, which no program can set, tells of such an edit. A file that changed a moment ago is not
+remembered at all, for a second change could fall on the same tick of the clock.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +18,9 @@ from slm_exp.core.cache.folder import default_cache_dir, mark
 from slm_exp.core.files import digest, file_digest, write_json
 
 SMALL = 64 * 2**20
-"""Bytes; a file below is read every time."""
-
-_folder: list[Path] = []
+"""Bytes; a file below is read once by every process."""
+SETTLED_NS = 2 * 10**9
+"""Nanoseconds since its last change after which a file's digest is remembered."""
 
 
 class _Status(NamedTuple):
@@ -29,6 +31,10 @@ class _Status(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     inode: int
+
+
+_folder: list[Path] = []
+_seen: dict[_Status, str] = {}
 
 
 def remember_in(folder: Path | None) -> None:
@@ -45,35 +51,27 @@ def content_digest(path: Path) -> str:
     Raises:
         OSError: the file is not there or cannot be read.
     """
-    if (value := remembered(path)) is not None:
-        return value
-    before = _status(path)
-    value = file_digest(path)
-    _keep(before, value)
+    status = _status(path)
+    value = _remembered(status)
+    if value is None:
+        value = file_digest(path)
+        if time.time_ns() - max(status.mtime_ns, status.ctime_ns) >= SETTLED_NS:
+            _seen[status] = value
+            if status.size >= SMALL:
+                with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+                    mark(_root())
+                    write_json(_memory(status), {**status._asdict(), "digest": value})
     return value
 
 
-def remembered(path: Path) -> str | None:
-    """The digest of a file without reading a large one; None where it would have to be read.
+def must_be_read(path: Path) -> bool:
+    """Whether `content_digest` would read a large file.
 
     Raises:
         OSError: the file is not there.
     """
     status = _status(path)
-    if status.size < SMALL:
-        return file_digest(path)
-    try:
-        kept = json.loads(_memory(status).read_text(encoding="utf-8"))
-        if all(kept[name] == value for name, value in status._asdict().items()):
-            return str(kept["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
-
-
-def remember(path: Path, value: str) -> None:
-    """Keep the digest of a file that was just written and read back."""
-    _keep(_status(path), value)
+    return status.size >= SMALL and _remembered(status) is None
 
 
 def files_digest(files: Iterable[Path], root: Path) -> str:
@@ -95,8 +93,13 @@ def _memory(status: _Status) -> Path:
     return _root() / "digests" / f"{digest(status.path)}.json"
 
 
-def _keep(status: _Status, value: str) -> None:
-    if status.size >= SMALL:
-        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-            mark(_root())
-            write_json(_memory(status), {**status._asdict(), "digest": value})
+def _remembered(status: _Status) -> str | None:
+    if status in _seen or status.size < SMALL:
+        return _seen.get(status)
+    try:
+        kept = json.loads(_memory(status).read_text(encoding="utf-8"))
+        if all(kept[name] == value for name, value in status._asdict().items()):
+            return str(kept["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None

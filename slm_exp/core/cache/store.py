@@ -19,8 +19,8 @@ from typing import Any, Protocol, Self, TypeVar
 
 from slm_exp.core.cache import folder as cache_folder
 from slm_exp.core.cache.code import Code, code_digest, library_versions
-from slm_exp.core.cache.digests import content_digest, remember
-from slm_exp.core.cache.folder import MANIFEST, STAGES, mark, stored_files
+from slm_exp.core.cache.digests import content_digest
+from slm_exp.core.cache.folder import MANIFEST, STAGES, mark
 from slm_exp.core.cache.folder import default_cache_dir as default_cache_dir
 from slm_exp.core.files import digest, file_digest, write_json
 
@@ -128,8 +128,6 @@ class StageStore:
         with self._locked(entry):
             if not self._whole(entry, content_digest):
                 self._build(entry, build, inputs)
-                for name, (_, value) in stored_files(entry).items():
-                    remember(entry / name, value)
         return entry
 
     def _read(self, entry: Path, kind: type[S]) -> S | None:
