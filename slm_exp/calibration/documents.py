@@ -1,18 +1,14 @@
-"""Reading texts from local files: JSON lines, parquet, plain text, or a folder of them."""
+"""Documents of local files: rows of JSON lines or parquet, pieces of plain text; long ones in slices."""
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from slm_exp.core.errors import ConfigError, DataError, did_you_mean
-
-JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-SUFFIXES = (*JSON_LINES, ".parquet", ".txt")
+from slm_exp.core.errors import ConfigError
+from slm_exp.core.text import SUFFIXES, kind_of, pieces, read_field, read_lines, slices
 
 
 class Document(NamedTuple):
@@ -45,94 +41,24 @@ def read_documents(file: Path, field: str, name: str, piece_chars: int, rows: in
     Names count lines from 1 and rows and pieces from 0. At most the first `rows` rows are read.
 
     Raises:
-        DataError: unreadable, not UTF-8, not JSON, or without the field; names the line.
+        DataError: see `core.text`; names the line.
     """
-    if file.name.endswith(JSON_LINES):
-        texts = _json_lines(file, field)
-    elif file.suffix == ".parquet":
-        texts = _parquet(file, field)
-    elif file.suffix == ".txt":
-        texts = enumerate(pieces(_plain(file), piece_chars))
+    texts: Iterable[tuple[int, str]]
+    if kind_of(file) == ".txt":
+        texts = enumerate(pieces(read_lines(file), piece_chars))
     else:
-        raise DataError(f"{file}: expected a file ending in {', '.join(SUFFIXES)}.")
-    for at, text in itertools.islice(texts, rows):
-        yield Document(f"{name}:{at}", text)
+        texts = read_field(file, field, "calibration.field")
+    return documents(itertools.islice(texts, rows), name)
 
 
-def pieces(text: str, chars: int) -> list[str]:
-    """Cut a text at line ends into pieces of at least `chars` characters (a shorter rest joins the last)."""
-    out: list[str] = []
-    open_piece: list[str] = []
-    size = 0
-    for line in text.splitlines(keepends=True):
-        open_piece.append(line)
-        size += len(line)
-        if size >= chars:
-            out.append("".join(open_piece))
-            open_piece, size = [], 0
-    if open_piece:
-        rest = "".join(open_piece)
-        out = [*out[:-1], out[-1] + rest] if out else [rest]
-    return out
-
-
-def _plain(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as cause:
-        raise DataError(f"{file}: not UTF-8 ({cause}).") from cause
-
-
-def _json_lines(file: Path, field: str) -> Iterator[tuple[int, str]]:
-    opened: Any = gzip.open(file, "rb") if file.name.endswith(".gz") else open(file, "rb")
-    with opened as f:
-        for n, line in enumerate(_lines(f, file), 1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {n}"
-            try:
-                row = json.loads(line)
-            except ValueError as cause:
-                raise DataError(f"{where}: not JSON ({cause}). Expected one object a line.") from cause
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: a JSON {type(row).__name__}; expected an object with the field {field!r}.")
-            yield n, _field(row, field, where)
-
-
-def _lines(f: Iterable[bytes], file: Path) -> Iterator[bytes]:
-    try:
-        yield from f
-    except (OSError, EOFError) as cause:
-        raise DataError(f"{file}: cannot be read to its end ({cause}).") from cause
-
-
-def _parquet(file: Path, field: str) -> Iterator[tuple[int, str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        if field not in names:
-            raise DataError(
-                f"{file}: no field {field!r}; it has {', '.join(names)}. {did_you_mean(field, names)} "
-                "Set calibration.field."
-            )
-        n = 0
-        for batch in table.iter_batches(columns=[field]):
-            for value in batch.column(0).to_pylist():
-                yield n, _field({field: value}, field, f"{file}, row {n}")
-                n += 1
-    except (pyarrow.ArrowException, OSError) as cause:
-        raise DataError(f"{file}: not a readable parquet file ({cause}).") from cause
-
-
-def _field(row: dict[str, Any], field: str, where: str) -> str:
-    if field not in row:
-        raise DataError(
-            f"{where}: no field {field!r}; it has {', '.join(map(str, row)) or 'none'}. "
-            f"{did_you_mean(field, map(str, row))} Set calibration.field."
-        )
-    if not isinstance(row[field], str):
-        raise DataError(f"{where}: field {field!r} is a {type(row[field]).__name__}; expected text.")
-    return row[field]
+def documents(texts: Iterable[tuple[int, str]], name: str) -> Iterator[Document]:
+    """A document `NAME:AT` of each (at, text); a text too long to be tokenised at once becomes `NAME:AT/0` and on."""
+    for at, text in texts:
+        cut = slices(text)
+        first = next(cut)
+        if len(first) == len(text):
+            yield Document(f"{name}:{at}", text)
+            continue
+        yield Document(f"{name}:{at}/0", first)
+        del text
+        yield from (Document(f"{name}:{at}/{i}", part) for i, part in enumerate(cut, 1))

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.calibration.base import Calibration
 from slm_exp.calibration.documents import Document, local_files, read_documents
+from slm_exp.core.cache.digests import content_digest, files_digest
 from slm_exp.core.errors import DataError
+from slm_exp.core.hub import Repo
+from slm_exp.core.types import CalibrationTokens
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from slm_exp.core.types import CalibrationTokens
     from slm_exp.models.base import ModelHandle
 
 
@@ -43,8 +45,6 @@ class TextCalibration(Calibration):
 
     def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
         import numpy as np
-
-        from slm_exp.core.types import CalibrationTokens
 
         tokenizer = handle.tokenizer
         if tokenizer is None:
@@ -114,8 +114,6 @@ class HubText(TextCalibration):
 
     def fetch(self) -> Path:
         """The file's place in the local Hugging Face cache."""
-        from slm_exp.core.hub import Repo
-
         return Repo(self.repo, self.revision, "dataset", "calibration.path", DataError).file(self.file)
 
 
@@ -130,8 +128,6 @@ def paths_digest(path: str) -> str:
     Raises:
         ConfigError: there is no such file.
     """
-    from slm_exp.core.cache.digests import content_digest, files_digest
-
     files = local_files(path)
     return content_digest(files[0]) if Path(path).expanduser().is_file() else files_digest(files, files[0].parent)
 

@@ -10,9 +10,9 @@ from slm_exp.calibration.base import Calibration
 from slm_exp.calibration.text import check_ids, paths_digest
 from slm_exp.core.errors import ConfigError, DataError, require
 from slm_exp.core.registry import register
+from slm_exp.core.types import CalibrationTokens
 
 if TYPE_CHECKING:
-    from slm_exp.core.types import CalibrationTokens
     from slm_exp.models.base import ModelHandle
 
 
@@ -42,8 +42,6 @@ class Tokens(Calibration):
     def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
         import numpy as np
 
-        from slm_exp.core.types import CalibrationTokens
-
         assert self.path is not None
         file = Path(self.path).expanduser()
         if not file.is_file():
@@ -51,7 +49,7 @@ class Tokens(Calibration):
         wanted = "expected a .npy file with an int array [N, T]"
         try:
             ids = np.load(file, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as cause:
+        except (MemoryError, OverflowError, ValueError, OSError, EOFError) as cause:
             raise DataError(f"calibration.path = {file}: cannot be read ({cause}); {wanted}.") from cause
         if not isinstance(ids, np.ndarray):
             raise DataError(f"calibration.path = {file}: an archive of {len(ids.files)} arrays; {wanted}.")

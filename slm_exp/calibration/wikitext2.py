@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slm_exp.calibration.documents import Document, pieces, read_documents
+from slm_exp.calibration.documents import Document, documents
 from slm_exp.calibration.text import HubText
 from slm_exp.core.registry import register
+from slm_exp.core.text import pieces, read_field
 
 
 @register("calibration", "wikitext2")
@@ -21,6 +22,5 @@ class WikiText2(HubText):
     revision: ClassVar[str | None] = "b08601e04326c79dfdd32d625aee71d232d685c3"
 
     def read_hub(self) -> Iterator[Document]:
-        text = "".join(d.text for d in read_documents(self.fetch(), self.field, self.name, 0))
-        for i, piece in enumerate(pieces(text, 16 * self.seq_len)):
-            yield Document(f"{self.name}:{i}", piece)
+        rows = (text for _, text in read_field(self.fetch(), self.field, "calibration.field"))
+        return documents(enumerate(pieces(rows, 16 * self.seq_len)), self.name)

@@ -2,78 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from slm_exp.cli.parser import Parser
-from slm_exp.core.cache.store import StageStore
+from slm_exp.core.cache import folder as cache_folder
+from slm_exp.core.cache.folder import Entry, default_cache_dir, find_entries, find_stale
 from slm_exp.core.errors import ConfigError
 
 UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 AGES = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-ABANDONED_S = 86400
-"""A half-written entry this old belongs to a process that is gone."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One stored result."""
-
-    path: Path
-    bytes: int
-    used: float
-    """When it was written or last read, seconds since 1970."""
-
-    @property
-    def stage(self) -> str:
-        return self.path.parent.name
-
-
-def find_entries(folder: Path) -> list[Entry]:
-    """Every entry of a cache folder, least recently used first. Cost: one look at every file."""
-    found = (p for p in folder.glob("*/*") if p.is_dir() and not p.name.startswith("."))
-    return sorted((Entry(p, size_of(p), p.stat().st_mtime) for p in found), key=lambda e: e.used)
-
-
-def find_leavings(folder: Path) -> list[Path]:
-    """Half-written entries and files that killed processes left, older than a day."""
-    before = time.time() - ABANDONED_S
-    return [p for p in folder.glob("*/.*.tmp") if p.stat().st_mtime < before]
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the files below a folder."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # removed while we look
-            continue
-    return total
-
-
-def remove(entry: Entry) -> bool:
-    """Remove an entry, unless a process is computing it; by one rename, so that no reader meets half of it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(entry.path.with_name(f".{entry.path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    try:
-        grave = entry.path.with_name(f".{entry.path.name}.{os.getpid()}.tmp")
-        entry.path.rename(grave)
-        shutil.rmtree(grave, ignore_errors=True)
-    finally:
-        lock.release()
-    return True
 
 
 def show(folder: Path) -> int:
@@ -86,51 +27,36 @@ def show(folder: Path) -> int:
     for stage, mine in sorted(by_stage.items(), key=lambda kv: -sum(e.bytes for e in kv[1])):
         ages = f"used {age(mine[-1].used)} to {age(mine[0].used)} ago"
         print(f"  {stage:<12} {len(mine):>6} entries {human(sum(e.bytes for e in mine)):>10}   {ages}")
-    if leavings := find_leavings(folder):
-        print(f"  {len(leavings)} half-written entries of processes that are gone; slm cache prune removes them")
+    if stale := find_stale(folder):
+        print(f"  {len(stale)} half-written entries of processes that are gone; slm cache prune removes them")
     return 0
 
 
 def prune(folder: Path, older_than: float | None, max_size: float | None, dry_run: bool) -> int:
-    """Remove what was last used more than `older_than` seconds ago, then the least recently used until
-    `max_size` bytes hold; always what killed processes left behind."""
-    entries = find_entries(folder)
-    before = time.time() - older_than if older_than is not None else 0.0
-    doomed = [e for e in entries if e.used < before]
-    kept = [e for e in entries if e.used >= before]
-    while max_size is not None and kept and sum(e.bytes for e in kept) > max_size:
-        doomed.append(kept.pop(0))
-    leavings = find_leavings(folder)
-    freed = sum(e.bytes for e in doomed) + sum(size_of(p) for p in leavings)
+    """Remove entries by age, then by size, and what killed processes left behind."""
+    done = cache_folder.prune(folder, older_than, max_size, dry_run)
+    what = f"{done.entries} entries and {done.stale} stale temporary files, {human(done.bytes)}"
     if dry_run:
-        print(f"would remove {len(doomed)} entries and {len(leavings)} leavings, {human(freed)}")
-        return 0
-    in_use = [e for e in doomed if not remove(e)]
-    for path in leavings:
-        shutil.rmtree(path, ignore_errors=True)
-        path.unlink(missing_ok=True)
-    freed -= sum(e.bytes for e in in_use)
-    print(
-        f"removed {len(doomed) - len(in_use)} entries and {len(leavings)} leavings, {human(freed)}; "
-        f"{len(kept) + len(in_use)} entries are left" + (f" ({len(in_use)} in use)" if in_use else "")
-    )
+        print(f"would remove {what}")
+    else:
+        print(f"removed {what}; {done.left} entries are left" + (f" ({done.in_use} in use)" if done.in_use else ""))
     return 0
 
 
 def verify(folder: Path, repair: bool) -> int:
     """Read every file and compare with what was written. Exit status 1 when an entry is damaged and stays."""
     entries = find_entries(folder)
-    damaged = [(e, problem) for e in entries if (problem := StageStore.problem(e.path))]
+    damaged = [(entry, problem) for entry in entries if (problem := cache_folder.problem(entry.path))]
+    stay = 0
     for entry, problem in damaged:
         print(f"damaged: {entry.path}: {problem}", file=sys.stderr)
-        if repair:
-            remove(entry)
-    done = "removed" if repair else "a run that needs one computes it again; --repair removes them now"
+        stay += not (repair and cache_folder.remove(entry.path))
+    done = "removed" if not stay else "a run that needs one computes it again; --repair removes them now"
     print(
         f"{len(entries)} entries, {human(sum(e.bytes for e in entries))} read, {len(damaged)} damaged"
         + (f" ({done})" if damaged else "")
     )
-    return int(bool(damaged) and not repair)
+    return int(stay > 0)
 
 
 def human(n: float) -> str:
@@ -183,8 +109,6 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     """`slm cache [show | prune | verify]`. Exit status 1 when verify finds damage, 2 for a wrong call."""
-    from slm_exp.core.cache.store import default_cache_dir
-
     args = parser().parse_args(list(argv))
     folder = Path(args.dir or default_cache_dir()).expanduser()
     if not folder.is_dir():
@@ -194,10 +118,11 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"--dir = {folder}; expected the cache folder that cache.dir or $SLM_EXP_CACHE named in runs."
         )
+    cache_folder.require_cache(folder, "--dir" if args.dir else "$SLM_EXP_CACHE")
     if args.command == "prune":
         older = _quantity(args.older_than, AGES, "--older-than", "30d") if args.older_than else None
         size = _quantity(args.max_size, UNITS, "--max-size", "20GB") if args.max_size else None
-        if older is None and size is None and not find_leavings(folder):
+        if older is None and size is None and not find_stale(folder):
             raise ConfigError("slm cache prune needs --older-than, --max-size or both.")
         return prune(folder, older, size, args.dry_run)
     if args.command == "verify":

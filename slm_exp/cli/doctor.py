@@ -261,11 +261,12 @@ def scratch() -> Iterator[Finding]:
 
 def leavings(cache: Path) -> Iterator[Finding]:
     """What killed processes left in the cache."""
-    from slm_exp.cli.cache import find_entries, find_leavings, human
+    from slm_exp.cli.cache import human
+    from slm_exp.core.cache.folder import find_entries, find_stale
 
     if not cache.is_dir():
         return
-    left, entries = find_leavings(cache), find_entries(cache)
+    left, entries = find_stale(cache), find_entries(cache)
     size = sum(e.bytes for e in entries)
     yield Finding("cache", NOTE if left else OK, f"{len(entries)} entries, {human(size)}"
                   + (f", {len(left)} half-written ones of processes that are gone" if left else ""),
@@ -479,10 +480,9 @@ def torch_and_driver(process: subprocess.Popen[str]) -> Iterator[Finding]:
 
 def whole(cache: Path) -> Iterator[Finding]:
     """Every byte of the cache against its digests."""
-    from slm_exp.cli.cache import find_entries
-    from slm_exp.core.cache.store import StageStore
+    from slm_exp.core.cache.folder import find_entries, problem
 
-    damaged = [e.path for e in find_entries(cache) if StageStore.problem(e.path)] if cache.is_dir() else []
+    damaged = [e.path for e in find_entries(cache) if problem(e.path)] if cache.is_dir() else []
     if damaged:
         yield Finding("cache", OFF, f"{len(damaged)} damaged entries, the first {damaged[0]}",
                       "slm cache verify --repair")

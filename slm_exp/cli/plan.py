@@ -278,13 +278,8 @@ def _of_table(overrides: Sequence[str]) -> tuple[str, list[list[str]] | None]:
 
 def _run_id(cfg: RunConfig) -> str:
     """The run's id, or nothing where big files would have to be read for it."""
-    from slm_exp.forecast.shapes import unseen
-    from slm_exp.models.hf import HF, TOKENIZER, weight_files
-
-    if isinstance(cfg.model, HF) and (folder := cfg.model._folder()) is not None:
-        names = ("config.json", *weight_files(folder), *TOKENIZER)
-        if all((folder / name).is_file() for name in weight_files(folder)) and unseen(folder, names):
-            return ""
+    if cfg.model.unread_weights():
+        return ""
     return cfg.run_id
 
 

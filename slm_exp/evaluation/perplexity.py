@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, did_you_mean
-from slm_exp.core.files import file_digest
+from slm_exp.core.text import SUFFIXES, kind_of, read_field, read_lines, slices
 from slm_exp.evaluation.documents import out_of_reach
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ HUB_SETS: dict[str, dict[str, Any]] = {  # arguments of datasets.load_dataset, t
 }
 BOS_TOO = "_bos"
 """Added to a corpus's name for its perplexity with BOS before every chunk (`ppl_bos=both`)."""
-FILES = (".txt", ".jsonl", ".npy")
+FILES = (*SUFFIXES, ".npy")
+LONG = 2**22  # characters tokenised at a time: above every published corpus here, so those are in one piece
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 4096}  # tokens per forward pass: logits of 1024 x 49152 are 200 MB in float32
 
 
@@ -95,12 +96,13 @@ def load_corpora(corpora: dict[str, str], handle: ModelHandle, seq_len: int, bos
 def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = "once") -> Corpus:
     """Chunks of a text file, a hub set or a token file.
 
-    Text is tokenised without special tokens, in one piece: rows joined by blank lines ("\\n\\n"), as hub sets are in
-    this protocol. A .txt file is read as the hub's WikiText rows: one per line with its newline, "" for a blank line.
-    A .jsonl file gives one row per line, its field `text`. The last partial chunk is dropped.
+    Text is tokenised without special tokens, in one piece up to LONG characters: rows joined by blank lines
+    ("\\n\\n"), as hub sets are in this protocol. A .txt file is read as the hub's WikiText rows: one per line with its
+    newline, "" for a blank line. Other files give one row per line or row, its field `text`. The last partial chunk is
+    dropped.
 
     Args:
-        where: path ending in .txt, .jsonl or .npy, or one of HUB_SETS. A .npy file holds [N, T] ids, taken as they
+        where: path ending in one of FILES, or one of HUB_SETS. A .npy file holds [N, T] ids, taken as they
             are: `seq_len` and `bos` do not apply.
         seq_len: tokens per chunk.
         bos: `once` puts BOS before the text, `every_chunk` before each chunk (then of seq_len + 1 tokens), or
@@ -122,15 +124,14 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
         raise DataError(f"{handle.name}: its tokenizer has no BOS token; use evaluation.ppl_bos=never.")
     if tokenizer.bos_token_id is None:
         bos = "never"
-    text = "\n\n".join(_rows(where))
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    if bos == "once":
-        ids = [tokenizer.bos_token_id, *ids]
+    parts = [np.asarray(tokenizer(part, add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
+             for part in slices("\n\n".join(_rows(where)), LONG)]
+    ids = np.concatenate([[tokenizer.bos_token_id] * (bos == "once"), *parts]).astype(np.int64)
     n = len(ids) // seq_len
     if n == 0:
         raise DataError(f"{where} has {len(ids)} tokens; expected at least one chunk of {seq_len}. Use a longer text "
                         "or a smaller evaluation.ppl_seq_len.")
-    tokens_NT = np.asarray(ids[: n * seq_len], dtype=np.int64).reshape(n, seq_len)
+    tokens_NT = ids[: n * seq_len].reshape(n, seq_len)
     if bos == "every_chunk":
         tokens_NT = np.insert(tokens_NT, 0, tokenizer.bos_token_id, axis=1)
     return Corpus(tokens_NT, {"source": corpus_identity(where), "seq_len": seq_len, "bos": bos, "chunks": n})
@@ -138,7 +139,7 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
 
 def corpus_identity(where: str) -> str:
     """A digest of a file's contents, or the name of a hub set."""
-    return file_digest(Path(where)) if where.endswith(FILES) and Path(where).is_file() else where
+    return content_digest(Path(where)) if where.endswith(FILES) and Path(where).is_file() else where
 
 
 def unknown_corpus(where: str) -> str | None:
@@ -164,26 +165,11 @@ def _rows(where: str) -> Iterator[str]:
     if where in HUB_SETS:
         yield from _hub_rows(where)
         return
-    try:
-        with open(where, encoding="utf-8", newline="\n") as f:  # by "\n" alone: texts hold other line separators
-            for number, line in enumerate(f, 1):
-                if where.endswith(".txt"):
-                    yield line if line.strip() else ""
-                elif line.strip():
-                    yield _text(line, where, number)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{where} cannot be read: {error}") from error
-
-
-def _text(line: str, where: str, number: int) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}, line {number}: expected a JSON object with a field `text` "
-                        f"({type(error).__name__}: {error}).") from error
-    if not isinstance(text, str):
-        raise DataError(f"{where}, line {number}: `text` is {type(text).__name__}, expected a string.")
-    return text
+    file = Path(where)
+    if kind_of(file) == ".txt":
+        yield from (line if line.strip() else "" for line in read_lines(file))
+    else:
+        yield from (text for _, text in read_field(file, "text"))
 
 
 def _hub_rows(name: str) -> list[str]:
@@ -203,8 +189,10 @@ def _token_file(path: Path, vocab: int) -> np.ndarray:
 
     try:
         ids_NT = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
         raise DataError(f"{path} is no readable .npy file: {error}") from error
+    if not isinstance(ids_NT, np.ndarray):
+        raise DataError(f"{path} is an archive of arrays; expected one array of integers [N, T].")
     if ids_NT.ndim != 2 or ids_NT.dtype.kind not in "iu" or ids_NT.shape[0] < 1 or ids_NT.shape[1] < 2:
         raise DataError(f"{path} holds {ids_NT.dtype} {list(ids_NT.shape)}; expected integers [N, T], N >= 1, T >= 2.")
     if ids_NT.min() < 0 or ids_NT.max() >= vocab:

@@ -11,6 +11,7 @@ from slm_exp.core.files import digest
 from slm_exp.core.registry import register
 from slm_exp.models.base import ModelHandle, ModelSource
 from slm_exp.models.layouts import FAMILIES, layout_for
+from slm_exp.models.sketch import Sketch, sketch_of
 
 if TYPE_CHECKING:
     import torch
@@ -73,23 +74,15 @@ class Tiny(ModelSource):
         )
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "recipe": RECIPE,
-            "family": self.family,
-            "layers": self.layers,
-            "hidden": self.hidden,
-            "heads": self.heads,
-            "kv_heads": self.kv_heads,
-            "vocab": self.vocab,
-            "tied": self.tied,
-            "sliding_window": self.sliding_window,
-            "seed": self.seed,
-            "dtype": self._dtype(),
-        }
+        named = ("family", "layers", "hidden", "heads", "kv_heads", "vocab", "tied", "sliding_window", "seed")
+        return {"name": self.name, "recipe": RECIPE, **{n: getattr(self, n) for n in named}, "dtype": self._dtype()}
 
     def weights_bytes(self) -> int:
         return 4 * (2 * self.vocab * self.hidden + 10 * self.layers * self.hidden**2)
+
+    def sketch(self, cache_dir: Path, device_type: str) -> Sketch:
+        return sketch_of(f"tiny-{self.family}", digest(self.identity()), self._sizes(), self._dtype(), device_type,
+                         random=True)  # fmt: skip
 
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
         config = self._config()
@@ -131,23 +124,25 @@ class Tiny(ModelSource):
                 "sliding_window": self.sliding_window,
                 "max_window_layers": self.layers // 2 if self.sliding_window else self.layers,
             }
+        about = {**self._sizes(), **window}
         return AutoConfig.for_model(
-            self.family,
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=2 * self.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.hidden // self.heads,
+            about.pop("model_type"),
             max_position_embeddings=8192,
-            tie_word_embeddings=self.tied,
             bos_token_id=N_BYTES,
             eos_token_id=N_BYTES + 1,
             pad_token_id=N_BYTES + 1,
             dtype=self._dtype(),
-            **window,
+            **about,
         )
+
+    def _sizes(self) -> dict[str, Any]:
+        """The fields of a config that sizes follow from."""
+        return {
+            "model_type": self.family, "vocab_size": self.vocab, "hidden_size": self.hidden,
+            "intermediate_size": 2 * self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads, "head_dim": self.hidden // self.heads,
+            "tie_word_embeddings": self.tied,
+        }  # fmt: skip
 
 
 def random_weights(model: PreTrainedModel, seed: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from slm_exp.calibration.base import Calibration
+from slm_exp.core.cache.digests import remember_in
 from slm_exp.core.cache.store import default_cache_dir
 from slm_exp.core.errors import ConfigError, did_you_mean, require
 from slm_exp.core.files import digest
@@ -57,6 +59,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "a whole number >= 0")
+        remember_in(Path(self.cache.dir))
         self.merge_rule = self.method.merge_rule(self.merge_rule)
         check_together(self)
 

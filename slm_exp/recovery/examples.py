@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from slm_exp.core import text as reader
 from slm_exp.core.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 SOURCES = ("hub", "jsonl", "bundled")
 ALPACA = "yahma/alpaca-cleaned"
 HUB_FILES = {ALPACA: "alpaca_data_cleaned.json"}
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 IGNORED = -100  # the label of a token that is not trained on
 
 WITH_INPUT = (
@@ -58,14 +56,17 @@ def read_rows(data: str, path: str | None, dense: ModelHandle) -> list[dict[str,
         repo, _, file = name.partition(":")
         if not file and repo not in HUB_FILES:
             raise ConfigError(f"recovery.path = {name}; expected OWNER/NAME:FILE for a data set other than {ALPACA}, "
-                              f"FILE ending in {', '.join(SUFFIXES)}.")
+                              f"FILE ending in {', '.join(reader.SUFFIXES)}.")
         where = Repo(repo, None, "dataset", "recovery.path", DataError).file(file or HUB_FILES[repo])
     else:
         where = Path(path or "").expanduser()
         if not where.is_file():
-            raise ConfigError(f"recovery.path = {path}; expected an existing file ({', '.join(SUFFIXES)}). "
+            raise ConfigError(f"recovery.path = {path}; expected an existing file ({', '.join(reader.SUFFIXES)}). "
                               "There is no such file.")
-    return [checked(row, f"{where}, row {n}") for n, row in enumerate(_rows(where), 1)]
+    if reader.kind_of(where) == ".txt":
+        return [{"text": "".join(reader.read_lines(where))}]
+    rows = reader.read_rows(where, lists=True)
+    return [checked(row.value, f"{where}, row {n}") for n, row in enumerate(rows, 1)]
 
 
 def checked(row: Any, where: str) -> dict[str, str]:
@@ -84,22 +85,6 @@ def checked(row: Any, where: str) -> dict[str, str]:
             raise DataError(f"{where}: field {name!r} {found}. Expected `instruction` and `output` (maybe `input`), or "
                             f"`text`. {did_you_mean(name, map(str, row))}".rstrip())
     return {name: str(row[name]) for name in (*wanted, "input") if row.get(name)} | {n: row[n] for n in wanted}
-
-
-def _rows(file: Path) -> Iterator[Any]:
-    if not file.name.endswith(SUFFIXES):
-        raise DataError(f"{file}: expected a file ending in {', '.join(SUFFIXES)}.")
-    try:
-        raw = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
-        text = raw.decode("utf-8")
-        if text.lstrip().startswith("["):
-            yield from json.loads(text)
-            return
-        for line in text.split("\n"):
-            if line.strip():
-                yield json.loads(line)
-    except (OSError, EOFError, ValueError) as cause:
-        raise DataError(f"{file}: not readable as JSON lines or a JSON list ({cause}).") from cause
 
 
 def make_examples(
@@ -132,8 +117,8 @@ def instruction_example(row: dict[str, str], tokenizer: PreTrainedTokenizerBase,
     Source: prompter and tokenisation of Alpaca-LoRA, as in lora_retrain.py of Shortened-LLaMA.
     """
     prompt = (WITH_INPUT if row.get("input") else WITHOUT_INPUT).format(**row)
-    start = tokenizer(prompt, verbose=False)["input_ids"]
-    ids = tokenizer(prompt + row["output"], verbose=False)["input_ids"][:seq_len]
+    start = tokenizer(next(reader.slices(prompt)), verbose=False)["input_ids"]
+    ids = tokenizer(next(reader.slices(prompt + row["output"])), verbose=False)["input_ids"][:seq_len]
     eos = tokenizer.eos_token_id
     if eos is not None and start and start[-1] == eos:  # a tokenizer that ends every text itself
         start = start[:-1]
@@ -147,7 +132,8 @@ def packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: in
     """Texts one behind the other, EOS after each, cut into windows of `seq_len`; a shorter rest is left out."""
     stream: list[int] = []
     for text in texts:
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for part in reader.slices(text):
+            stream += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             stream.append(tokenizer.eos_token_id)
     windows = [stream[at : at + seq_len] for at in range(0, len(stream) - seq_len + 1, seq_len)]

@@ -48,7 +48,7 @@ def test_same_inputs_compute_once(tmp_path):
 def test_the_key_feels_code_and_libraries(tmp_path, monkeypatch):
     store = StageStore(tmp_path)
     key = store.key("plan", {"a": 1})
-    monkeypatch.setattr(store_module, "code_version", lambda stage: "edited")
+    monkeypatch.setattr(store_module, "code_digest", lambda files: "edited")
     edited = store.key("plan", {"a": 1})
     monkeypatch.setattr(store_module, "library_versions", lambda names: {"torch": "99"})
     assert len({key, edited, store.key("plan", {"a": 1})}) == 3

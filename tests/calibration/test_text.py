@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slm_exp.calibration.documents import pieces, read_documents
+from slm_exp.calibration.documents import read_documents
 from slm_exp.calibration.jsonl import JsonLines
 from slm_exp.core.errors import ConfigError, DataError
 
@@ -166,14 +166,19 @@ def test_folders_parquet_and_plain_text(tiny_handle, tmp_path):
     with pytest.raises(DataError, match=r"b.parquet: not a readable parquet file"):
         list(read_documents(tmp_path / "b.parquet", "text", "b", 9))
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match=r"c.txt: not UTF-8"):
+    with pytest.raises(DataError, match=r"c.txt, line 1: not UTF-8"):
         list(read_documents(tmp_path / "c.txt", "text", "c", 9))
 
 
-def test_pieces_lose_nothing():
-    text = "".join(f"line {i}\n" * (i % 5) for i in range(50)) + "end"
-    cut = pieces(text, 40)
-    assert "".join(cut) == text
-    assert all(len(p) >= 40 for p in cut)
-    assert pieces("", 40) == []
-    assert pieces("short", 40) == ["short"]
+def test_a_long_document_becomes_bounded_ones(tiny_handle, tmp_path, monkeypatch):
+    from slm_exp.core import text
+
+    monkeypatch.setattr(text.slices, "__defaults__", (500,))
+    words = " ".join(f"word{i}" for i in range(1000))
+    file = write(tmp_path / "one.jsonl", [{"text": "short " * 20}, {"text": words}])
+    found = list(read_documents(file, "text", "one", 9))
+    assert [d.name for d in found[:3]] == ["one:1", "one:2/0", "one:2/1"]
+    assert max(len(d.text) for d in found) <= 500
+    assert "".join(d.text for d in found[1:]) == words
+    drawn = JsonLines(path=str(file), n_samples=4, seq_len=64).draw(tiny_handle, 0)
+    assert drawn.tokens_NT.shape == (4, 64)

@@ -65,6 +65,8 @@ def test_weights_are_hashed_once(mine, monkeypatch):
     from slm_exp.core.cache import digests
 
     read = []
+    for name, value in (("SMALL", 0), ("SETTLED_NS", 0), ("_seen", {})):
+        monkeypatch.setattr(digests, name, value)
     monkeypatch.setattr(digests, "file_digest", lambda p: read.append(p.name) or "x" * 16)
     HF(path=str(mine)).identity()
     first = list(read)

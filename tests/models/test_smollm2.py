@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slm_exp.core.errors import ConfigError
-from slm_exp.models import smollm2_135m
+from slm_exp.models import gguf, smollm2_135m
 from slm_exp.models.smollm2_135m import SmolLM2
 
 
@@ -29,7 +29,7 @@ def test_path_is_refused():
 
 
 def test_an_unwritable_cache_is_named(smol_handle, tmp_path, monkeypatch):
-    monkeypatch.setattr(smollm2_135m, "convert", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(gguf, "convert", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(ConfigError, match=r"cache.dir = .*No space left.*set cache.dir"):
         SmolLM2().open(torch.device("cpu"), tmp_path)
 
@@ -58,7 +58,7 @@ def test_it_is_converted_once(smol_handle, request, monkeypatch):
     def again(*args):
         raise AssertionError("converted a second time")
 
-    monkeypatch.setattr(smollm2_135m, "convert", again)
+    monkeypatch.setattr(gguf, "convert", again)
     cache = Path(request.config.cache.mkdir("slm_exp"))
     handle = SmolLM2(dtype="bfloat16").open(torch.device("cpu"), cache)
     assert handle.digest != smol_handle.digest

@@ -1,60 +1,105 @@
-"""Digests of big files, computed once: remembered by (path, size, mtime, inode) in the default cache folder."""
+"""Digests of files. Large ones are computed once: remembered by (path, size, mtime, ctime, inode) in the cache folder.
+
+A small file is read by every process: an edit that keeps size and mtime (rsync -t --inplace, touch -r) is noticed at
+once. For large ones ctime, which no program can set, tells of such an edit. A file that changed a moment ago is not
+remembered at all, for a second change could fall on the same tick of the clock.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+from slm_exp.core.cache.folder import default_cache_dir, mark
 from slm_exp.core.files import digest, file_digest, write_json
+
+SMALL = 64 * 2**20
+"""Bytes; a file below is read once by every process."""
+SETTLED_NS = 2 * 10**9
+"""Nanoseconds since its last change after which a file's digest is remembered."""
+
+
+class _Status(NamedTuple):
+    """What a file is known by."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+_folder: list[Path] = []
+_seen: dict[_Status, str] = {}
+
+
+def remember_in(folder: Path | None) -> None:
+    """From now on keep digests in this cache folder; None: in the default one. The latest call decides.
+
+    The memory only saves time, so a process that works with several caches may find it in either.
+    """
+    _folder[:] = [] if folder is None else [folder]
 
 
 def content_digest(path: Path) -> str:
-    """sha256 of a file's bytes, 16 hex digits. A file whose size, mtime and inode are as remembered is not read.
-
-    The memory is one small JSON file a path under `digests/` of the default cache folder; one that cannot be
-    written only costs time.
+    """sha256 of a file's bytes, 16 hex digits. A large file that is as remembered is not read.
 
     Raises:
         OSError: the file is not there or cannot be read.
     """
-    path = path.resolve()
-    known_by, memory = _memory(path)
-    if (value := remembered(path)) is not None:
-        return value
-    value = file_digest(path)
-    with contextlib.suppress(OSError):
-        write_json(memory, {**known_by, "digest": value})
+    status = _status(path)
+    value = _remembered(status)
+    if value is None:
+        value = file_digest(path)
+        if time.time_ns() - max(status.mtime_ns, status.ctime_ns) >= SETTLED_NS:
+            _seen[status] = value
+            if status.size >= SMALL:
+                with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+                    mark(_root())
+                    write_json(_memory(status), {**status._asdict(), "digest": value})
     return value
 
 
-def remembered(path: Path) -> str | None:
-    """The digest of a file that was read before and is as it was; None where it would have to be read.
+def must_be_read(path: Path) -> bool:
+    """Whether `content_digest` would read a large file.
 
     Raises:
         OSError: the file is not there.
     """
-    known_by, memory = _memory(path.resolve())
-    try:
-        kept = json.loads(memory.read_text(encoding="utf-8"))
-        if {k: kept[k] for k in known_by} == known_by:
-            return str(kept["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
-
-
-def _memory(path: Path) -> tuple[dict[str, Any], Path]:
-    """What a resolved path is known by, and the file that remembers its digest."""
-    from slm_exp.core.cache.store import default_cache_dir
-
-    stat = path.stat()
-    known_by = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
-    return known_by, Path(default_cache_dir()) / "digests" / f"{digest(str(path))}.json"
+    status = _status(path)
+    return status.size >= SMALL and _remembered(status) is None
 
 
 def files_digest(files: Iterable[Path], root: Path) -> str:
     """One digest over several files' names (relative to `root`) and contents, 16 hex digits; order does not matter."""
     return digest({f.relative_to(root).as_posix(): content_digest(f) for f in files})
+
+
+def _status(path: Path) -> _Status:
+    path = path.resolve()
+    stat = path.stat()
+    return _Status(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+def _root() -> Path:
+    return _folder[0] if _folder else Path(default_cache_dir())
+
+
+def _memory(status: _Status) -> Path:
+    return _root() / "digests" / f"{digest(status.path)}.json"
+
+
+def _remembered(status: _Status) -> str | None:
+    if status in _seen or status.size < SMALL:
+        return _seen.get(status)
+    try:
+        kept = json.loads(_memory(status).read_text(encoding="utf-8"))
+        if all(kept[name] == value for name, value in status._asdict().items()):
+            return str(kept["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None

@@ -1,0 +1,78 @@
+"""The code and libraries that compute a stage, as part of its key: what an edit there makes stale, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from slm_exp.core.files import digest
+
+PACKAGE = Path(__file__).resolve().parents[2]
+LOGGERS = ("log", "logger", "logging", "warnings")
+LEVELS = ("debug", "info", "warning", "warn", "error", "exception", "critical")
+
+
+@dataclass(frozen=True)
+class Code:
+    """What computes a stage."""
+
+    files: tuple[str, ...]
+    """Files of the package, relative to it; a folder stands for all of its files."""
+    libraries: tuple[str, ...] = ("torch", "transformers")
+    """Distributions whose version decides the result too."""
+
+
+def code_digest(files: Sequence[str]) -> str:
+    """Digest of the syntax trees of files of the package, 16 hex digits; an edit of code there changes it.
+
+    Comments, docstrings and calls that only log do not count. A folder stands for all files below it.
+
+    Raises:
+        OSError: a file is not there.
+        SyntaxError: it is not Python.
+    """
+    paths: set[Path] = set()
+    for name in files:
+        path = PACKAGE / name
+        paths |= set(path.rglob("*.py")) if path.is_dir() else {path}
+    return digest({path.relative_to(PACKAGE).as_posix(): _file(path) for path in paths})
+
+
+def library_versions(names: Sequence[str] = ("torch", "transformers")) -> dict[str, str | None]:
+    """Installed versions, without importing anything."""
+    out: dict[str, str | None] = {}
+    for name in names:
+        try:
+            out[name] = version(name.replace("_", "-"))
+        except PackageNotFoundError:
+            out[name] = None
+    return out
+
+
+def _file(path: Path) -> str:
+    status = path.stat()
+    return _tree_digest(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _tree_digest(path: Path, mtime_ns: int, size: int) -> str:
+    tree = _Computing().visit(ast.parse(path.read_bytes()))
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+class _Computing(ast.NodeTransformer):
+    """Leaves of a syntax tree what computes: no docstrings, no statements that only log or warn."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        value = node.value
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            return None
+        match value:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=logger), attr=level)):
+                return None if logger in LOGGERS and level in LEVELS else node
+        return node

@@ -1,0 +1,142 @@
+"""Reading a model folder with transformers: config, tokenizer, weights. Imports torch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from slm_exp.core.errors import ArchitectureError, CheckpointError, ConfigError, SlmError
+from slm_exp.models.config_file import read_config_file
+from slm_exp.models.files import TOKENIZER
+from slm_exp.models.handle import empty_model
+from slm_exp.models.layerwise import PREFIX, layerwise_classes
+from slm_exp.models.layouts import LayerLayout, layout_for
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read config.json.
+
+    Raises:
+        ArchitectureError: transformers does not know the model type.
+        ConfigError: the file is missing or cannot be read.
+    """
+    kind = read_config_file(folder).get("model_type")
+    if str(kind).startswith(PREFIX):
+        layerwise_classes()  # this package's own: nothing in the folder is run
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as cause:
+        reason = _first_line(cause)
+        if kind not in CONFIG_MAPPING:
+            raise ArchitectureError(f"model_type = {kind!r} is not known to transformers ({reason}).") from cause
+        raise ConfigError(f"model.path = {folder}: config.json of type {kind!r} is refused ({reason}).") from cause
+
+
+def read_model_config(folder: Path, trust_remote_code: bool = False) -> tuple[PretrainedConfig, LayerLayout]:
+    """config.json and its family's layout, after building the model without weights.
+
+    Raises:
+        ArchitectureError: the family or a feature of it is not understood.
+        ConfigError: no model can be built by it.
+    """
+    config = read_config(folder, trust_remote_code)
+    try:
+        layout = layout_for(config)
+        layout.check(empty_model(config))
+    except SlmError:
+        raise
+    except Exception as cause:
+        reason = f"{type(cause).__name__}: {_first_line(cause)}"
+        raise ConfigError(f"model.path = {folder}: no model can be built by config.json ({reason}).") from cause
+    return config, layout
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The folder's tokenizer, or None where it has none.
+
+    Raises:
+        ConfigError: there is one, and it cannot be read.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as cause:
+        reason = f"{type(cause).__name__}: {_first_line(cause)}"
+        raise ConfigError(f"the tokenizer in {folder} cannot be read ({reason}).") from cause
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer without the traces of how this machine loaded it."""
+    clean = copy.deepcopy(tokenizer)
+    for trace in ("is_local", "local_files_only", "name_or_path"):
+        clean.init_kwargs.pop(trace, None)
+    clean.save_pretrained(folder)
+
+
+def load_weights(
+    folder: Path,
+    config: PretrainedConfig,
+    layout: LayerLayout,
+    dtype: str,
+    device: torch.device,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a folder's weights, every one of them and nothing else, as `dtype` on `device`.
+
+    Raises:
+        CheckpointError: weights are missing, have other shapes, or belong to layers the config does not count.
+        ConfigError: `device_map=auto` found no room on the devices.
+    """
+    placement: Any = device_map or ({"": device} if device.type == "cuda" else None)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=getattr(torch, dtype),
+        device_map=placement,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,  # refused below, with the shapes
+        output_loading_info=True,
+    )
+    model, info = loaded
+    shaped = [f"{k} {tuple(has)} for {tuple(wanted)}" for k, has, wanted in info["mismatched_keys"]]
+    extra_layers = {
+        k
+        for k in info["unexpected_keys"]
+        if k.startswith(f"{layout.layer_list}.") and not k.endswith("rotary_emb.inv_freq")
+    }  # a buffer that old checkpoints carry
+    for problem, keys in (
+        ("lack", info["missing_keys"]),
+        ("have other shapes than config.json says:", shaped),
+        ("hold, beyond what config.json counts,", extra_layers),
+    ):
+        if keys:
+            first = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise CheckpointError(f"the weights in {folder} {problem} {first}. "
+                                  "config.json and the weights belong to different models; copy both again.")
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise ConfigError(
+            f"model.device_map = {device_map}: the model does not fit the visible devices, and weights "
+            "put off to disk cannot be merged. Use more devices or a smaller model.dtype."
+        )
+    layout.check(model)
+    return model
