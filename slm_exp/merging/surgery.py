@@ -7,20 +7,16 @@ import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING
 
-import torch
-
 from slm_exp.core.errors import PlanError
 from slm_exp.core.files import digest
-from slm_exp.merging.compensation import scaled_outputs, scales
-from slm_exp.merging.sharing import replace_parameter, shared_copy
-from slm_exp.models.base import ModelHandle
+from slm_exp.core.types import MergePlan
+from slm_exp.merging.rules.base import MergeRule
+from slm_exp.models.base import ModelHandle, empty_model
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from slm_exp.core.types import MergePlan
-    from slm_exp.merging.rules.base import MergeRule
+    from slm_exp.models.layouts import LayerLayout
 
 
 def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = None) -> ModelHandle:
@@ -56,11 +52,11 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
     unchanged = plan.n_layers_out == plan.n_layers and not plan.sublayers and "compensation" not in effect
     return ModelHandle(
         name=handle.name,
-        config=_shorter_config(handle, handle.config, plan, rule),
+        config=_shorter_config(handle.layout, handle.config, _hosts(plan, rule)),
         layout=handle.layout,
         digest=handle.digest if unchanged else digest({"model": handle.digest, "plan": effect}),
         device=handle.device,
-        load_model=lambda: _build(handle, plan, rule),
+        load_model=lambda: _built(handle, plan, rule),
         load_tokenizer=lambda: handle.tokenizer,
         note=handle.note,
         random=handle.random,
@@ -74,11 +70,8 @@ def _hosts(plan: MergePlan, rule: MergeRule | None) -> list[int]:
     return [slot.stop - 1 if top else slot.start for slot in plan.slots]
 
 
-def _shorter_config(
-    handle: ModelHandle, config: PretrainedConfig, plan: MergePlan, rule: MergeRule | None
-) -> PretrainedConfig:
+def _shorter_config(layout: LayerLayout, config: PretrainedConfig, hosts: list[int]) -> PretrainedConfig:
     """A copy of a config in which everything that counts or lists layers speaks of the result's."""
-    layout, hosts = handle.layout, _hosts(plan, rule)
     out = copy.deepcopy(config)
     for name in layout.per_layer_config:
         values = getattr(config, name, None)
@@ -93,43 +86,18 @@ def _shorter_config(
     return out
 
 
-def _build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None) -> PreTrainedModel:
-    dense, layout = handle.model, handle.layout
-    layers, hosts = layout.layers(dense), _hosts(plan, rule)
-    config = _shorter_config(handle, dense.config, plan, rule)
-    model = shared_copy(dense, config=config, layer_list=layout.layer_list, layers=hosts)
-    for layer, slot, host, scale in zip(layout.layers(model), plan.slots, hosts, scales(plan), strict=True):
-        if slot.stop - slot.start > 1:
-            assert rule is not None
-            with torch.no_grad():
-                merged = rule.merge(layout, list(layers[slot.start : slot.stop]))
-            if slot.start + merged.host != host:
-                raise PlanError(f"merge_rule={rule.name} hosts {slot} in layer {slot.start + merged.host}, not {host}.")
-            for name, tensor in merged.weights.items():
-                replace_parameter(layer, name, tensor)
-        if scale != 1:
-            for name, tensor in scaled_outputs(layout, layer, {}, scale).items():
-                replace_parameter(layer, name, tensor)
-        for half in plan.sublayers:
-            if half["layer"] == host:
-                _silence(layer, layout.outputs[half["kind"]])
-    return model
+def _built(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None) -> PreTrainedModel:
+    from slm_exp.merging.build import build
+
+    hosts = _hosts(plan, rule)
+    return build(handle, plan, rule, hosts, _shorter_config(handle.layout, handle.model.config, hosts))
 
 
-def _silence(layer: nn.Module, outputs: tuple[str, ...]) -> None:
-    """New zeros for what writes a half of a layer into the stream: an ordinary layer whose half does nothing."""
-    for module in outputs:
-        for name, p in layer.get_submodule(module).named_parameters():
-            replace_parameter(layer, f"{module}.{name}", torch.zeros_like(p))
-
-
-def half_sizes(handle: ModelHandle, layer: int = 0) -> dict[str, int]:
+def sublayer_sizes(handle: ModelHandle, layer: int = 0) -> dict[str, int]:
     """Parameters of a layer's attention and MLP sublayers: projections and their biases. Loads no weights."""
-    from slm_exp.models.base import empty_model
-
     module = handle.layout.layers(handle.model if handle.loaded else empty_model(handle.config))[layer]
-    return {half: sum(p.numel() for name in names for p in module.get_submodule(name).parameters())
-            for half, names in handle.layout.halves.items()}
+    return {kind: sum(p.numel() for name in names for p in module.get_submodule(name).parameters())
+            for kind, names in handle.layout.halves.items()}
 
 
 def zeroed(compressed: ModelHandle, plan: MergePlan) -> int:
@@ -138,17 +106,17 @@ def zeroed(compressed: ModelHandle, plan: MergePlan) -> int:
     An engine that skips such sublayers could leave them out.
     """
     at = {slot.start: i for i, slot in enumerate(plan.slots)}
-    return sum(half_sizes(compressed, at[half["layer"]])[half["kind"]] for half in plan.sublayers)
+    return sum(sublayer_sizes(compressed, at[s.layer])[s.kind] for s in plan.sublayers)
 
 
 def zeroed_note(handle: ModelHandle, plan: MergePlan) -> tuple[str, ...]:
     """What a reader of the sizes should know of a plan for `handle`; nothing where no sublayer goes."""
-    kinds = Counter(half["kind"] for half in plan.sublayers)
+    kinds = Counter(s.kind for s in plan.sublayers)
     if not kinds:
         return ()
     which = " and ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
-    sizes = half_sizes(handle)
-    size = sum(sizes[half["kind"]] for half in plan.sublayers)
+    sizes = sublayer_sizes(handle)
+    size = sum(sizes[s.kind] for s in plan.sublayers)
     are = "sublayer is" if len(plan.sublayers) == 1 else "sublayers are"
     return (f"{which} {are} zeroed: {size / 1e6:.3g} M parameters ({size / handle.n_params:.1%}) could be left out by "
             "an engine that skips them; the checkpoint keeps them.",)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from slm_exp.core.errors import ConfigError, DataError
-from slm_exp.core.types import MergePlan
+from slm_exp.core.types import MergePlan, Sublayer
 from slm_exp.evaluation import speed
 from slm_exp.evaluation.base import Evaluation
 from slm_exp.evaluation.speed import Case, cases, generation_flops, measure_speed, spread
@@ -116,7 +116,7 @@ class TestNotes:
         assert self.told(tiny_handle, shorter) == ""
 
     def test_zeroed_sublayers_are_not_skipped(self, tiny_handle: ModelHandle) -> None:
-        plan = MergePlan(8, sublayers=({"layer": 2, "kind": "attention"}, {"layer": 3, "kind": "mlp"}))
+        plan = MergePlan(8, sublayers=(Sublayer(2, "attention"), Sublayer(3, "mlp")))
         assert "2 removed sublayers are zeros" in self.told(tiny_handle, apply_plan(tiny_handle, plan))
 
     def test_nothing_is_gone(self, tiny_handle: ModelHandle) -> None:
