@@ -78,7 +78,7 @@ def main() -> int:
             status = 1
             continue
         gone = [*(f"{a}-{b - 1}" for a, b in plan.groups), *map(str, plan.dropped)]
-        gone += [f"{half['kind'][0].upper()}{half['layer']}" for half in plan.sublayers]
+        gone += [f"{half.kind[0].upper()}{half.layer}" for half in plan.sublayers]
         meant = MINUTES.get(name, ONE_SHOT)
         print(f"| {name} | {' '.join(gone)} | {plan.evaluations} | {plan.block_forwards} | {seconds:.1f} "
               f"| {seconds / plan.block_forwards:.3f} | {meant or ''} |", flush=True)

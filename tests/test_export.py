@@ -9,15 +9,14 @@ import yaml
 from slm_exp.cli import export
 from slm_exp.core.errors import ConfigError, PlanError
 from slm_exp.core.registry import available
-from slm_exp.core.types import MergePlan
+from slm_exp.core.types import Compensation, Cut, MergePlan, Sublayer
 from slm_exp.merging.surgery import apply_plan
 
 PLANS = {
     "removal": MergePlan(8, dropped=(2, 3, 6)),
     "top_gone": MergePlan(8, dropped=(0, 7)),
-    "halves": MergePlan(8, dropped=(1,), sublayers=({"layer": 3, "kind": "mlp"}, {"layer": 5, "kind": "attention"})),
-    "compensated": MergePlan(8, dropped=(2, 3), compensation={"kind": "magnitude", "cuts": [
-        {"start": 2, "stop": 4, "alpha": 1.25}]}),
+    "halves": MergePlan(8, dropped=(1,), sublayers=(Sublayer(3, "mlp"), Sublayer(5, "attention"))),
+    "compensated": MergePlan(8, dropped=(2, 3), compensation=Compensation("magnitude", (Cut(2, 4, 1.25),))),
     **{rule: MergePlan(8, ((1, 3), (4, 7)), rule=rule)
        for rule in ("keep_top", "keep_low", "top_layer", "mean", "sum_of_deltas")},
 }  # fmt: skip

@@ -25,7 +25,7 @@ from slm_exp.methods.slm import SLM
 from slm_exp.pipeline import run as pipeline
 from slm_exp.search.path import Path as ThresholdPath
 from slm_exp.search.path import PathPlan, follow
-from slm_exp.search.scoring import CandidateScorer
+from slm_exp.search.scoring import ScoringEngine
 from slm_exp.search.task import PlanTask
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,9 +42,9 @@ def task(tiny_handle: Any, tokens: Any, tmp_path: Path) -> PlanTask:
     )  # type: ignore[arg-type]  # fmt: skip
 
 
-def path_of(task: PlanTask, low: float = -1, high: float = 1) -> tuple[ThresholdPath, CandidateScorer]:
+def path_of(task: PlanTask, low: float = -1, high: float = 1) -> tuple[ThresholdPath, ScoringEngine]:
     start = SLM().start(task.handle.n_layers)
-    scorer = CandidateScorer(task, top=start.high)
+    scorer = ScoringEngine(task, top=start.high)
     return follow(scorer, start, task.handle.n_layers, low, high), scorer
 
 
@@ -92,8 +92,8 @@ def test_the_command_writes_what_the_contract_says(tmp_path: Path, capsys: pytes
     assert sizes[8]["ratio_removed"] == 0
     for n, size in sizes.items():
         assert size["best_final_score"] == max(p["final_score"] for p in plans if p["n_layers"] == n)
-        assert size["latency_s"] > 0
-    flops = [sizes[n]["flops_per_token"] for n in sorted(sizes)]
+        assert size.latency_s > 0
+    flops = [sizes[n].flops_per_token for n in sorted(sizes)]
     assert flops == sorted(flops)
     assert (out / "path.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "path.md").read_text()
@@ -112,9 +112,9 @@ def test_the_command_writes_what_the_contract_says(tmp_path: Path, capsys: pytes
 def test_a_budget_ends_it_and_the_same_command_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute, computed = CandidateScorer._compute, []
+    compute, computed = ScoringEngine._compute, []
     monkeypatch.setattr(
-        CandidateScorer, "_compute", lambda self, c, dtype: computed.append(c) or compute(self, c, dtype)
+        ScoringEngine, "_compute", lambda self, slots, *more: computed.append(slots) or compute(self, slots, *more)
     )
     call = [*QUICK, WIDE, f"cache.dir={tmp_path / 'c'}", f"hydra.run.dir={tmp_path / 'out'}"]
     assert main([*call, "method.max_evaluations=5"]) == 1
@@ -184,19 +184,19 @@ def test_every_size_is_the_best_plan_of_that_size(task: PlanTask) -> None:
         assert plan.final_score == best.final_score
         target = plan.target
         assert target is not None
-        assert (target["asked"], target["complete"], target["layers"]) == (layers, True, layers)
-        assert target["threshold"] == [best.low, best.high]
+        assert (target.asked, target.complete, target.layers) == (layers, True, layers)
+        assert target.threshold == (best.low, best.high)
         assert plan.threshold is not None
         assert SLM(threshold=plan.threshold).plan(task).groups == plan.groups
         at = path.plans.index(best)
         beside = [path.plans[i] for i in (at - 1, at + 1) if 0 <= i < len(path.plans)]
-        assert [n["n_layers"] for n in target["neighbours"]] == [p.n_layers for p in beside]
-        sizes = {size["n_layers"]: size for size in target["sizes"]}
+        assert [n.n_layers for n in target.neighbours or ()] == [p.n_layers for p in beside]
+        sizes = {size.n_layers: size for size in target.sizes or ()}
         assert sizes.keys() >= {layers, *(p.n_layers for p in beside)}
-        assert sizes[layers]["best_final_score"] == best.final_score
-        costs = [sizes[n]["flops_per_token"] for n in sorted(sizes)]
+        assert sizes[layers].best_final_score == best.final_score
+        costs = [sizes[n].flops_per_token for n in sorted(sizes)]
         assert costs == sorted(set(costs))
-        assert all(size["latency_s"] > 0 for size in sizes.values())
+        assert all(size.latency_s > 0 for size in sizes.values())
 
 
 def run_tiny(tmp_path: Path, *overrides: str) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def test_a_budget_marks_the_size_incomplete_or_names_what_was_met(task: PlanTask
     assert all(plan.n_layers_out == 6 for plan in plans)
     for budget, plan in enumerate(plans, first_size):
         assert plan.evaluations <= budget
-    complete = [plan.target["complete"] for plan in plans if plan.target]
+    complete = [plan.target.complete for plan in plans if plan.target]
     assert complete == sorted(complete)
     assert complete[-1]
     assert plans[-1].groups == whole.groups

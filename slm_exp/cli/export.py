@@ -16,7 +16,6 @@ from slm_exp import __version__
 from slm_exp.cli.parser import Parser
 from slm_exp.core.errors import ConfigError, PlanError
 from slm_exp.core.types import Group, MergePlan
-from slm_exp.merging.compensation import scales
 from slm_exp.models.layouts import FAMILIES
 
 FORMATS = ("mergekit",)
@@ -170,9 +169,9 @@ def _members(plan: MergePlan) -> dict[str, Callable[[Group], int]]:
 
 def _slices(plan: MergePlan, model: str, place: Callable[[Group], int]) -> list[dict[str, Any]]:
     """Runs of neighbouring layers that are treated alike."""
-    halves = {(h["layer"], h["kind"]) for h in plan.sublayers}
+    halves = {(h.layer, h.kind) for h in plan.sublayers}
     runs: list[tuple[int, int, Any]] = []
-    for slot, scale in zip(plan.slots, scales(plan), strict=True):
+    for slot, scale in zip(plan.slots, plan.scales, strict=True):
         at = place(slot)
         factors = {m: 0.0 if (slot.start, kind) in halves else scale for kind, names in OUTPUTS.items() for m in names}
         scaled = {m: f for m, f in factors.items() if f != 1}

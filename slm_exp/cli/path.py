@@ -5,6 +5,7 @@ Writes path.json, path.png and path.md. A killed path resumes: every score it ha
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 import time
@@ -76,7 +77,7 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
     from slm_exp.reporting.staircase import draw_staircase
     from slm_exp.search.cost import sizes
     from slm_exp.search.path import follow
-    from slm_exp.search.scoring import CandidateScorer
+    from slm_exp.search.scoring import ScoringEngine
     from slm_exp.search.task import PlanTask
 
     method = cfg.method
@@ -88,7 +89,7 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
     store = StageStore(Path(cfg.cache.dir) if cfg.cache.enabled else None)
     task = PlanTask(dense, tokens, cfg.similarity, cfg.kernel, cfg.merge_rule, None, store, cfg.seed)
     start = method.start(dense.n_layers)
-    scorer = CandidateScorer(task, top=start.high)
+    scorer = ScoringEngine(task, top=start.high)
     with watching(low, high, "path") as show:
         path = follow(scorer, start, dense.n_layers, low, high, method.commit_open_window, method.max_evaluations,
                       show=show)
@@ -100,7 +101,7 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
         "unknown": [list(interval) for interval in path.unknown],
         "evaluations": path.evaluations,
         "block_forwards": scorer.block_forwards,
-        "sizes": sizes(dense, cfg.merge_rule, path.plans, seq_len),
+        "sizes": [dataclasses.asdict(size) for size in sizes(dense, cfg.merge_rule, path.plans, seq_len)],
         "seq_len": seq_len,
         "model": {"name": dense.name, "note": dense.note, "digest": dense.digest, "n_layers": dense.n_layers},
         "calibration": tokens.describe(),

@@ -356,12 +356,11 @@ def _size(plan: JobPlan, cfg: RunConfig, model: Sketch, told: Outline) -> None:
         elif isinstance(cfg.method, Baseline):
             plan.layers, plan.known = n - cfg.method.layers_to_remove(handle), "as asked"
         elif cfg.method.name == "slm":
-            asked = cfg.method._layers_asked(handle)  # type: ignore[attr-defined]
+            asked = cfg.method.layers_left(handle)
             if asked is not None:
                 plan.layers, plan.known = asked, "as asked"
             else:
-                start = cfg.method.start(n)  # type: ignore[attr-defined]
-                plan.bounds = (n - max(0, start.high - start.floor), n)
+                plan.bounds = cfg.method.bounds(n)
     except SlmError:
         return  # already said as the job's problem
     if plan.layers is None:

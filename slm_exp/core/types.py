@@ -10,16 +10,24 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from slm_exp.core.errors import PlanError
+from slm_exp.core.files import write_json, writing
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-SUBLAYERS = ("attention", "mlp")
-"""The halves of a decoder layer, in the order in which they run."""
+STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
+"""How `reading.parsed` reads a dataclass whose `__pydantic_config__` this is."""
+MAX_LAYERS = 10_000
+"""Of any model a plan may be for."""
+Kind = Literal["attention", "mlp"]
+SUBLAYERS: tuple[Kind, ...] = ("attention", "mlp")
+"""The two parts of a decoder layer, in the order in which they run."""
+ALPHAS = (1e-6, 1e6)
+"""Within which a factor of a compensation lies, and the product of all of a plan's within the square of these."""
 
 
 class Group(NamedTuple):
@@ -33,10 +41,95 @@ class Group(NamedTuple):
 class Trial:
     """One scored candidate of a search: layers low..high (positions at that moment, inclusive)."""
 
+    __pydantic_config__: ClassVar = STRICT
+
     low: int
     high: int
     score: float
     accepted: bool
+
+
+@dataclass(frozen=True, order=True)
+class Sublayer:
+    """The attention or the MLP of an original layer, with its norm."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    layer: int
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Original layers [start, stop) that were removed or merged, or lost a sublayer."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    start: int
+    stop: int
+    alpha: float
+    """How much larger they would have made the residual stream."""
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How the residual stream is rescaled after cuts: see merging/compensation.py."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    kind: Literal["magnitude"]
+    cuts: tuple[Cut, ...]
+    """Bottom to top."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """What a threshold just outside the chosen interval gives."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    threshold: float
+    n_layers: int
+    final_score: float
+
+
+@dataclass(frozen=True)
+class SizeCost:
+    """What a size among a path's plans costs to run, by its best plan."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    n_layers: int
+    params: int
+    ratio_removed: float
+    flops_per_token: float
+    latency_s: float
+    best_final_score: float
+    threshold: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The size that was requested of a plan; what does not apply is None and left out of the JSON."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    asked: int | float
+    """Layers, sublayers, or a share of the parameters."""
+    complete: bool
+    """False where a budget ended the search: a better plan of this size may exist."""
+    layers: int | None = None
+    """Layers left."""
+    sublayers: int | None = None
+    """Sublayers removed."""
+    threshold: float | tuple[float, float] | None = None
+    """That reaches the size, or the interval of those that do."""
+    neighbours: tuple[Neighbour, ...] | None = None
+    sizes: tuple[SizeCost, ...] | None = None
+    depth: float | None = None
+    """The part that layers take of a target shared with width."""
+    share: float | None = None
+    """The part of the target that width takes."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +137,12 @@ class MergePlan:
     """Which layers of a model are merged or removed, and how that was decided. Touches no weights.
 
     A layer in no group and not dropped is kept as it is.
+
+    Raises:
+        PlanError: entries contradict each other or the number of layers.
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     n_layers: int
     """Layers of the dense model."""
@@ -56,16 +154,15 @@ class MergePlan:
     rule: str = ""
     similarity: str = ""
     threshold: float | None = None
-    target: dict[str, Any] | None = None
-    """`{asked, complete}` when a size was asked for."""
+    target: Target | None = None
+    """Where a size was requested."""
     final_score: float | None = None
-    """Compressed against dense by the similarity asked; 1 is identical."""
-    sublayers: tuple[dict[str, Any], ...] = ()
-    """`{layer, kind}`, kind `attention` or `mlp`: halves of layers removed. Both of one layer: it is dropped."""
+    """Compressed against dense by the run's similarity; 1 is identical."""
+    sublayers: tuple[Sublayer, ...] = ()
+    """Removed from layers that stay. Both of one layer: it is dropped."""
     width: dict[str, Any] | None = None
     """`{method, ratio, order, sizes}` when width was pruned."""
-    compensation: dict[str, Any] | None = None
-    """`{kind, cuts: [{start, stop, alpha}]}` when the stream is rescaled behind cuts: see merging/compensation.py."""
+    compensation: Compensation | None = None
     trace: tuple[Trial, ...] = ()
     evaluations: int = 0
     block_forwards: int = 0
@@ -74,19 +171,17 @@ class MergePlan:
     """What a reader should know, e.g. that the released code would have dropped the open window."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.n_layers <= MAX_LAYERS:
+            raise PlanError(f"n_layers = {self.n_layers}; expected a whole number from 1 to {MAX_LAYERS}.")
         object.__setattr__(self, "groups", tuple(sorted(Group(*g) for g in self.groups)))
-        try:
-            halves = {(int(half["layer"]), str(half["kind"])) for half in self.sublayers}
-        except (KeyError, TypeError, ValueError):
-            raise PlanError(f"sublayers = {list(self.sublayers)}; expected {{layer, kind}} for each.") from None
-        whole = {layer for layer, _ in halves if all((layer, kind) in halves for kind in SUBLAYERS)}
+        removed = set(self.sublayers)
+        whole = {s.layer for s in removed if all(Sublayer(s.layer, kind) in removed for kind in SUBLAYERS)}
         object.__setattr__(self, "dropped", tuple(sorted((*self.dropped, *whole))))
-        halves = {half for half in halves if half[0] not in whole}
-        object.__setattr__(self, "sublayers", tuple({"layer": i, "kind": kind} for i, kind in sorted(halves)))
+        object.__setattr__(self, "sublayers", tuple(sorted(s for s in removed if s.layer not in whole)))
         taken: dict[int, str] = {}
         members = [(f"group [{g.start}, {g.stop})", range(g.start, g.stop)) for g in self.groups]
         members += [(f"dropped layer {i}", range(i, i + 1)) for i in self.dropped]
-        members += [(f"layer {i} without {kind}", range(i, i + 1)) for i, kind in sorted(halves)]
+        members += [(f"layer {s.layer} without {s.kind}", range(s.layer, s.layer + 1)) for s in self.sublayers]
         for label, layers in members:
             if layers.start < 0 or layers.stop > self.n_layers or len(layers) == 0:
                 raise PlanError(f"{label} lies outside a model of {self.n_layers} layers.")
@@ -96,26 +191,29 @@ class MergePlan:
                 if i in taken:
                     raise PlanError(f"{label} and {taken[i]} overlap at layer {i}.")
                 taken[i] = label
-        for _, kind in halves:
-            if kind not in SUBLAYERS:
-                raise PlanError(f"sublayers has kind {kind!r}; known: {', '.join(SUBLAYERS)}.")
-        about = self.compensation or {"kind": "magnitude"}
-        cuts = about.get("cuts", ())
-        if about.get("kind") != "magnitude" or not all({"start", "stop", "alpha"} <= set(cut) for cut in cuts):
-            raise PlanError(f"compensation = {about}; expected {{kind: magnitude, cuts: [{{start, stop, alpha}}]}}.")
-        for cut in cuts:
-            if not 0 < cut["alpha"] < float("inf"):
-                raise PlanError(f"compensation of layers {cut['start']}..{cut['stop'] - 1} has alpha = {cut['alpha']}; "
-                                "expected a number above 0.")
         if len(self.slots) == 0:
             raise PlanError(f"the plan leaves none of {self.n_layers} layers.")
+        self._check_compensation()
+
+    def _check_compensation(self) -> None:
+        if self.compensation is None:
+            return
+        product, left = 1.0, [cut for cut in self.cuts if cut.stop < self.n_layers]
+        for cut in self.compensation.cuts:
+            where, (least, most) = f"compensation of layers {cut.start}..{cut.stop - 1}", ALPHAS
+            product *= cut.alpha
+            if not (least <= cut.alpha <= most and least**2 <= product <= most**2):
+                raise PlanError(f"{where} has alpha = {cut.alpha:g}; expected a number from {least:g} to {most:g}.")
+            if (cut.start, cut.stop) not in left:
+                cuts = ", ".join(f"{a}..{b - 1}" for a, b in self.cuts if b < self.n_layers) or "none"
+                raise PlanError(f"{where} is of no cut of this plan, or of one twice; cuts below the top: {cuts}.")
+            left.remove(Group(cut.start, cut.stop))
 
     @property
     def slots(self) -> tuple[Group, ...]:
         """The compressed model's layers, bottom to top; a kept layer is a group of one."""
         starts = {g.start: g for g in self.groups}
-        inside = {i for g in self.groups for i in range(g.start + 1, g.stop)}
-        gone = inside.union(self.dropped)
+        gone = {i for g in self.groups for i in range(g.start + 1, g.stop)}.union(self.dropped)
         return tuple(starts.get(i, Group(i, i + 1)) for i in range(self.n_layers) if i not in gone)
 
     @property
@@ -124,53 +222,91 @@ class MergePlan:
         return bool(self.groups or self.dropped or self.sublayers)
 
     @property
+    def runs(self) -> tuple[Group, ...]:
+        """The original layers by what becomes of them: every slot's, and every run of dropped layers between."""
+        out, at = [], 0
+        for slot in (*self.slots, Group(self.n_layers, self.n_layers)):
+            out += [run for run in (Group(at, slot.start), slot) if run.stop > run.start]
+            at = slot.stop
+        return tuple(out)
+
+    @property
+    def cuts(self) -> tuple[Group, ...]:
+        """Runs of removed layers, merged groups, and layers that lost a sublayer; bottom to top."""
+        changed = {*self.dropped, *(s.layer for s in self.sublayers)}
+        return tuple(run for run in self.runs if run.stop - run.start > 1 or run.start in changed)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """For every slot, what its layer's outputs are multiplied by: 1 without a compensation."""
+        cuts = self.compensation.cuts if self.compensation else ()
+        out = []
+        for slot in self.slots:
+            scale = 1.0
+            for cut in cuts:
+                if cut.stop <= slot.start:
+                    scale /= cut.alpha
+            out.append(scale)
+        return tuple(out)
+
+    @property
     def n_layers_out(self) -> int:
         return len(self.slots)
 
     def effect(self) -> dict[str, Any]:
         """What the plan does to weights, without how it was found: equal effect means equal model."""
-        return {
-            "n_layers": self.n_layers,
-            "groups": [list(g) for g in self.groups],
-            "dropped": list(self.dropped),
-            "sublayers": [dict(s) for s in self.sublayers],
-            "rule": self.rule if self.groups else None,
-            "width": self.width,
-            **({"compensation": self.compensation} if (self.compensation or {}).get("cuts") else {}),
-        }
+        data = self.to_json()
+        out = {name: data[name] for name in ("n_layers", "groups", "dropped", "sublayers", "rule", "width")}
+        if self.compensation and self.compensation.cuts:
+            out["compensation"] = data["compensation"]
+        return {**out, "rule": self.rule if self.groups else None}
 
     def to_json(self) -> dict[str, Any]:
         """The contents of plan.json."""
         out = dataclasses.asdict(self)
-        out["groups"] = [list(g) for g in self.groups]
-        for name in ("dropped", "sublayers", "trace", "notes"):
-            out[name] = list(out[name])
-        return out
+        if self.target is not None:
+            out["target"] = {name: value for name, value in out["target"].items() if value is not None}
+        return {name: _listed(value) for name, value in out.items()}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> MergePlan:
-        """Read a plan back; groups, dropped and rule suffice, unknown keys are refused by name."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown:
-            raise PlanError(f"plan has unknown fields {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
-        if "n_layers" not in data:
-            raise PlanError("plan has no n_layers.")
-        data = dict(data)
-        data["trace"] = tuple(Trial(**t) for t in data.get("trace", ()))
-        for name in ("groups", "dropped", "sublayers", "notes"):
-            data[name] = tuple(data.get(name) or ())
-        return cls(**data)
+    def from_json(cls, data: Any, bare: bool = False) -> MergePlan:
+        """Read a plan back. Records and plans of earlier versions are read too.
+
+        Args:
+            data: the contents of a plan.json.
+            bare: `n_layers` may be absent; the plan is then for the fewest layers it can be for.
+        Raises:
+            PlanError: names the field that is wrong or unknown, its value, and what was expected.
+        """
+        from slm_exp.core.reading import parsed
+
+        fill = bare and isinstance(data, dict) and data.get("n_layers") is None
+        try:
+            if isinstance(data, dict):
+                data = {name: value for name, value in data.items() if value is not None}
+            plan = parsed(cls, {"n_layers": MAX_LAYERS, **data} if fill else data)
+        except ValueError as error:
+            known = ", ".join(sorted(f.name for f in dataclasses.fields(cls)))
+            raise PlanError(f"plan: {error}{f'; known: {known}' if 'unknown' in str(error) else ''}.") from None
+        if not fill:
+            return plan
+        ends = [*(g.stop for g in plan.groups), *(i + 1 for i in (*plan.dropped, *(s.layer for s in plan.sublayers)))]
+        return dataclasses.replace(plan, n_layers=max(ends, default=0) + 1)
 
     def save(self, folder: Path) -> None:
         """Write plan.json into `folder`, atomically."""
-        from slm_exp.core.files import write_json
-
         write_json(folder / "plan.json", self.to_json())
 
     @classmethod
     def load(cls, folder: Path) -> MergePlan:
-        return cls.from_json(json.loads((folder / "plan.json").read_text()))
+        return cls.from_json(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists, as JSON has them."""
+    if isinstance(value, (list, tuple)):
+        return [_listed(part) for part in value]
+    return {k: _listed(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)
@@ -201,8 +337,6 @@ class CalibrationTokens:
         """Write calibration_tokens.npy (ids) and calibration.json (source, sample ids, digest)."""
         import numpy as np
 
-        from slm_exp.core.files import write_json, writing
-
         with writing(folder / "calibration_tokens.npy") as tmp:
             with open(tmp, "wb") as f:
                 np.save(f, self.tokens_NT.astype("<i4"), allow_pickle=False)
@@ -219,10 +353,10 @@ class CalibrationTokens:
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """How alike every pair of layers' outputs is (CKA over pre-norm block outputs)."""
+    """The similarity of every pair of layers' outputs (CKA over pre-norm block outputs)."""
 
     matrix_LL: np.ndarray
-    """[L, L] float32, symmetric, 1 on the diagonal; higher is more alike."""
+    """[L, L] float32, symmetric, 1 on the diagonal."""
     kernel: str
     estimator: str
     skip_first_token: bool
@@ -231,8 +365,6 @@ class LayerSimilarity:
     def save(self, folder: Path) -> None:
         """Write similarity.npz."""
         import numpy as np
-
-        from slm_exp.core.files import writing
 
         with writing(folder / "similarity.npz") as tmp:
             with open(tmp, "wb") as f:

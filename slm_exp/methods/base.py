@@ -4,29 +4,123 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from slm_exp.core.cost import Count
 from slm_exp.core.errors import ConfigError, PlanError, require, require_one_of
 from slm_exp.core.registry import Component
-from slm_exp.core.types import Group, MergePlan, Trial
+from slm_exp.core.together import Together
+from slm_exp.core.types import Group, MergePlan, Sublayer, Target, Trial
+from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
     from slm_exp.merging.rules.base import MergeRule
     from slm_exp.models.base import ModelHandle
-    from slm_exp.pipeline.config import RunConfig
-    from slm_exp.search.reduced import ReducedModels
-    from slm_exp.search.task import PlanTask
 
 COMPENSATIONS = ("magnitude",)
+SIZES = ("threshold", "target_layers", "target_ratio")
 
 
 @dataclass
 class Method(Component, ABC):
-    """How the size is asked for; at most one of the three, none set means the method's own default."""
+    """Decides which layers go. A subclass gives `plan`; what it does not say of itself has a sound default here."""
 
     uses_layer_similarity: ClassVar[bool] = False
     """Whether the plan depends on the layer similarity matrix (and so on the kernel)."""
+
+    compensate: str | None = None
+    """magnitude: rescale the residual stream after every cut (Prune&Comp; see merging/compensation.py)."""
+
+    def check(self) -> None:
+        if self.compensate is not None:
+            require_one_of("method.compensate", self.compensate, COMPENSATIONS)
+
+    def identity(self) -> dict[str, Any]:
+        """An option that is off leaves no trace: what was named before there was the option keeps its name."""
+        return {k: v for k, v in super().identity().items() if k != "compensate" or v is not None}
+
+    @property
+    def target_ratio(self) -> float | None:
+        """The share of the parameters that is to be removed, where that is how the size is requested."""
+        return None
+
+    def with_ratio(self, ratio: float) -> Method:
+        """The same method for another `target_ratio`; of one that has such a target."""
+        raise TypeError(f"method={self.name} has no target_ratio.")
+
+    @property
+    def replays(self) -> MergePlan | None:
+        """The plan that is carried out as it stands; None where one is searched."""
+        return None
+
+    @property
+    def removes_sublayers(self) -> bool:
+        """Whether attention and MLP are removed by themselves: `target_ratio` counts them, and their layers stay."""
+        return False
+
+    def uses_merge_rule(self) -> bool:
+        """Whether the plan depends on the `merge_rule` group."""
+        return True
+
+    def merge_rule(self, requested: MergeRule) -> MergeRule:
+        """The rule the run merges by, given the `merge_rule` group's: that one, unless the method brings its own."""
+        return requested
+
+    def refuses(self, others: Together) -> str | None:
+        """Why this method cannot run with the rest of the config, or None. Checked before anything loads."""
+        return None
+
+    def check_model(self, handle: ModelHandle) -> None:
+        """Raise ConfigError where this model has no such size. Called before weights load; may not load them."""
+
+    def layers_left(self, handle: ModelHandle) -> int | None:
+        """Layers that the plan will leave, where the config says it; None where the search decides. Loads no weights.
+
+        Raises:
+            ConfigError: this model has no such size.
+        """
+        return None
+
+    def bounds(self, n_layers: int) -> tuple[int, int] | None:
+        """The fewest and the most layers that a search may leave; None where that is not known."""
+        return None
+
+    def cost(self, n_layers: int, removed: int | None) -> Count:
+        """Block forwards, losses and scores of the search, its compensation included.
+
+        Args:
+            removed: layers that the plan removes; None where nobody knows yet.
+        """
+        count = self.search_cost(n_layers, removed)
+        if not self.compensate:
+            return count
+        return Count(count.blocks + 2 * n_layers, count.heads, count.scores + 1, count.note)
+
+    def search_cost(self, n_layers: int, removed: int | None) -> Count:
+        """`cost` without a compensation: one look at the dense states and one compressed model, which runs anew from
+        its first cut up. Override where a search takes more."""
+        return Count(2 * n_layers - (removed or 0))
+
+    def plan_from_scores(self, n_layers: int, scores: Mapping[str, float], rule_name: str) -> MergePlan | None:
+        """The plan, where scores that an earlier search kept decide it; None where they do not.
+
+        Args:
+            scores: the entries of the journal of this model, tokens, rule and similarity (`search.inputs`).
+        """
+        return None
+
+    @abstractmethod
+    def plan(self, task: PlanTask) -> MergePlan:
+        """Decide. Weights are left bit for bit as they were, also on an exception."""
+
+
+@dataclass
+class Sized(Method):
+    """A method with settings that request a size: at most one of them, and only one that it takes."""
+
+    targets: ClassVar[tuple[str, ...]] = ()
+    """Those it takes."""
 
     threshold: float | None = None
     """Accept a merge while the score stays above this."""
@@ -34,19 +128,16 @@ class Method(Component, ABC):
     """Layers to be left."""
     target_ratio: float | None = None
     """Share of parameters to remove."""
-    compensate: str | None = None
-    """magnitude: rescale the stream behind every cut (Prune&Comp; see merging/compensation.py)."""
 
     def check(self) -> None:
-        asked = {
-            f"method.{name}": value
-            for name in ("threshold", "target_layers", "target_ratio")
-            if (value := getattr(self, name)) is not None
-        }
-        if len(asked) > 1:
+        for name in SIZES:
+            if name not in self.targets:
+                require(getattr(self, name) is None, f"method.{name}", getattr(self, name), *self.no_target(name))
+        requested = {f"method.{name}": getattr(self, name) for name in SIZES if getattr(self, name) is not None}
+        if len(requested) > 1:
             raise ConfigError(
                 "set at most one of method.threshold, method.target_layers, method.target_ratio; got "
-                + ", ".join(f"{k} = {v}" for k, v in asked.items())
+                + ", ".join(f"{k} = {v}" for k, v in requested.items())
                 + ". Reset one with, e.g., method.threshold=null."
             )
         if self.threshold is not None:
@@ -57,64 +148,54 @@ class Method(Component, ABC):
         if self.target_ratio is not None:
             require(0 < self.target_ratio < 1, "method.target_ratio", self.target_ratio,
                     "a share of the parameters in (0, 1)", "0.1 removes a tenth.")
-        if self.compensate is not None:
-            require_one_of("method.compensate", self.compensate, COMPENSATIONS)
+        super().check()
 
-    def identity(self) -> dict[str, Any]:
-        """An option that is off leaves no trace: what was named before there was the option keeps its name."""
-        return {k: v for k, v in super().identity().items() if k != "compensate" or v is not None}
+    def with_ratio(self, ratio: float) -> Method:
+        return replace(self, target_ratio=ratio)
 
-    def uses_merge_rule(self) -> bool:
-        """Whether the plan depends on the `merge_rule` group."""
-        return True
+    def no_target(self, name: str) -> tuple[str, str]:
+        """What is expected of a setting that the method does not take, and the remedy."""
+        return f"null: method={self.name} takes a size", f"Set {_either(self.targets)} instead."
 
-    def merge_rule(self, asked: MergeRule) -> MergeRule:
-        """The rule the run merges by, given the `merge_rule` group's: that one, unless the method brings its own."""
-        return asked
+    def requested_layers(self, handle: ModelHandle, fewest: int, hint: str) -> int | None:
+        """Layers to be left by `target_ratio` or `target_layers`; None where neither is set. Loads no weights.
 
-    def refuses(self, cfg: RunConfig) -> str | None:
-        """Why this method cannot run with the rest of the config, or None. Checked before anything loads."""
-        return None
-
-    def check_model(self, handle: ModelHandle) -> None:
-        """Raise ConfigError where this model has no such size. Called before weights load; may not load them."""
-
-    @abstractmethod
-    def plan(self, task: PlanTask) -> MergePlan:
-        """Decide. Weights are left bit for bit as they were, also on an exception."""
+        Raises:
+            ConfigError: the size cannot be reached; names the nearest.
+        """
+        if self.target_ratio is not None:
+            return layers_for_ratio(handle, self.target_ratio, fewest)
+        if self.target_layers is not None:
+            require(fewest <= self.target_layers <= handle.n_layers, "method.target_layers", self.target_layers,
+                    f"{fewest} to {handle.n_layers} for {handle.name}", hint)
+        return self.target_layers
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a baseline chose. Layers are original indices."""
+class Selection:
+    """What a baseline selected. Layers are original indices."""
 
     dropped: tuple[int, ...] = ()
     groups: tuple[Group, ...] = ()
     """Half-open runs merged into one layer, where the method merges by itself."""
-    sublayers: tuple[dict[str, Any], ...] = ()
-    """`{layer, kind}`, kind `attention` or `mlp`."""
+    sublayers: tuple[Sublayer, ...] = ()
     trace: tuple[Trial, ...] = ()
     """What was scored, in the method's own score."""
-    notes: tuple[str, ...] = ()
-    target: dict[str, Any] = field(default_factory=dict)
-    """More to say of the size asked for, beside `asked`, `complete` and `layers`."""
-    models: ReducedModels | None = None
-    """The engine it was found with, if any: its dense pass serves the final score, its cost goes into the plan."""
-    evaluations: int = 0
-    """Candidates scored outside `models`."""
+    threshold: float | None = None
+    """That reaches the size, where the method tries some."""
     block_forwards: int = 0
-    """Spent outside `models`."""
+    """Spent beside what the task's engine counts."""
 
 
 @dataclass
-class Baseline(Method):
-    """A method that removes a number of layers asked for, never by a threshold.
+class Baseline(Sized):
+    """A method that removes a requested number of layers, never by a threshold.
 
     A subclass gives `choose`, and its published `protect_first` and `protect_last` as defaults.
     """
 
     targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_ratio")
-    """Fields that ask for a size; exactly one must be set."""
+    """Settings that request a size; exactly one must be set."""
     mergeable: ClassVar[bool] = True
     """Whether what is removed are whole layers, which `merge` can merge instead."""
     keeps_one: ClassVar[bool] = False
@@ -129,13 +210,11 @@ class Baseline(Method):
     merge_rule, instead of removing. One layer that is not protected always stays."""
 
     def check(self) -> None:
-        require(self.threshold is None, "method.threshold", self.threshold, f"null: method={self.name} takes a size",
-                f"Set {_either(self.targets)} instead.")
         super().check()
-        asked = [name for name in self.targets if getattr(self, name) is not None]
-        if len(asked) != 1:
+        requested = [name for name in self.targets if getattr(self, name) is not None]
+        if len(requested) != 1:
             raise ConfigError(f"method={self.name} takes a size: set exactly one of {_either(self.targets)}; got "
-                              f"{' and '.join(asked) or 'none'}. For example method.target_ratio=0.1.")
+                              f"{' and '.join(requested) or 'none'}. For example method.target_ratio=0.1.")
         for name in ("protect_first", "protect_last"):
             require(getattr(self, name) >= 0, f"method.{name}", getattr(self, name), "a whole number >= 0")
         require(self.mergeable or not self.merge, "method.merge", self.merge,
@@ -147,76 +226,89 @@ class Baseline(Method):
     def check_model(self, handle: ModelHandle) -> None:
         self.layers_to_remove(handle)
 
+    def layers_left(self, handle: ModelHandle) -> int | None:
+        return handle.n_layers - self.layers_to_remove(handle)
+
     def removable(self, n_layers: int) -> range:
         """The layers that are not protected."""
         low = min(self.protect_first, n_layers)
         return range(low, max(low, n_layers - self.protect_last))
 
     def layers_to_remove(self, handle: ModelHandle) -> int:
-        """How many layers the size asked for takes away. Loads no weights.
+        """How many layers the requested size takes away. Loads no weights.
 
         Raises:
             ConfigError: the size cannot be reached; names the nearest.
         """
-        from slm_exp.search.target import layers_for_ratio
-
         n = handle.n_layers
-        fewest = max(1, n - max(0, len(self.removable(n)) - (self.keeps_one or self.merge)))
-        if self.target_ratio is not None:
-            return n - layers_for_ratio(handle, self.target_ratio, fewest)
-        assert self.target_layers is not None
-        protected = f"method.protect_first={self.protect_first} and protect_last={self.protect_last} keep layers."
+        hint = f"method.protect_first={self.protect_first} and protect_last={self.protect_last} keep layers."
         if self.merge:
-            protected += " With method.merge=true one more stays, into which the others are merged."
-        require(fewest <= self.target_layers <= n, "method.target_layers", self.target_layers,
-                f"{fewest} to {n} for {handle.name}", protected if self.protect_first + self.protect_last else "")
-        return n - self.target_layers
+            hint += " With method.merge=true one more stays, into which the others are merged."
+        left = self.requested_layers(
+            handle, fewest=max(1, n - max(0, len(self.removable(n)) - (self.keeps_one or self.merge))),
+            hint=hint if self.protect_first + self.protect_last else "")
+        assert left is not None
+        return n - left
 
     @abstractmethod
-    def choose(self, task: PlanTask, n_remove: int) -> Choice:
-        """Which `n_remove` layers go (0 included)."""
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
+        """Which `n_remove` layers go (0 included). What scoring them costs, `task.engine` counts."""
 
     def plan(self, task: PlanTask) -> MergePlan:
-        """Decide, find the compensation where asked, and score the result. Cost: the choice, then one model."""
-        choice = self.choose(task, self.layers_to_remove(task.handle))
-        return self.carried_out(task, choice)
+        """Decide, find the compensation if requested, and score the result. Cost: the selection, then one model."""
+        task = replace(task)  # an engine of its own, for a cost of its own
+        return self.finished(task, self.choose(task, self.layers_to_remove(task.handle)))
 
-    def carried_out(self, task: PlanTask, choice: Choice) -> MergePlan:
-        """The plan of a choice, with its compensation, final score and cost."""
-        from slm_exp.search.reduced import ReducedModels
-
-        n, dropped, groups = task.handle.n_layers, choice.dropped, choice.groups
+    def finished(self, task: PlanTask, selection: Selection) -> MergePlan:
+        """The plan of a selection, with its compensation, final score and cost."""
+        n, dropped, groups = task.handle.n_layers, selection.dropped, selection.groups
         if self.merge and dropped:
             dropped, groups = (), (*groups, *merged_runs(dropped, n, self.removable(n)))
         plan = MergePlan(
-            n_layers=n, groups=groups, dropped=dropped, sublayers=choice.sublayers, method=self.name,
-            rule=task.rule.name if groups else "", similarity=task.similarity.name, trace=choice.trace,
-            evaluations=choice.evaluations, block_forwards=choice.block_forwards, notes=choice.notes,
+            n_layers=n, groups=groups, dropped=dropped, sublayers=selection.sublayers, method=self.name,
+            rule=task.rule.name if groups else "", similarity=task.similarity.name, trace=selection.trace,
+            block_forwards=selection.block_forwards,
         )
-        asked = [value for name in self.targets if (value := getattr(self, name)) is not None]
-        if asked:
-            target = {"asked": asked[0], "complete": True, "layers": plan.n_layers_out, **choice.target}
-            plan = replace(plan, target=target)
-        return scored(task, plan, choice.models or ReducedModels(task), self.compensate)
+        requested = next(value for name in self.targets if (value := getattr(self, name)) is not None)
+        target = Target(requested, True, plan.n_layers_out, threshold=selection.threshold,
+                        sublayers=len(selection.sublayers) if self.removes_sublayers else None)
+        return task.scored(replace(plan, target=target), self.compensate)
 
 
-def scored(task: PlanTask, plan: MergePlan, models: ReducedModels, compensate: str | None) -> MergePlan:
-    """A plan with its compensation, its final score, what its sublayers leave behind, and the cost added to its own.
+def layers_for_ratio(handle: ModelHandle, ratio: float, fewest: int) -> int:
+    """How many layers are left when about `ratio` of the parameters is gone: the nearest size. Loads no weights.
 
-    Cost: what `models` has spent so far, one model, and for a compensation one pass over the dense layers.
+    Args:
+        fewest: layers that any plan leaves.
+    Raises:
+        ConfigError: even the nearest size is off by more than one layer's share; names it and its ratio.
     """
-    from slm_exp.merging.compensation import magnitudes
-    from slm_exp.merging.surgery import zeroed_note
-    from slm_exp.search.reduced import slots_of
-    from slm_exp.search.refit import note
+    share = handle.layer_params / handle.n_params
+    layers = min(range(fewest, handle.n_layers + 1), key=lambda n: abs((handle.n_layers - n) * share - ratio))
+    reached = (handle.n_layers - layers) * share
+    if abs(reached - ratio) > share:
+        raise ConfigError(
+            f"method.target_ratio = {ratio}; expected a share of the parameters that removing layers can reach. The "
+            f"nearest is {reached:.3f} ({layers} of {handle.n_layers} layers left); each layer is {share:.1%}."
+        )
+    return layers
 
-    if compensate:
-        compensation, forwards = magnitudes(task, plan, models)
-        plan = replace(plan, compensation=compensation, block_forwards=plan.block_forwards + forwards)
-    score = models.score(slots_of(plan, task.rule))
-    return replace(plan, final_score=score, evaluations=plan.evaluations + models.evaluations,
-                   block_forwards=plan.block_forwards + models.block_forwards,
-                   notes=(*plan.notes, *zeroed_note(task.handle, plan), *note(task)))
+
+def greedy_cost(n_layers: int, parts: float, removals: int, per_layer: int = 1, share: float = 1.0, heads: int = 1
+                ) -> Count:
+    """Of removing part by part the one that costs least: candidates run from their own part upwards, then the head.
+
+    Args:
+        parts: that may go, `per_layer` of them in a layer.
+        share: of the parts, from the top down, that are tried.
+        heads: passes of the head for each candidate.
+    """
+    blocks = tried = 0.0
+    for k in range(removals):
+        left = max(0.0, parts * share - k)
+        blocks += left * (n_layers - k / per_layer) * share / 2
+        tried += left
+    return Count(blocks + 2 * n_layers, tried * heads)
 
 
 def lowest(

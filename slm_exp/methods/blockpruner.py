@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from slm_exp.core.cost import Count
 from slm_exp.core.registry import register
-from slm_exp.methods.sublayers import SublayerBaseline
-
-if TYPE_CHECKING:
-    from slm_exp.methods.sublayers import Wanted
-    from slm_exp.search.greedy import Removed
-    from slm_exp.search.reduced import ReducedModels
+from slm_exp.methods.sublayers import SublayerBaseline, Wanted
+from slm_exp.search.greedy import Removed, greedy
+from slm_exp.search.task import PlanTask
 
 
 @register("method", "blockpruner")
@@ -27,7 +24,8 @@ class BlockPruner(SublayerBaseline):
     for 5 sublayers of 30 layers about 4,300 block forwards and 290 passes of the head.
     """
 
-    def find(self, models: ReducedModels, wanted: Wanted) -> Removed:
-        from slm_exp.search.greedy import greedy
+    def search_cost(self, n_layers: int, removed: int | None) -> Count:
+        return self.greedy_cost(n_layers)
 
-        return greedy(models, self.units(len(models.dense)), models.loss, wanted, self.name)
+    def remove(self, task: PlanTask, wanted: Wanted) -> Removed:
+        return greedy(task.engine, self.units(task.handle.n_layers), task.engine.loss, wanted, self.name)

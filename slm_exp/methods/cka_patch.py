@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.registry import register
 from slm_exp.core.types import Group, Trial
-from slm_exp.methods.base import Baseline, Choice
+from slm_exp.methods.base import Baseline, Selection
 from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @register("method", "cka_patch")
 @dataclass
 class CKAPatch(Baseline):
-    """Cut the stack into L - n runs of layers that are most alike within, by CKA, and merge every run into one layer.
+    """Cut the stack into L - n runs of layers that are most similar within, by CKA, and merge every run into one layer.
 
     The cut with the least total scatter: sum over runs of (1 / size) x sum over its pairs of 1 - CKA, which is the
     squared distance to the run's mean in the space whose cosine CKA is. Found exactly (Fisher 1958's segmentation).
@@ -33,27 +33,28 @@ class CKAPatch(Baseline):
     protect_last: int = 1
     merge: bool = True
 
-    def choose(self, task: PlanTask, n_remove: int) -> Choice:
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
         assert task.layer_similarity is not None
         layers = self.removable(task.handle.n_layers)
-        alike = task.layer_similarity.matrix_LL[layers.start : layers.stop, layers.start : layers.stop]
-        runs = [Group(layers.start + a, layers.start + b) for a, b in segments(alike, len(layers) - n_remove)]
+        matrix_LL = task.layer_similarity.matrix_LL
+        free_KK = matrix_LL[layers.start : layers.stop, layers.start : layers.stop]
+        runs = [Group(layers.start + a, layers.start + b) for a, b in segments(free_KK, len(layers) - n_remove)]
         runs = [run for run in runs if run.stop - run.start > 1]
-        trace = tuple(Trial(a, b - 1, _mean_pair(task.layer_similarity.matrix_LL[a:b, a:b]), True) for a, b in runs)
-        return Choice(tuple(i for a, b in runs for i in range(a + 1, b)), trace=trace)
+        trace = tuple(Trial(a, b - 1, _mean_pair(matrix_LL[a:b, a:b]), True) for a, b in runs)
+        return Selection(tuple(i for a, b in runs for i in range(a + 1, b)), trace=trace)
 
 
-def segments(alike_KK: np.ndarray, n: int) -> list[tuple[int, int]]:
+def segments(similarity_KK: np.ndarray, n: int) -> list[tuple[int, int]]:
     """Items 0..K-1 in n runs [start, stop) of least total scatter; at a tie the lower items run together.
 
     Args:
-        alike_KK: [K, K] similarities, 1 on the diagonal.
+        similarity_KK: [K, K] similarities, 1 on the diagonal.
     Cost: K^2 n steps of arithmetic.
     """
     import numpy as np
 
-    k = len(alike_KK)
-    far = np.triu(1 - alike_KK.astype(np.float64), 1)
+    k = len(similarity_KK)
+    far = np.triu(1 - similarity_KK.astype(np.float64), 1)
     total = np.zeros((k + 1, k + 1))
     total[1:, 1:] = far.cumsum(0).cumsum(1)  # sums of rectangles
 
@@ -65,7 +66,7 @@ def segments(alike_KK: np.ndarray, n: int) -> list[tuple[int, int]]:
         for stop in range(runs, k - (n - runs) + 1):
             best[runs, stop] = min(
                 ((best[runs - 1, a][0] + scatter(a, stop), a) for a in range(runs - 1, stop) if (runs - 1, a) in best),
-                key=lambda found: (round(found[0], 12), -found[1]),
+                key=lambda cut: (round(cut[0], 12), -cut[1]),
             )
     out, stop = [], k
     for runs in range(n, 0, -1):
@@ -75,7 +76,7 @@ def segments(alike_KK: np.ndarray, n: int) -> list[tuple[int, int]]:
     return out[::-1]
 
 
-def _mean_pair(alike_KK: np.ndarray) -> float:
+def _mean_pair(similarity_KK: np.ndarray) -> float:
     import numpy as np
 
-    return float(alike_KK[np.triu_indices(len(alike_KK), 1)].mean())
+    return float(similarity_KK[np.triu_indices(len(similarity_KK), 1)].mean())

@@ -6,16 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from slm_exp.core.cost import Count
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import register
-from slm_exp.methods.sublayers import SublayerBaseline
+from slm_exp.methods.sublayers import SublayerBaseline, Wanted
+from slm_exp.search.greedy import Removed, greedy
+from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from slm_exp.methods.sublayers import Wanted
-    from slm_exp.search.greedy import Removed
-    from slm_exp.search.reduced import ReducedModels, Slots
+    from slm_exp.search.scoring import Slots
 
 METRICS = ("js", "kl", "angular", "norm", "perplexity")
 
@@ -35,7 +34,7 @@ class FinerCut(SublayerBaseline):
     """
 
     metric: str = "js"
-    """js, kl, angular, norm: distance of the logits to the dense model's (search/vocabulary.py); or perplexity."""
+    """js, kl, angular, norm: distance of the logits to the dense model's (engine/vocabulary.py); or perplexity."""
     exclude_first: float = 0.4
     """The share of sublayers, from the bottom up, that go last."""
 
@@ -44,22 +43,15 @@ class FinerCut(SublayerBaseline):
         require(0 <= self.exclude_first <= 1, "method.exclude_first", self.exclude_first, "a share in [0, 1]")
         super().check()
 
-    def find(self, models: ReducedModels, wanted: Wanted) -> Removed:
-        from slm_exp.engine.vocabulary import PredictionDistance
-        from slm_exp.search.greedy import greedy
+    def search_cost(self, n_layers: int, removed: int | None) -> Count:
+        return self.greedy_cost(n_layers, share=1 - self.exclude_first, heads=1 if self.metric == "perplexity" else 2)
 
-        distance: PredictionDistance | None = None
+    def remove(self, task: PlanTask, wanted: Wanted) -> Removed:
+        engine = task.engine
 
         def cost(slots: Slots) -> float:
-            return models.loss(slots) if self.metric == "perplexity" else models.measure(slots, self.metric, measured)
+            return engine.loss(slots) if self.metric == "perplexity" else engine.distance(slots, self.metric)
 
-        def measured(last_NTD: Tensor) -> float:
-            nonlocal distance
-            if distance is None:
-                dense_NTD = models.runner.finish(models.dense_states[-1])
-                distance = PredictionDistance(models.runner, dense_NTD, self.metric)
-            return distance(last_NTD)
-
-        units = self.units(len(models.dense))
+        units = self.units(task.handle.n_layers)
         late = math.floor(self.exclude_first * len(units))
-        return greedy(models, units[late:], cost, wanted, self.name, units[:late])
+        return greedy(engine, units[late:], cost, wanted, self.name, units[:late])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice
+from slm_exp.methods.base import Baseline, Selection
 from slm_exp.search.task import PlanTask
 
 
@@ -14,5 +14,5 @@ from slm_exp.search.task import PlanTask
 class FirstLayers(Baseline):
     """Drop the n lowest layers that are not protected; nothing is. A floor for comparisons."""
 
-    def choose(self, task: PlanTask, n_remove: int) -> Choice:
-        return Choice(tuple(self.removable(task.handle.n_layers)[:n_remove]))
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
+        return Selection(tuple(self.removable(task.handle.n_layers)[:n_remove]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.errors import ConfigError, PlanError, require
 from slm_exp.core.files import digest
+from slm_exp.core.reading import read_json
 from slm_exp.core.registry import available, register
 from slm_exp.core.types import MergePlan
-from slm_exp.methods.base import Method, scored
+from slm_exp.merging.surgery import apply_plan
+from slm_exp.methods.base import Sized
 from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ DEFAULT_RULE = "top_layer"
 
 @register("method", "from_plan")
 @dataclass
-class FromPlan(Method):
+class FromPlan(Sized):
     """Do what a plan.json says; no search. Any run's will do; `groups`, `dropped` and `rule` suffice.
 
     The plan's merge rule is used, its compensation applied as it stands (`compensate` finds it anew), and its score
@@ -39,16 +40,20 @@ class FromPlan(Method):
 
     def check(self) -> None:
         super().check()
-        for name in ("threshold", "target_layers", "target_ratio"):
-            require(getattr(self, name) is None, f"method.{name}", getattr(self, name),
-                    "null: method=from_plan takes the size of its plan")
         require(bool(self.path), "method.path", repr(self.path), "a plan.json or the folder of a run")
         narrowed_before = (self.given.width or {}).get("order") == "before"
         require(not (self.compensate and narrowed_before), "method.compensate", self.compensate,
                 "null: the plan in method.path narrows the model before it cuts layers",
                 "The compensation would be that of the wide model; ask for it in the run that makes the plan.")
 
-    @cached_property
+    def no_target(self, name: str) -> tuple[str, str]:
+        return "null: method=from_plan takes the size of its plan", ""
+
+    @property
+    def replays(self) -> MergePlan | None:
+        return self.given
+
+    @property
     def given(self) -> MergePlan:
         """The plan as it stands in the file; where that names no `n_layers`, for the fewest it can be for.
 
@@ -63,10 +68,9 @@ class FromPlan(Method):
         path = Path(self.path).expanduser()
         path = path / "plan.json" if path.is_dir() else path
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            named = "n_layers" in data
-            return MergePlan.from_json(data if named else {**data, "n_layers": _fewest(data)}), named
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, PlanError) as error:
+            data = read_json(path)
+            return MergePlan.from_json(data, bare=True), data.get("n_layers") is not None
+        except (OSError, ValueError, PlanError) as error:
             why = f"there is no {path}" if isinstance(error, FileNotFoundError) else f"{path} is none ({error})"
             wanted = "a plan.json or the folder of a run"
             raise ConfigError(f"method.path = {self.path}; expected {wanted}: {why}.") from None
@@ -94,20 +98,23 @@ class FromPlan(Method):
     def uses_merge_rule(self) -> bool:
         return bool(self.given.groups)
 
-    def merge_rule(self, asked: MergeRule) -> MergeRule:
+    def merge_rule(self, requested: MergeRule) -> MergeRule:
         """The plan's rule, where the plan merges and names one.
 
         Raises:
-            ConfigError: `asked` is another than the plan's and not the default, or the plan's is unknown.
+            ConfigError: `requested` is another than the plan's and not the default, or the plan's is unknown.
         """
         name = self.given.rule
-        if not (self.given.groups and name) or asked.name == name:
-            return asked
+        if not (self.given.groups and name) or requested.name == name:
+            return requested
         rules = available("merge_rule")
         require(name in rules, "rule of the plan in method.path", name, "one of " + ", ".join(rules))
-        require(asked.name == DEFAULT_RULE, "merge_rule", asked.name, f"{name}, by which the plan merges",
+        require(requested.name == DEFAULT_RULE, "merge_rule", requested.name, f"{name}, by which the plan merges",
                 "Leave merge_rule out: method=from_plan takes the plan's.")
         return rules[name]()  # type: ignore[return-value]
+
+    def layers_left(self, handle: ModelHandle) -> int | None:
+        return self.plan_for(handle).n_layers_out
 
     def check_model(self, handle: ModelHandle) -> None:
         self.plan_for(handle)
@@ -116,8 +123,6 @@ class FromPlan(Method):
 
     def _check_width(self, handle: ModelHandle) -> None:
         """Raise ConfigError where the plan's width is incomplete or for another model. Loads no weights."""
-        from slm_exp.merging.surgery import apply_plan
-
         rule = available("merge_rule").get(self.given.rule or DEFAULT_RULE)
         try:
             apply_plan(handle, self.plan_for(handle), rule() if rule else None)  # type: ignore[arg-type]
@@ -130,19 +135,10 @@ class FromPlan(Method):
         raise ConfigError(f"method.path = {self.path}; expected a plan whose width fits {handle.name}: {why}.")
 
     def plan(self, task: PlanTask) -> MergePlan:
-        from slm_exp.search.reduced import ReducedModels
-
         made = self.plan_for(task.handle)
         size = f" at threshold {made.threshold:g}" if made.threshold is not None else ""
         note = (f"replays a plan of method={made.method}{size}.",) if made.method else ()
         plan = replace(made, method=self.name, rule=task.rule.name if made.groups else "", notes=note,
                        similarity=task.similarity.name, threshold=None, target=None, final_score=None, trace=(),
                        evaluations=0, block_forwards=0)
-        return scored(task, plan, ReducedModels(task), self.compensate)
-
-
-def _fewest(data: dict[str, Any]) -> int:
-    """Layers of the smallest model that a plan's layers are in, with one to be left."""
-    ends = [stop for _, stop in data.get("groups") or ()]
-    ends += [i + 1 for i in (*(data.get("dropped") or ()), *(half["layer"] for half in data.get("sublayers") or ()))]
-    return max(ends, default=0) + 1
+        return replace(task).scored(plan, self.compensate)

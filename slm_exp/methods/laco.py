@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from slm_exp.core.cost import Count
 from slm_exp.core.errors import PlanError, require
 from slm_exp.core.registry import register
 from slm_exp.core.types import Group, MergePlan, Trial
-from slm_exp.methods.base import Baseline, Choice
+from slm_exp.engine.progress import ticking
+from slm_exp.methods.base import Baseline, Selection
 from slm_exp.search.task import PlanTask
 
 log = logging.getLogger(__name__)
@@ -23,9 +24,9 @@ Groups = tuple[Group, ...]
 @register("method", "laco")
 @dataclass
 class LaCo(Baseline):
-    """Collapse windows of `window` layers into their lowest, from the top downwards, while the last state stays alike.
+    """Collapse windows of `window` layers into their lowest, from the top downwards, while the state stays similar.
 
-    The released loop, stopped at the size asked, under the highest threshold that reaches it: after a merge the
+    The released loop, stopped at the requested size, under the highest threshold that reaches it: after a merge the
     window moves down by `interval` (so it takes in the merged layer again), otherwise by one; at the top it is cut
     short. Nothing protected. Source: LaCo, arXiv:2402.11187; the defaults are those of its Llama-2-13B notebook.
     Deviations: the last windows are smaller where a whole one would remove too much, and a layer merged again is
@@ -49,18 +50,18 @@ class LaCo(Baseline):
         require(self.merge, "method.merge", self.merge, "true: method=laco merges",
                 "merge_rule=keep_low keeps a window's lowest layer and removes the others.")
 
-    def choose(self, task: PlanTask, n_remove: int) -> Choice:
-        from tqdm import tqdm
+    def search_cost(self, n_layers: int, removed: int | None) -> Count:
+        n = n_layers
+        return Count(n * n / 2 + 2 * n - (removed or 0), scores=n,
+                     note="laco tries thresholds until the size is met")
 
-        from slm_exp.search.reduced import ReducedModels, slots_of
-
-        models, n = ReducedModels(task), task.handle.n_layers
-        threshold = math.inf
-        with tqdm(desc="laco", unit="candidate", disable=not sys.stderr.isatty()) as bar:
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
+        n, threshold = task.handle.n_layers, math.inf
+        with ticking("laco", None, "candidate") as tick:
 
             def score(groups: Groups) -> float:
-                bar.update()
-                return models.score(slots_of(MergePlan(n, _merged(groups)), task.rule))
+                tick(f"threshold {threshold:.4f}")
+                return task.engine.score(MergePlan(n, _merged(groups)))
 
             while True:
                 groups, trace = self.collapse(score, n, n_remove, threshold)
@@ -72,9 +73,8 @@ class LaCo(Baseline):
                                     f"layers at least, not {n - n_remove}. Set method.interval=1.")
                 threshold = math.nextafter(max(rejected), -math.inf)
                 log.info("%d layers left; next threshold %.6f (%d models scored)", len(groups), threshold,
-                         models.evaluations)
-        target = {"threshold": threshold} if n_remove else {}
-        return Choice(groups=_merged(groups), trace=trace, models=models, target=target)
+                         task.engine.evaluations)
+        return Selection(groups=_merged(groups), trace=trace, threshold=threshold if n_remove else None)
 
     def collapse(
         self, score: Callable[[Groups], float], n_layers: int, n_remove: int, threshold: float

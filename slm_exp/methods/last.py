@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice
+from slm_exp.methods.base import Baseline, Selection
 from slm_exp.search.task import PlanTask
 
 
@@ -14,6 +14,6 @@ from slm_exp.search.task import PlanTask
 class LastLayers(Baseline):
     """Drop the n highest layers that are not protected; nothing is. A floor for comparisons."""
 
-    def choose(self, task: PlanTask, n_remove: int) -> Choice:
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
         layers = self.removable(task.handle.n_layers)
-        return Choice(tuple(layers[len(layers) - n_remove :]))
+        return Selection(tuple(layers[len(layers) - n_remove :]))

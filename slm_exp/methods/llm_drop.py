@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from slm_exp.core.cost import Count
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice
-from slm_exp.methods.sublayers import SublayerBaseline
+from slm_exp.methods.base import Baseline, Selection
+from slm_exp.methods.sublayers import SublayerBaseline, Wanted
+from slm_exp.search.greedy import Removed, Unit, one_shot, traced
 from slm_exp.search.task import PlanTask
+from slm_exp.similarity.base import token_cosine
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_exp.methods.sublayers import Wanted
     from slm_exp.models.base import ModelHandle
-    from slm_exp.search.greedy import Removed, Unit
-    from slm_exp.search.reduced import ReducedModels
 
 UNITS = ("layer", "attention", "mlp", "joint")
 
@@ -31,14 +31,14 @@ class LLMDrop(SublayerBaseline):
     together. Nothing protected; the lower one wins a tie. Source: LLM-Drop, arXiv:2406.15786, discrete mode.
     Deviations: all runs at once over the run's calibration (released: C4 validation, 256 x 2048 tokens); its mode of
     consecutive blocks, whose code scores runs one longer than it drops, is method=angular.
-    Cost: the dense pass, and half a layer more for each layer where sublayers are asked for.
+    Cost: the dense pass, and half a layer more for each layer where sublayers are requested.
     """
 
     targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_sublayers", "target_ratio")
     mergeable: ClassVar[bool] = True
 
     unit: str | None = None
-    """layer, attention, mlp, or joint (either sublayer). Null: layer where target_layers asks, else attention."""
+    """layer, attention, mlp, or joint (either sublayer). Null: layer with target_layers, else attention."""
 
     def check(self) -> None:
         if self.unit is not None:
@@ -61,41 +61,40 @@ class LLMDrop(SublayerBaseline):
         """With the unit that null comes to."""
         return {**super().identity(), "unit": self._unit}
 
-    def units(self, n_layers: int) -> list[Unit]:
-        from slm_exp.search.greedy import Unit
+    @property
+    def removes_sublayers(self) -> bool:
+        return self._unit != "layer"
 
+    def units(self, n_layers: int) -> list[Unit]:
         if self._unit == "layer":
             return [Unit(i) for i in self.removable(n_layers)]
-        return [u for u in super().units(n_layers) if self._unit in (u.half, "joint")]
+        return [u for u in super().units(n_layers) if self._unit in (u.kind, "joint")]
 
     def layers_to_remove(self, handle: ModelHandle) -> int:
-        return Baseline.layers_to_remove(self, handle) if self._unit == "layer" else super().layers_to_remove(handle)
+        return super().layers_to_remove(handle) if self.removes_sublayers else Baseline.layers_to_remove(self, handle)
 
-    def choose(self, task: PlanTask, n_remove: int) -> Choice:
-        from slm_exp.search.reduced import ReducedModels
+    def search_cost(self, n_layers: int, removed: int | None) -> Count:
+        return Count(2.5 * n_layers - (removed or 0))
 
-        if self._unit != "layer":
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
+        if self.removes_sublayers:
             return super().choose(task, n_remove)
-        models = ReducedModels(task)
-        found = self.find(models, lambda removed, _: len(removed) < n_remove)
-        return Choice(tuple(u.layer for u in found.units), trace=found.trace, models=models)
+        gone = self.remove(task, lambda removed, _: len(removed) < n_remove)
+        return Selection(tuple(u.layer for u in gone.units), trace=gone.trace)
 
-    def find(self, models: ReducedModels, wanted: Wanted) -> Removed:
-        from slm_exp.engine.runner import Slot
-        from slm_exp.methods.shortgpt import token_cosine
-        from slm_exp.search.greedy import Removed, one_shot, traced
-
-        states, units = models.dense_states, self.units(len(models.dense))
+    def remove(self, task: PlanTask, wanted: Wanted) -> Removed:
+        engine = task.engine
+        states, units = engine.dense_states, self.units(task.handle.n_layers)
         costs: dict[Unit, float] = {}
-        between: tuple[int, Tensor] | None = None  # the states between the halves of one layer
+        between: tuple[int, Tensor] | None = None  # the states between the sublayers of one layer
         for unit in units:
             i = unit.layer
             low, high = states[i], states[i + 1]
-            if unit.half is not None:
+            if unit.kind is not None:
                 if between is None or between[0] != i:
-                    between = i, models.block(Slot(i, without=frozenset({"mlp"})), low)
-                low, high = (low, between[1]) if unit.half == "attention" else (between[1], high)
+                    between = i, engine.block(replace(engine.dense[i], without=frozenset({"mlp"})), low)
+                low, high = (low, between[1]) if unit.kind == "attention" else (between[1], high)
             costs[unit] = -token_cosine(low, high)
-        taken = one_shot(models.dense, costs, wanted)
-        halves = 0 if self._unit == "layer" else len({unit.layer for unit in units})
-        return Removed(taken, tuple(traced(costs, taken, models.dense)), block_forwards=(halves + 1) // 2)
+        taken = one_shot(engine.dense, costs, wanted)
+        halves = len({unit.layer for unit in units}) if self.removes_sublayers else 0
+        return Removed(taken, tuple(traced(costs, taken, engine.dense)), block_forwards=(halves + 1) // 2)

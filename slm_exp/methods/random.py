@@ -1,4 +1,4 @@
-"""Layers drawn by lot: what any selection must beat."""
+"""Layers sampled at random: what any selection must beat."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice
+from slm_exp.methods.base import Baseline, Selection
 from slm_exp.search.task import PlanTask
 
 
@@ -21,9 +21,9 @@ class RandomLayers(Baseline):
     contiguous: bool = False
     """Draw the start of one run of n layers instead."""
 
-    def choose(self, task: PlanTask, n_remove: int) -> Choice:
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
         draw, layers = Random(task.seed), self.removable(task.handle.n_layers)
         if self.contiguous:
             low = draw.randrange(layers.start, layers.stop - n_remove + 1)
-            return Choice(tuple(range(low, low + n_remove)))
-        return Choice(tuple(draw.sample(layers, n_remove)))
+            return Selection(tuple(range(low, low + n_remove)))
+        return Selection(tuple(draw.sample(layers, n_remove)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice, lowest
+from slm_exp.methods.base import Baseline, Selection, lowest
 from slm_exp.search.task import PlanTask
 
 
@@ -21,7 +21,7 @@ class ShortenedMagnitude(Baseline):
     protect_first: int = 4
     protect_last: int = 2
 
-    def choose(self, task: PlanTask, n_remove: int) -> Choice:
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
         import torch
 
         layers = task.handle.layers
@@ -31,4 +31,4 @@ class ShortenedMagnitude(Baseline):
             for i in self.removable(len(layers))
         }
         dropped, trace = lowest(size, n_remove)
-        return Choice(dropped, trace=trace)
+        return Selection(dropped, trace=trace)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slm_exp.core.cost import Count
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice
+from slm_exp.methods.base import Baseline, Selection
+from slm_exp.search.greedy import Unit, each_alone, one_shot, traced
 from slm_exp.search.task import PlanTask
 
 
@@ -24,14 +26,14 @@ class ShortenedPPL(Baseline):
     protect_first: int = 4
     protect_last: int = 2
 
-    def choose(self, task: PlanTask, n_remove: int) -> Choice:
-        from slm_exp.search.greedy import Unit, each_alone, one_shot, traced
-        from slm_exp.search.reduced import ReducedModels
+    def search_cost(self, n_layers: int, removed: int | None) -> Count:
+        above = [n_layers - 1 - i for i in self.removable(n_layers)]
+        return Count(sum(above) + 2 * n_layers - (removed or 0), len(above))
 
-        models = ReducedModels(task)
-        units = [Unit(i) for i in self.removable(task.handle.n_layers)]
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
         if n_remove == 0:
-            return Choice(models=models)
-        costs = each_alone(models.dense, units, models.loss, self.name)
-        taken = one_shot(models.dense, costs, lambda removed, _: len(removed) < n_remove)
-        return Choice(tuple(u.layer for u in taken), trace=tuple(traced(costs, taken, models.dense)), models=models)
+            return Selection()
+        dense, units = task.engine.dense, [Unit(i) for i in self.removable(task.handle.n_layers)]
+        costs = each_alone(dense, units, task.engine.loss, self.name)
+        taken = one_shot(dense, costs, lambda removed, _: len(removed) < n_remove)
+        return Selection(tuple(u.layer for u in taken), trace=tuple(traced(costs, taken, dense)))

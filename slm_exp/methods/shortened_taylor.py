@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from slm_exp.core.cost import Count
 from slm_exp.core.errors import require
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice, lowest
+from slm_exp.engine.progress import ticking
+from slm_exp.methods.base import Baseline, Selection, lowest
 from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
@@ -34,19 +36,17 @@ class ShortenedTaylor(Baseline):
         require(quantised is None, "method", self.name, f"a method without gradients: {handle.name} is quantised",
                 "Take the original checkpoint, or method=shortgpt.")
 
-    def choose(self, task: PlanTask, n_remove: int) -> Choice:
+    def search_cost(self, n_layers: int, removed: int | None) -> Count:
+        return Count(5 * n_layers - (removed or 0), 2)
+
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
         import torch
 
-        from slm_exp.engine.gradients import layer_gradients
-        from slm_exp.engine.progress import ticking
-        from slm_exp.search.reduced import ReducedModels
-
-        models, n = ReducedModels(task), task.handle.n_layers
-        salience = {}
+        n, salience = task.handle.n_layers, {}
         with ticking("gradients", n, "layer") as tick:
-            for i, weights in layer_gradients(models.runner, models.dense_states):
+            for i, weights in task.engine.gradients():
                 salience[i] = sum(float((w * g).abs().sum(dtype=torch.float64))
                                   for name, (w, g) in weights.items() if name.endswith("weight"))
                 tick(f"{salience[i]:.3g} of layer {i}")
         dropped, trace = lowest({i: salience[i] for i in self.removable(n)}, n_remove)
-        return Choice(dropped, trace=trace, models=models, block_forwards=n)
+        return Selection(dropped, trace=trace, block_forwards=n)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice, lowest
+from slm_exp.methods.base import Baseline, Selection, lowest
 from slm_exp.search.task import PlanTask
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from slm_exp.similarity.base import token_cosine
 
 
 @register("method", "shortgpt")
@@ -23,19 +20,8 @@ class ShortGPT(Baseline):
     The trace holds 1 - influence. Cost: the dense pass.
     """
 
-    def choose(self, task: PlanTask, n_remove: int) -> Choice:
-        from slm_exp.search.reduced import ReducedModels
-
-        models = ReducedModels(task)
-        states = models.dense_states
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
+        states = task.engine.dense_states
         influence = {i: 1 - token_cosine(states[i], states[i + 1]) for i in self.removable(task.handle.n_layers)}
         dropped, trace = lowest(influence, n_remove, shown=lambda x: 1 - x)
-        return Choice(dropped, trace=trace, models=models)
-
-
-def token_cosine(x_NTD: Tensor, y_NTD: Tensor) -> float:
-    """Mean over tokens of the cosine of two states; two zero states count as alike, one as a right angle."""
-    from slm_exp.similarity.base import as_score, cosines, token_dots, wide
-
-    x, y = wide(x_NTD), wide(y_NTD.to(x_NTD.device))
-    return as_score(cosines(token_dots(x, y), token_dots(x, x), token_dots(y, y)).mean())
+        return Selection(dropped, trace=trace)

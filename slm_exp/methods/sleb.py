@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slm_exp.core.cost import Count
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Choice
+from slm_exp.methods.base import Baseline, Selection, greedy_cost
+from slm_exp.search.greedy import Unit, greedy
 from slm_exp.search.task import PlanTask
 
 
@@ -24,11 +26,10 @@ class SLEB(Baseline):
     protect_first: int = 1
     protect_last: int = 1
 
-    def choose(self, task: PlanTask, n_remove: int) -> Choice:
-        from slm_exp.search.greedy import Unit, greedy
-        from slm_exp.search.reduced import ReducedModels
+    def search_cost(self, n_layers: int, removed: int | None) -> Count:
+        return greedy_cost(n_layers, len(self.removable(n_layers)), removed or 0)
 
-        models = ReducedModels(task)
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
         units = [Unit(i) for i in self.removable(task.handle.n_layers)]
-        found = greedy(models, units, models.loss, lambda removed, _: len(removed) < n_remove, self.name)
-        return Choice(tuple(u.layer for u in found.units), trace=found.trace, models=models)
+        gone = greedy(task.engine, units, task.engine.loss, lambda removed, _: len(removed) < n_remove, self.name)
+        return Selection(tuple(u.layer for u in gone.units), trace=gone.trace)

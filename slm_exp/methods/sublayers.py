@@ -1,4 +1,4 @@
-"""What methods that remove attention or MLP sublayers share: the size asked for."""
+"""What methods that remove attention or MLP sublayers share: the requested size."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from slm_exp.core.cost import Count
 from slm_exp.core.errors import ConfigError, require
-from slm_exp.methods.base import Baseline, Choice
+from slm_exp.core.types import Sublayer
+from slm_exp.merging.surgery import sublayer_sizes
+from slm_exp.methods.base import Baseline, Selection, greedy_cost
+from slm_exp.search.greedy import Removed, Unit, sublayers
 from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
     from slm_exp.models.base import ModelHandle
-    from slm_exp.search.greedy import Removed, Unit
-    from slm_exp.search.reduced import ReducedModels
 
-    Wanted = Callable[[Sequence[Unit], Unit], bool]
+Wanted = Callable[[Sequence[Unit], Unit], bool]
 
 
 @dataclass
@@ -24,7 +26,7 @@ class SublayerBaseline(Baseline):
     """A method that removes attention and MLP sublayers, a number of them or a share of the parameters.
 
     `target_ratio` counts the projections of the sublayers removed, which the checkpoint keeps as long as the layer's
-    other half is there: it is what an engine that skips them could leave out. A subclass gives `find`.
+    other sublayer is there: it is what an engine that skips them could leave out. A subclass gives `remove`.
     """
 
     targets: ClassVar[tuple[str, ...]] = ("target_sublayers", "target_ratio")
@@ -33,48 +35,61 @@ class SublayerBaseline(Baseline):
     target_sublayers: int | None = None
     """Attention and MLP sublayers to be removed."""
 
+    @property
+    def removes_sublayers(self) -> bool:
+        return True
+
     def check(self) -> None:
-        if "target_layers" not in self.targets:
-            require(self.target_layers is None, "method.target_layers", self.target_layers,
-                    f"null: method={self.name} removes halves of layers, and how many layers that leaves is not asked",
-                    "Set method.target_sublayers or method.target_ratio instead.")
         if self.target_sublayers is not None:
             require(self.target_sublayers >= 1, "method.target_sublayers", self.target_sublayers,
                     "a whole number >= 1")
         super().check()
 
-    def units(self, n_layers: int) -> list[Unit]:
-        """What may be removed, from the bottom up: both halves of every layer that is not protected."""
-        from slm_exp.search.greedy import sublayers
+    def no_target(self, name: str) -> tuple[str, str]:
+        if name != "target_layers":
+            return super().no_target(name)
+        return (f"null: method={self.name} removes sublayers, and how many layers that leaves nobody requests",
+                "Set method.target_sublayers or method.target_ratio instead.")
 
+    def units(self, n_layers: int) -> list[Unit]:
+        """What may be removed, from the bottom up: both sublayers of every layer that is not protected."""
         return sublayers(self.removable(n_layers))
 
     def layers_to_remove(self, handle: ModelHandle) -> int:
-        """None is asked for as a whole; checks the size that is."""
+        """No whole layer is requested; checks the size that is."""
         self.wanted(handle)
         return 0
 
+    def layers_left(self, handle: ModelHandle) -> int | None:
+        return None if self.removes_sublayers else super().layers_left(handle)
+
+    def bounds(self, n_layers: int) -> tuple[int, int] | None:
+        return (1, n_layers) if self.removes_sublayers else super().bounds(n_layers)
+
+    def greedy_cost(self, n_layers: int, share: float = 1.0, heads: int = 1) -> Count:
+        """Of removing one sublayer after the other; how many a share of the parameters takes is a guess."""
+        removals = self.target_sublayers or max(1, round((self.target_ratio or 0) * n_layers * 1.5))
+        return greedy_cost(n_layers, 2 * len(self.removable(n_layers)), removals, 2, share, heads)
+
     def wanted(self, handle: ModelHandle) -> Wanted:
-        """Whether a part may go, given those removed so far: until the number is met, or while it brings the share
-        nearer to the one asked. Loads no weights.
+        """Whether a sublayer may go, given those removed so far: until the number is met, or while it brings the share
+        nearer to the requested one. Loads no weights.
 
         Raises:
             ConfigError: the size cannot be reached; names the nearest.
         """
-        from slm_exp.merging.surgery import half_sizes
-
         units = self.units(handle.n_layers)
         most = len(units) - (len(units) == 2 * handle.n_layers)  # something has to be left
         if self.target_sublayers is not None:
             n = self.target_sublayers
             require(n <= most, "method.target_sublayers", n, f"1 to {most} for {handle.name}",
-                    "Protected layers and one half at least stay.")
+                    "Protected layers and one sublayer at least stay.")
             return lambda removed, unit: len(removed) < n
         assert self.target_ratio is not None
-        ratio, sizes, total = self.target_ratio, half_sizes(handle), handle.n_params
+        ratio, sizes, total = self.target_ratio, sublayer_sizes(handle), handle.n_params
 
         def share(removed: Sequence[Unit]) -> float:
-            return sum(sizes[str(u.half)] for u in removed) / total
+            return sum(sizes[str(u.kind)] for u in removed) / total
 
         largest = max(share([u]) for u in units) if units else 0.0
         if share(units) < ratio - largest / 2:
@@ -84,15 +99,11 @@ class SublayerBaseline(Baseline):
             raise ConfigError(f"method.target_ratio = {ratio}; the smallest sublayer is {least:.4f} of {handle.name}.")
         return lambda removed, unit: abs(share([*removed, unit]) - ratio) < abs(share(removed) - ratio)
 
-    def choose(self, task: PlanTask, n_remove: int) -> Choice:
-        from slm_exp.search.reduced import ReducedModels
-
-        models = ReducedModels(task)
-        found = self.find(models, self.wanted(task.handle))
-        halves = tuple({"layer": unit.layer, "kind": unit.half} for unit in found.units)
-        return Choice(sublayers=halves, trace=found.trace, target={"sublayers": len(halves)}, models=models,
-                      block_forwards=found.block_forwards)
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
+        gone = self.remove(task, self.wanted(task.handle))
+        return Selection(sublayers=tuple(Sublayer(u.layer, u.kind) for u in gone.units if u.kind), trace=gone.trace,
+                         block_forwards=gone.block_forwards)
 
     @abstractmethod
-    def find(self, models: ReducedModels, wanted: Wanted) -> Removed:
+    def remove(self, task: PlanTask, wanted: Wanted) -> Removed:
         """Which of `units` go."""

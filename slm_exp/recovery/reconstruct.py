@@ -148,7 +148,7 @@ class _Refit:
             at = end
             weights: dict[str, Tensor] = {}
             if position in chosen:
-                lost = {h["kind"] for h in plan.sublayers if h["layer"] == slots[position].start}
+                lost = {str(h.kind) for h in plan.sublayers if h.layer == slots[position].start}
                 weights, step = self._refit(position, lost, scales[position])
                 steps.append({"layer": position, "original": list(slots[position]), **step})
                 log.info("layer %d: stream off by %.4f, after the refit %.4f", position, step["errors"][0],

@@ -18,7 +18,7 @@ def ends(plan: MergePlan) -> list[int]:
 def beside_cuts(plan: MergePlan, layers: str) -> list[int]:
     """Positions in the compressed model of the layers to refit."""
     slots = plan.slots
-    halved = {half["layer"] for half in plan.sublayers}
+    halved = {half.layer for half in plan.sublayers}
     found = [at for at, (slot, end) in enumerate(zip(slots, ends(plan), strict=True))
              if plan.width or end - slot.start > 1 or slot.start in halved or (at == 0 and slot.start > 0)]
     return [*range(found[0], len(slots))] if found and layers == "all" else found
@@ -26,17 +26,14 @@ def beside_cuts(plan: MergePlan, layers: str) -> list[int]:
 
 def stream_scales(plan: MergePlan) -> list[float]:
     """For every slot, how large the stream behind it is against the dense model's: 1 without compensation."""
-    from slm_exp.merging.compensation import scales
-
-    own = scales(plan)
-    return [*own[1:], own[-1]]
+    return [*plan.scales[1:], plan.scales[-1]]
 
 
 def silenced(handle: ModelHandle, plan: MergePlan) -> list[str]:
     """Modules of the compressed model that are zero because the plan removed their half: to train them undoes it."""
     at = {slot.start: i for i, slot in enumerate(plan.slots)}
-    return [f"{handle.layout.layer_list}.{at[half['layer']]}.{module}" for half in plan.sublayers
-            for module in handle.layout.outputs[half["kind"]]]
+    return [f"{handle.layout.layer_list}.{at[half.layer]}.{module}" for half in plan.sublayers
+            for module in handle.layout.outputs[half.kind]]
 
 
 def needs_the_dense_stream(cfg: RunConfig) -> str | None:

@@ -111,7 +111,7 @@ def picture(name: str, matrix_LL: np.ndarray, shapes: Sequence[Shape]) -> Markup
 
 def strip(plan: MergePlan) -> Markup:
     """The layers in a row, the first on the left: kept grey, merged windows as one bar, removed a line."""
-    gone = {(half["layer"], half["kind"]) for half in plan.sublayers}
+    gone = {(half.layer, half.kind) for half in plan.sublayers}
     paths: dict[str, list[str]] = {"kept": [], "merged": [], "dropped": []}
     for slot in plan.slots:
         merged = slot.stop - slot.start > 1

@@ -51,7 +51,7 @@ def describe(plan: MergePlan) -> str:
     if plan.dropped:
         done.append(f"{_layers(plan.dropped)} removed")
     for kind in ("attention", "mlp"):
-        layers = [s["layer"] for s in plan.sublayers if s["kind"] == kind]
+        layers = [s.layer for s in plan.sublayers if s.kind == kind]
         if layers:
             done.append(f"{kind} of {_layers(layers)} removed")
     if plan.width:
@@ -64,7 +64,7 @@ def describe(plan: MergePlan) -> str:
 
 def halves(plan: MergePlan) -> str:
     """How many halves of layers are gone: `3 attention and 1 mlp`; empty where none is."""
-    kinds = [str(half["kind"]) for half in plan.sublayers]
+    kinds = [half.kind for half in plan.sublayers]
     return " and ".join(f"{kinds.count(kind)} {kind}" for kind in ("attention", "mlp") if kind in kinds)
 
 
@@ -78,7 +78,7 @@ def stack(plan: MergePlan) -> Markup:
         """Upper edge of a row, counted from the bottom."""
         return top + (plan.n_layers - 1 - layer) * pitch
 
-    halves = {(s["layer"], s["kind"]) for s in plan.sublayers}
+    halves = {(s.layer, s.kind) for s in plan.sublayers}
     dense = _Labels(left - 8, "end")
     compressed = _Labels(right + width + 8, "")
     drawn = []
@@ -86,7 +86,7 @@ def stack(plan: MergePlan) -> Markup:
         merged = group.stop - group.start > 1
         kind = "merged" if merged else "kept"
         told = f"layers {span(group)} merged by {plan.rule}" if merged else f"layer {group.start} kept"
-        told += "".join(f" without its {half['kind']}" for half in plan.sublayers if half["layer"] == group.start)
+        told += "".join(f" without its {half.kind}" for half in plan.sublayers if half.layer == group.start)
         drawn.append(tag(
             "g",
             tag("title", f"compressed layer {slot}: {told}"),

@@ -97,7 +97,7 @@ def _estimate(similarity: LayerSimilarity) -> str:
 
 
 def _effect(plan: MergePlan) -> str:
-    halves = Counter(str(half["kind"]) for half in plan.sublayers)
+    halves = Counter(half.kind for half in plan.sublayers)
     done = [f"{sum(g.stop - g.start for g in plan.groups)} merged into {len(plan.groups)}"] if plan.groups else []
     done += [f"{count} {what}" for what, count in (
         ("removed", len(plan.dropped)), ("without attention", halves["attention"]), ("without mlp", halves["mlp"])

@@ -245,7 +245,7 @@ def model_card(compressed: ModelHandle, plan: MergePlan, record: dict[str, Any])
     size = f"{after:,} parameters" + (f", {before:,} before ({1 - after / before:.1%} removed)" if before else "")
     merged = ", ".join(f"{g.start}..{g.stop - 1}" for g in plan.groups) or "none"
     dropped = ", ".join(map(str, plan.dropped)) or "none"
-    zeros = ", ".join(f"{half['kind']} of {half['layer']}" for half in plan.sublayers)
+    zeros = ", ".join(f"{half.kind} of {half.layer}" for half in plan.sublayers)
     score = "" if plan.final_score is None else f"; score {plan.final_score:.4f} against the dense model"
     threshold = "" if plan.threshold is None else f", threshold {plan.threshold:g}"
     own_code = has_own_code(compressed.config)

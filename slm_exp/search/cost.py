@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+import torch
 
-    from slm_exp.merging.rules.base import MergeRule
-    from slm_exp.models.base import ModelHandle
-    from slm_exp.search.path import PathPlan
+from slm_exp.core.types import MergePlan, SizeCost
+from slm_exp.merging.rules.base import MergeRule
+from slm_exp.merging.surgery import apply_plan
+from slm_exp.models.base import ModelHandle, empty_model
+from slm_exp.search.path import PathPlan
 
 ROUNDS = 5
 
 
-def sizes(dense: ModelHandle, rule: MergeRule, plans: Iterable[PathPlan], seq_len: int) -> list[dict[str, Any]]:
+def sizes(dense: ModelHandle, rule: MergeRule, plans: Iterable[PathPlan], seq_len: int) -> tuple[SizeCost, ...]:
     """What every size among plans of a threshold path costs to run, by its best plan; the smallest first.
 
     Cost: the models of all sizes, which share what they do not merge, and ROUNDS + 1 prefills of each.
     """
-    from slm_exp.core.types import MergePlan
-    from slm_exp.merging.surgery import apply_plan
-
     best: dict[int, PathPlan] = {}
     for plan in plans:
         if plan.n_layers not in best or plan.final_score > best[plan.n_layers].final_score:
@@ -31,11 +30,10 @@ def sizes(dense: ModelHandle, rule: MergeRule, plans: Iterable[PathPlan], seq_le
     models = {n: apply_plan(dense, MergePlan(dense.n_layers, plan.groups, rule=rule.name), rule)
               for n, plan in sorted(best.items())}
     seconds = latencies(models, seq_len)
-    return [{
-        "n_layers": n, "params": handle.n_params, "ratio_removed": 1 - handle.n_params / dense.n_params,
-        "flops_per_token": flops_per_token(dense, n, seq_len), "latency_s": seconds[n],
-        "best_final_score": best[n].final_score, "threshold": [best[n].low, best[n].high],
-    } for n, handle in models.items()]
+    return tuple(
+        SizeCost(n, handle.n_params, 1 - handle.n_params / dense.n_params, flops_per_token(dense, n, seq_len),
+                 seconds[n], best[n].final_score, (best[n].low, best[n].high))
+        for n, handle in models.items())
 
 
 def flops_per_token(handle: ModelHandle, n_layers: int, seq_len: int) -> float:
@@ -44,8 +42,6 @@ def flops_per_token(handle: ModelHandle, n_layers: int, seq_len: int) -> float:
     Two per weight of every matrix product (head included, embedding look-up not), and 4 x width x the tokens seen
     (half the sequence on average) for attention. Norms and activations, well under 1 %, are left out.
     """
-    from slm_exp.models.base import empty_model
-
     model = empty_model(handle.config)
     layer = handle.layout.layers(model)[0]
     weights = {name: layer.get_parameter(f"{name}.weight") for name in handle.layout.projections}
@@ -59,8 +55,6 @@ def latencies(models: Mapping[int, ModelHandle], seq_len: int) -> dict[int, floa
 
     The models take turns within every round, so that the ratios hold on a machine whose speed drifts.
     """
-    import torch
-
     times: dict[int, list[float]] = {n: [] for n in models}
     for turn in range(ROUNDS + 1):  # the first is not counted
         for n, handle in models.items():

@@ -8,27 +8,26 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from slm_exp.core.errors import PlanError
-from slm_exp.core.types import SUBLAYERS, Trial
+from slm_exp.core.types import SUBLAYERS, Kind, Trial
 from slm_exp.engine.progress import ticking
-from slm_exp.search.reduced import Slots
 
 if TYPE_CHECKING:
-    from slm_exp.search.reduced import ReducedModels
+    from slm_exp.search.scoring import ScoringEngine, Slots
 
 INFINITE = 1e9
 """What the trace, being JSON, holds of an infinite cost."""
 
 
 class Unit(NamedTuple):
-    """What can be removed: a whole layer, or a half of one. Ordered from the bottom up."""
+    """What can be removed: a whole layer, or a sublayer. Ordered from the bottom up."""
 
     layer: int
     """Original index."""
-    half: str | None = None
-    """`attention` or `mlp`; None is the whole layer."""
+    kind: Kind | None = None
+    """None is the whole layer."""
 
     def __str__(self) -> str:
-        return f"layer {self.layer}" if self.half is None else f"{self.half} {self.layer}"
+        return f"{self.kind or 'layer'} {self.layer}"
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,15 @@ class Removed:
     trace: tuple[Trial, ...]
     """`low` and `high`: the layer's position in the model at that moment; attention before mlp."""
     block_forwards: int = 0
-    """Spent beside the models' values."""
+    """Spent beside the engine's values."""
 
 
 def without(slots: Slots, unit: Unit) -> Slots:
-    """A model with one more part removed. A layer whose other half is gone already goes as a whole."""
+    """A model with one more part removed. A layer whose other sublayer is gone already goes as a whole."""
     at = position(slots, unit)
     slot = slots[at]
-    whole = unit.half is None or slot.without
-    left = () if whole else (replace(slot, without=frozenset({str(unit.half)})),)
+    whole = unit.kind is None or slot.without
+    left = () if whole else (replace(slot, without=frozenset({str(unit.kind)})),)
     return (*slots[:at], *left, *slots[at + 1 :])
 
 
@@ -57,12 +56,12 @@ def position(slots: Slots, unit: Unit) -> int:
 
 
 def sublayers(layers: Sequence[int]) -> list[Unit]:
-    """Both halves of each layer, in the order in which they run."""
-    return [Unit(i, half) for i in layers for half in SUBLAYERS]
+    """Both sublayers of each layer, in the order in which they run."""
+    return [Unit(i, kind) for i in layers for kind in SUBLAYERS]
 
 
 def greedy(
-    models: ReducedModels,
+    engine: ScoringEngine,
     units: Sequence[Unit],
     cost: Callable[[Slots], float],
     wanted: Callable[[Sequence[Unit], Unit], bool],
@@ -71,7 +70,7 @@ def greedy(
 ) -> Removed:
     """Remove one part at a time, each time the one without which `cost` is lowest (the lower one at a tie).
 
-    What was removed becomes the base of `models`, so a candidate runs only the layers from its part upwards.
+    What was removed becomes the base of `engine`, so a candidate runs only the layers from its part upwards.
 
     Args:
         units: what may go, from the bottom up.
@@ -83,7 +82,7 @@ def greedy(
         PlanError: every candidate's cost is infinite.
     Cost: for every removal, each part left is taken out once: about half the layers run for a model of its own.
     """
-    slots = models.dense
+    slots = engine.dense
     removed: list[Unit] = []
     trace: list[Trial] = []
 
@@ -97,7 +96,7 @@ def greedy(
         trace += traced(costs, {best}, slots)
         slots = without(slots, best)
         removed.append(best)
-        models.commit(slots)
+        engine.commit(slots)
     return Removed(tuple(removed), tuple(trace))
 
 

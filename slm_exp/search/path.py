@@ -16,9 +16,9 @@ from slm_exp.search.state import Candidate, SearchState
 
 
 class Scores(Protocol):
-    """What the path asks of a scorer."""
+    """What the path needs of a scoring engine."""
 
-    def score(self, candidate: Candidate) -> float:
+    def score(self, candidate: Candidate, /) -> float:
         """The candidate's score; computed at most once."""
 
 
@@ -80,7 +80,7 @@ def follow(
     max_evaluations: int | None = None,
     wanted: Callable[[range], bool] | None = None,
     show: Callable[[Branch, int], None] | None = None,
-    asked: set[Candidate] | None = None,
+    scored: set[Candidate] | None = None,
 ) -> Path:
     """Every plan of the thresholds [low, high), from the highest threshold down.
 
@@ -92,13 +92,13 @@ def follow(
         max_evaluations: candidates that may be scored; what is left then is `unknown`.
         wanted: sees the sizes (layers left) that a branch can still reach, and says whether to follow it; those it
             refuses are left out of the plans without being `unknown`.
-        asked: candidates scored before that count towards `max_evaluations`; those scored here join them.
+        scored: candidates scored before that count towards `max_evaluations`; those scored here join them.
         show: called with a branch before it is decided, and the number of candidates scored so far.
     Cost: one score for every distinct candidate of any threshold in the range.
     """
     plans: list[PathPlan] = []
     unknown: list[tuple[float, float]] = []
-    asked = set() if asked is None else asked
+    scored = set() if scored is None else scored
     todo = [Branch(start, low, high)]
     while todo:
         branch = todo.pop()
@@ -109,35 +109,35 @@ def follow(
         if candidate is None:
             plans.append(_leaf(scores, branch, n_layers, commit_open_window))
             continue
-        if max_evaluations is not None and candidate not in asked and len(asked) >= max_evaluations:
+        if max_evaluations is not None and candidate not in scored and len(scored) >= max_evaluations:
             unknown.append((branch.low, branch.high))
             continue
         if show is not None:
-            show(branch, len(asked))
-        asked.add(candidate)
+            show(branch, len(scored))
+        scored.add(candidate)
         score = scores.score(candidate)
         if branch.low < score:
             todo.append(Branch(state.accept(), branch.low, min(branch.high, score)))
         if score < branch.high:
             todo.append(Branch(state.reject(), max(branch.low, score), branch.high))
-    return Path(tuple(_joined(plans)), tuple(sorted(unknown)), len(asked))
+    return Path(tuple(_joined(plans)), tuple(sorted(unknown)), len(scored))
 
 
 def single(
     scores: Scores, start: SearchState, n_layers: int, low: float, high: float, threshold: float,
-    commit_open_window: bool = True, max_evaluations: int | None = None, asked: set[Candidate] | None = None,
+    commit_open_window: bool = True, max_evaluations: int | None = None, scored: set[Candidate] | None = None,
 ) -> PathPlan | None:
     """The plan of one threshold in [low, high), with the interval of those that decide alike; None beyond the budget.
 
     Args:
-        max_evaluations, asked: as for `follow`.
+        max_evaluations, scored: as for `follow`.
     Cost: one score for every candidate of a single search.
     """
-    state, asked = start, set() if asked is None else asked
+    state, scored = start, set() if scored is None else scored
     while candidate := state.candidate:
-        if max_evaluations is not None and candidate not in asked and len(asked) >= max_evaluations:
+        if max_evaluations is not None and candidate not in scored and len(scored) >= max_evaluations:
             return None
-        asked.add(candidate)
+        scored.add(candidate)
         score = scores.score(candidate)
         if score > threshold:
             state, high = state.accept(), min(high, score)

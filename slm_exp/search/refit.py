@@ -1,9 +1,9 @@
 """`similarity.after=reconstruct`: a candidate is scored as it is after the layer beside each of its cuts is refitted.
 
 The refit here is the core of `recovery=reconstruct`: the layer's `down_proj` (its `o_proj`, where it lost the MLP),
-once, by ridge regression in float64, so that the stream behind the cut is the dense model's again. It is fitted on
-the dense stream that enters the layer, not on that of a model healed so far: so a refit depends on one cut alone, is
-computed once for all candidates that have the cut, and a candidate still starts from states that are known.
+once, by ridge regression in float64, so that the residual stream after the cut is the dense model's again. It is
+fitted on the dense stream that enters the layer, not on that of a model recovered so far: so a refit depends on one cut
+alone, is computed once for all candidates that have the cut, and a candidate still starts from states that are known.
 
 Fitted and scored on disjoint tokens: a score on those of the fit would reward overfitting.
 """
@@ -16,17 +16,17 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from slm_exp.calibration.fit import shared_sequences
 from slm_exp.core.errors import DataError
+from slm_exp.core.types import CalibrationTokens
 from slm_exp.engine.ridge import add_tokens, changed, empty_moments, held_out, input_of, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from slm_exp.core.types import CalibrationTokens
-    from slm_exp.search.task import PlanTask
+from slm_exp.search.inputs import SearchInputs
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def with_refits(slots: tuple[Slot, ...], n_layers: int) -> tuple[Slot, ...]:
     )
 
 
-def note(task: PlanTask) -> tuple[str, ...]:
+def note(task: SearchInputs) -> tuple[str, ...]:
     """What a plan says of its scores."""
     if task.similarity.after is None:
         return ()
@@ -60,7 +60,7 @@ class Refits:
     Memory: the dense states of the fitting tokens, [N, T, D] float32 for every layer; and KEPT_BYTES.
     """
 
-    def __init__(self, task: PlanTask) -> None:
+    def __init__(self, task: SearchInputs) -> None:
         self.task = task
         self._kept: OrderedDict[Slot, dict[str, Tensor]] = OrderedDict()
 
@@ -71,8 +71,6 @@ class Refits:
         Raises:
             DataError: they are too few, or share text with those that are scored on.
         """
-        from slm_exp.calibration.fit import shared_sequences
-
         task = self.task
         tokens = task.similarity.fit_source().draw(task.handle, task.seed, task.tokens)
         if len(tokens.tokens_NT) < 2:
@@ -84,15 +82,17 @@ class Refits:
                             "other tokens by similarity.fit_path or calibration.")
         return tokens
 
-    def identity(self) -> dict[str, Any]:
-        """What decides a score besides its own inputs; nothing where nothing is refitted."""
-        after = self.task.similarity.after
-        return {} if after is None else {"after": after, "fit": self.tokens.digest}
+    @property
+    def digest(self) -> str | None:
+        """Of the tokens to fit on; None where nothing is refitted."""
+        return None if self.task.similarity.after is None else self.tokens.digest
 
     def block_forwards(self, refits: int) -> int:
         """Of so many refits and the dense pass they need, in passes over the tokens that are scored on."""
+        if not refits:
+            return 0
         share = self.tokens.tokens_NT.size / self.task.tokens.tokens_NT.size
-        return math.ceil(share * (self.task.handle.n_layers + refits)) if refits else 0
+        return math.ceil(share * (self.task.handle.n_layers + refits))
 
     def weights(self, slot: Slot, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All parameters of a marked slot's layer that differ from its module's own.
@@ -112,14 +112,12 @@ class Refits:
         return {**weights, **self._kept[slot]}
 
     def _refit(self, slot: Slot, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        import torch
-
         assert slot.refit is not None
         start, end = slot.refit
         states = self._states
         handle, runner = self.task.handle, self._runner
-        half = "attention" if "mlp" in slot.without else "mlp"
-        (module,) = handle.layout.outputs[half]
+        kind = "attention" if "mlp" in slot.without else "mlp"
+        (module,) = handle.layout.outputs[kind]
         layer = handle.layers[slot.host]
         fit, held = (empty_moments(layer, module, states[0].shape[-1]) for _ in "12")
         held_N = held_out(len(states[0]))
@@ -137,15 +135,11 @@ class Refits:
     @cached_property
     def _runner(self) -> BlockRunner:
         """Runs the library's layers, into which one can look."""
-        import torch
-
         return BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32, fuse=False)
 
     @cached_property
     def _states(self) -> list[Tensor]:
         """The dense states of the fitting tokens entering layers 0..L-1, and the last one's output."""
-        import torch
-
         runner = BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32)
         layer: Any = self.task.handle.layers[0].get_submodule(self.task.handle.layout.mlp_out)
         if self.tokens.tokens_NT.size < 2 * layer.weight.shape[1]:

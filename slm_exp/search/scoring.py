@@ -1,126 +1,275 @@
-"""Scores of candidates: hidden states enter from the one dense pass, only the window and the layers above run."""
+"""Values of trial models with layers merged, left out or halved, without building them: only what changed is run.
+
+The sliding search, the exact path and every baseline that scores candidates stand on this one engine. A trial model
+starts from the states of the longest prefix it shares with the base: the dense model, or what a greedy method has
+committed to.
+"""
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from slm_exp.core.cache.journal import Journal
-from slm_exp.core.types import Group
+from slm_exp.core.types import Group, MergePlan
+from slm_exp.engine.gradients import layer_gradients
 from slm_exp.engine.runner import BlockRunner, Slot
-from slm_exp.search.refit import Refits
+from slm_exp.engine.vocabulary import PredictionDistance, mean_loss
+from slm_exp.merging.compensation import scaled_outputs
+from slm_exp.merging.rules.base import MergeRule
+from slm_exp.search.inputs import SearchInputs, journal_inputs
+from slm_exp.search.refit import Refits, with_refits
+from slm_exp.search.state import Candidate, layers_key
+from slm_exp.similarity.base import Scorer
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from slm_exp.search.state import Candidate
-    from slm_exp.search.task import PlanTask
-    from slm_exp.similarity.base import Scorer
+Slots = tuple[Slot, ...]
+Model = Candidate | MergePlan | Sequence[Slot]
 
 
-def merged_slot(task: PlanTask, group: Group) -> Slot:
-    """The layer that a group becomes by the task's rule; a group of one is the layer itself."""
+def slot_of(group: Group, rule: MergeRule) -> Slot:
+    """The layer that a group becomes, yet to be merged; a group of one is the layer itself."""
     if group.stop - group.start == 1:
         return Slot(group.start)
-    merged = task.rule.merge(task.handle.layout, list(task.handle.layers[group.start : group.stop]))
-    return Slot(group.start + merged.host, merged.weights)
+    return Slot(group.stop - 1 if rule.attention_from == "top" else group.start, merged=group)
 
 
-class CandidateScorer:
-    """Scores trial models against the dense one without building them, none twice.
+def slots_of(plan: MergePlan, rule: MergeRule) -> Slots:
+    """The layers of the model that a plan makes, bottom to top. Touches no weights: the engine does."""
+    return tuple(
+        replace(slot_of(group, rule), scale=scale,
+                without=frozenset(s.kind for s in plan.sublayers if s.layer == group.start))
+        for group, scale in zip(plan.slots, plan.scales, strict=True)
+    )
 
-    Scores are kept in the task's store as they come: a killed search goes on where it was, and searches with other
-    thresholds, of this process or another, find them. Weights load when the first score is missing.
 
-    Memory: the dense states entering layers 0..top ([N, T, D] each), one merged layer, and the states in work.
+class ScoringEngine:
+    """Values of trial models over the calibration tokens, none computed twice.
+
+    Values are kept in the task's store as they come: a killed search goes on where it was, and other methods and runs
+    find them. Weights load when the first value is missing.
+
+    Memory: the dense states ([N, T, D] for every layer, or up to `top`), those of the base where they differ, one
+    merged layer, and the states in work.
     """
 
-    def __init__(self, task: PlanTask, top: int) -> None:
-        """`top`: the highest layer a window may start at; the states above it are not kept."""
+    def __init__(self, task: SearchInputs, top: int | None = None) -> None:
+        """`top`: every model changes this layer or one below it, so states that enter higher ones are not kept."""
         self.task = task
-        self.top = top
-        self.asked: set[tuple[Candidate, str | None]] = set()
-        """What has been scored here, and in which dtype."""
-        self._refits = Refits(task)
-        self._journals: dict[str | None, Journal] = {}
+        self.n_layers = task.handle.n_layers
+        self.dense: Slots = tuple(Slot(i) for i in range(self.n_layers))
+        """The dense model."""
+        self._top = self.n_layers if top is None else top
+        self._base = self.dense
+        self._states: list[Tensor] | None = None  # entering the base's slots, as far as they are known
+        self._values: dict[tuple[str, str | None, Slots], float] = {}
+        self._unnamed = 0
+        self._journals: dict[tuple[str, str | None, bool], Journal] = {}
         self._runners: dict[str | None, BlockRunner] = {}
+        self._distances: dict[str, PredictionDistance] = {}
+        self._refits = Refits(task)
+        self._cost = _Cost(self.dense)
+
+    @property
+    def evaluations(self) -> int:
+        """Distinct models, and dtypes, that a value was asked of."""
+        return len({(dtype, slots) for _, dtype, slots in self._values}) + self._unnamed
 
     @property
     def block_forwards(self) -> int:
-        """Decoder-layer passes that the scores asked for take, the dense pass included.
+        """Decoder-layer passes that the values asked for take, the dense pass and the commits included.
 
-        Counted as if none had been in the store: the cost of a search is a property of the search.
+        A layer that lacks a sublayer counts one half, and the total is rounded up. The head is not counted (a loss over
+        SmolLM2's vocabulary takes as long as eight layers). Counted as if nothing had been in the store: the cost of
+        a search is a property of the search.
         """
-        n_layers = self.task.handle.n_layers
-        forwards = n_layers + sum(candidate.blocks(n_layers) for candidate, _ in self.asked)
-        if self.task.similarity.after:
-            cuts = {(c.low, c.high + 1) for c, _ in self.asked} | {tuple(g) for c, _ in self.asked for g in c.groups}
-            forwards += self._refits.block_forwards(len(cuts))
-        return forwards
+        return math.ceil(self._cost.spent) + self._refits.block_forwards(len(self._cost.refits))
 
-    def score(self, candidate: Candidate, dtype: str | None = None) -> float:
-        """The candidate's score. Cost: `candidate.blocks(L)` block forwards, in `dtype` where one is given."""
-        self.asked.add((candidate, dtype))
-        journal = self._journal(dtype)
-        key = json.dumps([candidate.low, candidate.high, candidate.groups])
-        if key not in journal.entries:
-            journal.append(key, self._compute(candidate, dtype))
-        return float(journal.entries[key])
+    @property
+    def dense_states(self) -> list[Tensor]:
+        """The states entering layers 0..L-1 and the last layer's output, before the final norm: L + 1 of [N, T, D].
 
-    def _compute(self, candidate: Candidate, dtype: str | None) -> float:
-        states, against = self._dense
-        runner = self._runner(dtype)
-        h_NTD = states[candidate.low]
-        window = Group(candidate.low, candidate.high + 1)
-        for group in (window, *candidate.above(self.task.handle.n_layers)):
-            # a merged layer is combined again each time it runs: a twentieth of running it, and nothing to keep
-            h_NTD = runner.block(self._slot(group), h_NTD)
-        return against(self._runner(None).finish(h_NTD))
-
-    def _slot(self, group: Group) -> Slot:
-        slot = merged_slot(self.task, group)
-        if self.task.similarity.after is None or group.stop - group.start == 1:
-            return slot
-        named = Slot(slot.host, merged=group, refit=(group.start, group.stop))
-        return Slot(slot.host, self._refits.weights(named, slot.weights))
+        Cost: L block forwards, once.
+        """
+        assert self._top == self.n_layers, "this engine does not keep them all"
+        return self._dense_pass
 
     @cached_property
-    def _dense(self) -> tuple[list[Tensor], Scorer]:
-        """The states entering layers 0..top, and the score against the dense model's last state. L block forwards."""
-        runner = self._runner(None)
-        h_NTD = runner.embed()
+    def _dense_pass(self) -> list[Tensor]:
+        """The dense states up to the one entering layer `top`; where that leaves the last one out, it is compared with
+        here and not kept."""
+        h_NTD = self.runner.embed()
         states = [h_NTD]
-        for i in range(self.task.handle.n_layers):
-            h_NTD = runner.block(Slot(i), h_NTD)
-            if i < self.top:
+        for i, slot in enumerate(self.dense):
+            h_NTD = self.runner.block(slot, h_NTD)
+            if i < self._top:
                 states.append(h_NTD)
-        return states, self.task.similarity.against(runner.finish(h_NTD), self.task.kernel)
+        if self._top < self.n_layers:
+            self._against = self._scorer(h_NTD)
+        return states
+
+    @cached_property
+    def _against(self) -> Scorer:
+        return self._scorer(self.dense_states[-1])
+
+    def _scorer(self, last_NTD: Tensor) -> Scorer:
+        return self.task.similarity.against(self.runner.finish(last_NTD), self.task.kernel)
+
+    @property
+    def runner(self) -> BlockRunner:
+        """Runs single layers over the calibration set. Weights load here. What is run directly is not counted."""
+        return self._runner(None)
 
     def _runner(self, dtype: str | None) -> BlockRunner:
-        import torch
-
         if dtype not in self._runners:
             as_type = None if dtype is None else getattr(torch, dtype)
             self._runners[dtype] = BlockRunner(self.task.handle, self.task.tokens.tokens_NT, as_type)
         return self._runners[dtype]
 
-    def _journal(self, dtype: str | None) -> Journal:
-        """Scores of this model, tokens, rule and similarity, as far as the store has them."""
-        if dtype not in self._journals:
+    def score(self, model: Model, dtype: str | None = None) -> float:
+        """The model against the dense one by the task's similarity, after the final norm; 1 is identical.
+
+        Args:
+            dtype: its layers run in this one instead of the model's own, e.g. `bfloat16`.
+        """
+        return self.measure(model, "score", lambda last_NTD: self._against(last_NTD), dtype)
+
+    def loss(self, model: Model) -> float:
+        """Mean next-token cross entropy in nats over the calibration tokens; infinite where it is not a number."""
+        return self.measure(model, "loss", lambda last_NTD: mean_loss(self.runner, last_NTD))
+
+    def distance(self, model: Model, kind: str) -> float:
+        """How far its predictions are from the dense model's, see `engine.vocabulary.PredictionDistance`."""
+        return self.measure(model, kind, lambda last_NTD: self._distance(kind)(last_NTD))
+
+    def _distance(self, kind: str) -> PredictionDistance:
+        if kind not in self._distances:
+            dense_NTD = self.runner.finish(self.dense_states[-1])
+            self._distances[kind] = PredictionDistance(self.runner, dense_NTD, kind)
+        return self._distances[kind]
+
+    def gradients(self) -> Iterator[tuple[int, dict[str, tuple[Tensor, Tensor]]]]:
+        """Every dense layer's parameters with their gradients, from the top down: `engine.gradients.layer_gradients`.
+        Not counted."""
+        return layer_gradients(self.runner, self.dense_states)
+
+    def measure(self, model: Model, name: str, of: Callable[[Tensor], float], dtype: str | None = None) -> float:
+        """Any value of the model's last hidden state (after the final norm, [N, T, D]).
+
+        With `similarity.after` it is that of the model with the layer beside each cut refitted.
+
+        Args:
+            model: one of slots, bottom to top, with `Slot.weights` has no name to remember its value by (one with
+                `Slot.merged` has): it is computed at every call.
+            name: what the value is; values of one name are remembered together.
+            of: computes it. Not finite counts as infinite.
+        Cost: one block forward for every slot above the longest prefix shared with the base.
+        """
+        slots = self._slots(model)
+        if any(slot.weights for slot in slots):
+            self._cost.ask(slots)
+            self._unnamed += 1
+            return self._compute(slots, of, dtype)
+        if (name, dtype, slots) not in self._values:
+            self._cost.ask(slots)
+            entries, key = self._journal(name, dtype, any(s.merged for s in slots)), entry_key(slots)
+            if key not in entries.entries:
+                value = self._compute(slots, of, dtype)
+                entries.append(key, value if math.isfinite(value) else None)
+            kept = entries.entries[key]
+            self._values[name, dtype, slots] = math.inf if kept is None else float(kept)
+        return self._values[name, dtype, slots]
+
+    def commit(self, model: Model) -> None:
+        """Make this model the base whose states are reused. Its layers run when a candidate needs their output."""
+        slots = self._slots(model)
+        if self._states is not None:
+            del self._states[shared(self._base, slots) + 1 :]
+        self._base = slots
+        self._cost.commit(slots)
+
+    def block(self, slot: Slot, h_NTD: Tensor, dtype: str | None = None) -> Tensor:
+        """One layer on any states, merged, scaled and refitted as it runs: [N, T, D] -> [N, T, D]. Not counted.
+
+        A merged layer is combined again each time it runs: a twentieth of running it, and nothing to keep.
+        """
+        weights = slot.weights
+        handle = self.task.handle
+        if slot.merged:
+            weights = self.task.rule.merge(handle.layout, list(handle.layers[slice(*slot.merged)])).weights
+        if slot.scale != 1:
+            weights = {**weights, **scaled_outputs(handle.layout, handle.layers[slot.host], weights, slot.scale)}
+        if slot.refit:
+            weights = self._refits.weights(slot, weights)
+        return self._runner(dtype).block(Slot(slot.host, weights, without=slot.without), h_NTD)
+
+    def _slots(self, model: Model) -> Slots:
+        if isinstance(model, Candidate):
+            slots = tuple(slot_of(group, self.task.rule) for group in model.slots(self.n_layers))
+        else:
+            slots = slots_of(model, self.task.rule) if isinstance(model, MergePlan) else tuple(model)
+        return with_refits(slots, self.n_layers) if self.task.similarity.after else slots
+
+    def _compute(self, slots: Slots, of: Callable[[Tensor], float], dtype: str | None) -> float:
+        prefix = shared(self._base, slots)
+        if self._states is None:
+            self._states = self._dense_pass[: shared(self.dense, self._base) + 1]
+        while len(self._states) <= prefix:
+            self._states.append(self.block(self._base[len(self._states) - 1], self._states[-1]))
+        h_NTD = self._states[prefix]
+        for slot in slots[prefix:]:
+            h_NTD = self.block(slot, h_NTD, dtype)
+        return of(self.runner.finish(h_NTD))
+
+    def _journal(self, name: str, dtype: str | None, merges: bool) -> Journal:
+        """Values of one name for this model and these tokens, as far as the store has them."""
+        if (name, dtype, merges) not in self._journals:
             task = self.task
-            score: dict[str, object] = {"similarity": task.similarity.name}
-            if task.similarity.uses_kernel():
-                score = {"similarity": task.similarity.identity(), "kernel": task.kernel.identity()}
-            inputs = {
-                **score,
-                **self._refits.identity(),
-                "model": task.handle.digest,
-                "device": task.handle.device.type,
-                "tokens": task.tokens.digest,
-                "rule": task.rule.identity(),
-                "computed_in": dtype,
-            }
+            inputs = journal_inputs(
+                name, model=task.handle.digest, device=task.handle.device.type, tokens=task.tokens.digest,
+                similarity=task.similarity, kernel=task.kernel, rule=task.rule if merges else None,
+                fit=self._refits.digest, dtype=dtype)
             folder = task.store.folder
-            self._journals[dtype] = Journal(folder and folder / "scores" / task.store.key("scores", inputs))
-        return self._journals[dtype]
+            journal = Journal(folder and folder / "scores" / task.store.key("scores", inputs))
+            self._journals[name, dtype, merges] = journal
+        return self._journals[name, dtype, merges]
+
+
+def entry_key(slots: Slots) -> str:
+    """What a model is called in a journal; that of a candidate is `Candidate.key`."""
+    more = ((s.scale, *sorted(s.without)) if s.without or s.scale != 1 else () for s in slots)
+    return layers_key((*(s.merged or (s.host, s.host + 1)), *rest) for s, rest in zip(slots, more, strict=True))
+
+
+def shared(a: Slots, b: Slots) -> int:
+    """How many slots two models have in common from the bottom up. Replaced weights are alike if they are the same."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y or x.weights is not y.weights), min(len(a), len(b)))
+
+
+def blocks(slots: Slots) -> float:
+    """Block forwards of running these layers: one each, one half where a sublayer is left out."""
+    return sum(1 - len(slot.without) / 2 for slot in slots)
+
+
+class _Cost:
+    """Block forwards of the values asked for, whether or not they had to be run."""
+
+    def __init__(self, dense: Slots) -> None:
+        self.base, self.known = dense, len(dense)  # slots of the base whose output is known
+        self.spent = blocks(dense)
+        self.refits: set[Slot] = set()
+
+    def ask(self, slots: Slots) -> None:
+        prefix = shared(self.base, slots)
+        self.spent += blocks(self.base[self.known : prefix]) + blocks(slots[prefix:])
+        self.known = max(self.known, prefix)
+        self.refits.update(slot for slot in slots if slot.refit)
+
+    def commit(self, slots: Slots) -> None:
+        self.known = min(self.known, shared(self.base, slots))
+        self.base = slots

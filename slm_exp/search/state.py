@@ -8,10 +8,21 @@ original indices, and a group, once committed, is never merged again.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from slm_exp.core.types import Group
+
+
+def layers_key(layers: Iterable[tuple[Any, ...]]) -> str:
+    """What a trial model is called in a journal of scores.
+
+    Args:
+        layers: bottom to top, each (start, stop) of the original layers in it, and what else is done to it.
+    """
+    return json.dumps([layer[0] if layer == (layer[0], layer[0] + 1) else layer for layer in layers])
 
 
 class Candidate(NamedTuple):
@@ -22,15 +33,17 @@ class Candidate(NamedTuple):
     groups: tuple[Group, ...]
     """Committed, in original indices, highest first."""
 
-    def above(self, n_layers: int) -> tuple[Group, ...]:
-        """The slots above the window, bottom to top; a kept layer is a group of one."""
+    def slots(self, n_layers: int) -> tuple[Group, ...]:
+        """The model's layers, bottom to top; a kept layer is a group of one."""
         out: list[Group] = []
-        i = self.high + 1
-        for group in reversed(self.groups):
-            out += (Group(j, j + 1) for j in range(i, group.start))
+        for group in (Group(self.low, self.high + 1), *reversed(self.groups), Group(n_layers, n_layers)):
+            out += (Group(i, i + 1) for i in range(out[-1].stop if out else 0, group.start))
             out.append(group)
-            i = group.stop
-        return (*out, *(Group(j, j + 1) for j in range(i, n_layers)))
+        return tuple(out[:-1])
+
+    def key(self, n_layers: int) -> str:
+        """What it is called in a journal of scores."""
+        return layers_key(self.slots(n_layers))
 
     def blocks(self, n_layers: int) -> int:
         """Decoder layers to run from the dense states entering `low`: the merged one and those above it."""
@@ -90,3 +103,33 @@ class SearchState:
         if self.open_group is None:
             return self
         return replace(self, high=self.low + 1, groups=(*self.groups, self.open_group))
+
+    def replay(self, n_layers: int, threshold: float, scores: Mapping[str, float]) -> SearchState | None:
+        """The end of the search from here, by scores that are known already; None where one is missing.
+
+        Args:
+            scores: of candidates by `Candidate.key`.
+        """
+        state = self
+        while candidate := state.candidate:
+            score = scores.get(candidate.key(n_layers))
+            if score is None:
+                return None
+            state = state.accept() if score > threshold else state.reject()
+        return state
+
+    def block_forwards(self, n_layers: int) -> tuple[int, int]:
+        """Of a search from here on, the dense pass left out: (if every candidate passes, if none does).
+
+        Either way every layer below the window is in question once; what passes shortens the candidates that follow.
+        """
+        most = least = 0
+        state = self
+        while candidate := state.candidate:
+            least += candidate.blocks(n_layers)
+            state = state.accept()
+        state = self
+        while candidate := state.candidate:
+            most += candidate.blocks(n_layers)
+            state = state.reject()
+        return least, most

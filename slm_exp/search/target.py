@@ -1,19 +1,15 @@
-"""Plans of a size asked for: the threshold path, followed only where that size can still be reached."""
+"""Plans of a requested size: the threshold path, followed only where that size can still be reached."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from slm_exp.core.errors import ConfigError, PlanError
+from slm_exp.core.errors import PlanError
 from slm_exp.engine.progress import ticking
 from slm_exp.search.path import PathPlan, Scores, follow, single
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
-    from slm_exp.search.state import Candidate, SearchState
+from slm_exp.search.state import Candidate, SearchState
 
 BUDGET = 400
 """Candidates scored for a size where no budget is set."""
@@ -22,7 +18,7 @@ PROBES = 8
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The best plan of a size, and how sure that is."""
 
     plan: PathPlan
@@ -36,8 +32,8 @@ class Found:
 
 def best_of_size(
     scores: Scores, start: SearchState, n_layers: int, layers: int, low: float, high: float,
-    commit_open_window: bool = True, max_evaluations: int | None = None,
-) -> Found:
+    commit_open_window: bool = True, budget: int = BUDGET,
+) -> SearchResult:
     """Among the plans of thresholds [low, high) that leave `layers` layers, the one with the best final score.
 
     A plan's final score is no lower than its thresholds, so they are followed from the highest down. Bisection comes
@@ -46,17 +42,16 @@ def best_of_size(
     Raises:
         PlanError: no threshold in the range leaves that many layers (or the budget ended first); names the nearest.
     """
-    budget = BUDGET if max_evaluations is None else max_evaluations
-    asked: set[Candidate] = set()
+    scored: set[Candidate] = set()
 
     def at(threshold: float) -> PathPlan | None:
-        return single(scores, start, n_layers, low, high, threshold, commit_open_window, budget, asked)
+        return single(scores, start, n_layers, low, high, threshold, commit_open_window, budget, scored)
 
     with ticking(f"search for {layers} layers", budget, "candidate") as tick:
-        probed = _bisect(at, layers, low, high, lambda told: tick(told, len(asked)))
+        probed = _bisect(at, layers, low, high, lambda about: tick(about, len(scored)))
         path = follow(scores, start, n_layers, low, high, commit_open_window, budget,
-                      wanted=lambda sizes: layers in sizes, asked=asked,
-                      show=lambda branch, scored: tick(f"below {branch.high:.4f} to do", scored))
+                      wanted=lambda sizes: layers in sizes, scored=scored,
+                      show=lambda branch, n: tick(f"below {branch.high:.4f} to do", n))
     best = max((p for p in (*path.plans, *probed) if p.n_layers == layers), key=lambda p: p.final_score, default=None)
     if best is None:
         met = sorted({p.n_layers for p in (*path.plans, *probed)}, key=lambda n: abs(n - layers))[:2]
@@ -67,7 +62,7 @@ def best_of_size(
                         "Another rule or similarity reaches other sizes; method.threshold_range widens the search.")
     beside = [at(t) for t in (math.nextafter(best.low, -math.inf), best.high) if low <= t < high]
     neighbours = tuple(plan for plan in beside if plan is not None)
-    return Found(best, path.complete, neighbours, (*path.plans, *probed, *neighbours))
+    return SearchResult(best, path.complete, neighbours, (*path.plans, *probed, *neighbours))
 
 
 def _bisect(
@@ -85,22 +80,3 @@ def _bisect(
             break
         low, high = (low, plan.low) if plan.n_layers > layers else (plan.high, high)
     return met
-
-
-def layers_for_ratio(handle: ModelHandle, ratio: float, fewest: int) -> int:
-    """How many layers are left when about `ratio` of the parameters is gone: the nearest size. Loads no weights.
-
-    Args:
-        fewest: layers that any plan leaves.
-    Raises:
-        ConfigError: even the nearest size is off by more than one layer's share; names it and its ratio.
-    """
-    share = handle.layer_params / handle.n_params
-    layers = min(range(fewest, handle.n_layers + 1), key=lambda n: abs((handle.n_layers - n) * share - ratio))
-    reached = (handle.n_layers - layers) * share
-    if abs(reached - ratio) > share:
-        raise ConfigError(
-            f"method.target_ratio = {ratio}; expected a share of the parameters that removing layers can reach. The "
-            f"nearest is {reached:.3f} ({layers} of {handle.n_layers} layers left); each layer is {share:.1%}."
-        )
-    return layers

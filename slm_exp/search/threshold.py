@@ -1,16 +1,13 @@
-"""The search at one threshold: score, compare, go on. With a screen, most scores come from a cheaper dtype."""
+"""The search at one threshold: score, compare, go on. A low-precision screen gives most scores."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from slm_exp.engine.progress import Progress
+from slm_exp.engine.progress import ticking
+from slm_exp.search.scoring import ScoringEngine
 from slm_exp.search.state import SearchState
-
-if TYPE_CHECKING:
-    from slm_exp.search.scoring import CandidateScorer
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +31,21 @@ class Step:
     def next(self) -> SearchState:
         return self.state.accept() if self.accepted else self.state.reject()
 
+    def __str__(self) -> str:
+        groups = " ".join(f"{g.start}..{g.stop - 1}" for g in self.next.close().groups) or "none"
+        return f"layers {self.state.low}..{self.state.high} score {self.score:.4f}, merged {groups}"
 
-def search(scorer: CandidateScorer, start: SearchState, threshold: float) -> list[Step]:
+
+def search(engine: ScoringEngine, start: SearchState, threshold: float) -> list[Step]:
     """Every decision of the search from `start`, each on a score in the model's own dtype."""
     steps: list[Step] = []
-    with Progress(start, f"search at {threshold:g}") as progress:
+    with ticking(f"search at {threshold:g}", max(0, start.low - start.floor + 1), "layer") as tick:
         state = start
         while candidate := state.candidate:
-            score = scorer.score(candidate)
+            score = engine.score(candidate)
             steps.append(Step(state, score, score > threshold))
-            progress.show(steps[-1])
             state = steps[-1].next
+            tick(str(steps[-1]), start.low - state.low)
     return steps
 
 
@@ -52,7 +53,7 @@ def search(scorer: CandidateScorer, start: SearchState, threshold: float) -> lis
 class Screen:
     """What is known about the error of a cheaper dtype: the largest difference where both scores are known."""
 
-    scorer: CandidateScorer
+    engine: ScoringEngine
     threshold: float
     dtype: str
     error: float = 0.0
@@ -67,7 +68,7 @@ class Screen:
     def exact(self, step: Step) -> Step:
         """The same decision on the exact score; the difference is a measurement."""
         assert step.state.candidate is not None
-        score = self.scorer.score(step.state.candidate)
+        score = self.engine.score(step.state.candidate)
         self.error = max(self.error, abs(score - step.score))
         return replace(step, score=score, accepted=score > self.threshold, screened=False)
 
@@ -78,9 +79,9 @@ class Screen:
         doubling of depth is scored in both dtypes, however safe it looks.
         """
         assert state.candidate is not None
-        score = self.scorer.score(state.candidate, self.dtype)
+        score = self.engine.score(state.candidate, self.dtype)
         step = Step(state, score, score > self.threshold, screened=True)
-        blocks = state.candidate.blocks(self.scorer.task.handle.n_layers)
+        blocks = state.candidate.blocks(self.engine.n_layers)
         if blocks >= 2 * self.depth and abs(score - self.threshold) < NEAR:
             self.depth = blocks
             return self.exact(step)
@@ -90,16 +91,16 @@ class Screen:
         return step.screened and not abs(step.score - self.threshold) > self.margin
 
 
-def screened_search(scorer: CandidateScorer, start: SearchState, threshold: float, dtype: str) -> list[Step]:
+def screened_search(engine: ScoringEngine, start: SearchState, threshold: float, dtype: str) -> list[Step]:
     """The decisions of `search`, most of them on scores computed in `dtype`.
 
     A screened score within a margin of the threshold is computed again in the model's own dtype. The margin is
     SAFETY times the largest difference measured so far; when a later measurement widens it, earlier decisions that
     are no longer safe are repeated too, and where one turns out differently the search goes back to it.
     """
-    screen = Screen(scorer, threshold, dtype)
+    screen = Screen(engine, threshold, dtype)
     steps: list[Step] = []
-    with Progress(start, f"search at {threshold:g}, screened in {dtype}") as progress:
+    with ticking(f"search at {threshold:g}, screened in {dtype}", max(0, start.low - start.floor + 1), "layer") as tick:
         state = start
         while state.candidate:
             steps.append(screen.decide(state))
@@ -109,8 +110,8 @@ def screened_search(scorer: CandidateScorer, start: SearchState, threshold: floa
                     if steps[i].accepted != step.accepted:
                         del steps[i + 1 :]
                         break
-            progress.show(steps[-1])
             state = steps[-1].next
+            tick(str(steps[-1]), start.low - state.low)
     log.info(
         "%s scores differed by at most %.1e from exact ones; those within %.1e of the threshold were repeated.",
         dtype,

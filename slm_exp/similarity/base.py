@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from slm_exp.calibration.fit import FitSource
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Component
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_exp.calibration.fit import FitSource
     from slm_exp.kernels.base import Kernel
     from slm_exp.models.base import ModelHandle
 
@@ -74,8 +74,6 @@ class Similarity(Component, ABC):
 
     def fit_source(self) -> FitSource:
         """Where the tokens of the refit come from."""
-        from slm_exp.calibration.fit import FitSource
-
         return FitSource(self.fit_path, self.fit_samples, self.fit_seq_len, called=CALLED)
 
     def check_data(self, dense: ModelHandle) -> None:
@@ -117,3 +115,9 @@ def as_score(value: Tensor) -> float:
     """A one-element tensor as a float; what is not finite becomes -1 (see `Similarity.against`)."""
     score = float(value)
     return score if math.isfinite(score) else -1.0
+
+
+def token_cosine(x_NTD: Tensor, y_NTD: Tensor) -> float:
+    """Mean over tokens of the cosine of two states; two zero states count as identical, one as a right angle."""
+    x, y = wide(x_NTD), wide(y_NTD.to(x_NTD.device))
+    return as_score(cosines(token_dots(x, y), token_dots(x, x), token_dots(y, y)).mean())

@@ -12,7 +12,7 @@ from slm_exp.core.files import write_json
 from slm_exp.core.registry import Component
 
 if TYPE_CHECKING:
-    from slm_exp.core.types import CalibrationTokens, Group
+    from slm_exp.core.types import CalibrationTokens, Group, Target
     from slm_exp.methods.base import Method
     from slm_exp.models.base import ModelHandle
     from slm_exp.pipeline.config import RunConfig
@@ -86,7 +86,7 @@ class Width(Component, ABC):
         """The depth method with its part of a shared target; `start` is the model it works on."""
         return method
 
-    def target_of(self, method: Method, target: dict[str, Any] | None) -> dict[str, Any] | None:
+    def target_of(self, method: Method, target: Target | None) -> Target | None:
         """A plan's `target`, given the depth method as the user set it and what the depth plan says."""
         return target
 

@@ -16,7 +16,7 @@ from slm_exp.width.base import Width, WidthDecision, WidthTask
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_exp.core.types import Group
+    from slm_exp.core.types import Group, Target
     from slm_exp.methods.base import Method
     from slm_exp.models.base import ModelHandle
     from slm_exp.pipeline.config import RunConfig
@@ -137,13 +137,13 @@ class Pruner(Width):
         if self.share is None or method.target_ratio is None:
             return method
         if self.order == "after":
-            return dataclasses.replace(method, target_ratio=(1 - self.share) * method.target_ratio)
+            return method.with_ratio((1 - self.share) * method.target_ratio)
         ratio = 1 - (1 - method.target_ratio) * dense.n_params / start.n_params
         if ratio <= 0:
             raise ConfigError(f"{self._shared(method)} leaves nothing to depth: width removes "
                               f"{1 - start.n_params / dense.n_params:.4f} of the parameters already. Lower width.share "
                               "or take width.order=after.")
-        return dataclasses.replace(method, target_ratio=ratio)
+        return method.with_ratio(ratio)
 
     def check_depth(self, method: Method, dense: ModelHandle) -> None:
         start = self._outline(method, dense) if self.order == "before" else dense
@@ -168,11 +168,11 @@ class Pruner(Width):
         width = {"sizes": self._sizes(shapes or [], dense), "means": self.adds_biases}
         return dataclasses.replace(dense, config=narrower_config(dense.config, dense.layout.family, width))
 
-    def target_of(self, method: Method, target: dict[str, Any] | None) -> dict[str, Any] | None:
+    def target_of(self, method: Method, target: Target | None) -> Target | None:
         """With `share`: what was asked of the run, and `depth`, what of that was asked of the model depth worked on."""
-        if self.share is None or target is None:
+        if self.share is None or target is None or method.target_ratio is None:
             return target
-        return {**target, "asked": method.target_ratio, "depth": target["asked"], "share": self.share}
+        return dataclasses.replace(target, asked=method.target_ratio, depth=target.asked, share=self.share)
 
     def ratio_for(self, method: Method, dense: ModelHandle, handle: ModelHandle) -> float:
         """What to remove, as a share of `handle`'s decoder layers.

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from slm_exp.core.errors import ConfigError, DataError
-from slm_exp.core.types import MergePlan
+from slm_exp.core.types import MergePlan, Sublayer
 from slm_exp.evaluation import settings
 from slm_exp.evaluation.backends import speed
 from slm_exp.evaluation.backends.speed import Cell, Spread, Timing, generation_flops, measure_speed
@@ -119,7 +119,7 @@ class TestNotes:
         assert self.notes(tiny_handle, shorter) == ""
 
     def test_zeroed_sublayers_are_not_skipped(self, tiny_handle: ModelHandle) -> None:
-        plan = MergePlan(8, sublayers=({"layer": 2, "kind": "attention"}, {"layer": 3, "kind": "mlp"}))
+        plan = MergePlan(8, sublayers=(Sublayer(2, "attention"), Sublayer(3, "mlp")))
         assert "2 removed sublayers are zeros" in self.notes(tiny_handle, apply_plan(tiny_handle, plan))
 
     def test_nothing_is_gone(self, tiny_handle: ModelHandle) -> None:

@@ -12,10 +12,10 @@ import torch
 
 from slm_exp.core import registry
 from slm_exp.core.cache.store import StageStore
-from slm_exp.core.types import MergePlan
-from slm_exp.merging.compensation import ratio
+from slm_exp.core.types import Compensation, Cut, MergePlan
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.methods.base import Choice
+from slm_exp.methods.base import Selection
+from slm_exp.search.compensation import ratio
 from slm_exp.search.task import PlanTask
 from slm_exp.similarity.layers import layer_similarity
 
@@ -80,7 +80,7 @@ def test_one_cut_is_the_published_function(make_tiny: Any, tokens: Any) -> None:
         task_of(handle, tokens))
     assert plan.dropped == (3, 4, 5)
     assert plan.compensation is not None
-    assert plan.compensation["cuts"] == [{"start": 3, "stop": 6, "alpha": pytest.approx(alpha, rel=1e-5)}]
+    assert plan.compensation.cuts == (Cut(3, 6, pytest.approx(alpha, rel=1e-5)),)  # type: ignore[arg-type]
     ours = logits(apply_plan(handle, plan).model, tokens)
     torch.testing.assert_close(ours, logits(model, tokens), atol=2e-4, rtol=1e-3)
     plain = logits(apply_plan(handle, MergePlan(8, dropped=plan.dropped)).model, tokens)
@@ -97,7 +97,7 @@ def test_tied_embeddings_and_biases_come_out_the_same(make_tiny: Any, tokens: An
     assert plan.dropped == (4, 5)
     reference = copy.deepcopy(handle.model)
     reference.lm_head.weight = torch.nn.Parameter(reference.lm_head.weight.detach().clone(), False)
-    cut(reference, 4, 6, plan.compensation["cuts"][0]["alpha"])  # type: ignore[index]
+    cut(reference, 4, 6, plan.compensation.cuts[0].alpha)  # type: ignore[union-attr]
     built = apply_plan(handle, plan).model
     torch.testing.assert_close(logits(built, tokens), logits(reference, tokens), atol=2e-4, rtol=1e-3)
     assert built.lm_head.weight.data_ptr() == built.model.embed_tokens.weight.data_ptr()
@@ -106,7 +106,7 @@ def test_tied_embeddings_and_biases_come_out_the_same(make_tiny: Any, tokens: An
 
 def test_every_cut_is_measured_on_the_model_compensated_below_it(task: PlanTask, tokens: Any) -> None:
     """Cut by cut on real models, bottom to top, each alpha from the model as it then is."""
-    made = METHODS["random"](target_layers=4, compensate="magnitude").carried_out(task, Choice((1, 4, 5, 7)))
+    made = METHODS["random"](target_layers=4, compensate="magnitude").finished(task, Selection((1, 4, 5, 7)))
     model = copy.deepcopy(task.handle.model)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), False)
     alphas, gone = [], 0
@@ -118,7 +118,7 @@ def test_every_cut_is_measured_on_the_model_compensated_below_it(task: PlanTask,
         gone += stop - start
     cut(model, 4, 5, 1.0)  # nothing is above the last layer: the final norm undoes any factor
     assert made.compensation is not None
-    found = [(c["start"], c["stop"], c["alpha"]) for c in made.compensation["cuts"]]
+    found = [(c.start, c.stop, c.alpha) for c in made.compensation.cuts]
     assert found == [(1, 2, pytest.approx(alphas[0], rel=1e-4)), (4, 6, pytest.approx(alphas[1], rel=1e-4))]
     built = apply_plan(task.handle, made).model
     torch.testing.assert_close(logits(built, tokens), logits(model, tokens), atol=5e-4, rtol=2e-3)
@@ -133,7 +133,7 @@ def test_any_method_compensates_and_its_score_is_of_the_model_it_builds(name: st
     assert (plan.groups, plan.dropped) == (plain.groups, plain.dropped)
     assert plan.compensation is not None
     assert plain.compensation is None
-    assert plan.effect() != plain.effect() or not plan.compensation["cuts"]
+    assert plan.effect() != plain.effect() or not plan.compensation.cuts
     assert MergePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     with torch.no_grad():
         ids = torch.as_tensor(tokens.tokens_NT).long()
@@ -141,7 +141,7 @@ def test_any_method_compensates_and_its_score_is_of_the_model_it_builds(name: st
                         for h in (task.handle, apply_plan(task.handle, plan, task.rule)))
     assert plan.final_score == pytest.approx(task.similarity.against(dense, task.kernel)(short), abs=1e-5)
     if name == "last":
-        assert plan.compensation["cuts"] == []
+        assert plan.compensation.cuts == ()
 
 
 def test_a_merged_group_is_brought_to_the_size_its_layers_gave(task: PlanTask, tokens: Any) -> None:
@@ -151,13 +151,12 @@ def test_a_merged_group_is_brought_to_the_size_its_layers_gave(task: PlanTask, t
     assert plan.compensation is not None
     merged = apply_plan(task.handle, MergePlan(8, plan.groups, rule="top_layer"), task.rule)
     alpha = published_alpha(states_of(task.handle.model, tokens)[5], states_of(merged.model, tokens)[4])
-    assert plan.compensation["cuts"] == [{"start": 3, "stop": 5, "alpha": pytest.approx(alpha, rel=1e-4)}]
+    assert plan.compensation.cuts == (Cut(3, 5, pytest.approx(alpha, rel=1e-4)),)  # type: ignore[arg-type]
 
 
 def test_half_precision_weights_are_scaled_in_float32_and_keep_their_dtype(make_tiny: Any, tokens: Any) -> None:
     handle = make_tiny(dtype="bfloat16")
-    cuts = [{"start": 2, "stop": 3, "alpha": 3.0}]
-    plan = MergePlan(8, dropped=(2,), compensation={"kind": "magnitude", "cuts": cuts})
+    plan = MergePlan(8, dropped=(2,), compensation=Compensation("magnitude", (Cut(2, 3, 3.0),)))
     built = apply_plan(handle, plan)
     for at, layer in enumerate(built.layers):
         own = handle.layers[at if at < 2 else at + 1]
@@ -178,7 +177,7 @@ def test_a_channel_without_signal_says_nothing() -> None:
 
 def test_the_digest_tells_compensated_models_apart(tiny_handle: Any) -> None:
     def digest(alpha: float | None) -> str:
-        cuts = None if alpha is None else {"kind": "magnitude", "cuts": [{"start": 2, "stop": 3, "alpha": alpha}]}
+        cuts = None if alpha is None else Compensation("magnitude", (Cut(2, 3, alpha),))
         return apply_plan(tiny_handle, MergePlan(8, dropped=(2,), compensation=cuts)).digest
 
     assert len({digest(None), digest(1.5), digest(1.6)}) == 3

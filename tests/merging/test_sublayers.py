@@ -15,16 +15,12 @@ import pytest
 import torch
 
 from slm_exp.core.errors import PlanError
-from slm_exp.core.types import MergePlan
-from slm_exp.merging.surgery import apply_plan, half_sizes, zeroed, zeroed_note
-
-
-def half(layer: int, kind: str) -> dict[str, Any]:
-    return {"layer": layer, "kind": kind}
-
+from slm_exp.core.types import MergePlan, Sublayer
+from slm_exp.merging.surgery import apply_plan, sublayer_sizes, zeroed, zeroed_note
 
 PLAN = MergePlan(8, dropped=(1,), sublayers=(
-    half(0, "mlp"), half(3, "attention"), half(5, "mlp"), half(5, "attention"), half(7, "attention")))  # fmt: skip
+    Sublayer(0, "mlp"), Sublayer(3, "attention"), Sublayer(5, "mlp"), Sublayer(5, "attention"),
+    Sublayer(7, "attention")))  # fmt: skip
 
 
 def run(model: Any, tokens: Any) -> torch.Tensor:
@@ -47,18 +43,18 @@ def with_biases(handle: Any) -> Any:
 
 def test_a_layer_that_loses_both_halves_is_a_dropped_layer() -> None:
     assert PLAN.dropped == (1, 5)
-    assert PLAN.sublayers == (half(0, "mlp"), half(3, "attention"), half(7, "attention"))
+    assert PLAN.sublayers == (Sublayer(0, "mlp"), Sublayer(3, "attention"), Sublayer(7, "attention"))
     assert MergePlan.from_json(json.loads(json.dumps(PLAN.to_json()))) == PLAN
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sublayers": (half(8, "mlp"),)}, "layer 8 without mlp lies outside a model of 8 layers"),
-        ({"sublayers": (half(2, "norm"),)}, "sublayers has kind 'norm'; known: attention, mlp"),
+        ({"sublayers": (Sublayer(8, "mlp"),)}, "layer 8 without mlp lies outside a model of 8 layers"),
+        ({"sublayers": (Sublayer(2, "norm"),)}, "sublayers has kind 'norm'; known: attention, mlp"),
         ({"sublayers": ({"layer": 2},)}, "expected {layer, kind} for each"),
-        ({"sublayers": (half(2, "mlp"),), "dropped": (2,)}, "layer 2 without mlp and dropped layer 2 overlap"),
-        ({"sublayers": (half(2, "mlp"),), "groups": ((1, 3),)}, r"layer 2 without mlp and group \[1, 3\) overlap"),
+        ({"sublayers": (Sublayer(2, "mlp"),), "dropped": (2,)}, "layer 2 without mlp and dropped layer 2 overlap"),
+        ({"sublayers": (Sublayer(2, "mlp"),), "groups": ((1, 3),)}, r"layer 2 without mlp and group \[1, 3\) overlap"),
     ],
 )
 def test_plans_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
@@ -94,17 +90,17 @@ def test_what_is_removed_is_what_is_gone(make_tiny: Any) -> None:
     assert dense.n_params - small.n_params == gone
     assert dense.n_params - sum(p.numel() for p in small.model.parameters()) == gone
     attention, mlp = (sum(p.numel() for p in part.parameters()) for part in (layer.self_attn, layer.mlp))
-    assert half_sizes(dense) == {"attention": attention, "mlp": mlp}
+    assert sublayer_sizes(dense) == {"attention": attention, "mlp": mlp}
     assert zeroed(small, PLAN) == zeroed(apply_plan(make_tiny("qwen2"), PLAN), PLAN) == 2 * attention + mlp
     (note,) = zeroed_note(dense, PLAN)
     assert note.startswith("2 attention and 1 mlp sublayers are zeroed: ")
     assert zeroed_note(dense, MergePlan(8, dropped=(1,))) == ()
-    assert small.digest != dense.digest != apply_plan(dense, MergePlan(8, sublayers=(half(3, "mlp"),))).digest
+    assert small.digest != dense.digest != apply_plan(dense, MergePlan(8, sublayers=(Sublayer(3, "mlp"),))).digest
 
 
 def test_only_the_outputs_are_new_tensors(make_tiny: Any) -> None:
     dense = make_tiny()
-    small = apply_plan(dense, MergePlan(8, sublayers=(half(3, "attention"), half(4, "mlp")))).model
+    small = apply_plan(dense, MergePlan(8, sublayers=(Sublayer(3, "attention"), Sublayer(4, "mlp")))).model
     own = {p.data_ptr() for p in dense.model.parameters()}
     new = {name for name, p in small.named_parameters() if p.data_ptr() not in own}
     assert new == {"model.layers.3.self_attn.o_proj.weight", "model.layers.4.mlp.down_proj.weight"}

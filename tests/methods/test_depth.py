@@ -180,7 +180,7 @@ def test_laco_is_its_loop_at_the_highest_threshold_that_reaches_the_size(
     n: int, window: int, interval: int, task: PlanTask
 ) -> None:
     plan = METHODS["laco"](target_layers=8 - n, window=window, interval=interval).plan(task)
-    threshold = plan.target["threshold"] - 1e-6  # type: ignore[index]  # a hair below the best rejected score
+    threshold = plan.target.threshold - 1e-6  # type: ignore[union-attr, operator]  # a hair below the best rejected score
     layers, seen = collapse(task, window, interval, threshold, n)
     assert [list(g) for g in plan.groups] == [[x[0], x[-1] + 1] for x in layers if len(x) > 1]
     assert [(t.low, t.high, t.accepted) for t in plan.trace] == [(a, b, ok) for a, b, _, ok in seen]
@@ -257,7 +257,7 @@ def test_protected_layers_stay_and_the_size_is_the_one_asked(first: int, last: i
         assert plan.n_layers_out == 8 - n
         assert touched <= set(range(first, 8 - last))
         assert plan.target is not None
-        assert (plan.target["asked"], plan.target["complete"], plan.target["layers"]) == (8 - n, True, 8 - n)
+        assert (plan.target.asked, plan.target.complete, plan.target.layers) == (8 - n, True, 8 - n)
         assert (plan.method, plan.similarity, plan.threshold) == (name, "flat_cosine", None)
 
 
@@ -273,7 +273,7 @@ def test_a_ratio_is_of_parameters(name: str, task: PlanTask) -> None:
     share = sum(p.numel() for p in handle.layers[0].parameters()) / handle.n_params
     plan = METHODS[name](target_ratio=2.3 * share).plan(task)
     assert plan.n_layers_out == 6
-    assert plan.target["layers"] == 6  # type: ignore[index]
+    assert plan.target.layers == 6  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -13,7 +13,7 @@ import torch
 from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import ConfigError, PlanError
 from slm_exp.core.registry import available
-from slm_exp.core.types import MergePlan
+from slm_exp.core.types import MergePlan, Sublayer
 from slm_exp.engine.runner import BlockRunner
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.search.task import PlanTask
@@ -32,7 +32,7 @@ def plan_of(handle: Any, tokens: Any, name: str, folder: Path | None = None, **f
 
 def reduced(units: list[Any]) -> MergePlan:
     """A model of 8 layers without some layers (numbers) or sublayers ((number, kind))."""
-    halves = tuple({"layer": u[0], "kind": u[1]} for u in units if isinstance(u, tuple))
+    halves = tuple(Sublayer(*u) for u in units if isinstance(u, tuple))
     return MergePlan(8, dropped=tuple(u for u in units if isinstance(u, int)), sublayers=halves)
 
 
@@ -157,7 +157,7 @@ def test_llm_drop_takes_the_highest_cosines(unit: str, make_tiny: Any, tokens: A
     assert effect(plan) == effect(reduced(expected))
     assert [t.score for t in plan.trace] == pytest.approx([cosines[u] for u in parts], abs=1e-5)
     assert plan.target is not None
-    assert plan.target["layers"] == plan.n_layers_out
+    assert plan.target.layers == plan.n_layers_out
 
 
 def test_llm_drop_reads_its_unit_off_the_target() -> None:
@@ -192,7 +192,7 @@ def test_finercut_is_brute_force_above_the_first_two_fifths(make_tiny: Any, toke
 def test_finercut_goes_below_once_nothing_is_left_above(tiny_handle: Any, tokens: Any) -> None:
     plan = plan_of(tiny_handle, tokens, "finercut", target_sublayers=11)
     assert plan.dropped[-5:] == (3, 4, 5, 6, 7)
-    assert plan.sublayers[0]["layer"] < 3
+    assert plan.sublayers[0].layer < 3
 
 
 def test_finercut_by_perplexity_with_nothing_excluded_is_blockpruner(tiny_handle: Any, tokens: Any) -> None:
@@ -201,7 +201,7 @@ def test_finercut_by_perplexity_with_nothing_excluded_is_blockpruner(tiny_handle
 
 
 @pytest.mark.parametrize("name", ["llm_drop", "blockpruner", "finercut"])
-def test_everything_but_one_half_can_go(name: str, make_tiny: Any, tokens: Any) -> None:
+def test_everything_but_one_sublayer_can_go(name: str, make_tiny: Any, tokens: Any) -> None:
     handle = make_tiny(layers=3)
     fields = {"unit": "joint"} if name == "llm_drop" else {}
     plan = plan_of(handle, tokens, name, target_sublayers=5, **fields)
@@ -219,10 +219,10 @@ def test_a_ratio_is_met_to_half_a_sublayer(name: str, ratio: float, make_tiny: A
     sizes = {kind: sum(p.numel() for p in part.parameters()) / handle.n_params
              for kind, part in (("attention", layer.self_attn), ("mlp", layer.mlp))}
     plan = plan_of(handle, tokens, name, target_ratio=ratio)
-    gone = sum(sizes[half["kind"]] for half in plan.sublayers) + len(plan.dropped) * sum(sizes.values())
+    gone = sum(sizes[half.kind] for half in plan.sublayers) + len(plan.dropped) * sum(sizes.values())
     assert abs(gone - ratio) <= max(sizes.values()) / 2
     assert plan.target is not None
-    assert plan.target["asked"] == ratio
+    assert plan.target.asked == ratio
 
 
 def test_a_killed_search_goes_on_where_it_was(
@@ -283,7 +283,7 @@ def test_a_model_that_only_overflows_is_refused(tiny_handle: Any, tokens: Any) -
     [
         ("sleb", {"threshold": 0.9}, r"method\.threshold = 0\.9; expected null: method=sleb takes a size"),
         ("sleb", {}, r"exactly one of method\.target_layers or method\.target_ratio"),
-        ("blockpruner", {"target_layers": 5}, r"method\.target_layers = 5; expected null.*halves of layers"),
+        ("blockpruner", {"target_layers": 5}, r"method\.target_layers = 5; expected null.*removes sublayers"),
         ("blockpruner", {"target_sublayers": 0}, r"method\.target_sublayers = 0; expected a whole number >= 1"),
         ("blockpruner", {"target_sublayers": 2, "target_ratio": 0.1}, r"exactly one of method\.target_sublayers or"),
         ("blockpruner", {"target_sublayers": 2, "merge": True}, r"method\.merge = True; expected false"),

@@ -18,7 +18,7 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.core.types import Group
 from slm_exp.engine.runner import BlockRunner
 from slm_exp.methods.slm import SLM
-from slm_exp.search.scoring import CandidateScorer
+from slm_exp.search.scoring import ScoringEngine, Slots
 from slm_exp.search.state import Candidate
 from slm_exp.search.task import PlanTask
 
@@ -32,12 +32,17 @@ def task(tiny_handle: Any, tokens: Any) -> PlanTask:
     )  # fmt: skip
 
 
+def candidate_of(slots: Slots) -> Candidate:
+    window, *above = (slot.merged for slot in slots if slot.merged)
+    return Candidate(window.start, window.stop - 1, tuple(reversed(above)))
+
+
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Candidate], float]], None]:
     """Replace the model by a function of the candidate."""
 
     def use(score: Callable[[Candidate], float]) -> None:
-        monkeypatch.setattr(CandidateScorer, "_compute", lambda self, candidate, dtype: score(candidate))
+        monkeypatch.setattr(ScoringEngine, "_compute", lambda self, slots, of, dtype: score(candidate_of(slots)))
 
     return use
 
@@ -138,20 +143,21 @@ def test_a_killed_search_goes_on_from_its_scores(
 ) -> None:
     """Also for another threshold, and without loading weights when no score is missing."""
     task = replace(task, store=StageStore(tmp_path))
-    compute, computed = CandidateScorer._compute, []
+    compute, computed = ScoringEngine._compute, []
 
-    def dying(self: CandidateScorer, candidate: Candidate, dtype: str | None) -> float:
+    def dying(self: ScoringEngine, slots: Slots, *more: Any) -> float:
         if len(computed) == 3:
             raise KeyboardInterrupt
-        computed.append(candidate)
-        return compute(self, candidate, dtype)
+        computed.append(candidate_of(slots))
+        return compute(self, slots, *more)
 
-    monkeypatch.setattr(CandidateScorer, "_compute", dying)
+    monkeypatch.setattr(ScoringEngine, "_compute", dying)
     with pytest.raises(KeyboardInterrupt):
         SLM(threshold=1.0).plan(task)
     first, computed[:] = list(computed), []
     monkeypatch.setattr(
-        CandidateScorer, "_compute", lambda self, c, dtype: computed.append(c) or compute(self, c, dtype)
+        ScoringEngine, "_compute",
+        lambda self, slots, *more: computed.append(candidate_of(slots)) or compute(self, slots, *more),
     )
     plan = SLM(threshold=1.0).plan(task)
     assert len(first) == 3

@@ -11,7 +11,7 @@ import torch
 
 from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.registry import available
-from slm_exp.core.types import CalibrationTokens, MergePlan
+from slm_exp.core.types import CalibrationTokens, Compensation, Cut, MergePlan, Sublayer
 from slm_exp.engine.ridge import Moments, ridge_step
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.recovery.base import HealTask, with_tensors
@@ -23,9 +23,8 @@ PLANS = {
     "removed": MergePlan(8, dropped=(3, 4)),
     "the lowest removed": MergePlan(8, dropped=(0, 1)),
     "the top removed": MergePlan(8, dropped=(7,)),
-    "halves": MergePlan(8, sublayers=({"layer": 2, "kind": "mlp"}, {"layer": 5, "kind": "attention"})),
-    "compensated": MergePlan(8, dropped=(3, 4), compensation={"kind": "magnitude",
-                                                              "cuts": [{"start": 3, "stop": 5, "alpha": 1.3}]}),
+    "halves": MergePlan(8, sublayers=(Sublayer(2, "mlp"), Sublayer(5, "attention"))),
+    "compensated": MergePlan(8, dropped=(3, 4), compensation=Compensation("magnitude", (Cut(3, 5, 1.3),))),
 }
 
 

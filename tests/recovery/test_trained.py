@@ -18,7 +18,7 @@ import torch
 
 from slm_exp.core.errors import ConfigError, DataError, SlmError
 from slm_exp.core.registry import available
-from slm_exp.core.types import CalibrationTokens, MergePlan
+from slm_exp.core.types import CalibrationTokens, MergePlan, Sublayer
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.recovery import head
 from slm_exp.recovery.base import HealTask, replaced, with_tensors
@@ -62,7 +62,7 @@ def test_what_each_trains(task: HealTask) -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_removed_halves_stay_removed(name: str, make_tiny: Any, tokens: Any, tmp_path: Path) -> None:
     dense = make_tiny(layers=4)
-    plan = MergePlan(4, dropped=(0,), sublayers=({"layer": 2, "kind": "mlp"}, {"layer": 3, "kind": "attention"}))
+    plan = MergePlan(4, dropped=(0,), sublayers=(Sublayer(2, "mlp"), Sublayer(3, "attention")))
     task = HealTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path)
     gone = {"model.layers.1.mlp.down_proj.weight", "model.layers.2.self_attn.o_proj.weight"}
     found = make(name, max_steps=2, lr=1e-2).heal(task)

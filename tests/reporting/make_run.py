@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from slm_exp.core.files import write_json, write_text, writing
-from slm_exp.core.types import Group, LayerSimilarity, MergePlan, Trial
+from slm_exp.core.types import Group, LayerSimilarity, MergePlan, Sublayer, Target, Trial
 
 L, N_DOCS = 30, 20
 TASKS = {  # name -> (dense accuracy, compressed accuracy, has acc_norm)
@@ -139,8 +139,8 @@ def record(the_plan: MergePlan, dense: dict[str, Any], compressed: dict[str, Any
 def baseline() -> MergePlan:
     """A plan that drops layers and halves of layers, without a search."""
     return plan(groups=(), dropped=(20, 21, 25), trace=(), method="shortgpt", rule="", threshold=None, evaluations=0,
-                sublayers=({"layer": 7, "kind": "attention"}, {"layer": 9, "kind": "mlp"}),
-                target={"asked": {"layers": 27}, "complete": True})
+                sublayers=(Sublayer(7, "attention"), Sublayer(9, "mlp")),
+                target=Target(27, True, 27))
 
 
 def narrowed() -> MergePlan:

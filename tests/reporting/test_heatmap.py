@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slm_exp.core.types import LayerSimilarity, MergePlan
+from slm_exp.core.types import LayerSimilarity, MergePlan, Sublayer
 from slm_exp.reporting.heatmap import draw_heatmap
 
 
@@ -38,7 +38,7 @@ def test_layer_0_is_in_the_lower_left_corner(tmp_path):
 @pytest.mark.parametrize("plan", [
     MergePlan(12, groups=((1, 3), (5, 9)), method="slm", rule="mean", threshold=0.9),
     MergePlan(12, dropped=(0, 11), method="short"),
-    MergePlan(12, sublayers=({"layer": 4, "kind": "attention"},), method="halves"),
+    MergePlan(12, sublayers=(Sublayer(4, "attention"),), method="halves"),
     MergePlan(12),
 ])
 def test_the_plan_is_drawn(tmp_path, plan):

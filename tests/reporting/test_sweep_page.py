@@ -18,7 +18,7 @@ from pages import Page, table
 from slm_exp.cli import report
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import write_json
-from slm_exp.core.types import LayerSimilarity, MergePlan
+from slm_exp.core.types import LayerSimilarity, MergePlan, Sublayer
 from slm_exp.reporting import atlas, sweep_charts
 from slm_exp.reporting.measures import Point, _with_front
 from slm_exp.reporting.sweep import is_sweep, read_rows, write_sweep_report
@@ -259,7 +259,7 @@ def test_a_matrix_is_read_back_to_a_255th(tmp_path: Path) -> None:
 
 
 def test_a_strip_has_every_layer_once() -> None:
-    plan = MergePlan(12, ((1, 4),), (7,), rule="mean", sublayers=({"layer": 9, "kind": "mlp"},))
+    plan = MergePlan(12, ((1, 4),), (7,), rule="mean", sublayers=(Sublayer(9, "mlp"),))
     svg = str(atlas.strip(plan))
     paths = dict(re.findall(r'd="([^"]+)" class="box (\w+)"', svg)[i][::-1] for i in range(3))
     assert {kind: path.count("M") for kind, path in paths.items()} == {"kept": 8, "merged": 1, "dropped": 1}

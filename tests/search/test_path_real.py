@@ -12,7 +12,7 @@ from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.methods.slm import SLM
 from slm_exp.search.path import follow
-from slm_exp.search.scoring import CandidateScorer
+from slm_exp.search.scoring import ScoringEngine
 from slm_exp.search.task import PlanTask
 
 RELEASED = 832
@@ -28,7 +28,7 @@ def test_single_searches_end_where_the_path_says(smol_handle, rule, tmp_path: Pa
              (("similarity", "flat_cosine"), ("kernel", "linear"), ("merge_rule", rule))]  # fmt: skip
     task = PlanTask(smol_handle, tokens, *parts, None, StageStore(tmp_path))  # type: ignore[arg-type]
     start = SLM().start(30)
-    scorer = CandidateScorer(task, top=start.high)
+    scorer = ScoringEngine(task, top=start.high)
     path = follow(scorer, start, 30, 0.88, 0.95)
     assert path.complete
     assert len(path.plans) > 3

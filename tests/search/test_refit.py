@@ -12,13 +12,12 @@ import torch
 from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.registry import available
-from slm_exp.core.types import CalibrationTokens, Group, MergePlan
+from slm_exp.core.types import CalibrationTokens, Group, MergePlan, Sublayer
 from slm_exp.launch.compose import compose_run
+from slm_exp.merging.sharing import shared_copy
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.recovery.base import replaced
-from slm_exp.search.reduced import ReducedModels, slots_of
 from slm_exp.search.refit import Refits, with_refits
-from slm_exp.search.scoring import CandidateScorer
+from slm_exp.search.scoring import ScoringEngine, slots_of
 from slm_exp.search.state import Candidate
 from slm_exp.search.task import PlanTask
 
@@ -28,7 +27,7 @@ PLANS = {
     "merged": MergePlan(8, groups=((2, 4), (5, 7)), rule="top_layer"),
     "removed": MergePlan(8, dropped=(3, 4)),
     "the lowest removed": MergePlan(8, dropped=(0, 1)),
-    "halves": MergePlan(8, sublayers=({"layer": 2, "kind": "mlp"}, {"layer": 5, "kind": "attention"})),
+    "halves": MergePlan(8, sublayers=(Sublayer(2, "mlp"), Sublayer(5, "attention"))),
 }
 
 
@@ -55,7 +54,7 @@ def built_score(task: PlanTask, plan: MergePlan) -> float:
             own = dict(compressed.layers[i].named_parameters()) if slot.merged else {}
             found = refits.weights(slot, own)
             new |= {f"model.layers.{i}.{name}": t for name, t in found.items() if t is not own.get(name)}
-    model = replaced(compressed.model, new)
+    model = shared_copy(compressed.model, new)
     ids = torch.as_tensor(task.tokens.tokens_NT).long()
     with torch.inference_mode():
         last, dense = (m.model(ids, use_cache=False).last_hidden_state for m in (model, task.handle.model))
@@ -66,18 +65,18 @@ def built_score(task: PlanTask, plan: MergePlan) -> float:
 @pytest.mark.parametrize("name", PLANS)
 def test_a_score_is_that_of_the_model_refitted_and_built(name: str, make_task: Any) -> None:
     task, plan = make_task(), PLANS[name]
-    models = ReducedModels(task)
+    models = ScoringEngine(task)
     slots = slots_of(plan, task.rule)
     score = models.score(slots)
     assert score == pytest.approx(built_score(task, plan), abs=1e-5)
-    assert score > ReducedModels(make_task(after=None, fit_path=None)).score(slots)
+    assert score > ScoringEngine(make_task(after=None, fit_path=None)).score(slots)
     models.commit(slots[:3])
-    assert ReducedModels(task).score(slots) == score  # from the store
+    assert ScoringEngine(task).score(slots) == score  # from the store
 
 
 def test_the_sliding_search_scores_the_same_models(make_task: Any) -> None:
     task = make_task()
-    scorer = CandidateScorer(task, top=6)
+    scorer = ScoringEngine(task, top=6)
     candidate = Candidate(2, 3, (Group(5, 7),))
     assert scorer.score(candidate) == pytest.approx(built_score(task, PLANS["merged"]), abs=1e-5)
     share = 20 * 24 / (4 * 32)
@@ -90,7 +89,7 @@ def test_a_cut_is_refitted_once_for_all_candidates_that_have_it(
     asked: list[Any] = []
     refit = Refits._refit
     monkeypatch.setattr(Refits, "_refit", lambda self, slot, weights: asked.append(slot) or refit(self, slot, weights))
-    models = ReducedModels(make_task())
+    models = ScoringEngine(make_task())
     for gone in ((3,), (5,), (3, 5)):
         models.loss(slots_of(MergePlan(8, dropped=gone), models.task.rule))
     assert [slot.refit for slot in asked] == [(2, 4), (4, 6)]
@@ -132,7 +131,7 @@ def test_tokens_of_the_fit_may_not_be_scored_on(make_task: Any, tokens: Calibrat
     rows = np.random.default_rng(2).integers(0, 256, (6, 48))
     rows[4, 9:41] = tokens.tokens_NT[2]
     np.save(tmp_path / "same.npy", rows)
-    models = ReducedModels(make_task(fit_path=str(tmp_path / "same.npy")))
+    models = ScoringEngine(make_task(fit_path=str(tmp_path / "same.npy")))
     with pytest.raises(DataError, match=r"1 of the 4 calibration sequences .* rewards overfitting"):
         models.score(slots_of(PLANS["removed"], models.task.rule))
     assert not models.task.handle.loaded
@@ -146,5 +145,5 @@ def test_the_plan_says_so_and_a_run_without_the_refit_is_warned() -> None:
 def test_a_greedy_baseline_chooses_by_it(make_task: Any) -> None:
     task = make_task()
     plan = available("method")["sleb"](target_layers=6).plan(task)  # type: ignore[attr-defined]
-    assert plan.final_score == pytest.approx(ReducedModels(task).score(slots_of(plan, task.rule)))
+    assert plan.final_score == pytest.approx(ScoringEngine(task).score(slots_of(plan, task.rule)))
     assert any("refitted" in n for n in plan.notes)

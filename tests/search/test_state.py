@@ -75,9 +75,10 @@ def test_any_verdicts_give_disjoint_groups_and_no_candidate_twice() -> None:
         assert all(g.stop - g.start > 1 and g.stop <= 7 for g in groups)
 
 
-def test_slots_above_a_window_and_what_they_cost() -> None:
+def test_slots_of_a_candidate_and_what_they_cost() -> None:
     candidate = Candidate(2, 3, (Group(8, 11), Group(5, 7)))
-    above = candidate.above(12)
-    assert above == (Group(4, 5), Group(5, 7), Group(7, 8), Group(8, 11), Group(11, 12))
-    assert candidate.blocks(12) == 1 + len(above)
-    assert Candidate(10, 11, ()).above(12) == ()
+    slots = candidate.slots(12)
+    assert slots == ((0, 1), (1, 2), (2, 4), (4, 5), (5, 7), (7, 8), (8, 11), (11, 12))
+    assert candidate.blocks(12) == len(slots) - candidate.low
+    assert Candidate(10, 11, ()).slots(12)[-1] == (10, 12)
+    assert candidate.key(12) == "[0, 1, [2, 4], 4, [5, 7], 7, [8, 11], 11]"

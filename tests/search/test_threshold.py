@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +15,7 @@ class TwoScores:
 
     def __init__(self, seed: int, error: float, spread: float = 0.2) -> None:
         self.seed, self.error, self.spread = seed, error, spread
-        self.task = SimpleNamespace(handle=SimpleNamespace(n_layers=20))
+        self.n_layers = 20
         self.asked: list[tuple[Candidate, str | None]] = []
 
     def score(self, candidate: Candidate, dtype: str | None = None) -> float:
@@ -60,7 +59,7 @@ def test_a_margin_that_widens_repeats_earlier_decisions_and_goes_back() -> None:
     """The second decision is wrong and looks safe; the error that shows at depth 4 sends the search back to it."""
 
     class Scripted:
-        task = SimpleNamespace(handle=SimpleNamespace(n_layers=8))
+        n_layers = 8
 
         def score(self, candidate: Candidate, dtype: str | None = None) -> float:
             error = 0.0 if candidate.blocks(8) < 3 else 0.02

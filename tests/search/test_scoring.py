@@ -1,4 +1,4 @@
-"""Values of reduced models: right, computed once, resumed, and counted."""
+"""Values of trial models: right, computed once, resumed, and counted."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 
 from slm_exp.core.cache.store import StageStore
 from slm_exp.core.registry import available
-from slm_exp.core.types import MergePlan
+from slm_exp.core.types import Group, MergePlan, Sublayer
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.engine.vocabulary import PredictionDistance
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.search.reduced import ReducedModels, slots_of
+from slm_exp.search.scoring import ScoringEngine, entry_key, slots_of
+from slm_exp.search.state import Candidate
 from slm_exp.search.task import PlanTask
 
 ATTENTION, MLP = frozenset({"attention"}), frozenset({"mlp"})
@@ -28,27 +29,34 @@ def make_task(handle: Any, tokens: Any, folder: Path | None = None, rule: str = 
 
 
 @pytest.fixture
-def models(tiny_handle: Any, tokens: Any) -> ReducedModels:
-    return ReducedModels(make_task(tiny_handle, tokens))
-
-
-def half(layer: int, kind: str) -> dict[str, Any]:
-    return {"layer": layer, "kind": kind}
+def models(tiny_handle: Any, tokens: Any) -> ScoringEngine:
+    return ScoringEngine(make_task(tiny_handle, tokens))
 
 
 PLANS = [
     MergePlan(8),
     MergePlan(8, dropped=(0, 7)),
-    MergePlan(8, dropped=(3,), sublayers=(half(2, "mlp"), half(4, "attention"), half(4, "mlp"), half(6, "attention"))),
-    MergePlan(8, groups=((2, 5),), dropped=(6,), sublayers=(half(0, "attention"),), rule="mean"),
+    MergePlan(8, dropped=(3,), sublayers=(
+        Sublayer(2, "mlp"), Sublayer(4, "attention"), Sublayer(4, "mlp"), Sublayer(6, "attention"))),
+    MergePlan(8, groups=((2, 5),), dropped=(6,), sublayers=(Sublayer(0, "attention"),), rule="mean"),
 ]
+
+
+@pytest.mark.parametrize("rule", sorted(available("merge_rule")))
+def test_a_candidate_is_called_in_the_journal_as_its_model_is(rule: str) -> None:
+    """So that scores can be looked up without an engine, see `SearchState.replay`."""
+    candidate = Candidate(2, 3, (Group(5, 7),))
+    slots = slots_of(MergePlan(8, ((2, 4), (5, 7))), available("merge_rule")[rule]())  # type: ignore[arg-type]
+    assert entry_key(slots) == candidate.key(8)
+    others = [slots_of(plan, available("merge_rule")[rule]()) for plan in PLANS]  # type: ignore[arg-type]
+    assert len({entry_key(model) for model in (slots, *others)}) == 5
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_values_are_those_of_the_model_built(family: str, plan: MergePlan, make_tiny: Any, tokens: Any) -> None:
     task = make_task(make_tiny(family, tied=family != "llama"), tokens)
-    models, model = ReducedModels(task), apply_plan(task.handle, plan, task.rule).model
+    models, model = ScoringEngine(task), apply_plan(task.handle, plan, task.rule).model
     ids = torch.as_tensor(tokens.tokens_NT).long()
     with torch.inference_mode():
         last = model.model(ids, use_cache=False).last_hidden_state
@@ -58,14 +66,14 @@ def test_values_are_those_of_the_model_built(family: str, plan: MergePlan, make_
     slots = slots_of(plan, task.rule)
     models.commit((*models.dense[:2], *models.dense[5:]))
     for base in (models.dense, slots, (*models.dense[:6], models.dense[7])):
-        fresh = ReducedModels(task)
+        fresh = ScoringEngine(task)
         fresh.commit(base)
         for these in (models, fresh):
             assert these.score(slots) == pytest.approx(score, abs=1e-5)
             assert these.loss(slots) == pytest.approx(loss, abs=1e-5)
 
 
-def test_dense_states_enter_each_layer(tiny_handle: Any, tokens: Any, models: ReducedModels) -> None:
+def test_dense_states_enter_each_layer(tiny_handle: Any, tokens: Any, models: ScoringEngine) -> None:
     ids = torch.as_tensor(tokens.tokens_NT).long()
     with torch.inference_mode():
         expected = tiny_handle.model(ids, output_hidden_states=True, use_cache=False).hidden_states
@@ -107,7 +115,7 @@ def test_a_slot_keeps_a_half_at_least(without: set[str]) -> None:
         Slot(3, without=frozenset(without))
 
 
-def test_only_what_differs_from_the_base_runs(models: ReducedModels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_differs_from_the_base_runs(models: ScoringEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Slot] = []
     block = BlockRunner.block
     monkeypatch.setattr(BlockRunner, "block", lambda self, slot, h: ran.append(slot) or block(self, slot, h))
@@ -138,7 +146,7 @@ def test_what_is_in_the_store_is_not_computed_and_counts_all_the_same(
     make_tiny: Any, tokens: Any, tmp_path: Path
 ) -> None:
     def values(handle: Any) -> tuple[Any, ...]:
-        models = ReducedModels(make_task(handle, tokens, tmp_path))
+        models = ScoringEngine(make_task(handle, tokens, tmp_path))
         out = [models.loss(slots_of(plan, models.task.rule)) for plan in PLANS]
         models.commit(slots_of(PLANS[1], models.task.rule))
         out += [models.score(slots_of(plan, models.task.rule)) for plan in PLANS]
@@ -153,7 +161,7 @@ def test_models_that_differ_never_share_a_value(tiny_handle: Any, tokens: Any, t
     group = slots_of(PLANS[3], available("merge_rule")["mean"]())
     seen = set()
     for rule in ("mean", "keep_low"):
-        models = ReducedModels(make_task(tiny_handle, tokens, tmp_path, rule))
+        models = ScoringEngine(make_task(tiny_handle, tokens, tmp_path, rule))
         seen.add(models.loss(group))
     scaled = tuple(replace(slot, scale=0.5) for slot in group)
     other = tuple(replace(slot, without=MLP) if slot.without else slot for slot in group)
@@ -169,13 +177,13 @@ def test_models_that_differ_never_share_a_value(tiny_handle: Any, tokens: Any, t
 def test_a_model_that_predicts_no_numbers_costs_infinity(tiny_handle: Any, tokens: Any, tmp_path: Path) -> None:
     tiny_handle.layers[6].mlp.down_proj.weight.data[0, 0] = float("nan")
     for _ in range(2):  # computed, and from the store
-        models = ReducedModels(make_task(tiny_handle, tokens, tmp_path))
+        models = ScoringEngine(make_task(tiny_handle, tokens, tmp_path))
         assert models.loss(models.dense) == math.inf
         assert math.isfinite(models.loss((*models.dense[:6], models.dense[7])))
 
 
 def test_the_loss_is_a_mean_over_the_whole_vocabulary_in_any_pieces(
-    models: ReducedModels, tokens: Any, monkeypatch: pytest.MonkeyPatch
+    models: ScoringEngine, tokens: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from slm_exp.engine import vocabulary
 
@@ -190,7 +198,7 @@ def test_the_loss_is_a_mean_over_the_whole_vocabulary_in_any_pieces(
     assert vocabulary.mean_loss(models.runner, last) == pytest.approx(float(plain), abs=1e-6)
 
 
-def test_distances_of_predictions_by_their_definitions(models: ReducedModels, tokens: Any) -> None:
+def test_distances_of_predictions_by_their_definitions(models: ScoringEngine, tokens: Any) -> None:
     slots = (*models.dense[:4], *models.dense[5:])
     ids = torch.as_tensor(tokens.tokens_NT).long()
     reduced = apply_plan(models.task.handle, MergePlan(8, dropped=(4,))).model
@@ -211,7 +219,7 @@ def test_distances_of_predictions_by_their_definitions(models: ReducedModels, to
         assert distance(dense) == pytest.approx(0, abs=1e-3), kind
 
 
-def test_js_of_predictions_that_share_no_word_is_log_2(models: ReducedModels) -> None:
+def test_js_of_predictions_that_share_no_word_is_log_2(models: ScoringEngine) -> None:
     from slm_exp.engine.vocabulary import DISTANCES
 
     p = torch.full((1, 300), -1e4)

@@ -1,0 +1,51 @@
+"""What scores of trial models depend on, and by which key they are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from slm_exp.core.cache.store import StageStore
+from slm_exp.core.types import CalibrationTokens, LayerSimilarity
+from slm_exp.kernels.base import Kernel
+from slm_exp.merging.rules.base import MergeRule
+from slm_exp.models.base import ModelHandle
+from slm_exp.similarity.base import Similarity
+
+
+@dataclass(frozen=True)
+class SearchInputs:
+    """The model to be cut, what it is judged by, and where results are kept."""
+
+    handle: ModelHandle
+    tokens: CalibrationTokens
+    similarity: Similarity
+    kernel: Kernel
+    rule: MergeRule
+    layer_similarity: LayerSimilarity | None
+    store: StageStore
+    seed: int = 0
+
+
+def journal_inputs(
+    value: str, *, model: str, device: str, tokens: str, similarity: Similarity, kernel: Kernel,
+    rule: MergeRule | None, fit: str | None, dtype: str | None = None,
+) -> dict[str, Any]:
+    """The key, for `StageStore.key("scores", ...)`, of the journal of one kind of value. Needs no weights.
+
+    Args:
+        value: `score` (by the similarity), `loss`, or another name.
+        model, tokens, fit: digests; `fit` of the tokens of the refit, None without `similarity.after`.
+        device: its type, e.g. `cpu`.
+        rule: that merges; None for models in which nothing is merged.
+        dtype: computed in, where it is not the model's own.
+    """
+    if (similarity.after is None) != (fit is None):
+        raise ValueError(f"similarity.after = {similarity.after}, and the digest of the tokens of the fit is {fit}.")
+    out: dict[str, Any] = {"value": value, "model": model, "device": device, "tokens": tokens, "computed_in": dtype,
+                           "rule": rule and rule.identity(), "after": similarity.after, "fit": fit}
+    if value == "score":
+        out["similarity"] = similarity.name
+        if similarity.uses_kernel():
+            out |= {"similarity": similarity.identity(), "kernel": kernel.identity()}
+    return out
