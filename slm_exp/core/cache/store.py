@@ -22,6 +22,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 from slm_exp.core.cache import journal
 from slm_exp.core.files import digest, file_digest, write_json
+from slm_exp.core.locks import Lock
 
 log = logging.getLogger(__name__)
 
@@ -200,11 +201,9 @@ class StageStore:
 
     @contextlib.contextmanager
     def _locked(self, entry: Path) -> Iterator[None]:
-        from filelock import FileLock
-
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(entry.with_name(f".{entry.name}.lock"))
+            lock = Lock(entry.with_name(f".{entry.name}.lock"))
             lock.acquire()
         except OSError as error:
             log.warning("cache %s cannot be written: %s", self.folder, error)
