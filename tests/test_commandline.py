@@ -1,13 +1,16 @@
 """The commands as a family: help, wrong calls, completion."""
 
 import importlib
+import os
+import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from slm_exp.cli import completion
 from slm_exp.cli import main as cli
 from slm_exp.launch.compose import conf_dir
 
@@ -16,9 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_has_examples_and_exit_statuses(name, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main([name, "--help"])
-    assert end.value.code == 0
+    assert cli.main([name, "--help"]) == 0
     shown = capsys.readouterr().out
     for part in (f"usage: slm {name}", f"(= python -m slm_exp.cli {name})", "examples:", f"  slm {name}",
                  "exit status:"):
@@ -46,7 +47,9 @@ def test_a_wrong_call_ends_with_status_2_and_names_what_was_meant(call, said, ca
     except SystemExit as end:
         status = end.code
     assert status == 2
-    assert said in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
 
 
 def test_every_command_is_a_module_with_a_main():
@@ -56,42 +59,76 @@ def test_every_command_is_a_module_with_a_main():
         assert (ROOT / "docs" / "commands.md").read_text().count(f"`slm {name}"), name
 
 
-def test_completion_knows_commands_options_and_members(tmp_path):
+@pytest.fixture
+def slm(tmp_path):
+    """A folder with a script `slm` that runs this checkout, to be put first in PATH."""
+    script = tmp_path / "bin" / "slm"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m slm_exp.cli \"$@\"\n")
+    script.chmod(0o755)
+    return script.parent
+
+
+def source(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    return capsys.readouterr().out
+
+
+def test_bash_completes_commands_options_members_and_fields(slm, tmp_path, capsys):
     script = tmp_path / "slm.bash"
-    script.write_text(completion.bash(completion.words()))
+    script.write_text(source("bash", capsys))
 
     def complete(line: str) -> list[str]:
-        words = line.split(" ")
-        code = (f"source {script}; COMP_LINE='{line}'; COMP_POINT={len(line)}; COMP_WORDS=({' '.join(words)}); "
-                f"COMP_CWORD={len(words) - 1}; _slm; echo \"${{COMPREPLY[*]}}\"")  # fmt: skip
-        return subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        words = re.findall(r"=|[^ =]+", line) + [""] * line.endswith(" ")  # bash breaks words at = too
+        quoted = " ".join(map(shlex.quote, words))
+        code = (f"source {script}; compopt() {{ :; }}; COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; "
+                f"_slm_completion slm; echo \"${{COMPREPLY[*]}}\"")  # fmt: skip
+        return subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True,
+                              env={**os.environ, "PATH": f"{slm}:{os.environ['PATH']}"}).stdout.split()
 
     assert complete("slm do") == ["doctor"]
+    assert set(complete("slm ")) == set(cli.COMMANDS)
     assert complete("slm cache p") == ["prune"]
     assert complete("slm cache prune --old") == ["--older-than"]
     assert "linear" in complete("slm plan kernel=")
     assert complete("slm plan kernel=rb") == ["rbf"]
-    assert complete("slm plan sweep=threshold_r") == ["threshold_rule"]
+    assert complete("slm plan model=tiny method.thresh") == ["method.threshold=", "method.threshold_range="]
+    assert complete("slm path sweep=threshold_r") == ["threshold_rule"]
     assert complete("slm completion f") == ["fish"]
     assert complete("slm tables dep") == ["depth_width"]
     assert complete("slm plan table=spee") == ["speed"]
-    presets = {f"model={p.stem}" for p in (conf_dir() / "model").glob("*.yaml")}
-    assert presets <= set(completion.words()["plan"])
+    assert {p.stem for p in (conf_dir() / "model").glob("*.yaml")} <= set(complete("slm plan model="))
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_get_every_command(shell):
-    script = getattr(completion, shell)(completion.words())
-    for name in cli.COMMANDS:
-        assert name in script
+def test_other_shells_ask_the_package(shell, capsys):
+    assert f"_SLM_COMPLETE={shell}_complete" in source(shell, capsys)
 
 
 @pytest.mark.skipif(not shutil.which("fish"), reason="fish is not installed")
-def test_fish_completes(tmp_path):
+def test_fish_completes(slm, tmp_path, capsys):
     script = tmp_path / "slm.fish"
-    script.write_text(completion.fish(completion.words()))
+    script.write_text(source("fish", capsys))
     for line, wanted in [("slm tab", "tables"), ("slm tables dep", "depth_width"), ("slm plan kernel=rb", "kernel=rbf"),
                          ("slm cache prune --ol", "--older-than")]:  # fmt: skip
         done = subprocess.run(["fish", "--no-config", "-c", f"source {script}; complete -C '{line}'"], cwd=tmp_path,
+                              env={**os.environ, "PATH": f"{slm}:{os.environ['PATH']}"},
                               capture_output=True, text=True, check=True)  # fmt: skip
-        assert done.stdout.split() == [wanted]
+        assert done.stdout.split()[:1] == [wanted]
+
+
+def test_help_and_refusals_load_nothing_heavy():
+    code = ("import sys; from slm_exp.cli.main import main; status = main(sys.argv[1:]); heavy = [m for m in "
+            "('torch', 'transformers', 'lm_eval', 'wandb', 'matplotlib') if m in sys.modules]; print(status, heavy)")
+    for call, status in [(["--help"], 0), *(([name, "--help"], 0) for name in cli.COMMANDS), (["plan", "kernel=rbff"], 2),
+                         (["path", "method.treshold=1"], 2), (["sweep", "resume", "/nowhere"], 2)]:  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code, *call], capture_output=True, text=True, cwd=ROOT, check=True)
+        assert done.stdout.splitlines()[-1] == f"{status} []", call
+        assert status == 0 or done.stderr.count("\n") == 1, call
+
+
+def test_a_reader_that_has_enough_ends_a_command_with_status_1():
+    code = f"{sys.executable} -m slm_exp.cli path --help | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() in ("0", "1")  # 0 where everything was written before the reader left
+    assert "Traceback" not in done.stderr

@@ -125,7 +125,7 @@ class Said:
     ],
 )  # fmt: skip
 def test_torch_and_its_driver(about, cards, level, said, monkeypatch):
-    monkeypatch.setattr("slm_exp.launch.workers.visible_gpus", lambda: cards)
+    monkeypatch.setattr("slm_exp.cli.doctor.visible_gpus", lambda: cards)
     process = Said(json.dumps({"version": "2.13.0", "threads": 2, **about}))
     (finding,) = doctor.torch_and_driver(process)
     assert (finding.level, said in finding.found) == (level, True)
@@ -148,9 +148,9 @@ def test_full_finds_a_damaged_entry(tmp_path):
             return cls()
 
     StageStore(tmp_path).cached("plan", {"a": 1}, Value, Value)
-    assert found(doctor.whole(tmp_path))[0].level == doctor.OK
+    assert found(doctor.entries(tmp_path, full=True))[1].level == doctor.OK
     next(tmp_path.rglob("x.json")).write_text("{ }")
-    assert found(doctor.whole(tmp_path))[0].remedy == "slm cache verify --repair"
+    assert found(doctor.entries(tmp_path, full=True))[1].remedy == "slm cache verify --repair"
 
 
 def test_the_command_shows_findings_and_ends_with_1_where_one_is_off(monkeypatch, capsys, tmp_path):
@@ -165,7 +165,7 @@ def test_the_command_shows_findings_and_ends_with_1_where_one_is_off(monkeypatch
 
 def test_a_check_that_fails_is_a_finding(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "memory_limit", lambda: 1 / 0)
-    monkeypatch.setattr("slm_exp.launch.workers.visible_gpus", list)
+    monkeypatch.setattr("slm_exp.cli.doctor.visible_gpus", list)
     monkeypatch.setattr(doctor.subprocess, "Popen", lambda *a, **k: Said(json.dumps(
         {"version": "2", "built": None, "available": False, "threads": 1, "said": []})))  # fmt: skip
     findings = list(doctor.examine(tmp_path / "cache", tmp_path / "outputs"))

@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from slm_exp.cli import main as cli
 from slm_exp.core.errors import ConfigError
-from slm_exp.launch import compose as door
+from slm_exp.launch.jobs import check_all
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "outputs" / "README.md", ROOT / "sweeps" / "README.md",
@@ -50,7 +51,7 @@ def test_every_command_is_one_that_exists(page, command, tmp_path, monkeypatch):
             return
         arguments = [a for a in arguments if a not in ("-m", "--multirun")]
         try:
-            door.check_all(arguments, multirun="-m" in words)
+            check_all(arguments, multirun="-m" in words)
         except ConfigError as error:
             pytest.fail(f"{page}: {command}: {error}")
     elif words[0] == "python" and words[1].startswith("benchmarks/"):
@@ -59,8 +60,13 @@ def test_every_command_is_one_that_exists(page, command, tmp_path, monkeypatch):
     elif words[0] == "slm":
         assert words[1] in cli.COMMANDS, command
         if len(words) > 2 and not set("|[") & set(command) and "..." not in command:
-            with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
-                importlib.import_module(f"slm_exp.cli.{words[1]}").parser().parse_args(words[2:])
+            with contextlib.suppress(click.exceptions.Exit):  # --help
+                main, rest = importlib.import_module(f"slm_exp.cli.{words[1]}").main, words[2:]
+                while rest:  # a group passes what is left on to its subcommand
+                    ctx = main.make_context(words[1], rest)
+                    if not isinstance(main, click.Group) or not ctx._protected_args:
+                        break
+                    _, main, rest = main.resolve_command(ctx, [*ctx._protected_args, *ctx.args])
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), command
     elif words[0] not in FOREIGN and not (words[0] == "python" and words[1].startswith("llama.cpp/")):
@@ -103,7 +109,7 @@ def test_the_readmes_method_runs_as_it_stands(tmp_path):
     """The block as a module of its own, then a run of it: what a user who pastes it gets."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     run = [*SMALL, "method=middle", "method.target_layers=6", f"cache.dir={tmp_path / 'cache'}", "save_model=false"]
-    program = f"{block}\n\nimport sys\nfrom slm_exp.launch.compose import main\n\nsys.exit(main({run!r}))\n"
+    program = f"{block}\n\nimport sys\nfrom slm_exp.cli.run import main\n\nsys.exit(main({run!r}))\n"
     (tmp_path / "mine.py").write_text(program)
     done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
                           env=_env())

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from slm_exp.cli.parser import Parser
+import click
+
+from slm_exp.cli.command import FOLDER, command
 from slm_exp.core.cache import folder as cache_folder
 from slm_exp.core.cache.folder import Entry, default_cache_dir, find_entries, find_stale
 from slm_exp.core.errors import ConfigError
@@ -82,49 +83,82 @@ def _quantity(text: str, units: dict[str, float], field: str, example: str) -> f
     return float(found.group(1)) * (units[found.group(2)] if found.group(2) else 1)
 
 
-def parser() -> Parser:
-    """The command line of `slm cache`."""
-    p = Parser(
-        "cache", __doc__,
-        examples={
-            "slm cache": "entries, size and last use by stage",
-            "slm cache prune --older-than 30d --max-size 20GB": "by age, then the least recently used",
-            "slm cache prune --max-size 20GB --dry-run": "say what would go",
-            "slm cache verify --repair": "read everything, remove what is damaged",
-        },
-        exits={0: "done", 1: "verify found damage that stays", 2: "a wrong call"},
-        notes="The folder is --dir, else $SLM_EXP_CACHE, else ~/.cache/slm_exp. A run computes what is not there.",
-    )  # fmt: skip
-    p.add_argument("--dir", help="cache folder (default: $SLM_EXP_CACHE or ~/.cache/slm_exp)")
-    commands = p.add_subparsers(dest="command", metavar="show|prune|verify")
-    commands.add_parser("show", help="entries, size and last use by stage (the default)")
-    pruning = commands.add_parser("prune", help="remove by age, then by size, least recently used first")
-    pruning.add_argument("--older-than", help="last used longer ago than this, e.g. 30d, 12h")
-    pruning.add_argument("--max-size", help="keep at most this much, e.g. 20GB")
-    pruning.add_argument("--dry-run", action="store_true", help="say what would go")
-    checking = commands.add_parser("verify", help="read everything and compare digests")
-    checking.add_argument("--repair", action="store_true", help="remove damaged entries")
-    return p
+FOLDER_OPTION = click.option("--dir", "where", metavar="DIR", type=FOLDER,
+                             help="cache folder (default: $SLM_EXP_CACHE or ~/.cache/slm_exp)")
 
 
-def main(argv: Sequence[str]) -> int:
-    """`slm cache [show | prune | verify]`. Exit status 1 when verify finds damage, 2 for a wrong call."""
-    args = parser().parse_args(list(argv))
-    folder = Path(args.dir or default_cache_dir()).expanduser()
-    if not folder.is_dir():
-        if args.dir is None:
-            print(f"{folder}: empty, no run has used it yet")
-            return 0
-        raise ConfigError(
-            f"--dir = {folder}; expected the cache folder that cache.dir or $SLM_EXP_CACHE named in runs."
-        )
-    cache_folder.require_cache(folder, "--dir" if args.dir else "$SLM_EXP_CACHE")
-    if args.command == "prune":
-        older = _quantity(args.older_than, AGES, "--older-than", "30d") if args.older_than else None
-        size = _quantity(args.max_size, UNITS, "--max-size", "20GB") if args.max_size else None
-        if older is None and size is None and not find_stale(folder):
-            raise ConfigError("slm cache prune needs --older-than, --max-size or both.")
-        return prune(folder, older, size, args.dry_run)
-    if args.command == "verify":
-        return verify(folder, args.repair)
+@command(
+    "cache", __doc__, group=True,
+    examples={
+        "slm cache": "entries, size and last use by stage",
+        "slm cache prune --older-than 30d --max-size 20GB": "by age, then the least recently used",
+        "slm cache prune --max-size 20GB --dry-run": "say what would go",
+        "slm cache verify --repair": "read everything, remove what is damaged",
+    },
+    exits={0: "done", 1: "verify found damage that stays", 2: "a wrong call"},
+    notes="The folder is --dir, else $SLM_EXP_CACHE, else ~/.cache/slm_exp. A run computes what is not there.",
+)  # fmt: skip
+@FOLDER_OPTION
+@click.pass_context
+def main(ctx: click.Context, where: Path | None) -> int:
+    """See `slm cache --help`."""
+    ctx.obj = where
+    return _show(where) if ctx.invoked_subcommand is None else 0
+
+
+@main.command("show", help="entries, size and last use by stage (the default)")
+@FOLDER_OPTION
+@click.pass_obj
+def _show_command(above: Path | None, where: Path | None) -> int:
+    return _show(where or above)
+
+
+def _show(where: Path | None) -> int:
+    folder = folder_of(where)
+    if folder is None:
+        print(f"{default_cache_dir()}: empty, no run has used it yet")
+        return 0
     return show(folder)
+
+
+@main.command("prune", help="remove by age, then by size, least recently used first")
+@click.option("--older-than", metavar="AGE", help="last used longer ago than this, e.g. 30d, 12h")
+@click.option("--max-size", metavar="SIZE", help="keep at most this much, e.g. 20GB")
+@click.option("--dry-run", is_flag=True, help="say what would go")
+@FOLDER_OPTION
+@click.pass_obj
+def _prune_command(
+    above: Path | None, where: Path | None, older_than: str | None, max_size: str | None, dry_run: bool
+) -> int:
+    folder = folder_of(where or above)
+    if folder is None:
+        return _show(None)
+    older = _quantity(older_than, AGES, "--older-than", "30d") if older_than else None
+    size = _quantity(max_size, UNITS, "--max-size", "20GB") if max_size else None
+    if older is None and size is None and not find_stale(folder):
+        raise ConfigError("slm cache prune needs --older-than, --max-size or both.")
+    return prune(folder, older, size, dry_run)
+
+
+@main.command("verify", help="read everything and compare digests")
+@click.option("--repair", is_flag=True, help="remove damaged entries")
+@FOLDER_OPTION
+@click.pass_obj
+def _verify_command(above: Path | None, where: Path | None, repair: bool) -> int:
+    folder = folder_of(where or above)
+    return _show(None) if folder is None else verify(folder, repair)
+
+
+def folder_of(where: Path | None) -> Path | None:
+    """The cache's folder; None where it is the default one and no run has used it yet.
+
+    Raises:
+        ConfigError: the folder that was named is not there, or is no cache.
+    """
+    folder = Path(where or default_cache_dir()).expanduser()
+    if folder.is_dir():
+        cache_folder.require_cache(folder, "--dir" if where else "$SLM_EXP_CACHE")
+        return folder
+    if where is None:
+        return None
+    raise ConfigError(f"--dir = {folder}; expected the cache folder that cache.dir or $SLM_EXP_CACHE named in runs.")

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slm_exp.cli.parser import Parser
+import click
+
+from slm_exp.cli.command import command
 from slm_exp.core.errors import ConfigError, SlmError
 
 ABOUT = """Accuracies in per cent, differences on the same documents: second minus first, with standard error and 95 %
@@ -17,28 +19,22 @@ where it is below 0.05. The documents are what is resampled: how far a result mo
 another question (sweep=calibration_seeds)."""
 
 
-def parser() -> Parser:
-    """The command line of `slm compare`."""
-    p = Parser(
-        "compare", __doc__,
-        examples={"slm compare outputs/RUN_ID": "a run with its own dense model",
-                  "slm compare outputs/RUN_ID outputs/OTHER_ID": "two runs"},
-        exits={0: "compared, also where nothing differs", 2: "a wrong call, or runs that cannot be compared"},
-        notes=ABOUT,
-    )  # fmt: skip
-    p.add_argument("runs", metavar="RUN", nargs="+",
-                   help="a run's folder; FOLDER:dense is its dense model. The first is what the others are compared "
-                        "with; a single run is compared with its own dense model")  # fmt: skip
-    p.add_argument("--json", action="store_true", help="for programs")
-    return p
-
-
-def main(argv: Sequence[str]) -> int:
-    """Print one block per comparison. Exit status 0, also where nothing differs; 2 for runs that cannot be compared."""
-    args = parser().parse_args(list(argv))
-    runs = args.runs if len(args.runs) > 1 else [f"{args.runs[0].removesuffix(':dense')}:dense", args.runs[0]]
+@command(
+    "compare", __doc__,
+    examples={"slm compare outputs/RUN_ID": "a run with its own dense model",
+              "slm compare outputs/RUN_ID outputs/OTHER_ID": "two runs"},
+    exits={0: "compared, also where nothing differs", 2: "a wrong call, or runs that cannot be compared"},
+    notes="RUN is a run's folder; FOLDER:dense is its dense model. The first is what the others are compared with; a "
+          "single run is compared with its own dense model. " + ABOUT,
+)  # fmt: skip
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="for programs")
+def main(runs: Sequence[str], as_json: bool) -> int:
+    """See `slm compare --help`."""
+    if len(runs) == 1:
+        runs = [f"{runs[0].removesuffix(':dense')}:dense", runs[0]]
     found = compare([open_run(run) for run in runs])
-    print(json.dumps(found, indent=1) if args.json else shown(found))
+    print(json.dumps(found, indent=1) if as_json else shown(found))
     return 0
 
 

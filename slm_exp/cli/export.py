@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
+
 from slm_exp import __version__
-from slm_exp.cli.parser import Parser
+from slm_exp.cli.command import FOLDER, OneOf, command
 from slm_exp.core.errors import ConfigError, PlanError
 from slm_exp.core.types import Group, MergePlan
 from slm_exp.models.layouts import FAMILIES
@@ -32,43 +34,38 @@ WHOLE = ("keep_low", "keep_top")
 """Rules whose result is one layer as it is."""
 
 
-def parser() -> Parser:
-    """The command line of `slm export`."""
-    p = Parser(
-        "export", __doc__,
-        examples={
-            "slm export outputs/RUN_ID --out merge.yaml": "a run's plan, for the model it was made of",
-            "slm export plan.json --model FOLDER_OR_REPO": "a plan file, to stdout",
-            "mergekit-yaml merge.yaml FOLDER": "then mergekit, as the file says in its first line",
-            "mergekit-multi merge.yaml -I SCRATCH --out-path FOLDER --no-write-model-card": "or this",
-        },
-        exits={0: "the file is written", 1: "the plan cannot be expressed; says why", 2: "a wrong call"},
-        notes="Removed layers, removed halves, compensation and every merge rule can be expressed. Width pruning, "
-              "recovery and models whose layers differ in attention cannot: take the checkpoint in model/ instead.",
-    )  # fmt: skip
-    p.add_argument("source", metavar="RUN_OR_PLAN", help="a run's folder, or a plan.json")
-    p.add_argument("--format", choices=FORMATS, default="mergekit", help="the tool that reads it (default: mergekit)")
-    p.add_argument("--model", metavar="FOLDER_OR_REPO", help="the dense model; a run's own by default")
-    p.add_argument("--out", type=Path, metavar="FILE", help="where to write (default: stdout)")
-    return p
-
-
-def main(argv: Sequence[str]) -> int:
+@command(
+    "export", __doc__,
+    examples={
+        "slm export outputs/RUN_ID --out merge.yaml": "a run's plan, for the model it was made of",
+        "slm export plan.json --model FOLDER_OR_REPO": "a plan file, to stdout",
+        "mergekit-yaml merge.yaml FOLDER": "then mergekit, as the file says in its first line",
+        "mergekit-multi merge.yaml -I SCRATCH --out-path FOLDER --no-write-model-card": "or this",
+    },
+    exits={0: "the file is written", 1: "the plan cannot be expressed; says why", 2: "a wrong call"},
+    notes="RUN_OR_PLAN is a run's folder, or a plan.json. Removed layers and sublayers, compensation and every merge "
+          "rule can be expressed. Width pruning, recovery and models whose layers differ in attention cannot: take the "
+          "checkpoint in model/ instead.",
+)  # fmt: skip
+@click.argument("source", metavar="RUN_OR_PLAN")
+@click.option("--format", type=OneOf(FORMATS), default="mergekit", help="the tool that reads it (default: mergekit)")
+@click.option("--model", metavar="FOLDER_OR_REPO", help="the dense model; a run's own by default")
+@click.option("--out", type=FOLDER, metavar="FILE", help="where to write (default: stdout)")
+def main(source: str, format: str, model: str | None, out: Path | None) -> int:
     """See `slm export --help`."""
     from slm_exp.core.files import write_text
 
-    args = parser().parse_args(list(argv))
     try:
-        plan, model, dtype = read(Path(args.source).expanduser(), args.model)
-        text = mergekit(plan, model, dtype, args.source)
+        plan, place, dtype = read(Path(source).expanduser(), model)
+        text = mergekit(plan, place, dtype, source)
     except PlanError as error:
         print(f"slm export: {error}", file=sys.stderr)
         return 1
-    if args.out is None:
+    if out is None:
         print(text, end="")
     else:
-        write_text(args.out, text)
-        print(args.out)
+        write_text(out, text)
+        print(out)
     return 0
 
 

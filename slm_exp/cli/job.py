@@ -23,10 +23,10 @@ def die_with(parent: int) -> None:
 
 
 class Terminated(SystemExit):
-    """The job was asked to end, by its launcher or by hand."""
+    """The job got SIGTERM, from its launcher or by hand."""
 
     def __str__(self) -> str:
-        return "told to stop by SIGTERM"
+        return "stopped by SIGTERM"
 
 
 def _terminated(signum: int, frame: Any) -> None:

@@ -7,7 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from slm_exp.core.errors import SlmError, did_you_mean
+import click
+from click.shell_completion import CompletionItem
+
+from slm_exp.cli.command import Group, run_command, status_of
 
 COMMANDS = {
     "plan": "plan [overrides]    what a run or a grid would do and cost; loads nothing",
@@ -26,31 +29,37 @@ HELP = """A run or a grid itself: slm-exp [overrides], or python -m slm_exp [ove
 slm COMMAND --help has the options, examples and exit statuses of each."""
 
 
+class Commands(Group):
+    """Every command, each module loaded when its command is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"slm_exp.cli.{cmd_name}")
+        return module.main  # type: ignore[no-any-return]
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)]
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write("usage: slm COMMAND ...\n\n" + "\n".join(f"  slm {text}" for text in COMMANDS.values()))
+        formatter.write(f"\n\n{HELP}\n")
+
+
+@click.command("slm", cls=Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.pass_context
+def slm(ctx: click.Context) -> int:
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+        return 2
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatch to `slm_exp.cli.COMMAND.main(argv)`. Exit status: the command's; 2 for a wrong call."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: slm COMMAND ...\n\n" + "\n".join(f"  slm {text}" for text in COMMANDS.values()))
-        print(f"\n{HELP}")
-        return 0 if argv else 2
-    command, *rest = argv
-    if command not in COMMANDS:
-        print(f"slm: there is no command {command!r}; expected one of {', '.join(COMMANDS)}. "
-              f"{did_you_mean(command, COMMANDS)}".rstrip(), file=sys.stderr)
-        return 2
-    return run_command(importlib.import_module(f"slm_exp.cli.{command}").main, rest)
-
-
-def run_command(command: object, argv: Sequence[str]) -> int:
-    """Call a command's main(argv), showing its own errors as one line. For the `__main__` of each command too."""
-    try:
-        return int(command(list(argv)) or 0)  # type: ignore[operator]
-    except SlmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `slm ... | head`: whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # a place that cannot be written
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    """Call `slm_exp.cli.COMMAND.main`. Exit status: the command's; 2 for a wrong call."""
+    if "_SLM_COMPLETE" in os.environ:
+        importlib.import_module("slm_exp.cli.completion")  # its class for bash takes the place of click's
+    return run_command(lambda words: status_of(slm, words, "slm"), sys.argv[1:] if argv is None else argv)

@@ -13,43 +13,37 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.cli.parser import Parser
+from slm_exp.cli.command import command, overrides_argument
 from slm_exp.core.errors import ConfigError
+from slm_exp.core.files import digest
+from slm_exp.launch.compose import compose_run
+from slm_exp.pipeline.config import RunConfig
+from slm_exp.runs.record import check_writable
 
 if TYPE_CHECKING:
-    from slm_exp.pipeline.config import RunConfig
     from slm_exp.search.path import Branch
 
 log = logging.getLogger(__name__)
 
 
-def parser() -> Parser:
-    """The command line of `slm path`."""
-    p = Parser(
-        "path", __doc__,
-        examples={
-            "slm path": "the default model, thresholds 0.5 to 1",
-            "slm path method.threshold_range=[0.85,0.95] merge_rule=mean": "a part of it, another rule",
-            "slm path method.max_evaluations=200": "stop early and say which intervals are unknown",
-            "slm path hydra.run.dir=FOLDER": "where path.json goes; default outputs/path/<id>",
-        },
-        exits={0: "the whole range is known", 1: "method.max_evaluations ended it; the same command with more goes on",
-               2: "a wrong call"},
-        notes="The overrides are those of a run; method.threshold, target sizes, evaluation, width, recovery and "
-              "tracking play no part. A killed path goes on where it was.",
-    )  # fmt: skip
-    p.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as of a run: group=member, group.field=value")
-    return p
-
-
-def main(argv: Sequence[str]) -> int:
-    """Exit status 0: the whole range is known; 1: the budget ended it; 2: a wrong call."""
-    argv = parser().parse_args(list(argv)).overrides
-    from slm_exp.launch.compose import compose_run
-    from slm_exp.runs.record import check_writable
-
-    folder = next((a.partition("=")[2].strip("'\"") for a in argv if a.startswith("hydra.run.dir=")), None)
-    cfg = compose_run([a for a in argv if not a.startswith("hydra.")])
+@command(
+    "path", __doc__,
+    examples={
+        "slm path": "the default model, thresholds 0.5 to 1",
+        "slm path method.threshold_range=[0.85,0.95] merge_rule=mean": "a part of it, another rule",
+        "slm path method.max_evaluations=200": "stop early and say which intervals are unknown",
+        "slm path hydra.run.dir=FOLDER": "where path.json goes; default outputs/path/<id>",
+    },
+    exits={0: "the whole range is known", 1: "method.max_evaluations ended it; the same command with more goes on",
+           2: "a wrong call"},
+    notes="The overrides are those of a run; method.threshold, target sizes, evaluation, width, recovery and "
+          "tracking play no part. A killed path goes on where it was.",
+)  # fmt: skip
+@overrides_argument()
+def main(overrides: Sequence[str]) -> int:
+    """See `slm path --help`."""
+    folder = next((o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")), None)
+    cfg = compose_run([o for o in overrides if not o.startswith("hydra.")])
     if cfg.method.name != "slm":
         raise ConfigError(f"method = {cfg.method.name}; expected slm: only it decides by a threshold.")
     out = Path(folder) if folder else Path("outputs/path") / path_id(cfg)
@@ -59,8 +53,6 @@ def main(argv: Sequence[str]) -> int:
 
 def path_id(cfg: RunConfig) -> str:
     """16 hex digits over what decides the path."""
-    from slm_exp.core.files import digest
-
     science = {k: v for k, v in cfg.science().items() if k in ("model", "calibration", "seed")}
     return digest(science | cfg.plan_identity() | {"path": _range(cfg)})
 

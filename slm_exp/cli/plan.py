@@ -11,8 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.cli.parser import Parser
+import click
+
+from slm_exp.cli.command import command, overrides_argument
 from slm_exp.core.errors import ConfigError, SlmError
+from slm_exp.launch.jobs import CommandJobs, command_jobs
 
 if TYPE_CHECKING:
     from slm_exp.forecast.hits import Lookup, Outline
@@ -26,37 +29,31 @@ ROWS = 12
 """Jobs shown one by one."""
 
 
-def parser() -> Parser:
-    """The command line of `slm plan`."""
-    p = Parser(
-        "plan", __doc__,
-        examples={
-            "slm plan": "the defaults",
-            "slm plan method.threshold=0.9,0.8 merge_rule=top_layer,mean": "a grid: 4 jobs",
-            "slm plan sweep=threshold_rule --json": "for programs",
-            "slm plan model=llama2_7b runtime=cuda --tflops 300": "for a machine that sustains 300 TFLOP/s",
-        },
-        exits={0: "every job could start", 1: "a job would fail before its weights load; says which and why",
-               2: "a wrong call"},
-        notes="The overrides are those of a run; comma lists, sweep=NAME and -m make a grid, table=NAME the jobs that "
-              "fill a table. Sizes that only a search can tell are shown as bounds. Times are those of a "
-              "machine left alone, from speeds measured once (ten seconds) and kept in the cache.",
-    )  # fmt: skip
-    p.add_argument("overrides", nargs="*", help="as of a run: group=member, group.field=value", metavar="OVERRIDE")
-    p.add_argument("-m", "--multirun", action="store_true", help="a grid, also where nothing is swept")
-    p.add_argument("--json", action="store_true", help="everything, for programs")
-    p.add_argument("--tflops", type=float, metavar="N", help="for a machine that sustains N TFLOP/s; measure nothing")
-    p.add_argument("--measure", action="store_true", help="measure this machine's speed anew")
-    return p
-
-
-def main(argv: Sequence[str]) -> int:
+@command(
+    "plan", __doc__,
+    examples={
+        "slm plan": "the defaults",
+        "slm plan method.threshold=0.9,0.8 merge_rule=top_layer,mean": "a grid: 4 jobs",
+        "slm plan sweep=threshold_rule --json": "for programs",
+        "slm plan model=llama2_7b runtime=cuda --tflops 300": "for a machine that sustains 300 TFLOP/s",
+    },
+    exits={0: "every job could start", 1: "a job would fail before its weights load; says which and why",
+           2: "a wrong call"},
+    notes="The overrides are those of a run; comma lists, sweep=NAME and -m make a grid, table=NAME the jobs that "
+          "fill a table. Sizes that only a search can tell are shown as bounds. Times are those of a "
+          "machine left alone, from speeds measured once (ten seconds) and kept in the cache.",
+)  # fmt: skip
+@overrides_argument()
+@click.option("-m", "--multirun", is_flag=True, help="a grid, also where nothing is swept")
+@click.option("--json", "as_json", is_flag=True, help="everything, for programs")
+@click.option("--tflops", type=float, metavar="N", help="for a machine that sustains N TFLOP/s; measure nothing")
+@click.option("--measure", is_flag=True, help="measure this machine's speed anew")
+def main(overrides: Sequence[str], multirun: bool, as_json: bool, tflops: float | None, measure: bool) -> int:
     """See `slm plan --help`."""
-    args = parser().parse_intermixed_args(list(argv))
-    if args.tflops is not None and args.tflops <= 0:
-        raise ConfigError(f"--tflops = {args.tflops}; expected a number > 0.")
-    found = make_plan(args.overrides, args.multirun, args.tflops, args.measure)
-    print(json.dumps(found.to_json(), indent=1) if args.json else show(found))
+    if tflops is not None and tflops <= 0:
+        raise ConfigError(f"--tflops = {tflops}; expected a number > 0.")
+    found = make_plan(overrides, multirun, tflops, measure)
+    print(json.dumps(found.to_json(), indent=1) if as_json else show(found))
     return int(any(job.problem for job in found.jobs))
 
 
@@ -169,14 +166,15 @@ def make_plan(
     from slm_exp.forecast.speed import machine, told
     from slm_exp.launch.workers import cores, visible_gpus
 
-    grid, made, hydra = compose(overrides, multirun)
+    grid, command = compose(overrides, multirun)
+    made = command.jobs
     cfg = made[0][1]
     asked = cfg.model.device or cfg.runtime.device
     gpus = visible_gpus() if asked != "cpu" else []
     device = "cuda" if asked.startswith("cuda") or (asked == "auto" and gpus) else "cpu"
     grid.device = device
     here = device == "cpu" or bool(gpus)
-    grid.workers, grid.threads = _workers([c for _, c in made], hydra, gpus, grid.multirun) if here else (1, cores())
+    grid.workers, grid.threads = command.capacity() if here else (1, cores())
     sketches: dict[str, Sketch] = {}
     lookup = Lookup(Path(cfg.cache.dir) if cfg.cache.enabled else None)
     for job, cfg in made:
@@ -203,59 +201,13 @@ def make_plan(
     return grid
 
 
-def compose(overrides: Sequence[str], multirun: bool) -> tuple[GridPlan, list[tuple[Job, RunConfig]], Any]:
-    """The jobs of a command line as the run itself would make them, and Hydra's own settings."""
-    from slm_exp.launch import compose as door
-    from slm_exp.pipeline.config import to_run_config
-    from slm_exp.runs.sweep import Job
-    from slm_exp.runs.tracking.wandb import slug
-
+def compose(overrides: Sequence[str], multirun: bool) -> tuple[GridPlan, CommandJobs]:
+    """The jobs of a command line as the run itself would make them."""
     table, cells = _of_table(overrides)
     if cells is not None:
         overrides = [o for o in overrides if o.startswith("hydra")]
-    swept = [o for o in overrides if not o.startswith("hydra.") and door.is_sweep(o)]
-    whole = door.compose_raw([o for o in overrides if o not in swept], with_hydra=True)
-    multirun = multirun or bool(swept) or cells is not None or str(whole.hydra.mode).endswith("MULTIRUN")
-    if not multirun:
-        cfg = to_run_config(door.science_only(whole))
-        save = True if cfg.save_model is None else bool(cfg.save_model)
-        run_id = _run_id(cfg)
-        where = Path("outputs/RUN_ID") if not run_id else Path(str(whole.hydra.run.dir))  # resolving it hashes weights
-        found = [(Job(run_id, tuple(o for o in overrides if not o.startswith("hydra")), where, "", save), cfg)]
-        return GridPlan(where, False, [], [], "cpu", 1, 1, None), found, whole.hydra
-    named = any(o.startswith("hydra.sweep.dir=") for o in overrides)
-    where = Path("outputs/multirun") / Path(table).stem if table and not named else Path(str(whole.hydra.sweep.dir))
-    jobs = cells
-    if jobs is None:
-        params = dict(whole.hydra.sweeper.get("params") or {})
-        jobs = door.split_sweep(overrides, params)
-        where = _sweep_dir(overrides, whole) if swept else where
-    made: dict[str, tuple[Job, RunConfig]] = {}
-    for overrides_of_job in jobs:
-        task = [o for o in overrides_of_job if not o.startswith("hydra")]
-        try:
-            cfg = door.compose_run(task)
-            run_id = _run_id(cfg)
-        except ConfigError as error:
-            raise ConfigError(f"job {' '.join(task)}: {error}") from None
-        job = Job(run_id, tuple(task), where / run_id, slug(cfg.resolved()), bool(cfg.save_model))
-        made.setdefault(run_id or " ".join(task), (job, cfg))
-    if not made:
-        raise ConfigError("no job is left to plan: the table has every cell.")
-    return GridPlan(where, True, [], [], "cpu", 1, 1, None), list(made.values()), whole.hydra
-
-
-def _sweep_dir(overrides: Sequence[str], whole: Any) -> Path:
-    """Where a grid of comma lists lies: the folder's name hashes the command's task overrides."""
-    from slm_exp.core.files import digest
-    from slm_exp.launch.compose import open_mappings
-
-    if any(o.startswith("hydra.sweep.dir=") for o in overrides):
-        return Path(str(whole.hydra.sweep.dir))
-    given = open_mappings(overrides)
-    task = sorted(o for o in given if not o.startswith(("sweep=", "experiment=", "hydra.", "hydra/")))
-    base = whole.hydra.runtime.choices.get("sweep") or whole.hydra.runtime.choices.get("experiment") or "grid"
-    return Path("outputs/multirun") / f"{base}-{digest(task)[:8]}"
+    found = command_jobs(overrides, multirun, cells=cells, name=Path(table).stem, identify=_run_id)
+    return GridPlan(found.folder, found.multirun, [], [], "cpu", 1, 1, None), found
 
 
 def _of_table(overrides: Sequence[str]) -> tuple[str, list[list[str]] | None]:
@@ -281,22 +233,6 @@ def _run_id(cfg: RunConfig) -> str:
     if cfg.model.unread_weights():
         return ""
     return cfg.run_id
-
-
-def _workers(cfgs: Sequence[RunConfig], hydra: Any, gpus: list[str], multirun: bool) -> tuple[int, int]:
-    """Jobs at a time, and CPU threads of each, as the launcher decides them."""
-    import os
-
-    from slm_exp.launch.plugins import heaviest
-    from slm_exp.launch.workers import cores, make_workers
-
-    own = cfgs[0].runtime.threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
-    if not multirun:
-        return 1, own or cores()
-    launcher = hydra.launcher
-    workers = launcher.get("workers") or launcher.get("n_jobs")
-    pool = make_workers(workers, launcher.get("threads"), gpus, len(cfgs), heaviest(cfgs))
-    return len(pool), own or int(pool[0].env.get("OMP_NUM_THREADS") or cores())
 
 
 def _job_plan(job: Job, cfg: RunConfig, model: Sketch, device: str, lookup: Lookup) -> JobPlan:

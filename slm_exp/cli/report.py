@@ -6,38 +6,34 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slm_exp.cli.parser import Parser
+import click
+
+from slm_exp.cli.command import FOLDER, command
 from slm_exp.core.errors import SlmError
 
 
-def parser() -> Parser:
-    """The command line of `slm report`."""
-    p = Parser(
-        "report", __doc__,
-        examples={"slm report outputs/RUN_ID": "a run", "slm report outputs/multirun/threshold_rule": "a whole sweep"},
-        exits={0: "every folder has its page; paths are on stdout", 1: "one has not; says why", 2: "a wrong call"},
-    )
-    p.add_argument("folders", metavar="DIR", nargs="+", type=Path,
-                   help="a run's folder (outputs/<run_id>) or a sweep's (outputs/multirun/<name>)")
-    p.add_argument("--mixed-protocols", action="store_true",
-                   help="on a sweep's page, show averages measured by different protocols side by side")
-    p.add_argument("--path", metavar="PATH.JSON", action="append", default=[], type=Path,
-                   help="on a sweep's page, draw this result of `slm path` beside the runs (one that lies in the "
-                        "folder is found); may be given several times")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0: every folder has its page, and their paths are on stdout."""
-    args = parser().parse_args(argv)
+@command(
+    "report", __doc__,
+    examples={"slm report outputs/RUN_ID": "a run", "slm report outputs/multirun/threshold_rule": "a whole sweep"},
+    exits={0: "every folder has its page; paths are on stdout", 1: "one has not; says why", 2: "a wrong call"},
+    notes="DIR is a run's folder (outputs/<run_id>) or a sweep's (outputs/multirun/<name>).",
+)
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=FOLDER)
+@click.option("--mixed-protocols", is_flag=True,
+              help="on a sweep's page, show averages measured by different protocols side by side")
+@click.option("--path", "paths", metavar="PATH.JSON", multiple=True, type=FOLDER,
+              help="on a sweep's page, draw this result of `slm path` beside the runs (one that lies in the folder is "
+                   "found); may be given several times")  # fmt: skip
+def main(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path]) -> int:
+    """See `slm report --help`."""
     from slm_exp.reporting.page import write_report
     from slm_exp.reporting.sweep import is_sweep, write_sweep_report
 
     status = 0
-    for folder in args.folders:
+    for folder in folders:
         try:
             sweep = is_sweep(folder)
-            print(write_sweep_report(folder, args.mixed_protocols, args.path) if sweep else write_report(folder))
+            print(write_sweep_report(folder, mixed_protocols, list(paths)) if sweep else write_report(folder))
         except SlmError as error:
             print(f"slm report: {error}", file=sys.stderr)
             status = 1

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slm_exp.cli.parser import Parser
+import click
+
+from slm_exp.cli.command import FOLDER, command
+from slm_exp.cli.run import main as run
 from slm_exp.core.errors import ConfigError
+from slm_exp.core.registry import GROUPS
+from slm_exp.launch.compose import PLAIN_FIELDS
+from slm_exp.launch.hydra_compat import override
 from slm_exp.runs.sweep import FINISHED, SweepFolder, table
+
+EXPERIMENT = {*GROUPS, *PLAIN_FIELDS, "cache", "experiment", "sweep"}
+LAUNCHER = """workers threads retries n_jobs prefer require verbose timeout batch_size timeout_min cpus_per_task
+    gpus_per_node tasks_per_node mem_gb nodes name stderr_to_stdout partition qos comment constraint exclude gres
+    cpus_per_gpu gpus_per_task mem_per_gpu mem_per_cpu account signal_delay_s max_num_timeout array_parallelism"""
+SETTINGS_OF_A_SWEEP = {"hydra/launcher", "hydra/sweeper", "hydra.sweep.subdir", "hydra.sweeper.max_jobs",
+                       "hydra.sweeper.max_batch_size", *(f"hydra.launcher.{name}" for name in LAUNCHER.split())}
+"""Of Hydra's, what sweep.json may give: nothing that is executed, imported, or a folder where pickles lie."""
+CODE = "model.trust_remote_code"
+"""The one field of an experiment that lets a model's folder run code."""
 
 
 def status(folder: Path, as_json: bool = False) -> int:
@@ -27,56 +44,89 @@ def launch(folder: Path, select: str, extra: Sequence[str]) -> int:
         extra: overrides on top of the command's, e.g. hydra.launcher.workers=4; they must not change what a cell is.
 
     Raises:
-        ConfigError: not a sweep's folder, or an override in `extra` that belongs to the cells.
+        ConfigError: not a sweep's folder, an override in `extra` that belongs to the cells, or one in the folder's
+            sweep.json that only a command line may give.
     """
-    from slm_exp.cli.run import main as run
-    from slm_exp.launch.plugins import override
-
     sweep = SweepFolder.read(folder)
     for given in extra:
-        if not given.startswith(("hydra.", "hydra/")):
+        if not given.startswith(("hydra.", "hydra/", f"{CODE}=")):
             raise ConfigError(
                 f"{given}; expected Hydra's own settings (hydra.launcher.workers=2, hydra/launcher=basic): a sweep's "
                 "cells are what they are. Other cells are another multirun, into the same folder if you like."
             )
-    path, argv = folder.resolve(), sweep.argv
+    path, argv = folder.resolve(), taken_from(sweep, extra)
     if any(o.startswith("hydra/launcher=") for o in extra):  # another launcher has other settings
         argv = [o for o in argv if not o.startswith(("hydra/launcher", "hydra.launcher"))]
     if Path(sweep.cwd).is_dir():  # relative paths in overrides mean the folder the command ran in
         os.chdir(sweep.cwd)
     elif sweep.cwd:
         print(f"the command ran in {sweep.cwd}, which is gone; relative paths now mean {Path.cwd()}", file=sys.stderr)
-    return run(["-m", *argv, *extra, override("hydra.sweep.dir", path), f"hydra.sweeper.select={select}"])
+    settings = [o for o in extra if not o.startswith(CODE)]
+    return run(["-m", *argv, *settings, override("hydra.sweep.dir", path), f"hydra.sweeper.select={select}"])
 
 
-def parser() -> Parser:
-    """The command line of `slm sweep`."""
-    p = Parser(
-        "sweep", __doc__,
-        examples={
-            "slm sweep status outputs/multirun/threshold_rule": "one line per cell",
-            "slm sweep resume outputs/multirun/threshold_rule hydra.launcher.workers=2": "what is missing",
-            "slm sweep rerun --failed outputs/multirun/threshold_rule": "those that failed or died",
-        },
-        exits={0: "every cell is finished", 1: "a cell is not; it is named", 2: "a wrong call, or a folder in use"},
-    )  # fmt: skip
-    commands = p.add_subparsers(dest="command", required=True, metavar="status|resume|rerun")
-    asking = commands.add_parser("status", help="one line per cell; exit status 1 while one is not finished")
-    asking.add_argument("--json", action="store_true", help="for programs")
-    resuming = commands.add_parser("resume", help="run every cell that is not finished; recompute nothing that is")
-    again = commands.add_parser("rerun", help="run every cell again; an old record stays as record.before.json")
-    again.add_argument("--failed", action="store_true", help="only those that failed or died")
-    for command in (asking, resuming, again):
-        command.add_argument("dir", type=Path, metavar="DIR", help="the sweep's folder, outputs/multirun/NAME")
-    for command in (resuming, again):
-        command.add_argument("overrides", nargs="*", help="Hydra settings for now, e.g. hydra.launcher.workers=2")
-    return p
+def taken_from(sweep: SweepFolder, extra: Sequence[str]) -> list[str]:
+    """The overrides of sweep.json that a file may give, without those that the command line gives anew.
+
+    Raises:
+        ConfigError: names the first that a file must not give. Nothing is ever executed because a file says so.
+    """
+    named = {o.partition("=")[0] for o in extra}
+    argv = [o for o in sweep.argv if o.partition("=")[0].lstrip("+") not in named]
+    for given in (*argv, *(o for job in sweep.jobs for o in job.overrides)):
+        key, _, value = given.partition("=")
+        key = key.lstrip("+")
+        head = key.partition(".")[0]
+        unsafe = key == CODE and value.lower() != "false" and f"{CODE}=true" not in extra
+        fields = head in EXPERIMENT and re.fullmatch(r"[\w.]+", key) and not unsafe
+        plain = re.fullmatch(r"[\w.,:+*%@()\[\]{}' $-]*", value)  # no path, no line of its own in a batch script
+        if not ((fields and ("." in key or head in PLAIN_FIELDS)) or ((fields or key in SETTINGS_OF_A_SWEEP) and plain)):
+            why = "it lets the model's folder run code" if unsafe else "a file gives groups, fields and the launcher's"
+            raise ConfigError(f"{sweep.path / 'sweep.json'}: {given}; {why}. If you mean it, name it again: "
+                              f"slm sweep resume {sweep.path} {given}")
+    return argv
 
 
-def main(argv: Sequence[str]) -> int:
-    """`slm sweep status|resume|rerun DIR`. Exit status 0 only when every cell is finished; 2 for a wrong call."""
-    args = parser().parse_args(list(argv))
-    if args.command == "status":
-        return status(args.dir, args.json)
-    select = "missing" if args.command == "resume" else "failed" if args.failed else "all"
-    return launch(args.dir, select, args.overrides)
+@command(
+    "sweep", __doc__, group=True,
+    examples={
+        "slm sweep status outputs/multirun/threshold_rule": "one line per cell",
+        "slm sweep resume outputs/multirun/threshold_rule hydra.launcher.workers=2": "what is missing",
+        "slm sweep rerun --failed outputs/multirun/threshold_rule": "those that failed or died",
+    },
+    exits={0: "every cell is finished", 1: "a cell is not; it is named", 2: "a wrong call, or a folder in use"},
+    notes="resume and rerun take groups, fields and the launcher's own settings from the folder's sweep.json; what "
+          "could run code is taken from the command line only.",
+)  # fmt: skip
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """See `slm sweep --help`."""
+    if ctx.invoked_subcommand is None:
+        raise click.UsageError("status, resume or rerun is missing.", ctx)
+
+
+DIR = click.argument("folder", metavar="DIR", type=FOLDER)
+SETTINGS = click.argument("overrides", metavar="[SETTING]...", nargs=-1)
+
+
+@main.command("status", help="one line per cell; exit status 1 while one is not finished")
+@click.option("--json", "as_json", is_flag=True, help="for programs")
+@DIR
+def _status(folder: Path, as_json: bool) -> int:
+    return status(folder, as_json)
+
+
+@main.command("resume", help="run every cell that is not finished; recompute nothing that is. "
+                             "SETTING is Hydra's, for now: hydra.launcher.workers=4")  # fmt: skip
+@DIR
+@SETTINGS
+def _resume(folder: Path, overrides: tuple[str, ...]) -> int:
+    return launch(folder, "missing", overrides)
+
+
+@main.command("rerun", help="run every cell again; an old record stays as record.before.json")
+@click.option("--failed", is_flag=True, help="only those that failed or died")
+@DIR
+@SETTINGS
+def _rerun(folder: Path, overrides: tuple[str, ...], failed: bool) -> int:
+    return launch(folder, "failed" if failed else "all", overrides)

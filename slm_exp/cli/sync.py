@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slm_exp.cli.parser import Parser
+import click
+
+from slm_exp.cli.command import FOLDER, command
 from slm_exp.core.errors import SlmError
+from slm_exp.core.locks import in_use
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,7 @@ class OfflineRun:
     @property
     def in_progress(self) -> bool:
         """Whether a process is still writing it: that process holds the run folder's lock."""
-        from filelock import FileLock, Timeout
-
-        lock = self.run_folder / ".lock"
-        if not lock.is_file():
-            return False
-        try:
-            with FileLock(lock).acquire(timeout=0):
-                return False
-        except Timeout:
-            return True
-        except OSError:  # a read-only folder: nobody writes there
-            return False
+        return in_use(self.run_folder / ".lock")
 
 
 def find_offline_runs(folders: Sequence[Path]) -> list[OfflineRun]:
@@ -113,35 +105,30 @@ def sync(runs: Sequence[OfflineRun]) -> None:
         )
 
 
-def parser() -> Parser:
-    """The command line of `slm sync`."""
-    p = Parser(
-        "sync", __doc__,
-        examples={"slm sync outputs": "everything below it", "slm sync --dry-run outputs/multirun/threshold_rule":
-                  "what would be sent"},
-        exits={0: "everything below the folders is sent", 1: "a run was not sent; says why", 2: "a wrong call"},
-        notes="Needs a login: `wandb login`, or WANDB_API_KEY. WANDB_BASE_URL names a server of your own.",
-    )  # fmt: skip
-    p.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a run's folder, a sweep's, or any above")
-    p.add_argument("--dry-run", action="store_true", help="list what would be sent, send nothing")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0: everything below the folders is on the server."""
-    args = parser().parse_args(argv)
-    missing = [str(folder) for folder in args.folders if not folder.is_dir()]
+@command(
+    "sync", __doc__,
+    examples={"slm sync outputs": "everything below it",
+              "slm sync --dry-run outputs/multirun/threshold_rule": "what would be sent"},
+    exits={0: "everything below the folders is sent", 1: "a run was not sent; says why", 2: "a wrong call"},
+    notes="DIR is a run's folder, a sweep's, or any above. Needs a login: `wandb login`, or WANDB_API_KEY. "
+          "WANDB_BASE_URL names a server of your own.",
+)  # fmt: skip
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=FOLDER)
+@click.option("--dry-run", is_flag=True, help="list what would be sent, send nothing")
+def main(folders: Sequence[Path], dry_run: bool) -> int:
+    """See `slm sync --help`."""
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
         print(f"slm sync: no such folder: {', '.join(missing)}.", file=sys.stderr)
         return 2
-    found = find_offline_runs(args.folders)
+    found = find_offline_runs(folders)
     waiting = [run for run in found if not run.sent]
     busy = [run for run in waiting if run.in_progress]
     due = [run for run in waiting if run not in busy]
     sent_before = len(found) - len(waiting)
     for run in busy:
         print(f"still running, left for later: {run.run_folder}")
-    if args.dry_run:
+    if dry_run:
         for run in due:
             print(f"would send {run.folder}")
     elif due:
@@ -150,6 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SlmError as error:
             print(f"slm sync: {error}", file=sys.stderr)
             return 1
-    verb = "to send" if args.dry_run else "sent"
+    verb = "to send" if dry_run else "sent"
     print(f"{len(due)} {verb}, {sent_before} sent before, {len(busy)} still running.")
     return 0

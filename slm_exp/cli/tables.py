@@ -6,14 +6,17 @@ when none is given). A table's parameters are set like overrides: slm tables mai
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
-from slm_exp.cli.parser import Parser
+import click
+from click.shell_completion import CompletionItem
+
+from slm_exp.cli.command import FOLDER, command
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.core.files import write_text
 from slm_exp.evaluation.base import SEVEN
@@ -22,36 +25,48 @@ FORMAT_NAMES = ("md", "tex", "csv", "html")
 OUTPUTS = Path("outputs")
 
 
-def parser() -> Parser:
-    """The command line of `slm tables`."""
-    p = Parser(
-        "tables", __doc__,
-        examples={
-            "slm tables sweep outputs/multirun/threshold_rule": "one row per run",
-            "slm tables main outputs --missing": "the commands that fill what is missing",
-            "slm tables main outputs --format md,tex --out tables": "two formats, into files",
-        },
-        exits={0: "the table is written", 2: "a wrong call, or numbers of different protocols"},
-        notes=_epilog(),
-    )  # fmt: skip
-    p.add_argument("name", metavar="NAME", help="sweep, a table of conf/table, or a .yaml file")
-    p.add_argument("words", metavar="PARAM=VALUE or DIR", nargs="*",
-                   help="parameters of the table, folders of runs")
-    p.add_argument("--format", default="md", metavar="md,tex,csv,html",
-                   help="one goes to stdout, several need --out (default md)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="write DIR/NAME.FORMAT instead")
-    p.add_argument("--columns", metavar="A,B", help="these columns, in this order: of the table, or any quantity")
-    p.add_argument("--missing", action="store_true", help="print the commands that fill what is missing")
-    p.add_argument("--reference", action="store_true",
-                   help="ours beside published numbers (conf/reference), with difference and verdict")
-    p.add_argument("--mixed-protocols", action="store_true", help="show numbers of different protocols too")
-    return p
+def _notes() -> str:
+    from slm_exp.tables.definition import read_yaml, table_names, table_path
+
+    lines = []
+    for name in table_names():
+        about = read_yaml(table_path(name))
+        params = ", ".join(about.get("params") or {})
+        lines.append(f"  {name:<12} {str(about.get('title', '')).replace(', $model', '')} (params: {params})")
+    more = "Parameters of all: sizes, seeds, evaluation, calibration, extra; conf/table/_models.yaml has their values."
+    return "\n".join(["tables:", *lines, "", more])
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print a table, write it in several formats, or print what is missing. Exit status 0; 2 for a wrong call."""
-    args = parser().parse_intermixed_args(list(argv))
-    formats = _formats(args.format, args.out)
+def _complete_name(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from slm_exp.tables.definition import table_names
+
+    return [CompletionItem(name) for name in (*table_names(), "sweep") if name.startswith(incomplete)]
+
+
+@command(
+    "tables", __doc__,
+    examples={
+        "slm tables sweep outputs/multirun/threshold_rule": "one row per run",
+        "slm tables main outputs --missing": "the commands that fill what is missing",
+        "slm tables main outputs --format md,tex --out tables": "two formats, into files",
+    },
+    exits={0: "the table is written", 2: "a wrong call, or numbers of different protocols"},
+    notes=_notes,
+)  # fmt: skip
+@click.argument("name", metavar="NAME", shell_complete=_complete_name)
+@click.argument("words", metavar="[PARAM=VALUE or DIR]...", nargs=-1, type=click.Path())
+@click.option("--format", "formats", default="md", metavar="md,tex,csv,html",
+              help="one goes to stdout, several need --out (default md)")
+@click.option("--out", type=FOLDER, metavar="DIR", help="write DIR/NAME.FORMAT instead")
+@click.option("--columns", metavar="A,B", help="these columns, in this order: of the table, or any quantity")
+@click.option("--missing", is_flag=True, help="print the commands that fill what is missing")
+@click.option("--reference", is_flag=True,
+              help="ours beside published numbers (conf/reference), with difference and verdict")
+@click.option("--mixed-protocols", is_flag=True, help="show numbers of different protocols too")
+def main(**options: Any) -> int:
+    """See `slm tables --help`."""
+    args = Namespace(**options)
+    formats = _formats(args.formats, args.out)
     params, folders = split_words(args.words)
     grid = _sweep(params, folders, args) if args.name == "sweep" else _declared(args.name, params, folders, args)
     if grid is None:
@@ -69,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _sweep(params: dict[str, Any], folders: list[Path], args: argparse.Namespace) -> Any:
+def _sweep(params: dict[str, Any], folders: list[Path], args: Namespace) -> Any:
     from slm_exp.tables.records import find_runs
     from slm_exp.tables.sweep import sweep_grid
 
@@ -80,7 +95,7 @@ def _sweep(params: dict[str, Any], folders: list[Path], args: argparse.Namespace
     return sweep_grid(find_runs(folders or [OUTPUTS]), args.mixed_protocols, args.columns)
 
 
-def _declared(name: str, params: dict[str, Any], folders: list[Path], args: argparse.Namespace) -> Any:
+def _declared(name: str, params: dict[str, Any], folders: list[Path], args: Namespace) -> Any:
     from slm_exp.tables.definition import read_table
     from slm_exp.tables.grid import fill, missing_commands
     from slm_exp.tables.records import find_runs
@@ -141,16 +156,3 @@ def split_words(words: Sequence[str]) -> tuple[dict[str, Any], list[Path]]:
         except yaml.YAMLError:
             raise ConfigError(f"{word}: the value is not YAML; expected e.g. {key}=[1,2] or {key}=word.") from None
     return params, folders
-
-
-def _epilog() -> str:
-    from slm_exp.tables.definition import read_yaml, table_names, table_path
-
-    lines = []
-    for name in table_names():
-        told = read_yaml(table_path(name))
-        params = ", ".join(told.get("params") or {})
-        lines.append(f"  {name:<12} {str(told.get('title', '')).replace(', $model', '')} (params: {params})")
-    more = "Parameters of all: sizes, seeds, evaluation, calibration, extra; conf/table/_models.yaml has their values."
-    return "\n".join(["tables:", *lines, "", more])
-

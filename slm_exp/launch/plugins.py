@@ -10,92 +10,41 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict, read_write
 
 from slm_exp.core.errors import SlmError, require, require_one_of
+from slm_exp.core.secrets import masked
+from slm_exp.launch.hydra_compat import override, register_plugin
+from slm_exp.launch.jobs import JobComposer, pool_workers, split_sweep
 from slm_exp.launch.pool import Interrupted, Pool
 from slm_exp.launch.queued import every_job_answers
 from slm_exp.launch.screen import Screen
-from slm_exp.launch.workers import make_workers, visible_gpus
+from slm_exp.launch.settings import GridConf, ProcessesConf
 from slm_exp.runs.sweep import FAILED, FINISHED, Cell, Job, SweepFolder, complaints, note_death, read_cell, table
-
-if TYPE_CHECKING:
-    from hydra.types import HydraContext, TaskFunction
-    from omegaconf import DictConfig
-
-    from slm_exp.pipeline.config import RunConfig
 
 log = logging.getLogger(__name__)
 
 SELECTIONS = ("missing", "failed", "all")
 OURS = ("hydra.mode", "hydra.run.", "hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher")
 """Hydra overrides that speak to the sweep, not to a job."""
-
-
-@dataclass
-class ProcessesConf:
-    """Settings of `hydra/launcher=processes`."""
-
-    _target_: str = "hydra_plugins.slm_exp.ProcessLauncher"
-    workers: int | None = None
-    """Jobs at a time; null is one per visible GPU, or one per core as far as memory goes."""
-    threads: int | None = None
-    """CPU threads per job; null shares the cores out."""
-    retries: int = 2
-    """How often a job that ran out of memory is tried again, each time with half the evaluation batch."""
-
-
-@dataclass
-class GridConf:
-    """Settings of `hydra/sweeper=grid`."""
-
-    _target_: str = "hydra_plugins.slm_exp.GridSweeper"
-    params: dict[str, str] | None = None
-    """Swept values by key, as a `sweep=` preset gives them."""
-    max_batch_size: int | None = None
-    """Jobs per call of the launcher; null hands over all at once."""
-    select: str | None = None
-    """null: the command's jobs. missing, failed or all: those of the folder's sweep.json (`slm sweep`)."""
+OF_THIS_CALL = ("hydra.mode", "hydra.sweep.dir", "hydra.sweeper.select")
+"""Overrides that `slm sweep resume` gives anew."""
 
 
 def register_plugins() -> None:
     """Make the launcher and the sweeper known to Hydra. Idempotent."""
-    store, known = ConfigStore.instance(), Plugins.instance().class_name_to_class
-    store.store(group="hydra/launcher", name="processes", node=ProcessesConf, provider="slm_exp")
-    store.store(group="hydra/sweeper", name="grid", node=GridConf, provider="slm_exp")
-    # Hydra instantiates plugins by names below hydra_plugins only, and pickles classes by their true module: so the
-    # classes stay here and are entered under such a name.
-    known["hydra_plugins.slm_exp.ProcessLauncher"] = ProcessLauncher
-    known["hydra_plugins.slm_exp.GridSweeper"] = GridSweeper
-
-
-def compose_job(context: HydraContext, config: DictConfig, overrides: Sequence[str]) -> tuple[Job, RunConfig]:
-    """A job of the sweep from its overrides: its run_id, folder and checked config."""
-    from omegaconf import OmegaConf
-
-    from slm_exp.launch.compose import checked, science_only
-    from slm_exp.pipeline.config import to_run_config
-    from slm_exp.runs.tracking.wandb import slug
-
-    by_run_id = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"] == "${run_id:}"  # type: ignore[index, call-overload]
-    if by_run_id and tuple(overrides) in checked:
-        cfg = checked[tuple(overrides)]
-        subdir = cfg.run_id
-    else:
-        composed = context.config_loader.load_sweep_config(config, list(overrides))
-        cfg = checked[tuple(overrides)] = to_run_config(science_only(composed))
-        subdir = str(composed.hydra.sweep.subdir)
-    folder = Path(str(config.hydra.sweep.dir)).resolve() / subdir
-    return Job(cfg.run_id, tuple(overrides), folder, slug(cfg.resolved()), bool(cfg.save_model)), cfg
+    register_plugin(ProcessesConf._target_, ProcessLauncher)
+    register_plugin(GridConf._target_, GridSweeper)
 
 
 class GridSweeper(Sweeper):
@@ -103,16 +52,15 @@ class GridSweeper(Sweeper):
     and ends with an index."""
 
     def __init__(
-        self, params: dict[str, str] | None = None, max_batch_size: int | None = None, select: str | None = None
+        self, params: dict[str, str] | None = None, max_jobs: int | None = None, max_batch_size: int | None = None,
+        select: str | None = None,
     ) -> None:
         if select is not None:
             require_one_of("hydra.sweeper.select", select, SELECTIONS)
-        self.params, self.max_batch_size, self.select = params or {}, max_batch_size, select
+        self.params, self.max_batch_size, self.select = params or {}, max_batch_size, select  # max_jobs: see jobs.py
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        from omegaconf import open_dict, read_write
-
-        self._context, self._config = hydra_context, config
+        self._config = config
         self.path = Path(str(config.hydra.sweep.dir)).resolve()
         with read_write(config), open_dict(config):  # the default name hashes the overrides, which differ in each job
             config.hydra.overrides.hydra.append(override("hydra.sweep.dir", self.path))
@@ -132,56 +80,50 @@ class GridSweeper(Sweeper):
             with sweep.owned():
                 status = self._sweep(sweep, arguments)
         except (SlmError, OSError) as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
             status = 2
         if status:
             raise SystemExit(status)
         return []
 
     def _sweep(self, sweep: SweepFolder, arguments: list[str]) -> int:
-        asked = self._jobs(sweep, arguments)
-        already = frozenset(j.run_id for j in asked if read_cell(j).state == FINISHED)
-        todo = [j for j in asked if j.run_id not in already]
+        jobs = self._jobs(sweep, arguments)
+        already = frozenset(j.run_id for j in jobs if read_cell(j).state == FINISHED)
+        todo = [j for j in jobs if j.run_id not in already]
         if already:
-            print(f"{len(already)} of {len(asked)} jobs are finished in {self.path}")
-        told: dict[str, str] = {}
-        status = self._launch(todo, told)
+            print(f"{len(already)} of {len(jobs)} jobs are finished in {self.path}")
+        reasons: dict[str, str] = {}
+        status = self._launch(todo, reasons)
         for job in todo:
-            if job.run_id in told:
-                note_death(job, told[job.run_id])
-        cells = [_with_reason(cell, told.get(cell.job.run_id)) for cell in sweep.cells()]
+            if job.run_id in reasons:
+                note_death(job, reasons[job.run_id])
+        cells = [_with_reason(cell, reasons.get(cell.job.run_id)) for cell in sweep.cells()]
         print(table(cells, already))
         try:
             sweep.write_index(cells, already)
             print(f"index: {self.path / 'index.json'}")
         except OSError as error:  # a full disk: the folders say the same
             print(f"could not write {self.path / 'index.json'}: {error}", file=sys.stderr)
-        mine = {j.run_id for j in asked}
+        mine = {j.run_id for j in jobs}
         if wrong := complaints([c for c in cells if c.job.run_id in mine]):
             print(f"{wrong}\nslm sweep resume {self.path}", file=sys.stderr)
         return status or int(bool(wrong))
 
     def _jobs(self, sweep: SweepFolder, arguments: list[str]) -> list[Job]:
         """The jobs this call is about, on disk as the sweep's definition."""
-        hydra = [o for o in self._config.hydra.overrides.hydra if not o.startswith(("hydra.mode", "hydra.sweep"))]
+        hydra = [o for o in self._config.hydra.overrides.hydra if not o.startswith(OF_THIS_CALL)]
         argv = [*arguments, *hydra] if self.select is None else SweepFolder.read(sweep.path).argv
+        composer = JobComposer(self._config.hydra, self.path)
         jobs: dict[str, Job] = {}
-        for overrides in self._asked(sweep, arguments):
-            job, _ = compose_job(self._context, self._config, overrides)
-            if job.run_id in jobs:
-                log.warning(
-                    "jobs [%s] and [%s] are the same run %s; it runs once.",
-                    " ".join(jobs[job.run_id].overrides),
-                    " ".join(overrides),
-                    job.run_id,
-                )
-            jobs.setdefault(job.run_id, job)
+        for overrides in self._requested(sweep, arguments):
+            job, _ = composer.job(overrides)
+            if (first := jobs.setdefault(job.run_id, job)) is not job:
+                log.warning("jobs [%s] and [%s] are the same run %s; it runs once.", " ".join(first.overrides),
+                            " ".join(overrides), job.run_id)
         sweep.define(argv, jobs.values())
         return list(jobs.values())
 
-    def _asked(self, sweep: SweepFolder, arguments: list[str]) -> list[list[str]]:
-        from slm_exp.launch.compose import split_sweep
-
+    def _requested(self, sweep: SweepFolder, arguments: list[str]) -> list[list[str]]:
         if self.select is None:
             return split_sweep(arguments, self.params)
         cells = SweepFolder.read(sweep.path).cells()
@@ -193,10 +135,10 @@ class GridSweeper(Sweeper):
                     record.replace(record.with_name("record.before.json"))
         return [list(c.job.overrides) for c in chosen]
 
-    def _launch(self, todo: list[Job], told: dict[str, str]) -> int:
+    def _launch(self, todo: list[Job], reasons: dict[str, str]) -> int:
         """Hand the jobs to the launcher: 0, or 128 + the signal that came.
 
-        How they ended stands in their folders; `told` gets what the launcher knows of those that failed.
+        How they ended stands in their folders; `reasons` gets what the launcher knows of those that failed.
         """
         size = self.max_batch_size or max(1, len(todo))
         for start in range(0, len(todo), size):
@@ -205,7 +147,7 @@ class GridSweeper(Sweeper):
             try:
                 with every_job_answers() if submitit else contextlib.nullcontext():
                     returns = self._launcher.launch([list(j.overrides) for j in batch], initial_job_idx=start)
-                told |= {
+                reasons |= {
                     j.run_id: str(r._return_value)
                     for j, r in zip(batch, returns, strict=True)
                     if r.status != JobStatus.COMPLETED
@@ -231,23 +173,22 @@ class ProcessLauncher(Launcher):
         require(retries >= 0, "hydra.launcher.retries", retries, "a number >= 0")
         self.workers, self.threads, self.retries = workers, threads, retries
         self.config: DictConfig | None = None
-        self.hydra_context: HydraContext | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config, self.hydra_context = config, hydra_context
+        self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         assert self.config is not None
-        assert self.hydra_context is not None
         setup_globals()
-        made = [compose_job(self.hydra_context, self.config, overrides) for overrides in job_overrides]
+        path = Path(str(self.config.hydra.sweep.dir)).resolve()
+        composer = JobComposer(self.config.hydra, path)
+        made = [composer.job(overrides) for overrides in job_overrides]
         if not made:
             return []
         jobs = [job for job, _ in made]
         cfgs = {job.run_id: cfg for job, cfg in made}
-        path = Path(str(self.config.hydra.sweep.dir)).resolve()
         pool = Pool(
-            make_workers(self.workers, self.threads, gpus_for(made[0][1]), len(jobs), heaviest(cfgs.values())),
+            pool_workers([cfg for _, cfg in made], self.workers, self.threads),
             command=lambda job, batch: self._command(job, batch),
             batch_size=lambda job: cfgs[job.run_id].evaluation.batch_size,
             retries=self.retries,
@@ -294,22 +235,3 @@ def _with_reason(cell: Cell, reason: str | None) -> Cell:
     if reason is None or cell.state == FINISHED or (cell.state == FAILED and cell.error):
         return cell
     return replace(cell, state=FAILED, error=reason)
-
-
-def gpus_for(cfg: RunConfig) -> list[str]:
-    """The GPUs to deal out, one per job: none for jobs on the CPU, on a GPU chosen by number, or on several at once."""
-    device = cfg.model.device or cfg.runtime.device
-    return visible_gpus() if device in ("auto", "cuda") and cfg.model.device_map is None else []
-
-
-def heaviest(cfgs: Iterable[RunConfig]) -> int | None:
-    """Bytes of the largest model's weights among the jobs; None where one is not known before it is fetched."""
-    sizes = [cfg.model.weights_bytes() for cfg in cfgs]
-    return None if None in sizes else max(size for size in sizes if size is not None)
-
-
-def override(key: str, value: object) -> str:
-    """`key='value'`, quoted for Hydra whatever the value holds."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    return f"{key}={QuotedString(text=str(value), quote=Quote.single).with_quotes()}"

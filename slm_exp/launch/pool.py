@@ -18,6 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from slm_exp.core.logs import open_log
+from slm_exp.core.secrets import masked
 from slm_exp.launch.screen import Screen
 from slm_exp.launch.workers import Worker
 from slm_exp.runs.sweep import FAILED, FINISHED, LOG, Cell, Job, note_death, read_cell
@@ -25,6 +27,11 @@ from slm_exp.runs.sweep import FAILED, FINISHED, LOG, Cell, Job, note_death, rea
 POLL_S = 0.1
 GRACE_S = 10.0
 """How long an interrupted job may take to close its record before it is killed."""
+OF_EVERY_JOB = {
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONSAFEPATH": "1",  # a job imports this package, never what lies in the folder that the sweep ran in
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]),
+}
 UNSET_BATCH = 4
 """Where halving starts when evaluation.batch_size is null: what the evaluation then takes on a CPU."""
 OUT_OF_MEMORY = re.compile(
@@ -33,7 +40,7 @@ OUT_OF_MEMORY = re.compile(
 
 
 class Interrupted(BaseException):
-    """The launcher was told to stop by a signal."""
+    """The launcher got a signal to stop."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -63,7 +70,7 @@ class Pool:
     command: Callable[[Job, int | None], list[str]]
     """(job, evaluation batch size or null) -> argv of its process."""
     batch_size: Callable[[Job], int | None] = lambda job: None
-    """The evaluation batch a job asks for; null when it leaves the choice."""
+    """The evaluation batch of a job; null where it is left open."""
     retries: int = 2
     """How often a job that ran out of memory is tried again, each time with half the evaluation batch."""
     env: dict[str, str] = field(default_factory=dict)
@@ -73,7 +80,7 @@ class Pool:
         """How each job ended, in the order given.
 
         Raises:
-            Interrupted: SIGINT, SIGTERM or SIGHUP came; every job was told to stop and is gone.
+            Interrupted: SIGINT, SIGTERM or SIGHUP came; every job was asked to stop and is gone.
         """
         waiting = deque(Attempt(job) for job in jobs)
         free, running = deque(self.workers), list[Attempt]()
@@ -117,15 +124,16 @@ class Pool:
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
-            with open(job.folder / LOG, "ab", buffering=0) as out:
-                out.write(f"--- {now} attempt {attempt.number} on {worker.name}: {shlex.join(argv)}\n".encode())
+            with open_log(job.folder / LOG) as out:
+                said = masked(shlex.join(argv))
+                out.write(f"--- {now} attempt {attempt.number} on {worker.name}: {said}\n".encode())
                 attempt.process = subprocess.Popen(
                     argv,
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=out,
                     start_new_session=True,
-                    env=os.environ | {"PYTHONUNBUFFERED": "1"} | self.env | worker.env,
+                    env=os.environ | OF_EVERY_JOB | self.env | worker.env,
                 )
         except OSError as error:
             attempt.no_start = f"{type(error).__name__}: {error}"
@@ -135,7 +143,7 @@ class Pool:
         job, process = attempt.job, attempt.process
         if process is None:
             return Cell(job, FAILED, error=attempt.no_start), None
-        code = bury(process)
+        code = reap(process)
         killed_for_memory = code == -signal.SIGKILL and oom_kills() > attempt.oom_kills
         how = died_of(code) + (", taken by the kernel's out-of-memory killer" if killed_for_memory else "")
         if code != 0:
@@ -144,11 +152,11 @@ class Pool:
         if cell.state == FINISHED:
             return cell, None
         if attempt.number <= self.retries and (killed_for_memory or OUT_OF_MEMORY.search(cell.error or "")):
-            asked = attempt.batch_size or self.batch_size(job) or UNSET_BATCH
-            if asked > 1:
-                return cell, Attempt(job, attempt.number + 1, asked // 2)
+            batch = attempt.batch_size or self.batch_size(job) or UNSET_BATCH
+            if batch > 1:
+                return cell, Attempt(job, attempt.number + 1, batch // 2)
         if cell.state != FAILED:  # it never got to a record, or could not write it
-            cell = Cell(job, FAILED, cell.stage, f"{how}; last words: {cell.error or 'none'}", cell.seconds)
+            cell = Cell(job, FAILED, cell.stage, f"{how}; last log line: {cell.error or 'none'}", cell.seconds)
         return cell, None
 
 
@@ -175,8 +183,8 @@ def has_ended(process: subprocess.Popen[bytes]) -> bool:
     return process.poll() is not None
 
 
-def bury(process: subprocess.Popen[bytes]) -> int:
-    """Kill an ended process's group, what it may have left behind; its exit status."""
+def reap(process: subprocess.Popen[bytes]) -> int:
+    """Kill what is left of an ended process's group; its exit status."""
     _kill_group(process.pid, signal.SIGKILL)
     return process.wait()
 
@@ -189,7 +197,7 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     while not all(map(has_ended, processes)) and time.monotonic() < deadline:
         time.sleep(POLL_S)
     for process in processes:
-        bury(process)
+        reap(process)
 
 
 def _kill_group(pid: int, signum: int) -> None:
@@ -201,10 +209,10 @@ def _kill_group(pid: int, signum: int) -> None:
 def signals_raise() -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP raise Interrupted inside, unless whoever started us had them ignored (nohup, &)."""
 
-    def told(signum: int, frame: Any) -> None:
+    def interrupt(signum: int, frame: Any) -> None:
         raise Interrupted(signum)
 
-    with _handlers(told):
+    with _handlers(interrupt):
         yield
 
 

@@ -16,7 +16,7 @@ LINE_EVERY_S = 60.0
 
 
 class Screen:
-    """Told what happens, shows where the sweep stands.
+    """Shows where the sweep stands, from what the pool reports.
 
     Args:
         name: of the sweep.

@@ -9,6 +9,8 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 GIB = 2**30
 
 
@@ -27,9 +29,9 @@ def cores() -> int:
 
 def visible_gpus() -> list[str]:
     """The GPUs (or MIG slices) a job could see, as names for CUDA_VISIBLE_DEVICES. Imports no torch, touches no GPU."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is not None:
-        return [name.strip() for name in told.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -39,8 +41,6 @@ def visible_gpus() -> list[str]:
 
 def available_memory() -> int:
     """Bytes that new processes may take: what the machine has free, or what is left of this process's cgroup."""
-    import psutil
-
     free = [psutil.virtual_memory().available]
     for limit, used in (("memory.max", "memory.current"),
                         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # cgroup v2, v1

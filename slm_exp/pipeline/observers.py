@@ -16,10 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from filelock import Timeout
+
 from slm_exp import __version__
 from slm_exp.core.cache.store import StageStore, library_versions
 from slm_exp.core.errors import SlmError, StageError
 from slm_exp.core.files import write_json, write_text
+from slm_exp.core.locks import Lock
+from slm_exp.core.secrets import masked
 from slm_exp.evaluation.protocol import FILE as PROTOCOL
 from slm_exp.merging.surgery import zeroed
 from slm_exp.runs.record import VERSIONED, git_state, is_finished, read_record
@@ -60,10 +64,8 @@ class Recorder:
     _lock: Any = None
 
     def __enter__(self) -> Self:
-        from filelock import FileLock, Timeout
-
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / ".lock")
+        self._lock = Lock(self.folder / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -81,9 +83,9 @@ class Recorder:
             "run_id": run_id,
             "status": "running",
             "group": self.group,
-            "command": shlex.join(["python", "-m", "slm_exp", *self.overrides]),
-            "overrides": list(self.overrides),
-            "config": self.cfg.resolved(),
+            "command": shlex.join(["python", "-m", "slm_exp", *masked(self.overrides)]),
+            "overrides": masked(self.overrides),
+            "config": masked(self.cfg.resolved()),
             "versions": {"slm_exp": __version__, "python": platform.python_version(), **library_versions(VERSIONED)},
             "device": None,
             "git": git_state(),
@@ -267,7 +269,7 @@ class Recorder:
         for line in getattr(error, "__notes__", []):
             stage = line.removeprefix("stage: ") if line.startswith("stage: ") else stage
         self.record["status"] = "failed"
-        self.record["error"] = {"type": type(cause).__name__, "message": str(cause), "stage": stage}
+        self.record["error"] = {"type": type(cause).__name__, "message": masked(str(cause)), "stage": stage}
         trace = "" if isinstance(cause, SlmError) else "".join(traceback.format_exception(cause))
         log.error("run %s failed in stage %s: %s: %s\n%s", self.cfg.run_id, stage, type(cause).__name__, cause, trace)
         try:

@@ -17,7 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
+
 from slm_exp import __version__
+from slm_exp.core import locks
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import write_json
 from slm_exp.runs.record import is_finished, read_record
@@ -29,7 +32,7 @@ FINISHED, FAILED, DIED, RUNNING, WAITING = "finished", "failed", "died", "runnin
 STATES = {
     FINISHED: "its record says so, made by this version of the package",
     FAILED: "its record names the stage and the error",
-    DIED: "it started, and ended without a word (killed, out of memory, power)",
+    DIED: "it started, and terminated unexpectedly (killed, out of memory, power)",
     RUNNING: "a process is at work on it",
     WAITING: "not started",
 }
@@ -104,24 +107,12 @@ def read_cell(job: Job) -> Cell:
         return Cell(job, WAITING, error=reason)
     if record.get("status") == "failed" and isinstance(error := record.get("error"), dict):
         return Cell(job, FAILED, error.get("stage"), f"{error.get('type')}: {error.get('message')}", seconds)
-    return Cell(job, DIED, stage, "ended without a word", seconds)
+    return Cell(job, DIED, stage, "terminated unexpectedly", seconds)
 
 
 def in_use(folder: Path) -> bool:
     """Whether a process holds the run folder's lock. The kernel frees it with the process, however that ends."""
-    from filelock import FileLock, Timeout
-
-    if not (folder / ".lock").exists():
-        return False
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:  # a read-only folder: nobody can be writing there
-        return False
-    lock.release()
-    return False
+    return locks.in_use(folder / ".lock")
 
 
 def last_lines(path: Path, count: int) -> list[str]:
@@ -139,7 +130,7 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 
 def note_death(job: Job, message: str) -> None:
-    """Turn the record of a job that ended without a word into a failed one that says how it ended."""
+    """Turn the record of a job that terminated unexpectedly into a failed one that says how it ended."""
     record = read_record(job.folder)
     if record is None or record.get("status") != "running" or in_use(job.folder):
         return
@@ -237,10 +228,8 @@ class SweepFolder:
         Raises:
             ConfigError: another launcher is at work; names its pid and host.
         """
-        from filelock import FileLock, Timeout
-
         self.path.mkdir(parents=True, exist_ok=True)
-        lock, about = FileLock(self.path / ".launcher.lock"), self.path / ".launcher.json"
+        lock, about = locks.Lock(self.path / ".launcher.lock"), self.path / ".launcher.json"
         try:
             lock.acquire(timeout=0)
         except Timeout:

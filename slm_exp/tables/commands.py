@@ -19,7 +19,7 @@ def commands(jobs: Sequence[Sequence[str]], name: str) -> list[str]:
     """
     folder = f"hydra.sweep.dir=outputs/multirun/{name}"
     if not re.fullmatch(r"[\w.-]+", name, re.ASCII):  # Hydra's grammar, besides the shell's
-        from slm_exp.launch.plugins import override
+        from slm_exp.launch.hydra_compat import override
 
         folder = override("hydra.sweep.dir", f"outputs/multirun/{name}")
     head = ["python", "-m", "slm_exp", "-m", folder]

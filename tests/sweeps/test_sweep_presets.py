@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from slm_exp.launch.compose import check_all, compose_raw, compose_run, conf_dir, split_sweep
+from slm_exp.launch.compose import compose_raw, compose_run, conf_dir
+from slm_exp.launch.jobs import check_all, split_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))

@@ -20,7 +20,7 @@ from made_runs import make_run
 
 from slm_exp.cli.main import main
 from slm_exp.evaluation.base import SEVEN
-from slm_exp.launch.compose import split_sweep
+from slm_exp.launch.jobs import split_sweep
 from slm_exp.runs.statistics.runs import Measured
 from slm_exp.runs.statistics.spread import spread
 from slm_exp.tables.commands import commands, products

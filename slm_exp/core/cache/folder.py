@@ -18,9 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from filelock import Timeout
+
 from slm_exp.core.cache import journal
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import file_digest, write_text
+from slm_exp.core.locks import Lock
 
 STAGES = ("model", "calibrate", "similarity", "plan", "scores", "width", "recover", "evaluate")
 """The folders of a cache that hold entries."""
@@ -146,11 +149,9 @@ def size_of(path: Path) -> int:
 
 def remove(entry: Path) -> bool:
     """Remove an entry by one rename, so that no reader meets half of it. False: it is in use or cannot be removed."""
-    from filelock import FileLock, Timeout
-
     if entry.parent.name not in STAGES or not KEY.fullmatch(entry.name) or not _is(entry, stat.S_ISDIR):
         return False
-    lock = FileLock(entry.with_name(f".{entry.name}.lock"))
+    lock = Lock(entry.with_name(f".{entry.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except (Timeout, OSError):

@@ -23,6 +23,7 @@ from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.cache.folder import MANIFEST, STAGES, mark
 from slm_exp.core.cache.folder import default_cache_dir as default_cache_dir
 from slm_exp.core.files import digest, file_digest, write_json
+from slm_exp.core.locks import Lock
 
 log = logging.getLogger(__name__)
 
@@ -170,12 +171,10 @@ class StageStore:
 
     @contextlib.contextmanager
     def _locked(self, entry: Path) -> Iterator[None]:
-        from filelock import FileLock
-
         try:
             mark(entry.parent.parent)
             entry.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(entry.with_name(f".{entry.name}.lock"))
+            lock = Lock(entry.with_name(f".{entry.name}.lock"))
             lock.acquire()
         except OSError as error:
             log.warning("cache %s cannot be written: %s", self.folder, error)

@@ -1,4 +1,4 @@
-"""The door: what a user types, and what they are told when it is wrong."""
+"""The entry point: what a user types, and the message when it is wrong."""
 
 import os
 import subprocess
@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from slm_exp.cli import run as entry_point
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import GROUPS, available
-from slm_exp.launch import compose as door
+from slm_exp.launch import compose, jobs
+from slm_exp.launch.compose import compose_raw, compose_run, conf_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["model=tiny", "evaluation=none", "tracking=none"]
@@ -23,32 +25,32 @@ def python_m(*args: str, cwd: Path = ROOT, module: str = "slm_exp", **env: str) 
 
 
 def presets(group: str) -> list[str]:
-    return sorted(p.stem for p in (door.conf_dir() / group).glob("*.yaml"))
+    return sorted(p.stem for p in (conf_dir() / group).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_member_composes_and_has_an_identity(group):
     for name in {*available(group), *presets(group)} - {"from_plan", "jsonl", "tokens", "hf", "cuda"}:
         sizes = getattr(available(group).get(name), "targets", ())  # a method that takes a size takes no default
-        cfg = door.compose_run(["model=tiny", f"{group}={name}", *(f"{group}.{size}=0.1" for size in sizes[-1:])])
+        cfg = compose_run(["model=tiny", f"{group}={name}", *(f"{group}.{size}=0.1" for size in sizes[-1:])])
         assert getattr(cfg, group).identity()["name"] in available(group), name
 
 
 @pytest.mark.parametrize("name", presets("experiment"))
 def test_every_experiment_composes(name):
-    assert door.compose_run([f"experiment={name}"]).run_id
+    assert compose_run([f"experiment={name}"]).run_id
 
 
 @pytest.mark.parametrize("name", presets("sweep"))
 def test_every_sweep_composes_job_by_job(name):
-    whole = door.compose_raw([f"sweep={name}"], with_hydra=True)
-    jobs = door.split_sweep([f"sweep={name}"], dict(whole.hydra.sweeper.params))
-    ids = [door.compose_run([o for o in job if not o.startswith("hydra")]).run_id for job in jobs]
+    whole = compose_raw([f"sweep={name}"], with_hydra=True)
+    cells = jobs.split_sweep([f"sweep={name}"], dict(whole.hydra.sweeper.params))
+    ids = [compose_run([o for o in job if not o.startswith("hydra")]).run_id for job in cells]
     assert len(ids) > 1
     assert len(set(ids)) == len(ids)
 
 
-@pytest.mark.parametrize("path", sorted(door.conf_dir().rglob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(conf_dir().rglob("*.yaml")), ids=lambda p: p.stem)
 def test_presets_open_with_the_command_that_runs_them(path):
     first = path.read_text().splitlines()[0]
     assert first.startswith("# "), path
@@ -77,30 +79,30 @@ def test_presets_open_with_the_command_that_runs_them(path):
 )
 def test_a_wrong_setting_says_where_what_wanted_and_what_to_do(override, said):
     with pytest.raises(ConfigError) as error:
-        door.compose_run(["model=tiny", "tracking=none", override])
+        compose_run(["model=tiny", "tracking=none", override])
     for part in said:
         assert part in str(error.value), str(error.value)
 
 
 def test_two_ways_of_asking_for_a_size_are_refused():
     with pytest.raises(ConfigError, match=r"at most one of.*method.threshold = 0.8.*method.target_layers = 4"):
-        door.compose_run(["model=tiny", "method.threshold=0.8", "method.target_layers=4"])
+        compose_run(["model=tiny", "method.threshold=0.8", "method.target_layers=4"])
 
 
 def test_run_id_is_science_only():
-    base = door.compose_run(QUICK).run_id
+    base = compose_run(QUICK).run_id
     for same in ("tracking=wandb", "runtime=cpu", "runtime.threads=1", "evaluation.batch_size=3", "model.device=cpu",
                  "cache.dir=/nowhere", "save_model=false"):
-        assert door.compose_run([*QUICK, same]).run_id == base, same
+        assert compose_run([*QUICK, same]).run_id == base, same
     others = ["seed=1", "method.threshold=0.91", "merge_rule=mean", "kernel=rbf", "similarity=cka", "model.seed=5",
               "calibration.n_samples=11", "kernel=cosine", "kernel=angular"]
-    ids = [door.compose_run([*QUICK, other]).run_id for other in others]
+    ids = [compose_run([*QUICK, other]).run_id for other in others]
     assert len({base, *ids}) == len(others) + 1
 
 
 def test_sweeps_are_named_by_what_they_are():
     def folder(*overrides: str) -> str:
-        return str(door.compose_raw(overrides, with_hydra=True).hydra.sweep.dir)
+        return str(compose_raw(overrides, with_hydra=True).hydra.sweep.dir)
 
     assert folder("sweep=threshold_rule") == "outputs/multirun/threshold_rule"
     assert folder("sweep=threshold_rule", "seed=1") != folder("sweep=threshold_rule", "seed=2")
@@ -115,7 +117,7 @@ def test_help_and_cfg_answer_at_once_and_import_nothing_heavy():
     composed = python_m("--cfg", "job", "method.threshold=0.7")
     assert "threshold: 0.7" in composed.stdout
     assert time.monotonic() - started < 20, "both together; the benchmark holds the 2 s each on a quiet machine"
-    code = ("import sys; from slm_exp.launch import compose as door; door.compose_run(['model=tiny']); "
+    code = ("import sys; from slm_exp.launch.jobs import command_jobs; command_jobs(['model=tiny']); "
             "print([m for m in ('torch', 'transformers', 'datasets', 'wandb', 'lm_eval', 'matplotlib', 'peft') "
             "if m in sys.modules])")
     listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -123,7 +125,7 @@ def test_help_and_cfg_answer_at_once_and_import_nothing_heavy():
 
 
 def test_cfg_of_a_grid_shows_its_first_job(capsys):
-    assert door.main(["-m", "merge_rule=mean,keep_low", "seed=7,2", "--cfg", "job"]) == 0
+    assert entry_point.main(["-m", "merge_rule=mean,keep_low", "seed=7,2", "--cfg", "job"]) == 0
     shown = capsys.readouterr()
     assert "# the first of 4 jobs: merge_rule=mean seed=7" in shown.err
     assert "\nseed: 7\n" in shown.out
@@ -160,10 +162,8 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 def test_a_field_of_swept_members_need_not_be_one_of_the_default_member(overrides, field, tmp_path, monkeypatch):
     """Hydra composes a multirun's own config with the default member, which may not have the field."""
     monkeypatch.chdir(tmp_path)
-    door.checked.clear()
-    door.check_all(["model=tiny", *overrides], multirun=True)
-    assert door.checked
-    given = door.fields_of_swept_groups(overrides)
+    assert jobs.check_all(["model=tiny", *overrides], multirun=True).jobs
+    given = jobs.fields_of_swept_groups(overrides)
     assert field in given
-    assert door.fields_of_swept_groups(given) == given
-    assert door.fields_of_swept_groups(["method.threshold=0.8"]) == ["method.threshold=0.8"]
+    assert jobs.fields_of_swept_groups(given) == given
+    assert jobs.fields_of_swept_groups(["method.threshold=0.8"]) == ["method.threshold=0.8"]

@@ -1,0 +1,147 @@
+"""What the commands share: click commands whose help reads like a manual page and whose errors name what was meant."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from slm_exp.core.errors import SlmError, did_you_mean
+from slm_exp.core.secrets import masked
+
+FOLDER = click.Path(path_type=Path)  # type: ignore[type-var]  # click's stubs want bytes or str
+
+
+class Command(click.Command):
+    """`slm NAME`; as a function it takes the words after the name and returns the exit status.
+
+    Args:
+        doc: a summary, the docstring of the command's module.
+        examples: a command -> what it does.
+        exits: a status -> when.
+        notes: what else there is to know; one paragraph is folded, a list stays as it is. May be a function, so that
+            only `--help` pays for it.
+    """
+
+    def __init__(
+        self, *args: Any, doc: str = "", examples: Mapping[str, str] | None = None,
+        exits: Mapping[int, str] | None = None, notes: str | Callable[[], str] = "", **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.doc, self.examples, self.exits, self.notes = doc, dict(examples or {}), dict(exits or {}), notes
+
+    def __call__(self, argv: Sequence[str]) -> int:  # type: ignore[override]
+        """Run with these words. Raises SlmError as the command does; SystemExit 2 for a wrong call."""
+        return status_of(self, argv, f"slm {self.name}")
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, " ".join(self.collect_usage_pieces(ctx)), prefix="usage: ")
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        text = f"{self.doc.strip()}\n(= python -m slm_exp.cli {self.name})" if self.doc else self.help or ""
+        formatter.write("\n" + text + "\n")
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        parts = []
+        if self.examples:
+            width = max(map(len, self.examples))
+            parts.append("examples:\n" + "\n".join(f"  {c:<{width}}  {what}" for c, what in self.examples.items()))
+        if notes := self.notes() if callable(self.notes) else self.notes:
+            parts.append(notes if "\n  " in notes else textwrap.fill(" ".join(notes.split()), 112))
+        if self.exits:
+            parts.append("exit status:\n" + "\n".join(f"  {status}  {when}" for status, when in self.exits.items()))
+        formatter.write("".join(f"\n{part}\n" for part in parts))
+
+
+class Group(Command, click.Group):
+    """`slm NAME SUBCOMMAND`."""
+
+    command_class = Command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        there = self.list_commands(ctx)
+        if args[0] not in there and not args[0].startswith("-") and not ctx.resilient_parsing:
+            raise click.UsageError(f"{args[0]!r}; expected one of {', '.join(there)}. "
+                                   f"{did_you_mean(args[0], there)}".rstrip(), ctx)
+        return super().resolve_command(ctx, args)
+
+
+class OneOf(click.Choice[str]):
+    """A word of a few; a wrong one is refused with the nearest."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            raise click.UsageError(f"{value!r}; expected one of {', '.join(self.choices)}. "
+                                   f"{did_you_mean(value, self.choices)}".rstrip(), ctx)
+        return str(value)
+
+
+def command(name: str, doc: str | None, *, group: bool = False, **kwargs: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: make a function the command `slm NAME`, with the help that `Command` describes."""
+    settings = {"terminal_width": 112, "help_option_names": ["-h", "--help"]}
+    if group:
+        kwargs |= {"invoke_without_command": True, "subcommand_metavar": "[SUBCOMMAND] ..."}
+    return click.command(name, cls=Group if group else Command, doc=doc or "", context_settings=settings, **kwargs)
+
+
+def overrides_argument() -> Callable[[Callable[..., Any]], Any]:
+    """The argument `OVERRIDE ...` of commands that take a run's overrides."""
+    return click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
+
+
+def complete_override(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """`group=member`, presets included, `table=NAME`, and fields (`method.threshold=`) of every member."""
+    import dataclasses
+
+    from slm_exp.core.registry import GROUPS, available
+    from slm_exp.launch.compose import choices
+    from slm_exp.tables.definition import table_names
+
+    words = [f"{group}={name}" for group in (*GROUPS, "experiment", "sweep") for name in choices(group)]
+    words += [f"table={name}" for name in table_names()]
+    words += sorted({f"{group}.{f.name}=" for group in GROUPS for member in available(group).values()
+                     for f in dataclasses.fields(member)})
+    return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+def status_of(of: click.Command, argv: Sequence[str], called: str) -> int:
+    """Call a click command; its exit status.
+
+    Raises:
+        SystemExit: 2 for a wrong call, one line on stderr.
+        SlmError: as the command does.
+    """
+    try:
+        return int(of.main(list(argv), called, standalone_mode=False) or 0)
+    except click.Abort:
+        raise SystemExit(130) from None
+    except click.ClickException as error:
+        ctx = getattr(error, "ctx", None)
+        where, message = ctx.command_path if ctx else called, error.format_message()
+        if isinstance(error, click.NoSuchOption) and ctx:
+            options = [o for p in ctx.command.params if isinstance(p, click.Option) for o in (*p.opts, "--help")]
+            message = f"there is no {error.option_name}. {did_you_mean(error.option_name, options)}".rstrip()
+        print(f"{where}: {message} See {where} --help.", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def run_command(of: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Call a command, showing its own errors as one line; its exit status."""
+    try:
+        status = of(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `slm ... | head`: whoever read has enough
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (SlmError, OSError) as error:  # also a place that cannot be written
+        print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
+        return 2

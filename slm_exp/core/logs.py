@@ -1,0 +1,50 @@
+"""Log files that are never written through a link, and log records without secrets."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import logging
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from slm_exp.core.secrets import masked
+
+
+def open_log(path: Path) -> io.FileIO:
+    """A log to append to: never through a link that somebody has put there.
+
+    Raises:
+        OSError: it is a link, or not a file, or cannot be written.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.ELOOP, "not a plain file", str(path))
+    return io.FileIO(fd, "a")
+
+
+class LogFile(logging.FileHandler):
+    """The `file` handler of conf/config.yaml."""
+
+    def _open(self) -> Any:
+        return io.TextIOWrapper(open_log(Path(self.baseFilename)), encoding="utf-8", line_buffering=True)
+
+
+def mask_logs() -> None:
+    """Have every log record of this process masked, whoever writes it. Idempotent."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "masks", False):
+        return
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make(*args, **kwargs)
+        with contextlib.suppress(TypeError, ValueError):  # a message whose arguments do not fit: logging says so
+            made.msg, made.args = masked(made.getMessage()), ()
+        return made
+
+    record.masks = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(record)

@@ -1,0 +1,158 @@
+"""Everything that touches Hydra's inside (1.3): another version of Hydra is a change of this file alone."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from decimal import Decimal
+from functools import cache
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException, HydraException
+from hydra.plugins.config_source import ConfigSource
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+HYDRA = ("hydra.", "hydra/")
+"""What the overrides of Hydra's own settings start with; every other override is a job's."""
+
+
+@contextmanager
+def session(folder: str) -> Iterator[None]:
+    """Hydra on a folder of configs, whether or not it is at work already."""
+    instance = GlobalHydra.instance()
+    before, instance.hydra = instance.hydra, None
+    try:
+        with initialize_config_dir(folder, version_base="1.3", job_name="slm_exp"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+def compose_config(overrides: Sequence[str], with_hydra: bool) -> DictConfig:
+    """config.yaml with overrides, inside a `session`. Cost: 0.1 s."""
+    return compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
+
+
+def set_values(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Apply overrides of values (not of groups) to a composed config, as composing does. Cost: below 1 ms each.
+
+    Raises:
+        HydraException: as composing does.
+    """
+    try:
+        ConfigLoaderImpl._apply_overrides_to_config([parse(o) for o in overrides], cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigCompositionException from error
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """A copy of a composed config without Hydra's own node."""
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
+    return cfg
+
+
+@cache
+def parse(override: str) -> Override:
+    """One override. Raises HydraException where it is none."""
+    return OverridesParser.create().parse_override(override)
+
+
+def is_sweep(override: str) -> bool:
+    """Whether an override names several values; False where it cannot be parsed."""
+    try:
+        return bool(parse(override).is_sweep_override())
+    except HydraException:
+        return False
+
+
+def axes(overrides: Sequence[str]) -> dict[str, Override]:
+    """The overrides of a grid by key, the last of each key; `glob(...)` needs a `session`."""
+    loader = GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else None
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+    for override in parsed:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise HydraException(f"{override.input_line}: an interval has no grid; name values, or range(start,stop,step)")
+    return {o.get_key_element(): o for o in parsed}
+
+
+def count(axis: Override) -> int:
+    """How many values one override names, without listing a range."""
+    if not axis.is_sweep_override():
+        return 1
+    if isinstance(values := axis.value(), RangeSweep):
+        start, stop, step = (Decimal(x) for x in (values.start or 0, values.stop or 0, values.step))
+        if not step:
+            raise HydraException(f"{axis.input_line}: a step of 0")
+        return max(0, math.ceil((stop - start) / step))
+    return sum(1 for _ in axis.sweep_string_iterator())
+
+
+def grid(axes: dict[str, Override]) -> list[list[str]]:
+    """Every combination of values, the last axis fastest."""
+    values = (axis.sweep_string_iterator() if axis.is_sweep_override() else [axis.get_value_element_as_str()]
+              for axis in axes.values())
+    words = ([f"{key}={value}" for value in of] for key, of in zip(axes, values, strict=True))
+    return [list(job) for job in itertools.product(*words)]
+
+
+def override(key: str, value: object) -> str:
+    """`key='value'`, quoted for Hydra whatever the value holds."""
+    return f"{key}={QuotedString(text=str(value), quote=Quote.single).with_quotes()}"
+
+
+def is_multirun(hydra: DictConfig) -> bool:
+    """Whether a config's own mode (a `sweep=` preset) makes it a grid."""
+    return bool(hydra.mode == RunMode.MULTIRUN)
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Hydra's own options of a command line, and its overrides."""
+    args, unknown = get_args_parser().parse_known_args(list(argv))
+    return args, [*args.overrides, *unknown]
+
+
+def store(group: str, name: str, node: type) -> None:
+    """Make a member of a config group known to Hydra. Idempotent."""
+    ConfigStore.instance().store(group=group, name=name, node=node, provider="slm_exp")
+
+
+def register_plugin(name: str, plugin: type) -> None:
+    """Make `_target_: NAME` mean a launcher or sweeper.
+
+    Hydra instantiates plugins by names below hydra_plugins only, and pickles classes by their true module: so a class
+    stays where it is and is entered under such a name.
+    """
+    Plugins.instance().class_name_to_class[name] = plugin
+
+
+def _let_presets_open_with_their_command() -> None:
+    """Hydra looks for `# @package` only above the first ordinary comment; let it look through the opening comments."""
+    read = ConfigSource._get_header_dict
+    if getattr(read, "through_comments", False):
+        return
+
+    def header(text: str) -> dict[str, str | None]:
+        lines = text.splitlines()
+        comments = itertools.takewhile(lambda line: not line.strip() or line.lstrip().startswith("#"), lines)
+        return read("\n".join(line for line in comments if re.match(r"\s*#\s*@", line)))
+
+    header.through_comments = True  # type: ignore[attr-defined]
+    ConfigSource._get_header_dict = staticmethod(header)  # type: ignore[method-assign, assignment]
+
+
+_let_presets_open_with_their_command()
