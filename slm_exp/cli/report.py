@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from slm_exp.cli.parser import Parser
-from slm_exp.core.errors import SlmError
 
 
 def parser() -> Parser:
@@ -24,21 +22,13 @@ def parser() -> Parser:
     p.add_argument("--path", metavar="PATH.JSON", action="append", default=[], type=Path,
                    help="on a sweep's page, draw this result of `slm path` beside the runs (one that lies in the "
                         "folder is found); may be given several times")
+    p.add_argument("--verify", action="store_true", help="check the digests of large files of the runs too")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0: every folder has its page, and their paths are on stdout."""
     args = parser().parse_args(argv)
-    from slm_exp.reporting.page import write_report
-    from slm_exp.reporting.sweep import is_sweep, write_sweep_report
+    from slm_exp.reporting.sweep import write_reports
 
-    status = 0
-    for folder in args.folders:
-        try:
-            sweep = is_sweep(folder)
-            print(write_sweep_report(folder, args.mixed_protocols, args.path) if sweep else write_report(folder))
-        except SlmError as error:
-            print(f"slm report: {error}", file=sys.stderr)
-            status = 1
-    return status
+    return write_reports(args.folders, args.mixed_protocols, args.path, args.verify)
