@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from slm_exp.cli.command import FOLDER, command
-from slm_exp.core.errors import SlmError
 
 
 @command(
@@ -24,17 +22,9 @@ from slm_exp.core.errors import SlmError
 @click.option("--path", "paths", metavar="PATH.JSON", multiple=True, type=FOLDER,
               help="on a sweep's page, draw this result of `slm path` beside the runs (one that lies in the folder is "
                    "found); may be given several times")  # fmt: skip
-def main(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path]) -> int:
+@click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
+def main(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], verify: bool) -> int:
     """See `slm report --help`."""
-    from slm_exp.reporting.page import write_report
-    from slm_exp.reporting.sweep import is_sweep, write_sweep_report
+    from slm_exp.reporting.sweep import write_reports
 
-    status = 0
-    for folder in folders:
-        try:
-            sweep = is_sweep(folder)
-            print(write_sweep_report(folder, mixed_protocols, list(paths)) if sweep else write_report(folder))
-        except SlmError as error:
-            print(f"slm report: {error}", file=sys.stderr)
-            status = 1
-    return status
+    return write_reports(folders, mixed_protocols, list(paths), verify)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from slm_exp.runs.record import read_record
+from slm_exp.runs.record import read_run
 from slm_exp.runs.sweep import FINISHED, Cell, Job, differing
 
 REDRAW_S = 0.5
@@ -83,7 +83,8 @@ class Screen:
     def _running_lines(self, now: float) -> list[str]:
         lines = []
         for job, worker, since in self.running.values():
-            stage = (read_record(job.folder) or {}).get("stage") or "starting"
+            run = read_run(job.folder)
+            stage = (run.record.stage if run else None) or "starting"
             lines.append(f"  {worker:<6} {clock(now - since):>8}  {stage:<14} {self.apart[job.run_id]}")
         return lines
 

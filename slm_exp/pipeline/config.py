@@ -9,7 +9,7 @@ from typing import Any
 from slm_exp.calibration.base import Calibration
 from slm_exp.core.cache.digests import remember_in
 from slm_exp.core.cache.store import default_cache_dir
-from slm_exp.core.errors import ConfigError, did_you_mean, require
+from slm_exp.core.errors import ConfigError, did_you_mean, require, require_one_of
 from slm_exp.core.files import digest
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.runtime import Runtime
@@ -34,6 +34,9 @@ class CacheConfig:
     """Folder of the stage cache and of converted weights."""
     enabled: bool = True
     """False computes every stage anew (converted weights are still kept)."""
+    accept: str = "version"
+    """Which finished results count: those of the same version of slm_exp (`version`), or only those of the same source,
+    torch, transformers and lm-eval besides (`exact`)."""
 
 
 @dataclass
@@ -60,6 +63,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "a whole number >= 0")
         remember_in(Path(self.cache.dir))
+        require_one_of("cache.accept", self.cache.accept, ("version", "exact"))
         self.merge_rule = self.method.merge_rule(self.merge_rule)
         check_together(self)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import platform
 import shlex
 import sys
 import time
@@ -18,20 +17,24 @@ from typing import TYPE_CHECKING, Any, Self
 
 from filelock import Timeout
 
-from slm_exp import __version__
-from slm_exp.core.cache.store import StageStore, library_versions
+from slm_exp.core.cache.code import package_digest
+from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import SlmError, StageError
 from slm_exp.core.files import write_json, write_text
 from slm_exp.core.locks import Lock
 from slm_exp.core.secrets import masked
+from slm_exp.evaluation.base import EvalReport
 from slm_exp.evaluation.protocol import FILE as PROTOCOL
 from slm_exp.merging.surgery import zeroed
-from slm_exp.runs.record import VERSIONED, git_state, is_finished, read_record
+from slm_exp.runs.files import result_files
+from slm_exp.runs.record import FILE as RECORD
+from slm_exp.runs.record import finished_run, git_state, read_run, versions, write_record
+from slm_exp.runs.schema import Record
+from slm_exp.runs.state import LOCK, remove_stale
 from slm_exp.runs.tracking.base import Tracker
 
 if TYPE_CHECKING:
     from slm_exp.core.types import MergePlan
-    from slm_exp.evaluation.base import EvalReport
     from slm_exp.pipeline.config import RunConfig
     from slm_exp.pipeline.stages import Experiment, Stage
 
@@ -65,19 +68,21 @@ class Recorder:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(self.folder / ".lock")
+        self._lock = Lock(self.folder / LOCK)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             log.warning("another process is computing run %s in %s; waiting for it.", self.cfg.run_id, self.folder)
             self._lock.acquire()
         run_id = self.cfg.run_id
-        if is_finished(self.folder, run_id, with_model=bool(self.cfg.save_model)):
+        remove_stale(self.folder / RECORD, own_too=True)
+        exact = self.cfg.cache.accept == "exact"
+        if done := finished_run(self.folder, run_id, bool(self.cfg.save_model), exact):
             self.finished = True
-            self.record = read_record(self.folder) or {}
+            self.record = done.record.raw
             return self
-        if (before := read_record(self.folder)) and before.get("status") == "finished":
-            write_json(self.folder / "record.before.json", before)  # computed again: nothing finished is lost
+        if (before := read_run(self.folder)) and before.record.status == "finished":
+            write_json(self.folder / "record.before.json", before.record.raw)  # computed again: nothing finished is lost
         self._started = time.perf_counter()
         self.record = {
             "run_id": run_id,
@@ -86,7 +91,8 @@ class Recorder:
             "command": shlex.join(["python", "-m", "slm_exp", *masked(self.overrides)]),
             "overrides": masked(self.overrides),
             "config": masked(self.cfg.resolved()),
-            "versions": {"slm_exp": __version__, "python": platform.python_version(), **library_versions(VERSIONED)},
+            "versions": versions(),
+            "code": package_digest(),
             "device": None,
             "git": git_state(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -114,7 +120,7 @@ class Recorder:
         """Put the record on disk, atomically."""
         if self._started:
             self.record["seconds"] = round(time.perf_counter() - self._started, 3)
-        write_json(self.folder / "record.json", self.record)
+        write_record(self.folder, self.record)
 
     @property
     def store(self) -> StageStore:
@@ -188,11 +194,10 @@ class Recorder:
 
     def accept_evaluations(self) -> None:
         """Hold a finished record to `evaluation.protocol` and `dense_range`, which a run_id does not tell apart."""
-        from slm_exp.evaluation.base import EvalReport
-
-        for which, found in self.record["eval"].items():
-            if found:
-                self.cfg.evaluation.accept(EvalReport.from_json(found), dense=which == "dense")
+        measured = Record.of(self.record).eval
+        for side in filter(None, measured.both):
+            report = EvalReport(side.tasks, side.average, side.perplexity, side.protocol, samples={})
+            self.cfg.evaluation.accept(report, dense=side is measured.dense)
 
     def keep_evaluation(self, which: str, report: EvalReport) -> None:
         """Per-document results into samples/<which>/, scores into `eval.<which>` of the record, protocol.json."""
@@ -254,7 +259,8 @@ class Recorder:
         write_report(self.folder, self.record | {"status": "finished"})
 
     def done(self) -> dict[str, Any]:
-        """Mark the run finished. Nothing may fail after this."""
+        """Mark the run finished, with size and digest of every file that is its result. Nothing may fail after this."""
+        self.record["files"] = result_files(self.folder, with_model=bool(self.cfg.save_model))
         self.record["status"] = "finished"
         self.record.pop("stage", None)
         self.write()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from slm_exp.core.documents import JsonObject, Section, parse, read_json
 from slm_exp.core.errors import SlmError
-
-if TYPE_CHECKING:
-    from slm_exp.reporting.sweep import Row
+from slm_exp.reporting.results import Comparison
+from slm_exp.reporting.rows import Row
+from slm_exp.runs.statistics.scores import Estimate
 
 Z95 = 1.96
 """Standard errors from a mean to either end of its 95 % interval."""
@@ -24,7 +23,7 @@ class Point:
 
     row: Row | None
     params: int
-    """Those that have an effect: without the ones that removed halves of layers leave behind as zeros."""
+    """Those that have an effect: without the ones that removed sublayers leave behind as zeros."""
     value: float
     """In the unit of the measure."""
     stderr: float | None = None
@@ -70,37 +69,40 @@ def measure(rows: Sequence[Row]) -> list[Measure]:
         out += [_measure(f"task-{task}", task, "per cent", 1, True, done, [
             (row, _accuracy(row.compared(task))) for row in done])
             for task in dict.fromkeys(c.task for row in done for c in row.tasks)]
-    texts = dict.fromkeys(c for row in done for c in (row.measured.get("compressed") or {}).get("perplexity") or {})
+    texts = dict.fromkeys(c for row in done for c in row.measured.compressed.perplexity)
     out += [_measure(f"perplexity-{corpus}", f"Perplexity, {corpus}", "lower is better", 2, False, done, [
         (row, _plain(row.perplexity(corpus, "dense"), row.perplexity(corpus))) for row in done]) for corpus in texts]
-    for kind in sorted({row.record["plan"].get("similarity") or "" for row in done if row.score is not None}):
-        of = [row for row in done if row.score is not None and (row.record["plan"].get("similarity") or "") == kind]
+    for kind in sorted({row.record.plan.similarity for row in done if row.score is not None}):
+        of = [row for row in done if row.score is not None and row.record.plan.similarity == kind]
         out.append(_measure(f"score-{kind}", f"Similarity to dense, {kind}", "1 is identical", 4, True, of, [
             (row, _plain(1.0, row.score)) for row in of]))
     return [m for m in out if m.points]
 
 
-Sides = tuple[tuple[float, float | None] | None, tuple[float, float | None] | None]
-"""Dense and compressed, each (value, standard error) or None."""
+Sides = tuple[Estimate | None, Estimate | None]
+"""Dense and compressed."""
 
 
-def _accuracy(row: Any) -> Sides:
-    both = [None if row is None or e is None else (100 * e.value, None if e.stderr is None else 100 * e.stderr)
-            for e in ((row.dense, row.compressed) if row else (None, None))]
-    return both[0], both[1]
+def _accuracy(row: Comparison | None) -> Sides:
+    dense, compressed = ((row.dense, row.compressed) if row else (None, None))
+    return _percent(dense), _percent(compressed)
+
+
+def _percent(e: Estimate | None) -> Estimate | None:
+    return None if e is None else Estimate(100 * e.value, None if e.stderr is None else 100 * e.stderr)
 
 
 def _plain(dense: float | None, compressed: float | None) -> Sides:
-    return None if dense is None else (dense, None), None if compressed is None else (compressed, None)
+    return None if dense is None else Estimate(dense, None), None if compressed is None else Estimate(compressed, None)
 
 
 def _measure(key: str, name: str, unit: str, digits: int, higher: bool, done: Sequence[Row],
              found: Sequence[tuple[Row, Sides]]) -> Measure:
-    dense = {(row.params["before"], *side) for row, (side, _) in found if side}
+    dense = {(row.params.before, side.value, side.stderr) for row, (side, _) in found if side and row.params.before}
     points = [Point(None, params, value, stderr) for params, value, stderr in
               sorted(dense, key=lambda d: (d[0], d[1], d[2] or 0.0))]
-    points += [Point(row, row.params["after"] - (row.params.get("zeroed") or 0), *side) for row, (_, side) in found
-               if side and math.isfinite(side[0])]
+    points += [Point(row, row.params.after - row.params.zeroed, side.value, side.stderr) for row, (_, side) in found
+               if side and math.isfinite(side.value) and row.params.after is not None]
     if all(p.row is None for p in points):
         points = []
     here = sum(p.row is not None for p in points)
@@ -120,42 +122,71 @@ def _with_front(points: Sequence[Point], higher: bool) -> tuple[Point, ...]:
     return tuple(replace(p, front=(p.params, p.value) in good) for p in points)
 
 
-@dataclass(frozen=True)
-class ThresholdPath:
+class PathPlan(Section):
+    """What the thresholds of one interval give."""
+
+    threshold_low: float
+    threshold_high: float
+    n_layers: int
+    final_score: float | None = None
+
+
+class Named(Section):
+    name: str
+
+
+class PathConfig(Section):
+    merge_rule: Named
+    similarity: Named
+
+
+class Digested(Section):
+    digest: str
+
+
+class ThresholdPath(Section):
     """A path.json: what every threshold in a range gives."""
 
-    source: str
-    plans: tuple[dict[str, Any], ...]
-    """`{threshold_low, threshold_high, n_layers, final_score}`, ascending."""
-    rule: str
-    similarity: str
-    model: str
-    """Its weights' digest."""
-    calibration: str
-    """Its tokens' digest."""
-    unknown: tuple[tuple[float, float], ...] = ()
+    plans: list[PathPlan]
+    """Ascending."""
+    config: PathConfig
+    model: Digested
+    """Its weights."""
+    calibration: Digested
+    """Its tokens."""
+    unknown: list[list[float]] = []  # noqa: RUF012 (pydantic copies defaults)
+    source: str = ""
+    """Where it was read, from the sweep's folder."""
+
+    @property
+    def rule(self) -> str:
+        return self.config.merge_rule.name
+
+    @property
+    def similarity(self) -> str:
+        return self.config.similarity.name
 
 
 def read_paths(folder: Path, given: Sequence[Path] = ()) -> list[ThresholdPath]:
     """The path.json files that lie in a folder or in its subfolders (those that cannot be read are no paths), and
-    those asked for.
+    those given.
 
     Raises:
-        SlmError: one that was asked for is not there or is no path.
+        SlmError: a given one is not there or is no path.
     """
     found = sorted((*folder.glob("path.json"), *folder.glob("*/path.json")))
-    asked = [path / "path.json" if path.is_dir() else path for path in given]
+    wanted = [path / "path.json" if path.is_dir() else path for path in given]
     out = []
-    for path in dict.fromkeys([*found, *asked]):
+    for path in dict.fromkeys([*found, *wanted]):
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            config = told["config"]
-            out.append(ThresholdPath(
-                path.name if path.parent == folder else f"{path.parent.name}/{path.name}", tuple(told["plans"]),
-                config["merge_rule"]["name"], config["similarity"]["name"], told["model"]["digest"],
-                told["calibration"]["digest"], tuple((a, b) for a, b in told.get("unknown", ()))))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if path in asked:
+            data: JsonObject = dict(read_json(path))
+            source = path.name if path.parent == folder else f"{path.parent.name}/{path.name}"
+            out.append(parse(ThresholdPath, data | {"source": source}))
+            if not out[-1].plans or any(len(ends) != 2 for ends in out[-1].unknown):
+                del out[-1]
+                raise ValueError("it has no plans")
+        except (OSError, ValueError, TypeError) as error:
+            if path in wanted:
                 raise SlmError(f"{path} is no threshold path ({type(error).__name__}: {error}); expected the path.json "
                                "that `slm path` writes, or its folder.") from None
     return out

@@ -5,54 +5,60 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from slm_exp.core.documents import JsonObject
 from slm_exp.core.errors import SlmError
-from slm_exp.core.files import write_text
-from slm_exp.core.types import LayerSimilarity, MergePlan
-from slm_exp.reporting import charts, results
-from slm_exp.runs.record import load_record
-from slm_exp.runs.sweep import state_of
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from slm_exp.core.files import plain, write_text
+from slm_exp.core.format import duration
+from slm_exp.reporting import charts, results, svg
+from slm_exp.reporting.rows import setting
+from slm_exp.runs.record import Run, say_unverified
+from slm_exp.runs.schema import Record, WidthSizes
 
 
-def write_report(folder: Path, record: dict[str, Any] | None = None) -> Path:
+def write_report(folder: Path, record: JsonObject | None = None, verify: bool = False, run: Run | None = None) -> Path:
     """Write `folder/report.html` and return its path. Takes a fraction of a second.
 
     Args:
         record: the run's record while it is not yet the one on disk; else record.json is read. A failed or running
             record makes a page too, of what there is.
+        verify: check the digests of large files too.
+        run: the run, if it was read already.
 
     Raises:
         SlmError: no readable record.json.
     """
-    if record is None:
-        record = load_record(folder)
-    plan = MergePlan.from_json(record["plan"]) if record.get("plan") else None
-    page = environment().get_template("run.html.j2").render(
-        record=record,
-        state=state_of(folder, record),
+    if run is None:
+        run = Run.read(folder, verify) if record is None else Run(folder, Record.of(plain(record)), on_disk=False)
+    shown, plan, matrix, measured = run.record, run.plan, run.similarity, run.record.eval
+    rows = results.compare(run)
+    text = environment().get_template("run.html.j2").render(
+        run=run,
+        record=shown,
         plan=plan,
-        method=(record.get("config") or {}).get("method", {}).get("name", ""),
         charts=charts,
-        matrix=_matrix(folder),
-        widths=_widths(plan),
-        advice=advice(record),
-        config_yaml=_config_yaml(folder, record),
-        **_results(folder, record),
+        svg=svg,
+        matrix=matrix,
+        widths=_widths(shown.plan.width.sizes),
+        advice=advice(shown),
+        config_yaml=run.config_yaml or json.dumps(shown.config, indent=1, ensure_ascii=False),  # YAML holds JSON
+        unverified=say_unverified([run]),
+        rows=rows,
+        average=results.average(measured, rows),
+        perplexity={corpus: [side.perplexity.get(corpus) for side in measured.both]
+                    for corpus in {**measured.dense.perplexity, **measured.compressed.perplexity}},
+        protocol=measured.compressed.protocol or measured.dense.protocol,
     )
     path = folder / "report.html"
-    write_text(path, page)
+    write_text(path, text)
     return path
 
 
 @functools.cache
 def environment() -> Environment:
     """Jinja2 with this package's templates and number formats; everything is escaped, a misspelt name is an error."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                       trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"percent": percent, "signed": signed, "duration": duration, "setting": setting}
@@ -63,11 +69,6 @@ def environment() -> Environment:
 def percent(value: float | None, digits: int = 1) -> str:
     """0.4571 -> 45.7; a dash for None."""
     return "–" if value is None else f"{100 * value:.{digits}f}"
-
-
-def setting(path: str) -> str:
-    """A config path as an override writes it: `method.threshold`, `merge_rule`."""
-    return path.removesuffix("/name").replace("/", ".")
 
 
 def signed(value: float) -> str:
@@ -83,39 +84,25 @@ def size_change(before: int, after: int) -> tuple[str, str]:
     return f"{before / factor:.{digits}f}", f"{after / factor:.{digits}f} {unit}".rstrip()
 
 
-def duration(seconds: float | None) -> str:
-    """158.52 -> 2 min 39 s."""
-    if seconds is None:
-        return "–"
-    if seconds < 10:
-        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def advice(record: dict[str, Any]) -> list[str]:
+def advice(record: Record) -> list[str]:
     """What to do about a failed run; empty for any other."""
-    error = record.get("error")
-    if record.get("status") != "failed" or not error:
+    error = record.error
+    if record.status != "failed" or not error:
         return []
-    said = f"{error.get('type')} {error.get('message')}".lower()
+    text = f"{error.type} {error.message}".lower()
     out = []
-    if "memory" in said:
+    if "memory" in text:
         out.append("Ask for less memory: evaluation.batch_size=1, model.dtype=bfloat16, a smaller "
                    "calibration.n_samples, or runtime=cpu; model.device_map=auto spreads a model over several GPUs.")
-    elif "no space left" in said:
+    elif "no space left" in text:
         out.append("Free disk space, or write elsewhere: hydra.run.dir=FOLDER, cache.dir=FOLDER.")
-    elif error.get("type") == "KeyboardInterrupt":
+    elif error.type == "KeyboardInterrupt":
         out.append("The run was interrupted from outside.")
-    elif str(error.get("type")).endswith("Error") and error.get("type") in _named_errors():
+    elif error.type.endswith("Error") and error.type in _named_errors():
         out.append("The message above names the setting and the remedy.")
     else:
         out.append("This is not a mistake in the settings that slm_exp knows. The traceback is at the end of run.log.")
-    done = [stage["name"] for stage in record.get("stages", [])]
+    done = [stage.name for stage in record.stages]
     if done:
         out.append(f"Then repeat the command: {', '.join(done)} finished, and what the cache holds of them is not "
                    "computed again.")
@@ -128,36 +115,7 @@ def _named_errors() -> set[str]:
     return {cls.__name__ for cls in SlmError.__subclasses__()}
 
 
-def _widths(plan: MergePlan | None) -> dict[str, list[int]]:
+def _widths(sizes: WidthSizes) -> dict[str, list[int]]:
     """What is left of every layer, by what it counts; empty where layers kept their width."""
-    sizes = ((plan.width if plan else None) or {}).get("sizes") or {}
-    names = {"heads": "Heads", "kv_heads": "Key-value heads", "channels": "MLP channels"}
-    return {name: list(sizes[key]) for key, name in names.items() if sizes.get(key)}
-
-
-def _matrix(folder: Path) -> LayerSimilarity | None:
-    try:
-        return LayerSimilarity.load(folder)
-    except (OSError, ValueError, KeyError):  # a failed run may have none
-        return None
-
-
-def _config_yaml(folder: Path, record: dict[str, Any]) -> str:
-    try:
-        return (folder / "config.yaml").read_text(encoding="utf-8")
-    except OSError:
-        return json.dumps(record.get("config"), indent=1, ensure_ascii=False)  # YAML holds JSON
-
-
-def _results(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    evaluation = record.get("eval") or {}
-    rows = results.compare(evaluation, folder / "samples")
-    sides = [evaluation.get(which) or {} for which in ("dense", "compressed")]
-    texts = [side.get("perplexity") or {} for side in sides]
-    protocol: dict[str, Any] = next((side["protocol"] for side in reversed(sides) if side.get("protocol")), {})
-    return {
-        "rows": rows,
-        "average": results.average(evaluation, rows),
-        "perplexity": {corpus: [text.get(corpus) for text in texts] for corpus in {**texts[0], **texts[1]}},
-        "protocol": protocol,
-    }
+    counts = {"Heads": sizes.heads, "Key-value heads": sizes.kv_heads, "MLP channels": sizes.channels}
+    return {name: column for name, column in counts.items() if column}

@@ -3,82 +3,77 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from slm_exp.runs.statistics.scores import metric_of
+from slm_exp.core.documents import JsonObject
+from slm_exp.core.files import plain
+from slm_exp.runs.schema import Record, SizeTarget, SpeedCase
+from slm_exp.runs.statistics.scores import main_score
 
 
-def summary(record: dict[str, Any], folder: Path) -> str:
+def summary(finished: JsonObject, folder: Path) -> str:
     """Sizes, scores dense and compressed, where the time went, where things lie, what to do next."""
-    plan, layers, params = record["plan"], record["layers"], record["params"]
-    merged = ", ".join(f"{a}-{b - 1}" for a, b in plan["groups"]) or "none"
-    gone = [*map(str, plan["dropped"]), *(f"{half['kind']} of {half['layer']}" for half in plan["sublayers"])]
-    removed = f"; removed {', '.join(gone)}" if gone else ""
-    note = f" ({record['model']['note']})" if record["model"]["note"] else ""
+    record = Record.of(plain(finished))
+    plan, layers, params, (dense, small) = record.plan, record.layers, record.params, record.eval.both
+    removed = f"; removed {plan.removed}" if plan.removed else ""
+    note = f" ({record.model.note})" if record.model.note else ""
     lines = [
-        f"run {record['run_id']} finished in {record['seconds']:.0f} s",
-        f"  model      {record['model']['name']}{note}",
-        f"  layers     {layers['before']} -> {layers['after']}, merged {merged}{removed}",
-        f"  parameters {params['before'] / 1e6:.1f} M -> {params['after'] / 1e6:.1f} M"
-        f" ({params['ratio_removed']:.1%} removed)",
+        f"run {record.run_id} finished in {record.seconds or 0:.0f} s",
+        f"  model      {record.model.name}{note}",
+        f"  layers     {layers.before} -> {layers.after}, merged {plan.merged or 'none'}{removed}",
+        f"  parameters {(params.before or 0) / 1e6:.1f} M -> {(params.after or 0) / 1e6:.1f} M"
+        f" ({params.ratio_removed or 0:.1%} removed)",
     ]
-    if plan["final_score"] is not None:
-        lines.append(f"  score      {plan['final_score']:.4f} by {plan['similarity']}"
-                     f" ({plan['evaluations']} candidates)")
-    lines += _sizes(plan.get("target") or {})
-    dense, small = record["eval"]["dense"], record["eval"]["compressed"]
-    if small["tasks"]:
+    if plan.final_score is not None:
+        lines.append(f"  score      {plan.final_score:.4f} by {plan.similarity} ({plan.evaluations} candidates)")
+    lines += _sizes(plan.target)
+    if small.tasks:
         lines.append(f"  {'task':<16} {'dense':>7} {'compressed':>11}")
-        for task in small["tasks"]:
-            a, b = (_main_metric(task, x["tasks"].get(task, {})) for x in (dense, small))
-            lines.append(f"  {task:<16} {_percent(a):>7} {_percent(b):>11}")
-        lines.append(f"  {'average':<16} {_percent(dense['average']):>7} {_percent(small['average']):>11}")
+        for task, scores in small.tasks.items():
+            lines.append(f"  {task:<16} {_percent(main_score(task, dense.scores(task))):>7} "
+                         f"{_percent(main_score(task, scores)):>11}")
+        lines.append(f"  {'average':<16} {_percent(dense.average):>7} {_percent(small.average):>11}")
         lines.append("  (percent; hellaswag, arc_challenge, openbookqa by acc_norm; standard errors in the report)")
-    for corpus, value in small["perplexity"].items():
-        lines.append(f"  perplexity {corpus}: {dense['perplexity'][corpus]:.2f} -> {value:.2f}")
-    lines += [_speed(cell) for cell in (record.get("speed") or {}).get("cells", ())]
-    slow = sorted(record["stages"], key=lambda s: -s["seconds"])[:3]
-    lines.append("  time       " + ", ".join(f"{s['name']} {s['seconds']:.0f} s" for s in slow))
-    lines += [f"  warning    {w}" for w in record["warnings"]]
+    for corpus, value in small.perplexity.items():
+        before = dense.perplexity.get(corpus)
+        lines.append(f"  perplexity {corpus}: {_perplexity(before)} -> {_perplexity(value)}")
+    lines += [_speed(cell) for cell in record.speed.cells]
+    slow = sorted(record.stages, key=lambda s: -s.seconds)[:3]
+    lines.append("  time       " + ", ".join(f"{s.name} {s.seconds:.0f} s" for s in slow))
+    lines += [f"  warning    {w}" for w in record.warnings]
     lines.append(f"  report     {folder / 'report.html'}")
     return "\n".join(lines)
 
 
-def _speed(cell: dict[str, Any]) -> str:
+def _speed(cell: SpeedCase) -> str:
     """One shape of generation: seconds, dense and compressed, and how many times faster, with quartiles."""
-    case = f"  speed      batch {cell['batch']}, {cell['prompt']} tokens in, {cell['new']} out: "
-    if cell.get("error"):
-        return case + cell["error"]
-    before, after = (cell[which]["latency_s"]["median"] for which in ("dense", "compressed"))
-    times = cell["speedup"]
-    return case + (f"{before:.3g} s -> {after:.3g} s, {times['median']:.2f} times faster ({times['q1']:.2f} to "
-                   f"{times['q3']:.2f})")
+    case = f"  speed      batch {cell.batch}, {cell.prompt} tokens in, {cell.new} out: "
+    before, after, times = cell.dense.latency_s, cell.compressed.latency_s, cell.speedup
+    if cell.error or not (before and after and times):
+        return case + cell.error
+    return case + (f"{before.median:.3g} s -> {after.median:.3g} s, {times.median:.2f} times faster ({times.q1:.2f} to "
+                   f"{times.q3:.2f})")
 
 
-def _sizes(target: dict[str, Any]) -> list[str]:
-    """What the search for a size came upon: the size asked for and those beside it, with what they cost to run."""
-    if not target.get("sizes"):
+def _sizes(target: SizeTarget) -> list[str]:
+    """What the search for a size found: the size requested and those beside it, with what they cost to run."""
+    if not target.sizes or target.layers is None or len(target.threshold) != 2:
         return []
-    low, high = target["threshold"]
-    budget = "" if target["complete"] else "; the budget ended the search (method.max_evaluations)"
-    lines = [f"  size       {target['layers']} layers for thresholds from {low:.5f} to below {high:.5f}{budget}"]
-    asked = target["layers"]
-    sizes = sorted(target["sizes"], key=lambda size: -size["n_layers"])
-    beside = [s for s in sizes if abs(s["n_layers"] - asked) <= 2]
+    low, high = target.threshold
+    budget = "" if target.complete else "; the budget ended the search (method.max_evaluations)"
+    lines = [f"  size       {target.layers} layers for thresholds from {low:.5f} to below {high:.5f}{budget}"]
+    sizes = sorted(target.sizes, key=lambda size: -size.n_layers)
     return [*lines, *(
-        f"  {'->' if s['n_layers'] == asked else '  '} {s['n_layers']:>4} layers: score {s['best_final_score']:.4f}, "
-        f"{s['flops_per_token'] / 1e9:.3g} GFLOP a token, {1e3 * s['latency_s']:.0f} ms a prefill"
-        for s in beside
+        f"  {'->' if s.n_layers == target.layers else '  '} {s.n_layers:>4} layers: score {s.best_final_score or 0:.4f}, "
+        f"{(s.flops_per_token or 0) / 1e9:.3g} GFLOP a token, {1e3 * (s.latency_s or 0):.0f} ms a prefill"
+        for s in sizes if abs(s.n_layers - target.layers) <= 2
     )]
-
-
-def _main_metric(task: str, scores: dict[str, Any]) -> float | None:
-    """The metric that a task is quoted by: as in the seven-task average, else acc, or what there is."""
-    name = metric_of(task, scores)
-    return None if name is None else float(scores[name])
 
 
 def _percent(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.1f}" if 0 <= value <= 1 else f"{value:.4g}"
+
+
+def _perplexity(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

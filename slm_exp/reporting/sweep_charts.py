@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
-from slm_exp.reporting import charts
-from slm_exp.reporting.charts import tag
 from slm_exp.reporting.measures import Z95, Measure, Point, ThresholdPath
-
-if TYPE_CHECKING:
-    from slm_exp.reporting.results import Comparison
-    from slm_exp.reporting.sweep import Row
+from slm_exp.reporting.results import Comparison
+from slm_exp.reporting.rows import Row, facets
+from slm_exp.reporting.svg import Axis, gridline, tag
 
 HEIGHT = 270.0
 SHAPES = (
@@ -31,7 +28,7 @@ SHAPES = (
     '<path d="M0 6.2 6-4.6H-6Z"/>',
     '<path d="M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z"/>',
 )
-"""So many values of a setting have marks of their own, told apart by shape as well as by colour."""
+"""So many values of a setting have marks of their own, title apart by shape as well as by colour."""
 FEW = 24
 """Up to so many marks show their intervals all the time; of more, only the one pointed at."""
 
@@ -43,7 +40,7 @@ class Shades:
     path: str | None
     values: tuple[Any, ...]
     choices: dict[str, tuple[Any, ...]]
-    """Settings by which the marks can be told apart, and their values."""
+    """Settings by which the marks can be title apart, and their values."""
 
     def of(self, row: Row) -> int:
         """Number of the mark."""
@@ -53,8 +50,6 @@ class Shades:
 
 def shades(rows: Sequence[Row]) -> Shades:
     """Marks by the method or the rule where they differ, else by another component, else by any with few values."""
-    from slm_exp.reporting.sweep import facets
-
     choices = {path: tuple(values) for path, values in facets(list(rows)).items() if len(values) <= len(SHAPES)}
     first = ("method/name", "merge_rule/name")
     path = min(choices, key=lambda p: (p not in first, not p.endswith("/name"), not isinstance(choices[p][0], str)),
@@ -74,38 +69,6 @@ def shape(k: int) -> Markup:
                class_=f"s{k}")
 
 
-class Axis:
-    """A scale with round ticks; logarithmic where values span more than a factor of 20."""
-
-    def __init__(self, values: Iterable[float], log: bool = False, whole: bool = False) -> None:
-        values = list(values)
-        low, high = min(values), max(values)
-        self.log = log and low > 0 and high / low > 20
-        if self.log:
-            decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            steps = (1, 3) if len(decades) <= 4 else (1,)
-            self.ticks = [m * 10.0**d for d in decades for m in steps]
-            first = max(i for i, t in enumerate(self.ticks) if t <= low * (1 + 1e-9))
-            last = min((i for i, t in enumerate(self.ticks) if t >= high * (1 - 1e-9)), default=len(self.ticks) - 1)
-            self.ticks = self.ticks[first : last + 1]
-            if len(self.ticks) > 8:
-                self.ticks = self.ticks[:: math.ceil(len(self.ticks) / 8)]
-            self.low, self.high = min(self.ticks[0], low), max(self.ticks[-1], high)
-        else:
-            self.ticks = charts._ticks(low, high, whole)
-            self.low, self.high = min(self.ticks[0], low), max(self.ticks[-1], high)
-
-    def at(self, value: float) -> float:
-        """0 at the lower end, 1 at the upper; values beyond an end are put there."""
-        value = min(max(value, self.low), self.high)
-        if self.log:
-            return math.log(value / self.low) / (math.log(self.high / self.low) or 1)
-        return (value - self.low) / ((self.high - self.low) or 1)
-
-    def label(self, tick: float) -> str:
-        return f"{tick:,.0f}" if self.log and tick >= 1 else f"{tick:.{charts._decimals(self.ticks)}f}"
-
-
 def scatter(measure: Measure, shades: Shades) -> Markup:
     """A quality over the number of parameters, one linked mark a run, the front of those that no other beats."""
     points = measure.points
@@ -117,16 +80,16 @@ def scatter(measure: Measure, shades: Shades) -> Markup:
     up = Axis(shown, log=not measure.higher_is_better)
 
     def x(params: float) -> str:
-        return f"{100 * across.at(params / factor):.2f}%"
+        return across.across(params / factor)
 
     def y(value: float) -> float:
-        return HEIGHT * (1 - up.at(value))
+        return up.down(value, HEIGHT)
 
-    parts = [charts._gridline(y(tick), up.label(tick)) for tick in up.ticks]
+    parts = [gridline(y(tick), up.label(tick)) for tick in up.ticks]
     dense = {p.params for p in points if p.row is None}
     close = across.high - across.low < 0.15 * across.high
     for tick in across.ticks:
-        at = f"{100 * across.at(tick):.2f}%"
+        at = across.across(tick)
         parts.append(tag("text", f"{across.label(tick)}", x=at, y=HEIGHT + 18, class_="mid"))
         if len(dense) == 1:
             removed = 100 * (1 - tick * factor / next(iter(dense)))
@@ -151,7 +114,7 @@ def unit_of(points: Sequence[Point]) -> tuple[str, float]:
     return next(((unit, factor) for unit, factor in units if most >= factor), ("", 1.0))
 
 
-def _mark(point: Point, measure: Measure, shades: Shades, x: str, y: Any, few: bool) -> Markup:
+def _mark(point: Point, measure: Measure, shades: Shades, x: str, y: Callable[[float], float], few: bool) -> Markup:
     spread = ""
     parts = []
     if point.interval:
@@ -160,19 +123,19 @@ def _mark(point: Point, measure: Measure, shades: Shades, x: str, y: Any, few: b
                          class_="whisker" if few else "whisker rare"))
     value = f"{measure.name} {measure.show(point.value)}{spread}"
     if point.row is None:
-        told = f"dense model: {value}; {_count(point.params)} parameters"
+        title = f"dense model: {value}; {_count(point.params)} parameters"
         mark = tag("circle", cx=x, cy=y(point.value), r=5.5, class_="dense")
-        return tag("g", tag("title", told), *parts, mark, class_="point", role="img", aria_label=told)
+        return tag("g", tag("title", title), *parts, mark, class_="point", role="img", aria_label=title)
     row = point.row
-    layers = (row.record.get("layers") or {}).get("after")
-    told = (f"{row.told}: {value}; {_count(point.params)} parameters, {100 * (row.removed or 0):.1f} % removed"
+    layers = row.record.layers.after
+    title = (f"{row.title}: {value}; {_count(point.params)} parameters, {100 * (row.removed or 0):.1f} % removed"
             f"{f', {layers} layers' if layers else ''}{'; on the front' if point.front else ''}")
     k = shades.of(row)
     if point.front:
         parts.append(tag("circle", cx=x, cy=y(point.value), r=9.5, class_="ring"))
     parts.append(tag("use", href=f"#shape-{k}", x=x, y=y(point.value), class_="mark"))
-    return tag("a", tag("title", told), *parts, href=f"{row.address}/report.html", class_=f"point s{k}",
-               data_run=row.run)
+    return tag("a", tag("title", title), *parts, href=f"{row.address}/report.html", class_=f"point s{k}",
+               data_run=row.name)
 
 
 def _count(params: int) -> str:
@@ -207,50 +170,49 @@ class Staircase:
 def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shades) -> Staircase | None:
     """Layers over the threshold; None where no run was decided by one and there is no path of the runs' model."""
     steps = _steps(rows)
-    models, drawn, notes = {(row.record.get("model") or {}).get("digest") for row in rows}, [], []
-    tokens = {(row.record.get("calibration") or {}).get("digest") for row in rows}
+    models, drawn, notes = {row.record.model.digest for row in rows}, [], []
+    tokens = {row.record.calibration.digest for row in rows}
     for path in paths:
-        if path.model not in models:
+        if path.model.digest not in models:
             notes.append(f"{path.source} is of another model and is left out.")
             continue
         drawn.append(path)
-        if path.calibration not in tokens:
+        if path.calibration.digest not in tokens:
             notes.append(f"{path.source} was made on other calibration tokens than any run.")
     if not steps and not drawn:
         return None
-    ends = [s.threshold for s in steps] or [t for p in drawn for t in (p.plans[0]["threshold_low"],
-                                                                       p.plans[-1]["threshold_high"])]
+    ends = [s.threshold for s in steps] or [t for p in drawn for t in (p.plans[0].threshold_low,
+                                                                       p.plans[-1].threshold_high)]
     across = Axis([min(ends), max(ends)])
-    seen = [p["n_layers"] for path in drawn for p in path.plans
-            if p["threshold_high"] > across.low and p["threshold_low"] < across.high]
+    seen = [p.n_layers for path in drawn for p in path.plans
+            if p.threshold_high > across.low and p.threshold_low < across.high]
     sizes = [*(s.n_layers for s in steps), *seen, *(row.plan.n_layers for row in rows if row.plan)]
     up = Axis([min(sizes) - 1, *sizes], whole=True)  # no mark on the line with the thresholds
     pitch = HEIGHT / max(1.0, up.high - up.low)
     count = max((s.series for s in steps), default=0) + 1
     apart = min(4.0, 0.7 * pitch / max(1, count - 1))
 
-    def x(threshold: float) -> str:
-        return f"{100 * across.at(threshold):.2f}%"
+    x = across.across
 
     def y(n_layers: float, series: int | None = None) -> float:
-        return HEIGHT * (1 - up.at(n_layers)) + (0 if series is None else apart * (series - (count - 1) / 2))
+        return up.down(n_layers, HEIGHT) + (0 if series is None else apart * (series - (count - 1) / 2))
 
-    parts = [charts._gridline(y(tick), f"{tick:g}") for tick in up.ticks]
+    parts = [gridline(y(tick), f"{tick:g}") for tick in up.ticks]
     parts += [tag("text", across.label(t), x=x(t), y=HEIGHT + 18, class_="mid") for t in across.ticks]
     for path in drawn:
         parts.append(tag("g", tag("title", f"{path.source}: {len(path.plans)} plans, {path.rule} by {path.similarity}"),
-                         *_stairs([(p["threshold_low"], p["threshold_high"], p["n_layers"]) for p in path.plans], x, y),
+                         *_stairs([(p.threshold_low, p.threshold_high, p.n_layers) for p in path.plans], x, y),
                          class_="exact"))
         parts += [tag("rect", x=x(a), y=0, height=HEIGHT, class_="unknown",
                       width=f"{100 * (across.at(b) - across.at(a)):.2f}%") for a, b in path.unknown]
     for step in steps:
         k, at = shades.of(step.row), y(step.n_layers, step.series)
-        told = (f"{step.row.told}: {step.n_layers} layers; the same for every threshold from {bound(step.low)} to "
+        title = (f"{step.row.title}: {step.n_layers} layers; the same for every threshold from {bound(step.low)} to "
                 f"{bound(step.high)}")
         line = tag("line", x1=x(step.low), x2=x(step.high), y1=at, y2=at, class_="tread")
         mark = tag("use", href=f"#shape-{k}", x=x(step.threshold), y=at, class_="mark")
-        parts.append(tag("a", tag("title", told), line, mark, href=f"{step.row.address}/report.html",
-                         class_=f"point s{k}", data_run=step.row.run))
+        parts.append(tag("a", tag("title", title), line, mark, href=f"{step.row.address}/report.html",
+                         class_=f"point s{k}", data_run=step.row.name))
     label = f"Layers over threshold: {len(steps)} runs" + (f" and {len(drawn)} exact paths." if drawn else ".")
     chart = tag("svg", *parts, width="100%", height=HEIGHT, role="group", class_="chart points", aria_label=label)
     return Staircase(chart, tuple(steps), tuple(drawn), tuple(notes))
@@ -260,7 +222,7 @@ def _steps(rows: Sequence[Row]) -> list[Step]:
     series: dict[Any, int] = {}
     out = []
     for row in rows:
-        plan, method = row.plan, (row.record.get("config") or {}).get("method") or {}
+        plan, method = row.plan, row.record.member("method")
         if plan is None or plan.threshold is None or method.get("name") != "slm":
             continue
         low = high = plan.threshold
@@ -274,7 +236,7 @@ def _steps(rows: Sequence[Row]) -> list[Step]:
     return sorted(out, key=lambda s: (s.series, s.threshold))
 
 
-def _stairs(plans: Sequence[tuple[float, float, int]], x: Any, y: Any) -> list[Markup]:
+def _stairs(plans: Sequence[tuple[float, float, int]], x: Callable[[float], str], y: Callable[[float], float]) -> list[Markup]:
     parts = [tag("line", x1=x(low), x2=x(high), y1=y(n), y2=y(n)) for low, high, n in plans]
     parts += [tag("line", x1=x(b[0]), x2=x(b[0]), y1=y(a[2]), y2=y(b[2]))
               for a, b in itertools.pairwise(plans) if a[1] == b[0]]

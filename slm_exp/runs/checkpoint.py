@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -12,22 +11,23 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
 
 from slm_exp.core.errors import CheckpointError
 from slm_exp.core.files import honour_umask, write_json, write_text
+from slm_exp.core.types import CalibrationTokens, MergePlan
+from slm_exp.models.base import ModelHandle
 from slm_exp.models.layerwise import has_own_code
 from slm_exp.models.loading import save_tokenizer
-from slm_exp.runs.reload import tensor_digests
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
-
-    from slm_exp.core.types import CalibrationTokens, MergePlan
-    from slm_exp.models.base import ModelHandle
-
-log = logging.getLogger(__name__)
+from slm_exp.runs.reload import Expectation, Verified, tensor_digests
+from slm_exp.runs.schema import Record
+from slm_exp.runs.state import remove_stale
 
 ROWS, LENGTH = 2, 32  # tokens whose logits are compared
 
@@ -39,7 +39,7 @@ def save_checkpoint(
     tokens: CalibrationTokens | None = None,
     record: dict[str, Any] | None = None,
     max_shard_size: str = "5GB",
-) -> dict[str, Any]:
+) -> Verified:
     """Write a model to `folder`: safetensors, config, generation config, tokenizer, plan.json and a model card.
 
     Everything goes to a temporary folder beside it, is reloaded there by a fresh process (see
@@ -60,7 +60,7 @@ def save_checkpoint(
     """
     tmp = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp")
     try:
-        _remove_leftovers(folder)
+        remove_stale(folder)
         tmp.mkdir(parents=True)
         model = compressed.model
         with _savable(model.generation_config):
@@ -70,7 +70,7 @@ def save_checkpoint(
         if compressed.tokenizer is not None:
             save_tokenizer(compressed.tokenizer, tmp)
         plan.save(tmp)
-        write_text(tmp / "README.md", model_card(compressed, plan, record or {}))
+        write_text(tmp / "README.md", model_card(compressed, plan, Record.of(record or {})))
         honour_umask(tmp)
         verified = verify_checkpoint(tmp, compressed, tokens)
         _flush(tmp)
@@ -87,7 +87,7 @@ def save_checkpoint(
     return verified
 
 
-def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None = None) -> dict[str, Any]:
+def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None = None) -> Verified:
     """Reload a folder in a fresh process with plain transformers and compare it with the model in memory.
 
     Every tensor must be bit-equal, embeddings tied or not as before, logits within 1e-5 in float32 (in half precision
@@ -111,7 +111,7 @@ def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: Calibration
             check=False,
         )
         try:
-            result: dict[str, Any] = json.loads((Path(where) / "result.json").read_text(encoding="utf-8"))
+            result = json.loads((Path(where) / "result.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             last = ran.stderr.strip().splitlines()[-1:] or ["no message"]
             raise CheckpointError(
@@ -123,11 +123,8 @@ def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: Calibration
     return {**result, "tolerance": expected["tolerance"], "device": expected["device"]}
 
 
-def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None, where: Path) -> dict[str, Any]:
+def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None, where: Path) -> Expectation:
     """Write what a reloaded model must show into `where`: expected.json and logits.npy ([2, T, V] float32)."""
-    import numpy as np
-    import torch
-
     model = compressed.model
     vocab = int(compressed.config.vocab_size)
     ids = np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % vocab if tokens is None else tokens.tokens_NT[:ROWS, :LENGTH]
@@ -139,7 +136,7 @@ def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens
     same = device == "auto" or torch.device(device) == model.device
     exact = same and model.dtype == torch.float32
     scale = max(1.0, float(logits_NTV.abs().max()))
-    expected = {
+    expected: Expectation = {
         "folder": str(folder.resolve()),
         "tensors": tensor_digests(model),
         "tied": embedding.data_ptr() == head.data_ptr(),
@@ -160,8 +157,6 @@ def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens
 
 def _second_device(model: PreTrainedModel) -> str:
     """Where a second copy can live: the model's device, `auto` for several, cpu where the GPU has no room."""
-    import torch
-
     if model.device.type != "cuda":
         return str(model.device)
     if len({p.device for p in model.parameters()}) > 1:
@@ -179,7 +174,7 @@ def _name_no_code(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _savable(generation: GenerationConfig | None) -> Any:
+def _savable(generation: GenerationConfig | None) -> Iterator[None]:
     """transformers refuses to save some published generation configs (sampling settings without do_sample)."""
     if generation is None:
         yield
@@ -216,36 +211,18 @@ def _replace(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Temporary folders of processes that were killed while they saved."""
-    for left in folder.parent.glob(f".{folder.name}.*.*"):
-        pid = left.name.removeprefix(f".{folder.name}.").split(".")[0]
-        if left.suffix in (".tmp", ".old") and pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def model_card(compressed: ModelHandle, plan: MergePlan, record: dict[str, Any]) -> str:
+def model_card(compressed: ModelHandle, plan: MergePlan, record: Record) -> str:
     """README.md of a checkpoint: what it was made from and how, sizes, licence, how to load it."""
     base = compressed.lineage.get("base", compressed.name)
     front = ["library_name: transformers", "tags: [layer-merging, depth-pruning]"]
     if "/" in base:
         front.append(f"base_model: {base}")
-    before = (record.get("params") or {}).get("before")
+    before = record.params.before
     after = compressed.n_params
     size = f"{after:,} parameters" + (f", {before:,} before ({1 - after / before:.1%} removed)" if before else "")
     merged = ", ".join(f"{g.start}..{g.stop - 1}" for g in plan.groups) or "none"
     dropped = ", ".join(map(str, plan.dropped)) or "none"
-    zeros = ", ".join(f"{half.kind} of {half.layer}" for half in plan.sublayers)
+    zeros = ", ".join(f"{part.kind} of {part.layer}" for part in plan.sublayers)
     score = "" if plan.final_score is None else f"; score {plan.final_score:.4f} against the dense model"
     threshold = "" if plan.threshold is None else f", threshold {plan.threshold:g}"
     own_code = has_own_code(compressed.config)
@@ -265,16 +242,16 @@ def model_card(compressed: ModelHandle, plan: MergePlan, record: dict[str, Any])
            "that skips them could leave them out."] if plan.sublayers else []),
         f"- Method {plan.method or 'given plan'}, merge rule {plan.rule or 'none'}, similarity "
         f"{plan.similarity or 'none'}{threshold}{score}.",
-        *(["- The stream above every cut is rescaled (magnitude compensation, arXiv:2507.18212)."]
+        *(["- The residual stream after every cut is rescaled (magnitude compensation, arXiv:2507.18212)."]
           if "compensation" in plan.effect() else []),
         *_width_lines(plan.width, own_code),
-        *([f"- Healed by {healed['name']}."] if (healed := compressed.lineage.get("recovery")) else []),
+        *([f"- Recovered by {recovered['name']}."] if (recovered := compressed.lineage.get("recovery")) else []),
         "- The whole decision is in `plan.json`.",
         "",
     ]
-    if record.get("run_id"):
-        command = shlex.join(["python", "-m", "slm_exp", *record.get("overrides", [])])
-        lines += [f"Run {record['run_id']}:", "", "```sh", command, "```", ""]
+    if record.run_id:
+        command = shlex.join(["python", "-m", "slm_exp", *record.overrides])
+        lines += [f"Run {record.run_id}:", "", "```sh", command, "```", ""]
     lines += [
         "## Licence",
         "",

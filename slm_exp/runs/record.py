@@ -1,95 +1,249 @@
-"""The record of a run: the truth that every table and report is built from, on disk at every moment."""
+"""A run on disk: its record, the truth that every table and report is built from, and the folder it describes."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import platform
+import shlex
 import subprocess
+import zipfile
+import zlib
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Self
 
 from slm_exp import __version__
-from slm_exp.core.errors import ConfigError, SlmError
-
-if TYPE_CHECKING:
-    pass
+from slm_exp.core.cache.code import PACKAGE, package_digest
+from slm_exp.core.cache.store import library_versions
+from slm_exp.core.documents import JsonObject, read_json
+from slm_exp.core.errors import ConfigError, PlanError, SlmError
+from slm_exp.core.files import digest, write_json
+from slm_exp.core.format import printable
+from slm_exp.core.types import LayerSimilarity, MergePlan
+from slm_exp.runs.files import CHECKPOINT, Problem, problems
+from slm_exp.runs.schema import Record
+from slm_exp.runs.state import DAMAGED, DIED, FAILED, FINISHED, RUNNING, in_use
 
 log = logging.getLogger(__name__)
 
+FILE = "record.json"
 VERSIONED = ("torch", "transformers", "lm_eval", "datasets", "peft", "wandb", "hydra-core", "omegaconf", "numpy")
+DECISIVE = ("slm_exp", "torch", "transformers", "lm_eval")
+"""Versions that a finished record is compared by; others change no number that is known of."""
 
 
-SECTIONS = ("config", "versions", "git", "error", "eval", "model", "calibration", "plan", "layers", "params",
-            "recovery", "speed")
-"""Parts of a record that are objects wherever they stand; a file in which one is not is no record."""
-SIDES = ("tasks", "perplexity", "protocol")
-"""The same of what was measured on each model."""
+class Run:
+    """One run, read once.
 
-
-def load_record(folder: Path) -> dict[str, Any]:
-    """The record in a run's folder.
-
-    Raises:
-        SlmError: there is none, or it cannot be read.
+    Args:
+        record: if it is not the one on disk, or not yet.
+        verify: check the digests of large files too.
+        on_disk: False for the record of a run that goes on, which cannot be checked yet.
     """
-    path = folder / "record.json"
+
+    def __init__(self, folder: Path, record: Record, verify: bool = False, on_disk: bool = True) -> None:
+        self.folder, self.record, self.verify, self.on_disk = folder, record, verify, on_disk
+        self.unreadable: list[Problem] = []
+        """Files that could not be read when they were asked for."""
+
+    @classmethod
+    def read(cls, folder: Path, verify: bool = False) -> Self:
+        """The run in a folder.
+
+        Raises:
+            SlmError: there is no record, or it cannot be read.
+        """
+        path = folder / FILE
+        try:
+            return cls(folder, Record.of(read_json(path)), verify)
+        except FileNotFoundError:
+            raise SlmError(f"{folder} holds no record.json; give the folder of a run, e.g. outputs/<run_id>.") from None
+        except OSError as error:
+            raise SlmError(f"{path} cannot be read: {error}. Run the experiment again.") from None
+        except ValueError as error:
+            raise SlmError(f"{path} cannot be read: {str(error).rstrip('.')}. Run the experiment again.") from None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def problems(self) -> tuple[Problem, ...]:
+        """In what record and files differ from what was written; small files are read."""
+        record, found = self.record, []
+        if not self.on_disk:
+            return ()
+        if record.digest is not None:
+            if record.digest != record_digest(record.raw):
+                found.append(Problem(FILE, "was changed after it was written: its digest is not that of its contents"))
+        elif record.files:
+            found.append(Problem(FILE, "lists files and has no digest of its own"))
+        return (*found, *problems(self.folder, record.files, self.verify))
+
+    @property
+    def unverified(self) -> bool:
+        """Whether a finished run is of a version whose records list no files, so that nothing can be checked."""
+        record = self.record
+        return self.on_disk and record.status == FINISHED and record.digest is None and not record.files
+
+    @cached_property
+    def state(self) -> str:
+        """One of STATES. A run whose record says running, and whose folder no process holds, has died."""
+        if self.record.status == FINISHED:
+            return DAMAGED if self.problems else FINISHED
+        if self.record.status == FAILED:
+            return FAILED
+        return RUNNING if in_use(self.folder) else DIED
+
+    @property
+    def damage(self) -> str:
+        """What differs, and the command that computes it again; empty where nothing does."""
+        if not self.problems:
+            return ""
+        return f"{'; '.join(map(str, self.problems))}. Computed again by: {self.again}"
+
+    @property
+    def again(self) -> str:
+        """The command that computes what is missing here."""
+        if (self.folder.parent / "sweep.json").is_file():
+            return f"slm sweep resume {shlex.quote(str(self.folder.parent))}"
+        quoted = str(self.folder).replace("\\", "\\\\").replace("'", "\\'")
+        where = f"hydra.run.dir='{quoted}'" if set(quoted) & set(" ,'\\[]{}()=$:#") else f"hydra.run.dir={quoted}"
+        return printable(shlex.join(["python", "-m", "slm_exp", *self.record.overrides, where]))
+
+    @cached_property
+    def plan(self) -> MergePlan | None:
+        """What was decided; None where nothing was, or by a version that wrote other fields."""
+        if not self.record.plan:
+            return None
+        try:
+            return MergePlan.from_json(self.record.raw["plan"])
+        except (PlanError, TypeError, ValueError, KeyError, AttributeError) as error:
+            self.unreadable.append(Problem(f"{FILE} plan", f"cannot be read ({error})"))
+            return None
+
+    @cached_property
+    def similarity(self) -> LayerSimilarity | None:
+        """The layer similarity matrix; None where there is none, or a damaged one."""
+        path = self.folder / "similarity.npz"
+        if not path.exists():  # a run that stopped before
+            return None
+        try:
+            loaded = LayerSimilarity.load(self.folder)
+            if loaded.matrix_LL.ndim != 2 or len(set(loaded.matrix_LL.shape)) != 1 or not loaded.matrix_LL.size:
+                raise ValueError(f"a matrix of shape {loaded.matrix_LL.shape}")
+            return loaded
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            self.unreadable.append(Problem(path.name, f"cannot be read ({type(error).__name__}: {error})"))
+            return None
+
+    @property
+    def config_yaml(self) -> str | None:
+        """config.yaml; None where it cannot be read."""
+        try:
+            return (self.folder / "config.yaml").read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return None
+
+    def samples(self, which: str, task: str) -> Path:
+        """The file of one model's answers to a task, document by document."""
+        return self.folder / "samples" / which / f"{task}.jsonl.gz"
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The saved model's folder; None where there is none."""
+        return folder if ((folder := self.folder / CHECKPOINT) / "config.json").is_file() else None
+
+    def is_result_of(self, run_id: str, with_model: bool = False) -> bool:
+        """Whether this is the finished result of a run of this package version, whole (and with its checkpoint)."""
+        return (self.state == FINISHED and self.record.run_id == run_id
+                and self.record.versions.get("slm_exp") == __version__
+                and (self.checkpoint is not None or not with_model))
+
+    def made_otherwise(self) -> str:
+        """How code and versions that made it differ from those here: `torch 2.12.0 (here 2.13.0)`; else empty."""
+        here = versions()
+        out = [f"{name} {made} (here {here[name]})" for name in DECISIVE
+               if (made := self.record.versions.get(name)) != here[name] and name in self.record.versions]
+        if self.record.code is not None and self.record.code != package_digest():
+            out.append(f"source {self.record.code[:8]} (here {package_digest()[:8]})")
+        return ", ".join(out)
+
+
+def read_run(folder: Path) -> Run | None:
+    """The run in a folder; None where there is none or its record cannot be read."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SlmError(f"{folder} holds no record.json; give the folder of a run, e.g. outputs/<run_id>.") from None
-    except (OSError, ValueError) as error:
-        raise SlmError(f"{path} cannot be read: {error}. Run the experiment again.") from None
-    if not _is_record(record):
-        raise SlmError(f"{path} is not a run's record. Run the experiment again.")
-    return record
-
-
-def _is_record(told: Any) -> bool:
-    def objects(told: Any, parts: Iterable[str]) -> bool:
-        return isinstance(told, dict) and all(isinstance(told.get(part) or {}, dict) for part in parts)
-
-    if not objects(told, SECTIONS):
-        return False
-    stages = told.get("stages") or []
-    sides = (told.get("eval") or {}).values()
-    return (isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)
-            and all(objects(side or {}, SIDES) and objects(side.get("tasks") or {}, side.get("tasks") or ())
-                    for side in sides if side is not None))
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record in a run's folder; None where there is none or it cannot be read."""
-    try:
-        return load_record(folder)
+        return Run.read(folder)
     except SlmError:
         return None
 
 
+def finished_run(folder: Path, run_id: str, with_model: bool = False, exact: bool = False) -> Run | None:
+    """The finished, whole result of a run in its folder; None where it has to be computed. Says why it does not count.
+
+    Args:
+        exact: also the source, and the versions of torch, transformers and lm-eval, must be those here
+            (`cache.accept=exact`); else a difference is said in one line.
+    """
+    run = read_run(folder)
+    if run is None:
+        return None
+    if run.state == DAMAGED:
+        log.warning("the result in %s is damaged and is computed again: %s", folder,
+                    printable("; ".join(map(str, run.problems))))
+    if not run.is_result_of(run_id, with_model):
+        return None
+    other = run.made_otherwise() or ("the record of an older version does not say" if exact and run.unverified else "")
+    if other and exact:
+        log.warning("the result in %s was made by other code and is computed again: %s", folder, other)
+        return None
+    if other:
+        log.warning("the result in %s was made by other code: %s. cache.accept=exact computes it again.", folder, other)
+    return run
+
+
 def is_finished(folder: Path, run_id: str, with_model: bool = False) -> bool:
-    """Whether this folder holds the finished record of this run (and its checkpoint), made by this package version."""
-    record = read_record(folder)
-    if with_model and not (folder / "model" / "config.json").is_file():
-        return False
-    return (
-        record is not None
-        and record.get("status") == "finished"
-        and record.get("run_id") == run_id
-        and record.get("versions", {}).get("slm_exp") == __version__
-    )
+    """Whether this folder holds the whole, finished result of this run (and its checkpoint), by this version."""
+    run = read_run(folder)
+    return run is not None and run.is_result_of(run_id, with_model)
 
 
-def git_state() -> dict[str, Any] | None:
+def record_digest(record: JsonObject) -> str:
+    """Of a record without its `digest`, 16 hex digits."""
+    return digest({key: value for key, value in record.items() if key != "digest"})
+
+
+def write_record(folder: Path, record: JsonObject) -> None:
+    """Put a record on disk, atomically, with the digest of itself."""
+    record["digest"] = record_digest(record)
+    write_json(folder / FILE, record)
+
+
+def say_unverified(runs: Iterable[Run]) -> str | None:
+    """One line about finished runs of which nothing can be checked; None where there are none."""
+    count = sum(run.unverified for run in runs)
+    if not count:
+        return None
+    return (f"Unverified: {count} run{'s' if count > 1 else ''} of an older version, whose record"
+            f"{'s list' if count > 1 else ' lists'} neither files nor digests.")
+
+
+def versions() -> dict[str, str | None]:
+    """The record's `versions`."""
+    return {"slm_exp": __version__, "python": platform.python_version(), **library_versions(VERSIONED)}
+
+
+def git_state() -> dict[str, str | bool] | None:
     """Commit and cleanliness of the checkout this package runs from; None when installed elsewhere."""
-    here = Path(__file__).resolve().parents[1]
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True,
+        return subprocess.run(["git", "-C", str(PACKAGE), *args], capture_output=True, text=True, check=True,
                               timeout=10).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != here.parent:
+        if Path(git("rev-parse", "--show-toplevel")) != PACKAGE.parent:
             return None
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):

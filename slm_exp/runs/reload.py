@@ -13,9 +13,37 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 NEW_TOKENS = 4
+
+
+class Expectation(TypedDict):
+    """expected.json: what a reloaded model must show."""
+
+    folder: str
+    tensors: dict[str, str]
+    tied: bool
+    tokenizer: bool
+    tokens: list[list[int]]
+    device: str
+    threads: int
+    deterministic: bool
+    exact: bool
+    own_code: bool
+    tolerance: float
+    kv_tolerance: float
+
+
+class Verified(TypedDict, total=False):
+    """result.json, and what it was held to."""
+
+    error: str | None
+    tensors: int
+    logits_off: float
+    kv_cache_off: float
+    tolerance: float
+    device: str
 
 
 def tensor_digests(model: Any) -> dict[str, str]:
@@ -37,7 +65,7 @@ def first_then_one_by_one(tokens_NT: Any) -> list[Any]:
     return [tokens_NT[:, :prompt], *tokens_NT[:, prompt:].split(1, dim=1)]
 
 
-def check(expected: dict[str, Any], logits_NTV: Any) -> dict[str, Any]:
+def check(expected: Expectation, logits_NTV: Any) -> Verified:
     """Compare; returns what was measured, with the first difference under `error`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,7 +104,7 @@ def check(expected: dict[str, Any], logits_NTV: Any) -> dict[str, Any]:
     with torch.inference_mode():
         whole_NTV = model(tokens_NT, use_cache=False).logits.float().cpu()
     off = float((whole_NTV - torch.from_numpy(logits_NTV)).abs().max())
-    result: dict[str, Any] = {"error": None, "tensors": len(found), "logits_off": off}
+    result: Verified = {"error": None, "tensors": len(found), "logits_off": off}
     if not off <= expected["tolerance"]:
         return {**result, "error": f"logits differ by {off:.3g}"}
 

@@ -7,7 +7,6 @@ job; `index.json` is the summary left at the end. `slm sweep` needs nothing else
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -20,22 +19,27 @@ from typing import Any
 from filelock import Timeout
 
 from slm_exp import __version__
-from slm_exp.core import locks
+from slm_exp.core.documents import Section, parse, read_json
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import write_json
-from slm_exp.runs.record import is_finished, read_record
+from slm_exp.core.format import printable
+from slm_exp.runs.record import read_run, write_record
+from slm_exp.runs.state import (
+    DAMAGED,
+    DIED,
+    FAILED,
+    FINISHED,
+    LOG,
+    RUNNING,
+    STATES,
+    UNEXPECTED,
+    WAITING,
+    in_use,
+    last_lines,
+)
 
 log = logging.getLogger(__name__)
 
-LOG = "run.log"
-FINISHED, FAILED, DIED, RUNNING, WAITING = "finished", "failed", "died", "running", "waiting"
-STATES = {
-    FINISHED: "its record says so, made by this version of the package",
-    FAILED: "its record names the stage and the error",
-    DIED: "it started, and terminated unexpectedly (killed, out of memory, power)",
-    RUNNING: "a process is at work on it",
-    WAITING: "not started",
-}
 CACHEABLE = ("calibrate", "similarity", "evaluate_dense", "plan", "evaluate")
 
 
@@ -50,6 +54,8 @@ class Job:
     slug: str = ""
     """The readable name that folder names do without."""
     save_model: bool = False
+    exact: bool = False
+    """Whether a result of other code or versions does not count (`cache.accept=exact`)."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ class Cell:
     seconds: float | None = None
     from_cache: bool = False
     """Every stage that computes something came from the stage cache."""
+    made_otherwise: str = ""
+    """How the code that made a finished one differs from that here."""
 
     @property
     def why(self) -> str:
@@ -88,58 +96,62 @@ class Cell:
 
 
 def read_cell(job: Job) -> Cell:
-    """What the job's folder says. Cost: one small file, and one lock taken for a moment where it is not finished."""
-    record = read_record(job.folder)
-    if is_finished(job.folder, job.run_id, with_model=job.save_model) and record is not None:
-        stages = {s["name"]: s["cached"] for s in record.get("stages", ())}
-        return Cell(
-            job, FINISHED, seconds=record.get("seconds"), from_cache=all(stages.get(name, False) for name in CACHEABLE)
-        )
-    stage, seconds = (record.get("stage"), record.get("seconds")) if record else (None, None)
-    if in_use(job.folder):
-        return Cell(job, RUNNING, stage, seconds=seconds)
-    if record is None:
+    """What the job's folder says. Cost: the record and small files, and a lock taken for a moment where not finished."""
+    run = read_run(job.folder)
+    if run is None:
+        if in_use(job.folder):
+            return Cell(job, RUNNING)
         last = last_lines(job.folder / LOG, 1)
         return Cell(job, DIED if last else WAITING, error=last[0].strip() if last else None)
-    if record.get("status") == "finished":
-        other = record.get("versions", {}).get("slm_exp")
-        reason = "its checkpoint is missing" if other == __version__ else f"finished by version {other}"
+    record = run.record
+    other = run.made_otherwise() if run.is_result_of(job.run_id, job.save_model) else ""
+    if run.is_result_of(job.run_id, job.save_model) and not (job.exact and other):
+        cached = {stage.name: stage.cached for stage in record.stages}
+        return Cell(job, FINISHED, seconds=record.seconds, made_otherwise=other,
+                    from_cache=all(cached.get(name, False) for name in CACHEABLE))
+    if in_use(job.folder):
+        return Cell(job, RUNNING, record.stage, seconds=record.seconds)
+    if run.state == DAMAGED:
+        return Cell(job, DAMAGED, error="; ".join(map(str, run.problems)), seconds=record.seconds)
+    if run.state == FINISHED:
+        made_by = record.versions.get("slm_exp")
+        reason = (f"made by other code: {other}" if other else "its checkpoint is missing" if made_by == __version__
+                  else f"finished by version {made_by}")
         return Cell(job, WAITING, error=reason)
-    if record.get("status") == "failed" and isinstance(error := record.get("error"), dict):
-        return Cell(job, FAILED, error.get("stage"), f"{error.get('type')}: {error.get('message')}", seconds)
-    return Cell(job, DIED, stage, "terminated unexpectedly", seconds)
-
-
-def in_use(folder: Path) -> bool:
-    """Whether a process holds the run folder's lock. The kernel frees it with the process, however that ends."""
-    return locks.in_use(folder / ".lock")
-
-
-def last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a log that say something, the last one last; fewer, or none, where there are no more.
-
-    Cost: the last 4 kB a line, at most 64 kB, are read.
-    """
-    try:
-        with open(path, "rb") as f:
-            f.seek(max(0, f.seek(0, os.SEEK_END) - min(4096 * count, 65536)))
-            lines = f.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return []
-    return [line.rstrip() for line in lines if line.strip()][-count:]
+    if run.state == FAILED:
+        return Cell(job, FAILED, record.error.stage, record.error.line, record.seconds)
+    return Cell(job, DIED, record.stage, UNEXPECTED, record.seconds)
 
 
 def note_death(job: Job, message: str) -> None:
     """Turn the record of a job that terminated unexpectedly into a failed one that says how it ended."""
-    record = read_record(job.folder)
-    if record is None or record.get("status") != "running" or in_use(job.folder):
+    run = read_run(job.folder)
+    if run is None or run.state != DIED:
         return
-    record["status"] = "failed"
-    record["error"] = {"type": "ProcessDied", "message": message, "stage": record.get("stage")}
+    error = {"type": "ProcessDied", "message": message, "stage": run.record.stage}
     try:
-        write_json(job.folder / "record.json", record)
-    except OSError as error:  # a full disk: the running record without a process says as much
-        log.warning("could not note in %s that the job died: %s", job.folder, error)
+        write_record(job.folder, run.record.raw | {"status": FAILED, "error": error})
+    except OSError as error_writing:  # a full disk: the running record without a process says as much
+        log.warning("could not note in %s that the job died: %s", job.folder, error_writing)
+
+
+class StoredJob(Section):
+    """A job in sweep.json."""
+
+    run_id: str
+    overrides: list[str]
+    folder: str
+    """From the sweep's."""
+    slug: str
+    save_model: bool
+
+
+class StoredSweep(Section):
+    """sweep.json."""
+
+    argv: list[str]
+    cwd: str
+    jobs: list[StoredJob]
 
 
 @dataclass
@@ -161,40 +173,22 @@ class SweepFolder:
             ConfigError: this is no sweep's folder.
         """
         try:
-            told = json.loads((path / "sweep.json").read_text(encoding="utf-8"))
-            jobs = [
-                Job(j["run_id"], tuple(j["overrides"]), path / j["folder"], j["slug"], j["save_model"])
-                for j in told["jobs"]
-            ]
-            return cls(path, list(told["argv"]), told["cwd"], jobs)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            stored = parse(StoredSweep, read_json(path / "sweep.json"))
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{path} is not the folder of a sweep: sweep.json cannot be read ({type(error).__name__}: {error}). "
                 "Multiruns lie in outputs/multirun/NAME unless hydra.sweep.dir said otherwise."
             ) from None
+        return cls(path, stored.argv, stored.cwd, [
+            Job(j.run_id, tuple(j.overrides), path / j.folder, j.slug, j.save_model) for j in stored.jobs])
 
     def write(self) -> None:
         """sweep.json, atomically."""
-        write_json(
-            self.path / "sweep.json",
-            {
-                "name": self.path.name,
-                "version": __version__,
-                "written": datetime.now(UTC).isoformat(timespec="seconds"),
-                "argv": self.argv,
-                "cwd": self.cwd,
-                "jobs": [
-                    {
-                        "run_id": j.run_id,
-                        "overrides": list(j.overrides),
-                        "folder": os.path.relpath(j.folder, self.path),
-                        "slug": j.slug,
-                        "save_model": j.save_model,
-                    }
-                    for j in self.jobs
-                ],
-            },
-        )
+        jobs = [{"run_id": j.run_id, "overrides": list(j.overrides), "folder": os.path.relpath(j.folder, self.path),
+                 "slug": j.slug, "save_model": j.save_model} for j in self.jobs]
+        write_json(self.path / "sweep.json", {
+            "name": self.path.name, "version": __version__, "written": _now(), "argv": self.argv, "cwd": self.cwd,
+            "jobs": jobs})
 
     def define(self, argv: Sequence[str], jobs: Iterable[Job]) -> None:
         """Add a command's jobs to those the folder already has, and put the definition on disk.
@@ -233,17 +227,16 @@ class SweepFolder:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            owner = {}
+            owner: dict[str, object] = {}
             with contextlib.suppress(OSError, ValueError):
-                owner = json.loads(about.read_text())
+                owner = dict(read_json(about))
             raise ConfigError(
                 f"hydra.sweep.dir = {self.path}; the launcher with pid {owner.get('pid', '?')} on host "
                 f"{owner.get('host', '?')} is at work there since {owner.get('since', '?')}. Wait for it "
                 f"(slm sweep status {self.path}), or choose another folder with hydra.sweep.dir=FOLDER."
             ) from None
         try:
-            since = datetime.now(UTC).isoformat(timespec="seconds")
-            write_json(about, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+            write_json(about, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
             yield
             about.unlink(missing_ok=True)
         finally:
@@ -256,6 +249,8 @@ class SweepFolder:
     def write_index(self, cells: Sequence[Cell], already: frozenset[str] = frozenset()) -> None:
         """index.json: every cell, and which were finished before this launch."""
         counts = {state: sum(c.state == state for c in cells) for state in STATES}
+        if not counts[DAMAGED]:  # an index of an older version has no such state
+            del counts[DAMAGED]
         rows = [c.to_json() | {"already_finished": c.job.run_id in already} for c in cells]
         write_json(self.path / "index.json", {"name": self.path.name, "counts": counts, "jobs": rows})
 
@@ -271,33 +266,28 @@ def table(cells: Sequence[Cell], already: frozenset[str] = frozenset()) -> str:
     apart = differing([c.job for c in cells])
     lines = []
     for cell in cells:
-        note = cell.why[:200]
+        note = " ".join(cell.why.split())[:200]
         if cell.state == FINISHED:
             note = "finished before" if cell.job.run_id in already else "from the cache" if cell.from_cache else ""
         seconds = "" if cell.seconds is None else f"{cell.seconds:.0f} s"
         line = f"{cell.state:<9}{seconds:>8}  {cell.job.run_id}  {apart[cell.job.run_id]}"
-        lines.append(line + (f"  [{note}]" if note else ""))
+        lines.append(printable(line + (f"  [{note}]" if note else "")))
     counts = ", ".join(f"{n} {state}" for state in STATES if (n := sum(c.state == state for c in cells)))
     return "\n".join([*lines, f"{len(cells)} jobs: {counts or 'none'}"])
 
 
 def complaints(cells: Sequence[Cell]) -> str:
-    """Every job that is not finished by name, with its error and where to look; empty when all are finished."""
+    """Every incomplete job with its error and where to look; empty when all are finished."""
     apart = differing([c.job for c in cells])
     lines = []
     for cell in cells:
         if cell.state != FINISHED:
-            lines.append(
-                f"run {cell.job.run_id} ({apart[cell.job.run_id]}) {cell.state}" + (cell.why and f": {cell.why}")
-            )
+            lines.append(printable(
+                f"run {cell.job.run_id} ({apart[cell.job.run_id]}) {cell.state}" + (cell.why and f": {cell.why}")))
             log_file = cell.job.folder / LOG
             lines.append(f"  {log_file if log_file.exists() else cell.job.folder}")
     return "\n".join(lines)
 
 
-def state_of(folder: Path, record: dict[str, Any]) -> str:
-    """One of STATES. A run whose record says running, and whose folder no process holds, has died."""
-    status = record.get("status")
-    if status in (FINISHED, FAILED):
-        return str(status)
-    return RUNNING if in_use(folder) else DIED
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

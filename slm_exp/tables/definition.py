@@ -4,6 +4,7 @@ A cell's runs are overrides, as a command line would have them: those of the who
 together. `$name` stands for a parameter: of the table, of its model (`_models.yaml`), or of an `each` around it.
 """
 
+# ruff: noqa: RUF012 (pydantic copies defaults)
 from __future__ import annotations
 
 import itertools
@@ -11,20 +12,72 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
+from pydantic import Field, model_validator
+
+from slm_exp.core.documents import Document, read_document, read_yaml
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.launch.compose import check_key, conf_dir
+from slm_exp.tables.quantities import check_quantity, default_label
 
 MODELS = "_models"
 """The file beside the tables that says what `$sizes` and its like are for each model."""
-KEYS = {
-    "table": ("title", "notes", "params", "runs", "over", "blocks", "rows", "columns"),
-    "block": ("each", "label"),
-    "row": ("each", "label", "runs", "which"),
-    "column": ("each", "label", "show", "runs", "digits"),
-}
+Texts = list[str]
+Each = dict[str, Any]
+"""Parameter -> a list of values, or `$name` of one."""
+
+
+class ColumnText(Document):
+    """A column as the file has it; a string is its `show`."""
+
+    show: str
+    each: Each = {}
+    label: str | None = None
+    runs: Texts = []
+    digits: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, data: Any) -> Any:
+        return {"show": data} if isinstance(data, str) else data
+
+
+class RowText(Document):
+    """A row as the file has it."""
+
+    label: str
+    each: Each = {}
+    runs: Texts = []
+    which: Literal["compressed", "dense"] = "compressed"
+
+    @model_validator(mode="after")
+    def _dense_has_no_runs(self) -> Self:
+        if self.which == "dense" and self.runs:
+            raise ValueError("it is the dense model and has runs of its own; expected none: every run of the block has "
+                             "measured it.")
+        return self
+
+
+class BlockText(Document):
+    """A block as the file has it."""
+
+    each: Each = {}
+    label: str = ""
+
+
+class TableText(Document):
+    """A table as its file has it."""
+
+    title: str | None = None
+    notes: Texts = []
+    params: dict[str, Any] = {}
+    runs: Texts = []
+    over: Each = {}
+    blocks: Annotated[list[BlockText], Field(min_length=1)] = [BlockText()]
+    rows: Annotated[list[RowText], Field(min_length=1)]
+    columns: Annotated[list[ColumnText], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -110,65 +163,51 @@ def table_path(name: str) -> Path:
 
 def read_table(name: str, params: Mapping[str, Any] | None = None) -> Table:
     """A table by name or by the path of its file; see `cells` for arguments and errors."""
-    path, told = _declared(name)
-    return _Reader(path, told).table(path.stem, dict(params or {}))
+    path = _found(name)
+    return _Reader(path, read_document(TableText, path)).table(path.stem, dict(params or {}))
 
 
 def parameters(name: str) -> set[str]:
-    """What a table can be told, whatever its model is; see `cells` for errors."""
-    return {*(_declared(name)[1].get("params") or {}), *model_facts("")[1]}
+    """The parameters of a table, whatever its model is; see `cells` for errors."""
+    return {*read_document(TableText, _found(name)).params, *model_facts("")[1]}
 
 
-def _declared(name: str) -> tuple[Path, dict[str, Any]]:
+def summaries() -> Iterator[tuple[str, str, list[str]]]:
+    """Name, title and own parameters of every declared table."""
+    for name in table_names():
+        text = read_document(TableText, table_path(name))
+        yield name, (text.title or "").replace(", $model", ""), list(text.params)
+
+
+def _found(name: str) -> Path:
     path = table_path(name)
     if not path.is_file():
         names = ["sweep", *table_names()]
         raise ConfigError(f"table = {name}; expected one of {', '.join(names)}, or an existing .yaml file. "
                           f"{did_you_mean(name, names)}".rstrip())
-    return path, read_yaml(path)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping from a YAML file.
-
-    Raises:
-        ConfigError: not YAML, or no mapping.
-    """
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds {type(found).__name__}; expected a mapping.")
-    return found
+    return path
 
 
 def together(*parts: Sequence[str]) -> list[str]:
     """Overrides in order; of two for the same key the later one holds, at the earlier one's place."""
-    found: dict[str, str] = {}
-    for override in itertools.chain(*parts):
-        found[override.partition("=")[0]] = override
-    return list(found.values())
+    return list({override.partition("=")[0]: override for override in itertools.chain(*parts)}.values())
 
 
 def model_facts(model: str) -> tuple[dict[str, Any], set[str]]:
     """What `_models.yaml` says of a model, on top of what it says of all; and the names it knows for any model."""
-    told = read_yaml(conf_dir() / "table" / f"{MODELS}.yaml")
-    return {**told["all"], **told.get(model, {})}, {key for facts in told.values() for key in facts}
+    models = read_yaml(conf_dir() / "table" / f"{MODELS}.yaml")
+    return {**models["all"], **models.get(model, {})}, {key for facts in models.values() for key in facts}
 
 
 class _Reader:
-    """Turns one file into a Table; knows the file's name for every complaint."""
+    """Fills the parameters of one file into a Table; knows the file's name for every complaint."""
 
-    def __init__(self, path: Path, told: dict[str, Any]) -> None:
-        self._path, self._told = path, told
+    def __init__(self, path: Path, text: TableText) -> None:
+        self._path, self._text = path, text
         self._known_facts: set[str] = set()
 
     def table(self, name: str, given: dict[str, Any]) -> Table:
-        told = self._keys("table", self._told, str(self._path))
-        own = self._mapping(told.get("params"), "params")
+        text, own = self._text, self._text.params
         model = str(given.get("model", own.get("model", "")))
         if model:
             check_key(f"model={model}")
@@ -180,77 +219,60 @@ class _Reader:
                                   f"{', '.join(known)}. {did_you_mean(key, known)}".rstrip())
         params = {**facts, **own, **given}
         params = {key: self._fill(value, params, f"params.{key}") for key, value in params.items()}
-        columns = tuple(c for i, item in enumerate(self._list(told.get("columns"), "columns"))
-                        for c in self._columns(item, params, f"columns[{i}]"))
-        blocks = tuple(b for i, item in enumerate(self._list(told.get("blocks", [{}]), "blocks"))
-                       for b in self._blocks(item, told.get("rows"), params, f"blocks[{i}]"))
-        over = [[f"{key}={v}" for v in self._list(self._fill(values, params, f"over.{key}"), f"over.{key}", empty=True)]
-                for key, values in self._mapping(told.get("over"), "over").items()]
-        for values in over:
-            if values:
-                check_key(values[0])
+        columns = tuple(c for i, column in enumerate(text.columns) for c in self._columns(column, params, f"columns[{i}]"))
+        blocks = tuple(b for i, block in enumerate(text.blocks) for b in self._blocks(block, params, f"blocks[{i}]"))
+        over = [[f"{key}={v}" for v in values] for key, values in self._values(text.over, params, "over").items()]
+        for values in filter(None, over):
+            check_key(values[0])
             if len(set(values)) < len(values):
                 raise ConfigError(f"{self._path}: over has {', '.join(values)}; expected every value once, for a run "
                                   "counted twice is no second run.")
-        notes = self._list(told.get("notes", []), "notes", empty=True)
         if not any(row.which != "dense" for block in blocks for row in block.rows):
-            empty = sorted(key for key, value in params.items() if value == [] and key in str(self._told))
+            used = text.model_dump_json()
+            empty = sorted(key for key, value in params.items() if value == [] and key in used)
             raise ConfigError(f"{self._path}: no run fills this table, because nothing is known for model = "
                               f"{params.get('model')} of {', '.join(empty) or 'its rows'}. Say it: "
                               f"{empty[0] if empty else 'PARAMETER'}=[...].")
         return Table(
-            name, str(self._fill(told.get("title", name), params, "title")),
-            tuple(str(self._fill(note, params, "notes")) for note in notes),
-            self._runs(told.get("runs", []), params, "runs"),
+            name, str(self._fill(text.title or name, params, "title")),
+            tuple(str(self._fill(note, params, "notes")) for note in text.notes),
+            self._runs(text.runs, params, "runs"),
             tuple(itertools.product(*(values for values in over if values))), blocks, columns, params)
 
-    def _blocks(self, item: Any, rows: Any, params: dict[str, Any], where: str) -> Iterator[Block]:
-        told = self._keys("block", item, where)
-        for inner in self._each(told, params, where):
-            made = tuple(r for i, row in enumerate(self._list(rows, "rows"))
-                         for r in self._rows(row, inner, f"rows[{i}]"))
-            yield Block(str(self._fill(told.get("label", ""), inner, where)), made)
+    def _blocks(self, text: BlockText, params: dict[str, Any], where: str) -> Iterator[Block]:
+        for inner in self._each(text.each, params, where):
+            rows = tuple(r for i, row in enumerate(self._text.rows) for r in self._rows(row, inner, f"rows[{i}]"))
+            yield Block(str(self._fill(text.label, inner, where)), rows)
 
-    def _rows(self, item: Any, params: dict[str, Any], where: str) -> Iterator[Row]:
-        told = self._keys("row", item, where)
-        which = told.get("which", "compressed")
-        if which not in ("compressed", "dense"):
-            raise ConfigError(f"{self._path}: {where}.which = {which}; expected compressed or dense.")
-        if which == "dense" and told.get("runs"):
-            raise ConfigError(f"{self._path}: {where} is the dense model and has runs of its own; expected none: "
-                              "every run of the block has measured it.")
-        for inner in self._each(told, params, where):
-            label = str(self._fill(self._required(told, "label", where), inner, where))
-            yield Row(label, self._runs(told.get("runs", []), inner, where), which)
+    def _rows(self, text: RowText, params: dict[str, Any], where: str) -> Iterator[Row]:
+        for inner in self._each(text.each, params, where):
+            yield Row(str(self._fill(text.label, inner, where)), self._runs(text.runs, inner, where), text.which)
 
-    def _columns(self, item: Any, params: dict[str, Any], where: str) -> Iterator[Column]:
-        from slm_exp.tables.quantities import check_quantity, default_label
-
-        if isinstance(item, str):
-            item = {"show": item}
-        told = self._keys("column", item, where)
-        digits = told.get("digits")
-        if digits is not None and (not isinstance(digits, int) or isinstance(digits, bool) or digits < 0):
-            raise ConfigError(f"{self._path}: {where}.digits = {digits}; expected a whole number >= 0.")
-        for inner in self._each(told, params, where):
-            show = str(self._fill(self._required(told, "show", where), inner, where))
+    def _columns(self, text: ColumnText, params: dict[str, Any], where: str) -> Iterator[Column]:
+        for inner in self._each(text.each, params, where):
+            show = str(self._fill(text.show, inner, where))
             for name in SEVEN if show == "tasks" else (show,):
                 check_quantity(name, f"{self._path}: {where}.show")
-                label = str(self._fill(told.get("label", default_label(name)), inner, where))
-                yield Column(label, name, self._runs(told.get("runs", []), inner, where), told.get("digits"))
+                label = text.label if text.label is not None else default_label(name)
+                yield Column(str(self._fill(label, inner, where)), name, self._runs(text.runs, inner, where), text.digits)
 
-    def _each(self, told: dict[str, Any], params: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    def _each(self, each: Each, params: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
         """The parameters once for every combination of the `each` values; a size brings its shares along."""
-        each = {key: self._list(self._fill(values, params, f"{where}.each.{key}"), f"{where}.each.{key}", empty=True)
-                for key, values in self._mapping(told.get("each"), f"{where}.each").items()}
-        for values in itertools.product(*each.values()):
+        for values in itertools.product(*self._values(each, params, f"{where}.each").values()):
             inner = params | dict(zip(each, values, strict=True))
             yield inner | (_shares(inner) if "size" in each else {})
 
-    def _runs(self, told: Any, params: dict[str, Any], where: str) -> tuple[str, ...]:
+    def _values(self, each: Each, params: dict[str, Any], where: str) -> dict[str, list[Any]]:
+        filled = {key: self._fill(values, params, f"{where}.{key}") for key, values in each.items()}
+        for key, values in filled.items():
+            if not isinstance(values, list):
+                raise ConfigError(f"{self._path}: {where}.{key} = {values!r}; expected a list.")
+        return filled
+
+    def _runs(self, texts: Texts, params: dict[str, Any], where: str) -> tuple[str, ...]:
         runs: list[str] = []
-        for item in self._list(told, f"{where}.runs", empty=True):
-            filled = self._fill(item, params, where)  # a parameter can be a list of overrides
+        for text in texts:
+            filled = self._fill(text, params, where)  # a parameter can be a list of overrides
             runs += map(str, filled if isinstance(filled, list) else [filled])
         for override in runs:
             if not override.partition("=")[1]:
@@ -279,30 +301,6 @@ class _Reader:
                               f"{', '.join(sorted(params))}. {did_you_mean(error.args[0], params)}".rstrip()) from None
         except ValueError as error:
             raise ConfigError(f"{self._path}: {where} = {value!r}: {error}; a plain dollar sign is $$.") from None
-
-    def _keys(self, kind: str, told: Any, where: str) -> dict[str, Any]:
-        told = self._mapping(told, where)
-        for key in told:
-            if key not in KEYS[kind]:
-                raise ConfigError(f"{self._path}: {where if where != str(self._path) else kind} has the key {key!r}; "
-                                  f"expected {', '.join(KEYS[kind])}. {did_you_mean(str(key), KEYS[kind])}".rstrip())
-        return told
-
-    def _required(self, told: dict[str, Any], key: str, where: str) -> Any:
-        if key not in told:
-            raise ConfigError(f"{self._path}: {where} has no {key}.")
-        return told[key]
-
-    def _mapping(self, told: Any, where: str) -> dict[str, Any]:
-        if told is not None and not isinstance(told, dict):
-            raise ConfigError(f"{self._path}: {where} = {told!r}; expected a mapping.")
-        return told or {}
-
-    def _list(self, told: Any, where: str, empty: bool = False) -> list[Any]:
-        if not isinstance(told, list) or not (told or empty):
-            wanted = "a list" if empty else "a list of at least one"
-            raise ConfigError(f"{self._path}: {where} = {told!r}; expected {wanted}.")
-        return told
 
 
 def _shares(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,64 +1,118 @@
-"""A filled table as Markdown, LaTeX (booktabs), CSV or HTML. The same grid gives the same bytes everywhere."""
+"""A filled table as Markdown, LaTeX (booktabs), CSV or HTML. The same grid gives the same bytes everywhere.
+
+Texts come from records, files and folders. `Drawn` passes every one of them through its format's one escaping function,
+and the formats draw that: what a text holds is shown, and does nothing.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import escape
 
+from slm_exp.core.format import printable
 from slm_exp.tables.commands import commands
-from slm_exp.tables.grid import BEST, SECOND, TIED, Entry, Gap, Grid
+from slm_exp.tables.grid import BEST, SECOND, TIED, Entry, Grid
 
 EMPTY = "–"
 LEGEND = {BEST: "bold", SECOND: "underlined", TIED: "°"}
+Escape = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What stands at one place, escaped."""
+
+    text: str
+    half: str
+    mark: str
+    note: str
+    gap: int | None
+
+    def around(self, text: str, half: str, gap: str) -> str:
+        """Value, plus-minus, note, number of the gap."""
+        out = text + (half if self.text and self.half else "")
+        return out + (f" ({self.note})" if self.note else "") + (" " + gap.format(self.gap) if self.gap else "")
+
+
+class Drawn:
+    """A grid, every text of it escaped."""
+
+    def __init__(self, grid: Grid, escape: Escape, code: Escape | None = None) -> None:
+        used = {e.mark for e in grid.entries()} - {""}
+        legend = ", ".join(f"{mark} {LEGEND[mark]}" for mark in LEGEND if mark in used)
+        self.title, self.columns = escape(grid.title), [escape(c) for c in (grid.row_heads[1], *grid.columns)]
+        self.notes = [escape(note) for note in [*grid.notes, *([f"Shown as: {legend}."] if legend else [])]]
+        self.blocks = [(escape(label), [(escape(name), [_place(e, escape) for e in row]) for name, row in rows])
+                       for label, rows in grid.blocks]
+        self.gaps = [(gap.number, escape(gap.label), escape(gap.why), (code or escape)(command))
+                     for gap in grid.gaps for command in commands(gap.jobs, grid.name)]
+
+
+def _place(entry: Entry, escape: Escape) -> Place:
+    return Place(escape(entry.text), escape(entry.half_text), entry.mark, escape(entry.note), entry.missing)
+
+
+def _line(text: str) -> str:
+    return re.sub(r"[\t\n]", " ", printable(text))
 
 
 def markdown(grid: Grid) -> str:
     """A pipe table a block, then notes and the commands of what is missing."""
-    lines = [f"## {grid.title}"]
-    for label, rows in grid.blocks:
-        lines += ["", *([f"**{_md(label)}**", ""] if label else [])]
-        lines.append("| " + " | ".join([grid.row_heads[1], *map(_md, grid.columns)]) + " |")
+    drawn = Drawn(grid, _md, _md_code)
+    lines = [f"## {drawn.title}"]
+    for label, rows in drawn.blocks:
+        lines += ["", *([f"**{label}**", ""] if label else [])]
+        lines.append("| " + " | ".join(drawn.columns) + " |")
         lines.append("|---|" + "---:|" * len(grid.columns))
-        lines += ["| " + " | ".join([_md(name), *map(_md_entry, row)]) + " |" for name, row in rows]
-    lines += ["", *(f"- {note}" for note in _notes(grid))]
-    if grid.gaps:
+        lines += ["| " + " | ".join([name, *map(_md_place, row)]) + " |" for name, row in rows]
+    lines += ["", *(f"- {note}" for note in drawn.notes)]
+    if drawn.gaps:
         lines += ["", "Missing:", ""]
-        lines += [f"- [{gap.number}] {_md(gap.label)} ({_md(gap.why)}): `{command}`"
-                  for gap in grid.gaps for command in _commands(grid, gap)]
+        lines += [f"- [{number}] {label} ({why}): {command}" for number, label, why, command in drawn.gaps]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _md(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    """No HTML, link, emphasis, code, end of a cell, heading or list; an underscore within a word is plain as it is."""
+    text = re.sub(r"([\\`*|])", r"\\\1", _line(text))
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;")
+    text = re.sub(r"\](?=[(\[:])", r"\]", text)
+    return re.sub(r"(?<!\w)_|_(?!\w)|^[#>+-](?=\s|$)", r"\\\g<0>", text)
 
 
-def _md_entry(entry: Entry) -> str:
-    text = _md(entry.text)
-    text = {BEST: f"**{text}**", SECOND: f"<u>{text}</u>", TIED: f"{text}°"}.get(entry.mark, text)
-    return _around(entry, text, f" ± {entry.half_text}", "[{}]")
+def _md_code(text: str) -> str:
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    pad = " " if longest else ""
+    return f"{'`' * (longest + 1)}{pad}{_line(text)}{pad}{'`' * (longest + 1)}"
+
+
+def _md_place(place: Place) -> str:
+    text = {BEST: f"**{place.text}**", SECOND: f"<u>{place.text}</u>", TIED: f"{place.text}°"}
+    return place.around(text.get(place.mark, place.text) if place.text else EMPTY, f" ± {place.half}", "[{}]")
 
 
 def latex(grid: Grid) -> str:
     """A booktabs table to \\input; needs \\usepackage{booktabs} alone. Missing runs are comments behind it."""
-    width = len(grid.columns) + 1
+    drawn = Drawn(grid, _tex)
+    width = len(drawn.columns)
     lines = ["% needs \\usepackage{booktabs}", "\\begin{table}",
-             "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}", f"\\caption{{{_tex(grid.title)}}}",
-             f"\\begin{{tabular}}{{l{'r' * len(grid.columns)}}}", "\\toprule",
-             " & ".join([_tex(grid.row_heads[1]), *map(_tex, grid.columns)]) + " \\\\"]
-    for label, rows in grid.blocks:
+             "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}", f"\\caption{{{drawn.title}}}",
+             f"\\begin{{tabular}}{{l{'r' * len(grid.columns)}}}", "\\toprule", " & ".join(drawn.columns) + " \\\\"]
+    for label, rows in drawn.blocks:
         lines.append("\\midrule")
         if label:
-            lines += [f"\\multicolumn{{{width}}}{{l}}{{\\textit{{{_tex(label)}}}}} \\\\", "\\midrule"]
-        lines += [" & ".join([_tex_head(name), *map(_tex_entry, row)]) + " \\\\" for name, row in rows]
+            lines += [f"\\multicolumn{{{width}}}{{l}}{{\\textit{{{label}}}}} \\\\", "\\midrule"]
+        lines += [" & ".join([_tex_head(name), *map(_tex_place, row)]) + " \\\\" for name, row in rows]
     lines += ["\\bottomrule", "\\end{tabular}", ""]
-    lines += [f"\\par\\raggedright {_tex(' '.join(_notes(grid)))}"] if _notes(grid) else []
+    lines += [f"\\par\\raggedright {' '.join(drawn.notes)}"] if drawn.notes else []
     lines.append("\\end{table}")
-    lines += [f"% [{gap.number}] {gap.label} ({gap.why}): {command}".replace("\n", " ")
-              for gap in grid.gaps for command in _commands(grid, gap)]
+    lines += [f"% [{number}] {label} ({why}): {command}" for number, label, why, command in Drawn(grid, _line).gaps]
     return "\n".join(line for line in lines if line) + "\n"
 
 
@@ -72,44 +126,46 @@ TEX = {"\\": "\\textbackslash{}", "&": "\\&", "%": "\\%", "$": "\\$", "#": "\\#"
 
 def _tex(text: str) -> str:
     """LaTeX reads UTF-8 since 2018, but its default fonts have Latin letters only; of others nothing is known."""
-    return "".join(TEX.get(c) or (c if ord(c) < 128 or "LATIN" in unicodedata.name(c, "") else "?") for c in text)
+    return "".join(TEX.get(c) or (c if ord(c) < 128 or "LATIN" in unicodedata.name(c, "") else "?")
+                   for c in _line(text))
 
 
 def _tex_head(text: str) -> str:
     """A row's first cell: behind the end of a line, `[` and `*` would be arguments of it."""
-    return ("{}" if text[:1] in ("[", "*") else "") + _tex(text)
+    return ("{}" if text[:1] in ("[", "*") else "") + text
 
 
-def _tex_entry(entry: Entry) -> str:
-    text = _tex(entry.text)
-    marked = {BEST: f"\\textbf{{{text}}}", SECOND: f"\\underline{{{text}}}", TIED: f"{text}$^{{\\circ}}$"}
-    half = f"{{\\tiny$\\pm${entry.half_text}}}"
-    return _around(entry, marked.get(entry.mark, text), half, "$^{{[{}]}}$", "--")
+def _tex_place(place: Place) -> str:
+    text = {BEST: f"\\textbf{{{place.text}}}", SECOND: f"\\underline{{{place.text}}}",
+            TIED: f"{place.text}$^{{\\circ}}$"}.get(place.mark, place.text)
+    return place.around(text if place.text else "--", f"{{\\tiny$\\pm${place.half}}}", "$^{{[{}]}}$")
 
 
 def html(grid: Grid) -> str:
     """One self-contained page."""
-    parts: list[str] = [f"<h1>{escape(grid.title)}</h1>", "<table>"]
-    heads = "".join(f'<th scope="col">{escape(c)}</th>' for c in [grid.row_heads[1], *grid.columns])
-    parts.append(f"<thead><tr>{heads}</tr></thead>")
-    for label, rows in grid.blocks:
+    drawn = Drawn(grid, _html)
+    heads = "".join(f'<th scope="col">{c}</th>' for c in drawn.columns)
+    parts = [f"<h1>{drawn.title}</h1>", "<table>", f"<thead><tr>{heads}</tr></thead>"]
+    for label, rows in drawn.blocks:
         parts.append("<tbody>")
         if label:
-            parts.append(f'<tr><th scope="rowgroup" colspan="{len(grid.columns) + 1}">{escape(label)}</th></tr>')
+            parts.append(f'<tr><th scope="rowgroup" colspan="{len(drawn.columns)}">{label}</th></tr>')
         for name, row in rows:
-            cells = "".join(f"<td>{_html_entry(entry)}</td>" for entry in row)
-            parts.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
+            cells = "".join(f"<td>{_html_place(place)}</td>" for place in row)
+            parts.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
         parts.append("</tbody>")
-    parts.append("</table>")
-    parts.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in _notes(grid)) + "</ul>")
-    if grid.gaps:
-        line = Markup("<li>[{}] {} ({}): <code>{}</code></li>")
-        gaps = "".join(line.format(gap.number, gap.label, gap.why, command)
-                       for gap in grid.gaps for command in _commands(grid, gap))
+    parts += ["</table>", "<ul>" + "".join(f"<li>{note}</li>" for note in drawn.notes) + "</ul>"]
+    if drawn.gaps:
+        gaps = "".join(f"<li>[{number}] {label} ({why}): <code>{command}</code></li>"
+                       for number, label, why, command in drawn.gaps)
         parts.append(f"<h2>Missing</h2><ul>{gaps}</ul>")
     body = "\n".join(parts)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(grid.title)}</title>\n'
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{drawn.title}</title>\n'
             f"<style>{CSS}</style></head><body>\n{body}\n</body></html>\n")
+
+
+def _html(text: str) -> str:
+    return str(escape(printable(text)))
 
 
 CSS = """
@@ -124,56 +180,49 @@ th[scope=rowgroup] { font-style: italic } b { font-weight: 700 } small { opacity
 """
 
 
-def _html_entry(entry: Entry) -> Markup:
-    text = escape(entry.text)
-    text = {BEST: Markup("<b>{}</b>"), SECOND: Markup("<u>{}</u>"),
-            TIED: Markup("{}°")}.get(entry.mark, Markup("{}")).format(text)
-    return Markup(_around(entry, text, Markup(" <small>± {}</small>").format(entry.half_text), "[{}]"))
+def _html_place(place: Place) -> str:
+    text = {BEST: f"<b>{place.text}</b>", SECOND: f"<u>{place.text}</u>", TIED: f"{place.text}°"}
+    return place.around(text.get(place.mark, place.text) if place.text else EMPTY, f" <small>± {place.half}</small>",
+                        "[{}]")
 
 
 def csv_text(grid: Grid) -> str:
     """One line a row: block, row, numbers under the table's headings; then plus-minus, marks, and what is missing."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    spread = [k for k in range(len(grid.columns)) if any(row[k].half is not None for row in _rows(grid))]
-    marks = [k for k in range(len(grid.columns)) if any(row[k].mark for row in _rows(grid))]
+
+    def put(*cells: str) -> None:
+        writer.writerow(map(_csv, cells))
+
+    columns = grid.columns
+    every = [row for _, rows in grid.blocks for _, row in rows]
+    spread = [k for k in range(len(columns)) if any(row[k].half is not None for row in every)]
+    marks = [k for k in range(len(columns)) if any(row[k].mark for row in every)]
     named = any(label for label, _ in grid.blocks)
-    noted = any(e.note for row in _rows(grid) for e in row)
-    writer.writerow([*([grid.row_heads[0]] if named else []), grid.row_heads[1], *grid.columns,
-                     *(f"{grid.columns[k]} ±" for k in spread), *(f"{grid.columns[k]} mark" for k in marks),
-                     *(["note"] if noted else []), *(["missing"] if grid.gaps else [])])
-    by_number = {gap.number: gap for gap in grid.gaps}
+    noted = any(e.note for row in every for e in row)
+    put(*grid.row_heads[0 if named else 1:], *columns, *(f"{columns[k]} ±" for k in spread),
+        *(f"{columns[k]} mark" for k in marks), *(["note"] if noted else []), *(["missing"] if grid.gaps else []))
+    by_number = {gap.number: commands(gap.jobs, grid.name) for gap in grid.gaps}
     for label, rows in grid.blocks:
         for name, row in rows:
-            gaps = [by_number[n] for n in dict.fromkeys(e.missing for e in row if e.missing is not None)]
-            told = "; ".join(command for gap in gaps for command in _commands(grid, gap))
-            writer.writerow([*([label] if named else []), name, *(e.text for e in row),
-                             *(row[k].half_text for k in spread), *(row[k].mark for k in marks),
-                             *(["; ".join(f"{c}: {e.note}" for c, e in zip(grid.columns, row, strict=True) if e.note)]
-                               if noted else []), *([told] if grid.gaps else [])])
+            missing = [c for n in dict.fromkeys(e.missing for e in row if e.missing is not None) for c in by_number[n]]
+            note = "; ".join(f"{c}: {e.note}" for c, e in zip(columns, row, strict=True) if e.note)
+            put(*([label] if named else []), name, *(e.text for e in row), *(row[k].half_text for k in spread),
+                *(row[k].mark for k in marks), *([note] if noted else []),
+                *(["; ".join(missing)] if grid.gaps else []))
     return out.getvalue()
 
 
-def _rows(grid: Grid) -> Iterator[list[Entry]]:
-    return (row for _, rows in grid.blocks for _, row in rows)
-
-
-def _around(entry: Entry, text: str, half: str, gap: str, empty: str = EMPTY) -> str:
-    """Value, plus-minus, note, number of the gap."""
-    out = text if entry.text else empty
-    out += half if entry.text and entry.half is not None else ""
-    out += f" ({entry.note})" if entry.note else ""
-    return out + (" " + gap.format(entry.missing) if entry.missing is not None else "")
-
-
-def _notes(grid: Grid) -> list[str]:
-    used = {e.mark for e in grid.entries()} - {""}
-    told = ", ".join(f"{mark} {LEGEND[mark]}" for mark in LEGEND if mark in used)
-    return [*grid.notes, *([f"Shown as: {told}."] if told else [])]
-
-
-def _commands(grid: Grid, gap: Gap) -> list[str]:
-    return commands(gap.jobs, grid.name)
+def _csv(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula."""
+    text = printable(text)
+    if text.lstrip()[:1] not in ("=", "+", "-", "@"):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 FORMATS: dict[str, Callable[[Grid], str]] = {"md": markdown, "tex": latex, "csv": csv_text, "html": html}

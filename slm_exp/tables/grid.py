@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from slm_exp.core.errors import ConfigError, ProtocolError
 from slm_exp.evaluation.protocol import mixed
+from slm_exp.runs.record import say_unverified
+from slm_exp.runs.schema import Record
+from slm_exp.runs.state import DAMAGED, FINISHED
 from slm_exp.runs.statistics.paired import LEVEL, holm
 from slm_exp.runs.statistics.runs import Measured, difference
 from slm_exp.runs.statistics.spread import spread
-from slm_exp.runs.sweep import state_of
 from slm_exp.tables.commands import commands
 from slm_exp.tables.definition import Column, Row, Table
 from slm_exp.tables.quantities import Quantity, Value, quantity
@@ -133,7 +134,8 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
 
 
 def _finished(m: Measured | None) -> bool:
-    return m is not None and m.record.get("status") == "finished"
+    """Whether it counts: finished by any version, its files as recorded."""
+    return m is not None and m.run.state == FINISHED
 
 
 def _dense(found: Mapping[tuple[int, int, int], Sequence[Measured | None]], block: int, column: int,
@@ -146,7 +148,7 @@ def _dense(found: Mapping[tuple[int, int, int], Sequence[Measured | None]], bloc
     there = {at: models for at, models in found.items() if at[2] == column}
     here = [m for at, models in there.items() if at[0] == block for m in models if _finished(m)]
     models = here or [m for models in there.values() for m in models if _finished(m)]
-    digests = {(m.record.get("model") or {}).get("digest"): m.name for m in models if m is not None}
+    digests = {m.record.model.digest: m.name for m in models if m is not None}
     if len(digests) < 2:
         return dense_of(models)
     if not here:
@@ -159,7 +161,7 @@ def _dense(found: Mapping[tuple[int, int, int], Sequence[Measured | None]], bloc
 def dense_of(models: Iterable[Measured | None]) -> Measured | None:
     """The dense model as a run of the table measured it: of the first by run_id, so always the same."""
     with_dense = [m for m in models if m is not None and _finished(m)]
-    first = min(with_dense, key=lambda m: str(m.record.get("run_id")), default=None)
+    first = min(with_dense, key=lambda m: m.record.run_id, default=None)
     return replace(first, which="dense") if first else None
 
 
@@ -171,12 +173,19 @@ def _gap(table: Table, row: Row, column: Column, models: Sequence[Measured | Non
         return None
     jobs = tuple(job for job, _ in left)
     if jobs not in gaps:
-        errors = [m.record.get("error") or {} for _, m in left if m is not None]
-        why = next((f"failed in stage {e.get('stage')}: {str(e.get('message')).splitlines()[0][:200]}"
-                    for e in errors if e.get("message")), "not run" if not errors else next(
-                       f"{state_of(m.folder, m.record)}, not finished" for _, m in left if m is not None))
+        why = next((reason for _, m in left if m is not None and (reason := _reason(m))), "not run")
         gaps[jobs] = Gap(len(gaps) + 1, jobs, ", ".join(filter(None, (block, row.label))), why)
     return gaps[jobs]
+
+
+def _reason(m: Measured) -> str:
+    """Why a run that is there does not count."""
+    error, state = m.record.error, m.run.state
+    if state == DAMAGED:
+        return f"damaged: {m.run.folder}: {'; '.join(map(str, m.run.problems))}"
+    if error.message:
+        return f"failed in stage {error.stage}: {error.message.splitlines()[0][:200]}"
+    return f"{state}, not finished"
 
 
 def _entry(models: Sequence[Measured], kind: Quantity, digits: int, wanted: int) -> Entry:
@@ -299,15 +308,14 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity],
 
 
 def provenance(runs: Sequence[Measured]) -> list[str]:
-    """How many runs, by which commit, of which model, by which protocol."""
+    """How many runs, by which commit, of which model, by which protocol; and whether they could be checked."""
     out: list[str] = []
-    used_runs = {str(m.record.get("run_id")): m.record for m in runs}
-    versions = sorted({f"slm_exp {(r.get('versions') or {}).get('slm_exp')}{_commit(r)}" for r in used_runs.values()})
+    records = {m.record.run_id: m.record for m in runs}.values()
+    versions = sorted({f"slm_exp {r.versions.get('slm_exp')}{_commit(r)}" for r in records})
     if versions:
-        out.append(f"{len(used_runs)} runs, by {', '.join(versions)}.")
-    models = sorted({m.record["model"]["note"] for m in runs if (m.record.get("model") or {}).get("note")})
-    out += [f"Model: {note}." for note in models]
-    asked = {p.get("hash"): p.get("fields") or {} for m in runs if (p := m.protocol)}
+        out.append(f"{len(records)} runs, by {', '.join(versions)}.")
+    out += [f"Model: {note}." for note in sorted({m.record.model.note for m in runs} - {""})]
+    asked = {p.get("hash"): p.get("fields") or {} for m in runs if (p := m.evaluation.protocol)}
     if len(asked) == 1:
         [(name, fields)] = asked.items()
         limit = "every document" if fields.get("limit") is None else f"the first {fields['limit']} documents a task"
@@ -316,20 +324,20 @@ def provenance(runs: Sequence[Measured]) -> list[str]:
             out.append(f"Protocol {name}: lm-eval {fields.get('lm_eval')}, {limit}{dtype}.")
         elif fields.get("perplexity"):
             out.append(f"Protocol {name}: perplexity of {', '.join(fields['perplexity'])}{dtype}.")
-    timed = [p for r in used_runs.values() if (p := (r.get("speed") or {}).get("protocol"))]
+    timed = [r.speed.protocol for r in records if r.speed.protocol]
     if timed and all(p == timed[0] for p in timed):
-        speed: dict[str, Any] = timed[0]
+        speed = timed[0]
         threads = f"{speed['threads']} threads" if speed.get("threads") else ""
         where = ", ".join(filter(None, (speed.get("dtype"), speed.get("device"), threads)))
         out.append(f"Speed: {speed.get('runs')} runs in turn with the dense model, "
                    f"the first {speed.get('discard')} left out; {where}.")
-    return out
+    unverified = say_unverified({m.run.folder: m.run for m in runs}.values())
+    return [*out, *([unverified] if unverified else [])]
 
 
-def _commit(record: dict[str, Any]) -> str:
-    git = record.get("git") or {}
-    dirty = " with changes" if git.get("dirty") else ""
-    return f" at {git['commit'][:10]}{dirty}" if git.get("commit") else ""
+def _commit(record: Record) -> str:
+    dirty = " with changes" if record.git.dirty else ""
+    return f" at {record.git.commit[:10]}{dirty}" if record.git.commit else ""
 
 
 def missing_commands(grid: Grid) -> list[str]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.core.files import digest
 from slm_exp.evaluation.base import SEVEN
-from slm_exp.runs.statistics.scores import estimate, metric_of, stderr_of_mean
-
-if TYPE_CHECKING:
-    from slm_exp.runs.statistics.runs import Measured
+from slm_exp.evaluation.protocol import Protocol
+from slm_exp.runs.schema import Quartiles, SpeedCase
+from slm_exp.runs.statistics.runs import Measured
+from slm_exp.runs.statistics.scores import estimate, main_score, metric_of, stderr_of_mean
 
 Value = float | str | None
 
@@ -29,30 +28,18 @@ class Quantity:
     stderr: Callable[[Measured], float | None] = lambda _: None
     tasks: tuple[str, ...] = ()
     """The tasks whose documents a difference is tested on; none: no test, so no row is marked."""
-    protocol: Callable[[Measured], dict[str, Any] | None] = lambda _: None
+    protocol: Callable[[Measured], Protocol] = lambda _: None
     """`{hash, fields}` of what it was measured by; numbers of different hashes do not stand in one column."""
     spread: str = "error"
     """What `stderr` is: a standard error over documents, or half the distance of the `quartiles`."""
-
-
-def _at(*path: str) -> Callable[[Measured], Any]:
-    """The record's value at a path, None where it has none."""
-
-    def value(m: Measured) -> Any:
-        found: Any = m.record
-        for key in path:
-            found = found.get(key) if isinstance(found, dict) else None
-        return found
-
-    return value
 
 
 def _sided(dense: Callable[[Measured], Value], compressed: Callable[[Measured], Value]) -> Callable[[Measured], Value]:
     return lambda m: dense(m) if m.which == "dense" else compressed(m)
 
 
-def _scaled(value: Callable[[Measured], Any], factor: float) -> Callable[[Measured], float | None]:
-    return lambda m: None if (found := value(m)) is None else factor * float(found)
+def _scaled(value: Callable[[Measured], float | None], factor: float) -> Callable[[Measured], float | None]:
+    return lambda m: None if (found := value(m)) is None else factor * found
 
 
 def _compressed(value: Callable[[Measured], Value]) -> Callable[[Measured], Value]:
@@ -60,16 +47,11 @@ def _compressed(value: Callable[[Measured], Value]) -> Callable[[Measured], Valu
 
 
 def _task(name: str) -> Quantity:
-    def score(m: Measured) -> float | None:
-        scores = m.scores(name)
-        metric = metric_of(name, scores)
-        return None if metric is None else 100 * float(scores[metric])
-
     def stderr(m: Measured) -> float | None:
         found = estimate(m.scores(name), metric_of(name, m.scores(name)) or "")
         return None if found is None or found.stderr is None else 100 * found.stderr
 
-    return Quantity(name, score, 2, stderr, (name,), _protocol)
+    return Quantity(name, _scaled(lambda m: main_score(name, m.scores(name)), 100), 2, stderr, (name,), _protocol)
 
 
 def _average_stderr(m: Measured) -> float | None:
@@ -77,76 +59,73 @@ def _average_stderr(m: Measured) -> float | None:
     return None if found is None else 100 * found
 
 
-def _protocol(m: Measured) -> dict[str, Any] | None:
-    return m.protocol
+def _protocol(m: Measured) -> Protocol:
+    return m.evaluation.protocol or None
 
 
 def _speed(name: str, case: str = "1x12x128") -> Quantity:
     """Medians; the dense model's speedup over itself is not told."""
     label, factor, digits = TIMED[name]
 
-    def found(m: Measured) -> Any:
-        cells = (m.record.get("speed") or {}).get("cells") or ()
-        cell: dict[str, Any] = next((c for c in cells if c.get("name") == case), {})
-        return (cell if m.which == "compressed" else {}).get(name) if name == "speedup" else (
-            (cell.get(m.which) or {}).get(name))
+    def found(m: Measured) -> Quartiles | int | float | None:
+        cell = next((cell for cell in m.record.speed.cells if cell.name == case), SpeedCase())
+        if name == "speedup":
+            return cell.speedup if m.which == "compressed" else None
+        return getattr(cell.dense if m.which == "dense" else cell.compressed, name)
 
     def value(m: Measured) -> float | None:
-        told = found(m)
-        told = told.get("median") if isinstance(told, dict) else told
-        return None if told is None else factor * float(told)
+        number = found(m)
+        number = number.median if isinstance(number, Quartiles) else number
+        return None if number is None else factor * number
 
     def half(m: Measured) -> float | None:
-        told = found(m)
-        return factor * (told["q3"] - told["q1"]) / 2 if isinstance(told, dict) else None
+        number = found(m)
+        return factor * (number.q3 - number.q1) / 2 if isinstance(number, Quartiles) else None
 
-    def protocol(m: Measured) -> dict[str, Any] | None:
-        told = (m.record.get("speed") or {}).get("protocol")
-        fields = {**told, "machine": (m.record.get("device") or {}).get("name")} if told else {}
-        return {"hash": digest(fields), "fields": fields} if told else None
+    def protocol(m: Measured) -> Protocol:
+        stated = m.record.speed.protocol
+        fields = {**stated, "machine": m.record.device.name or None}
+        return {"hash": digest(fields), "fields": fields} if stated else None
 
     return Quantity(label if case == PAPERS_CASE else f"{label} {case}", value, digits, half, (), protocol, "quartiles")
 
 
 def _plan(m: Measured) -> str | None:
     """`14-15, 25-27; without 3, attention of 7`: merged runs of layers, then what is removed."""
-    plan = m.record.get("plan")
+    plan = m.record.plan
     if not plan:
         return None
-    merged = ", ".join(f"{a}-{b - 1}" for a, b in plan.get("groups") or ())
-    halves = [f"{half['kind']} of {half['layer']}" for half in plan.get("sublayers") or ()]
-    gone = ", ".join([*map(str, plan.get("dropped") or ()), *halves])
-    return "; ".join([*([merged] if merged else []), *([f"without {gone}"] if gone else [])]) or "nothing"
+    return "; ".join(filter(None, (plan.merged, plan.removed and f"without {plan.removed}"))) or "nothing"
 
 
 def _idle(m: Measured) -> float | None:
     """Per cent of the parameters that are gone, or stand in the checkpoint as removed sublayers' zeros."""
-    params = m.record.get("params") or {}
-    if not params.get("before"):
+    params = m.record.params
+    if not params.before or params.after is None:
         return None
-    return 100 * (params["before"] - params["after"] + (params.get("zeroed") or 0)) / params["before"]
+    return 100 * (params.before - params.after + params.zeroed) / params.before
 
 
 def _threshold(m: Measured) -> Value:
-    found = _at("plan", "threshold")(m)
-    return found if found is not None else _at("config", "method", "threshold")(m)
+    found = m.record.plan.threshold
+    return found if found is not None else m.record.setting("method.threshold")
 
 
 NAMED = {
-    "layers": Quantity("layers", _sided(_at("layers", "before"), _at("layers", "after"))),
-    "params": Quantity("params (M)", _sided(_scaled(_at("params", "before"), 1e-6),
-                                            _scaled(_at("params", "after"), 1e-6)), 1),
-    "parameters": Quantity("params", _sided(_at("params", "before"), _at("params", "after"))),
-    "removed": Quantity("removed (%)", _sided(lambda _: 0.0, _scaled(_at("params", "ratio_removed"), 100)), 1),
+    "layers": Quantity("layers", _sided(lambda m: m.record.layers.before, lambda m: m.record.layers.after)),
+    "params": Quantity("params (M)", _sided(_scaled(lambda m: m.record.params.before, 1e-6),
+                                            _scaled(lambda m: m.record.params.after, 1e-6)), 1),
+    "parameters": Quantity("params", _sided(lambda m: m.record.params.before, lambda m: m.record.params.after)),
+    "removed": Quantity("removed (%)", _sided(lambda _: 0.0, _scaled(lambda m: m.record.params.ratio_removed, 100)), 1),
     "removed_or_zeroed": Quantity("removed or zeroed (%)", _sided(lambda _: 0.0, _idle), 1),
-    "score": Quantity("score", _compressed(_at("plan", "final_score")), 4),
+    "score": Quantity("score", _compressed(lambda m: m.record.plan.final_score), 4),
     "plan": Quantity("plan", _compressed(_plan)),
     "threshold": Quantity("threshold", _compressed(_threshold), 4),
-    "evaluations": Quantity("candidates", _compressed(_at("plan", "evaluations"))),
-    "block_forwards": Quantity("block forwards", _compressed(_at("plan", "block_forwards"))),
-    "seconds": Quantity("seconds", _at("seconds")),
-    "average": Quantity("average", _scaled(lambda m: m.evaluation.get("average"), 100), 2, _average_stderr,
-                        tuple(SEVEN), _protocol),
+    "evaluations": Quantity("candidates", _compressed(lambda m: m.record.plan.evaluations)),
+    "block_forwards": Quantity("block forwards", _compressed(lambda m: m.record.plan.block_forwards)),
+    "seconds": Quantity("seconds", lambda m: m.record.seconds),
+    "average": Quantity("average", _scaled(lambda m: m.evaluation.average, 100), 2, _average_stderr, tuple(SEVEN),
+                        _protocol),
     **{name: _task(name) for name in SEVEN},
 }
 PAPERS_CASE = "1x12x128"
@@ -172,7 +151,7 @@ def quantity(name: str) -> Quantity:
     if family == "task":
         return _task(rest)
     if family == "perplexity":
-        return Quantity(f"ppl {rest}", lambda m: (m.evaluation.get("perplexity") or {}).get(rest), 2,
+        return Quantity(f"ppl {rest}", lambda m: m.evaluation.perplexity.get(rest), 2,
                         protocol=_protocol)
     if family == "speed":
         return _speed(*rest.split(".", 1))
@@ -180,8 +159,8 @@ def quantity(name: str) -> Quantity:
 
 
 def _setting(path: str) -> Callable[[Measured], Value]:
-    found = _at("config", *path.split("."))
-    return lambda m: value if isinstance(value := found(m), (float, int, str, type(None))) else str(value)
+    return lambda m: (value if isinstance(value := m.record.setting(path), (float, int, str, type(None)))
+                      else str(value))
 
 
 def default_label(name: str) -> str:

@@ -4,51 +4,66 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from slm_exp.core.documents import JsonObject
 from slm_exp.core.errors import ConfigError, SlmError
 from slm_exp.core.files import plain
+from slm_exp.core.format import printable
 from slm_exp.core.registry import GROUPS, available
+from slm_exp.launch.compose import compose_run
 from slm_exp.pipeline.config import UNSCIENTIFIC
-from slm_exp.runs.record import load_record
+from slm_exp.runs.record import Run
+from slm_exp.runs.schema import Record
+from slm_exp.runs.state import FINISHED
 from slm_exp.runs.statistics.runs import Measured
 
 NO_RESULT = ("hydra", "cache", "save_model")
 """What decides nothing besides the groups in UNSCIENTIFIC."""
 
 
-def find_runs(folders: Sequence[Path], may_be_empty: bool = False) -> list[Measured]:
+def find_runs(folders: Sequence[Path], may_be_empty: bool = False, verify: bool = False) -> list[Measured]:
     """Every run in folders and below them, ordered by what it is, not by where it lies. A record that cannot be read is
     named on stderr.
+
+    Args:
+        verify: check the digests of large files too.
 
     Raises:
         ConfigError: no such folder, or no record in any of them.
     """
     found: list[Measured] = []
-    seen: set[Path] = set()
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"DIR = {folder}; expected a folder with runs (outputs/multirun/NAME, outputs).")
+    for at in run_folders(folders):
+        try:
+            found.append(Measured(Run.read(at, verify)))
+        except SlmError as error:
+            print(printable(f"left out: {error}"), file=sys.stderr)
+    if not found and not may_be_empty:
+        raise ConfigError(f"DIR = {', '.join(map(str, folders))}; expected at least one run there, and there is no "
+                          "record.json. Multiruns lie in outputs/multirun/NAME.")
+    return sorted(found, key=lambda m: (m.record.run_id, m.record.created, str(m.run.folder)))
+
+
+def run_folders(folders: Sequence[Path]) -> Iterator[Path]:
+    """Every folder with a record.json, once, also where a folder is given twice or links lead in a circle."""
+    seen: set[Path] = set()
+    for folder in folders:
         for at, below, files in os.walk(folder, followlinks=True):
-            if (here := Path(at).resolve()) in seen:  # a folder given twice, or a link in a circle
+            if (here := Path(at).resolve()) in seen:
                 below.clear()
                 continue
             seen.add(here)
             if "record.json" in files:
                 below.clear()
-                try:
-                    found.append(Measured(Path(at).name, Path(at), load_record(Path(at))))
-                except SlmError as error:
-                    print(f"left out: {error}", file=sys.stderr)
+                yield Path(at)
             below[:] = sorted(name for name in below if not name.startswith("."))
-    if not found and not may_be_empty:
-        raise ConfigError(f"DIR = {', '.join(map(str, folders))}; expected at least one run there, and there is no "
-                          "record.json. Multiruns lie in outputs/multirun/NAME.")
-    return sorted(found, key=lambda m: (str(m.record.get("run_id")), str(m.record.get("created")), str(m.folder)))
 
 
 class Finder:
@@ -77,19 +92,17 @@ class Finder:
         try:
             wanted = _wanted(tuple(overrides))
         except ConfigError:  # a file of theirs may be elsewhere: then those runs that were asked in the same words
-            same = [m for m in left if _said(m.record.get("overrides") or ()) == _said(overrides)]
+            same = [m for m in left if _said(m.record.overrides) == _said(overrides)]
             if not same:
                 raise
             return self._best(same)
-        same = [m for m in left if m.record.get("run_id") == wanted.run_id] or [
-            m for m in left if science(m.record.get("config")) == wanted.science]
+        same = [m for m in left if m.record.run_id == wanted.run_id] or [
+            m for m in left if science(m.record.config) == wanted.science]
         return self._best(same)
 
     @staticmethod
     def _best(same: Sequence[Measured]) -> Measured | None:
-        best = max(same, key=lambda m: str(m.record.get("created")), default=None)
-        done = [m for m in same if m.record.get("status") == "finished"]
-        return max(done, key=lambda m: str(m.record.get("created")), default=best)
+        return max(same, key=lambda m: (m.run.state == FINISHED, m.record.created), default=None)
 
 
 def _said(overrides: Iterable[str]) -> set[str]:
@@ -106,8 +119,6 @@ class _Wanted:
     """What overrides compose to."""
 
     def __init__(self, overrides: Sequence[str]) -> None:
-        from slm_exp.launch.compose import compose_run
-
         self._cfg = compose_run(overrides)
 
     @cached_property
@@ -119,31 +130,30 @@ class _Wanted:
             return None
 
     @cached_property
-    def science(self) -> dict[str, Any] | None:
+    def science(self) -> JsonObject | None:
         return science(plain(self._cfg.resolved()))
 
 
-def science(config: Any) -> dict[str, Any] | None:
+def science(config: JsonObject) -> JsonObject | None:
     """The part of a record's `config` that decides results; None where it is not one of this package."""
-    out: dict[str, Any] = {}
+    out: JsonObject = {}
     for group in GROUPS:
-        told = config.get(group) if isinstance(config, dict) else None
-        cls = available(group).get(told.get("name", "")) if isinstance(told, dict) else None
-        if told is None or cls is None:
+        settings = config.get(group)
+        cls = available(group).get(settings.get("name", "")) if isinstance(settings, dict) else None
+        if not isinstance(settings, dict) or cls is None:
             return None
         if group not in UNSCIENTIFIC:
             decides = {f.name for f in fields(cls) if f.metadata.get("science", True)}
-            out[group] = {key: value for key, value in told.items() if key == "name" or key in decides}
+            out[group] = {key: value for key, value in settings.items() if key == "name" or key in decides}
     return {**out, "seed": config.get("seed")}
 
 
-def _contradicts(record: dict[str, Any], overrides: Sequence[str]) -> bool:
+def _contradicts(record: Record, overrides: Sequence[str]) -> bool:
     """Whether the record's config plainly has another member or number than an override; False where not plain."""
-    config = record.get("config") or {}
     for override in overrides:
         key, _, text = override.partition("=")
         group, _, name = key.partition(".")
-        has = config.get(group)
+        has = record.config.get(group)
         if not _decides(group, name, has):
             continue
         if isinstance(has, dict):

@@ -1,21 +1,67 @@
 """Published numbers (`conf/reference/*.yaml`) beside ours."""
 
+# ruff: noqa: RUF012 (pydantic copies defaults)
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from slm_exp.core.errors import ConfigError, did_you_mean
+from pydantic import field_validator
+
+from slm_exp.core.documents import Document, read_document
+from slm_exp.core.errors import ConfigError
 from slm_exp.launch.compose import conf_dir
 from slm_exp.runs.statistics.runs import Measured
-from slm_exp.tables.definition import Row, Table, read_yaml
+from slm_exp.tables.definition import Row, Table
 from slm_exp.tables.grid import Entry, Gap, Grid, fill
 from slm_exp.tables.quantities import check_quantity, quantity
 
-KEYS = {"file": ("source", "protocol", "tolerance", "entries", "claims"),
-        "entry": ("model", "what", "which", "runs", "values"), "claim": ("model", "text")}
+
+class Tolerance(Document):
+    """How far apart numbers may be that agree."""
+
+    points: float
+    """Of accuracy, absolute."""
+    share: float
+    """Of any other number."""
+
+
+class EntryText(Document):
+    """An entry as the file has it."""
+
+    model: str
+    what: str
+    values: dict[str, float]
+    which: Literal["compressed", "dense"] = "compressed"
+    runs: list[str] = []
+
+    @field_validator("values")
+    @classmethod
+    def _quantities(cls, values: dict[str, float]) -> dict[str, float]:
+        for name in values:
+            check_quantity(name, "values")
+        return values
+
+
+class Claim(Document):
+    """What an abstract or a thread says that is no cell of a table."""
+
+    model: str
+    text: str
+
+
+class ReferenceText(Document):
+    """A file of published numbers. One without source, protocol and tolerance cannot be compared."""
+
+    source: str
+    protocol: str
+    tolerance: Tolerance
+    entries: list[EntryText] = []
+    claims: list[Claim] = []
+
+
 DECIDES = ("method", "merge_rule", "width", "recovery")
 """Groups in which a row and a published entry must agree to be the same thing."""
 UNSET = ("recovery=none", "width=none", "method=slm", "merge_rule=top_layer")
@@ -28,8 +74,7 @@ class Published:
     file: str
     source: str
     protocol: str
-    tolerance: dict[str, float]
-    """points: of accuracy, absolute; share: of any other number."""
+    tolerance: Tolerance
     model: str
     """A member of the model group, or another name where there is none."""
     what: str
@@ -46,45 +91,19 @@ def published() -> list[Published]:
     Raises:
         ConfigError: a wrong key or quantity, by file and entry.
     """
-    return [entry for path in sorted((conf_dir() / "reference").glob("*.yaml")) for entry in read_reference(path)]
-
-
-def read_reference(path: Path) -> list[Published]:
-    """The entries of one file; see `published`."""
-    told = _keys("file", read_yaml(path), str(path))
-    for i, claim in enumerate(told.get("claims") or []):
-        _keys("claim", claim, f"{path}: claims[{i}]")
-    return list(_entries(path, told))
+    return [Published(path.stem, one.source, one.protocol, one.tolerance, entry.model, entry.what, entry.which,
+                      frozenset(entry.runs), entry.values)
+            for path, one in _files().items() for entry in one.entries]
 
 
 def claims(model: str) -> list[str]:
     """What abstracts and threads say of a model that is no cell of a table."""
-    told = [read_yaml(path) for path in sorted((conf_dir() / "reference").glob("*.yaml"))]
-    return [f"Published: {claim['text']} [{one['source']}]" for one in told for claim in one.get("claims") or []
-            if claim.get("model") == model]
+    return [f"Published: {claim.text} [{one.source}]" for one in _files().values() for claim in one.claims
+            if claim.model == model]
 
 
-def _entries(path: Path, told: dict[str, Any]) -> Iterator[Published]:
-    for key in ("source", "protocol", "tolerance"):
-        if key not in told:
-            raise ConfigError(f"{path} has no {key}; a published number without it cannot be compared.")
-    for i, item in enumerate(told.get("entries") or []):
-        entry = _keys("entry", item, f"{path}: entries[{i}]")
-        missing = [key for key in ("model", "what", "values") if key not in entry]
-        if missing:
-            raise ConfigError(f"{path}: entries[{i}] has no {', '.join(missing)}.")
-        for name in entry["values"]:
-            check_quantity(name, f"{path}: entries[{i}].values")
-        yield Published(path.stem, told["source"], told["protocol"], told["tolerance"], entry["model"], entry["what"],
-                        entry.get("which", "compressed"), frozenset(entry.get("runs") or ()), entry["values"])
-
-
-def _keys(kind: str, told: Any, where: str) -> dict[str, Any]:
-    for key in told:
-        if key not in KEYS[kind]:
-            raise ConfigError(f"{where} has the key {key!r}; expected {', '.join(KEYS[kind])}. "
-                              f"{did_you_mean(str(key), KEYS[kind])}".rstrip())
-    return dict(told)
+def _files() -> dict[Path, ReferenceText]:
+    return {path: read_document(ReferenceText, path) for path in sorted((conf_dir() / "reference").glob("*.yaml"))}
 
 
 def matches(entry: Published, table: Table, row: Row) -> bool:
@@ -129,8 +148,8 @@ def reference_grid(table: Table, runs: Sequence[Measured]) -> Grid:
                           f"known here (conf/reference). There is: {', '.join(have)}.")
     numbers = {cell.missing for _, rows in grid.blocks for _, line in rows for cell in line}
     grid.gaps = [Gap(gap.number, gap.jobs, gap.label, gap.why) for gap in ours.gaps if gap.number in numbers]
-    grid.notes += [f"{e.file}: {e.source}. Protocol: {e.protocol}. Agrees: within {e.tolerance['points']:g} points of "
-                   f"accuracy, {100 * e.tolerance['share']:g} % of other numbers." for e in used.values()]
+    grid.notes += [f"{e.file}: {e.source}. Protocol: {e.protocol}. Agrees: within {e.tolerance.points:g} points of "
+                   f"accuracy, {100 * e.tolerance.share:g} % of other numbers." for e in used.values()]
     grid.notes += [note for note in ours.notes if note.startswith(("Protocol", "Model"))]
     grid.notes += claims(str(table.params.get("model")))
     grid.notes.append("Protocols differ between harnesses, so a difference is not a failed reproduction by itself.")
@@ -144,9 +163,7 @@ def _compared(entry: Published, show: str, ours: Entry) -> list[Entry]:
         return [Entry(show), Entry(missing=ours.missing), Entry(theirs, digits=kind.digits), Entry(), Entry("not run"),
                 Entry(entry.file)]
     apart = ours.value - theirs
-    allowed = entry.tolerance["points"] if kind.tasks else entry.tolerance["share"] * abs(theirs)
+    allowed = entry.tolerance.points if kind.tasks else entry.tolerance.share * abs(theirs)
     return [Entry(show), Entry(ours.value, ours.half, kind.digits), Entry(theirs, digits=kind.digits),
             Entry(f"{apart:+.{kind.digits}f}"), Entry("agrees" if abs(apart) <= allowed else "differs"),
             Entry(entry.file)]
-
-

@@ -10,8 +10,8 @@ from typing import Any
 from slm_exp.core.errors import ProtocolError
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import mixed
+from slm_exp.runs.state import DAMAGED, FINISHED
 from slm_exp.runs.statistics.runs import Measured
-from slm_exp.runs.sweep import state_of
 from slm_exp.runs.tracking.base import flat
 from slm_exp.tables.grid import Entry, Grid, dense_of, provenance
 from slm_exp.tables.quantities import check_quantity, quantity
@@ -33,15 +33,15 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
         ConfigError: a column in `only` that does not exist.
     """
     often = Counter(m.name for m in runs)
-    names = [m.name if often[m.name] == 1 else str(m.folder) for m in runs]
-    reason = mixed((f"run {name}", m.protocol) for name, m in zip(names, runs, strict=True))
+    names = [m.name if often[m.name] == 1 else str(m.run.folder) for m in runs]
+    reason = mixed((f"run {name}", m.evaluation.protocol) for name, m in zip(names, runs, strict=True))
     if reason and not mixed_protocols:
         raise ProtocolError(f"{reason}. Their numbers do not belong in one table: give folders measured alike, or say "
                             "--mixed-protocols to see them side by side.")
     settings = {**SETTINGS, **_others(runs)}
-    tasks = list(dict.fromkeys(task for m in runs for task in m.evaluation.get("tasks") or {}))
+    tasks = list(dict.fromkeys(task for m in runs for task in m.evaluation.tasks))
     tasks = [t for t in SEVEN if t in tasks] + sorted(t for t in tasks if t not in SEVEN)
-    corpora = sorted({corpus for m in runs for corpus in m.evaluation.get("perplexity") or {}})
+    corpora = sorted({corpus for m in runs for corpus in m.evaluation.perplexity})
     columns = {**settings, "layers": "layers", "params": "parameters", "removed": "removed",
                **{t: t if t in SEVEN else f"task.{t}" for t in tasks}, "average": "average",
                **{f"ppl {c}": f"perplexity.{c}" for c in corpora}}
@@ -52,7 +52,7 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
                 check_quantity(name, "--columns", columns)
         columns = {name: columns.get(name, name) for name in wanted}
     kinds = {label: quantity(show) for label, show in columns.items()}
-    rows = []
+    rows, damaged = [], []
     if dense := None if reason else one_dense(runs):
         line = [Entry(kind.value(dense), kind.stderr(dense), kind.digits) for kind in kinds.values()]
         rows.append(("dense", [Entry() if label in settings else e for label, e in zip(kinds, line, strict=True)]))
@@ -62,21 +62,23 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
         line = [Entry(kind.value(m), kind.stderr(m), kind.digits) for kind in kinds.values()]
         line = [replace(e, value=f"{e.value:g}") if label == "threshold" and isinstance(e.value, (int, float)) else e
                 for label, e in zip(kinds, line, strict=True)]
-        status = state_of(m.folder, m.record)
-        if status != "finished":
-            error = m.record.get("error") or {}
-            why = f": {error.get('type')} in stage {error.get('stage')}" if error else ""
-            line[-1] = replace(line[-1], note=f"{status}{why}")
+        if m.run.state == DAMAGED:
+            line[-1] = replace(line[-1], note=f"{DAMAGED}: {'; '.join(map(str, m.run.problems))}")
+            damaged.append(f"{name} is damaged: {m.run.damage}")
+        elif m.run.state != FINISHED:
+            error = m.record.error
+            why = f": {error.type} in stage {error.stage}" if error else ""
+            line[-1] = replace(line[-1], note=f"{m.run.state}{why}")
         rows.append((name, line))
     notes = ["removed in per cent of the parameters, tasks in per cent, ± the standard error over documents.",
              "Runs differ in size, so none is marked as best: slm compare RUN RUN tests a difference."]
     return Grid("sweep", f"{len(runs)} runs", list(columns), [("", rows)],
-                [*notes, *([reason] if reason else []), *provenance(runs)], row_heads=("", "run"))
+                [*notes, *([reason] if reason else []), *provenance(runs), *damaged], row_heads=("", "run"))
 
 
 def one_dense(runs: Sequence[Measured]) -> Measured | None:
     """The dense model, where all runs began with the same one; as the first by run_id measured it."""
-    if len({(m.record.get("model") or {}).get("digest") for m in runs}) != 1:
+    if len({m.record.model.digest for m in runs}) != 1:
         return None
     return dense_of(runs)
 
@@ -86,7 +88,7 @@ def _others(runs: Sequence[Measured]) -> dict[str, str]:
 
     A field that only some members of a group have counts where its values differ: the member's name tells the rest.
     """
-    configs = [{path.replace("/", "."): value for path, value in flat(m.record.get("config") or {}).items()}
+    configs = [{path.replace("/", "."): value for path, value in flat(m.record.config).items()}
                for m in runs]
     paths = dict.fromkeys(path for config in configs for path in config)
     wanted = [path for path in paths if not path.startswith(NEVER) and f"config.{path}" not in SETTINGS.values()

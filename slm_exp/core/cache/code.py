@@ -43,6 +43,11 @@ def code_digest(files: Sequence[str]) -> str:
     return digest({path.relative_to(PACKAGE).as_posix(): _file(path) for path in paths})
 
 
+def package_digest() -> str:
+    """Of every file of the package."""
+    return code_digest(["."])
+
+
 def library_versions(names: Sequence[str] = ("torch", "transformers")) -> dict[str, str | None]:
     """Installed versions, without importing anything."""
     out: dict[str, str | None] = {}

@@ -1,4 +1,4 @@
-"""Tests between two models asked the same documents, and the correction for many of them.
+"""Tests between two models that answered the same documents, and the correction for many of them.
 
 Sources: McNemar, Psychometrika 12 (1947), in its exact binomial form; Efron and Tibshirani, An Introduction to the
 Bootstrap (1993), chapter 16; Holm, Scandinavian Journal of Statistics 6 (1979).
@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+
+from slm_exp.runs.statistics.scores import standard_error
+from slm_exp.runs.statistics.spread import student_two_sided
 
 LEVEL = 0.05
 """A difference counts where its corrected p-value is below this."""
@@ -68,8 +69,6 @@ def bootstrap(differences: Sequence[np.ndarray], draws: int = DRAWS, seed: int =
 
     Cost: a document matters by its differences only, so a task costs draws x (distinct differences U), not x N.
     """
-    import numpy as np
-
     rng = np.random.RandomState(seed)  # the one generator whose numbers numpy promises never to change
     means_R, value, differing = np.zeros(draws), 0.0, 0
     for at_SN in differences:
@@ -98,11 +97,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def paired_t(differences: Sequence[float]) -> float:
     """Two-sided p-value of Student's test that paired values differ by 0 on average; 1 for fewer than two pairs."""
-    from slm_exp.runs.statistics.spread import student_two_sided
-
-    n = len(differences)
-    mean = math.fsum(differences) / n
-    if n < 2 or mean == 0:
+    mean, stderr = math.fsum(differences) / len(differences), standard_error(differences)
+    if stderr is None or mean == 0:
         return 1.0
-    stderr = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-    return student_two_sided(abs(mean) / stderr, n - 1) if stderr > 0 else 0.0
+    return student_two_sided(abs(mean) / stderr, len(differences) - 1) if stderr > 0 else 0.0

@@ -7,39 +7,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from slm_exp.core.files import digest
 from slm_exp.evaluation.base import SEVEN
+from slm_exp.runs.record import Run
+from slm_exp.runs.schema import Measurement, Record, Scores
 from slm_exp.runs.statistics.paired import Difference, bootstrap, mcnemar, paired_t
-from slm_exp.runs.statistics.scores import by_document, metric_of
-
-if TYPE_CHECKING:
-    import numpy as np
+from slm_exp.runs.statistics.scores import by_document, main_score, metric_of
 
 
 @dataclass(frozen=True)
 class Measured:
     """One model that a run measured."""
 
-    name: str
-    folder: Path
-    """The run's folder."""
-    record: dict[str, Any] = dataclasses.field(repr=False, compare=False)
+    run: Run
     which: str = "compressed"
     """Or `dense`."""
+    called: str = ""
+    """How the user named it, if not by its folder."""
 
     @property
-    def evaluation(self) -> dict[str, Any]:
-        return (self.record.get("eval") or {}).get(self.which) or {}
+    def name(self) -> str:
+        return self.called or self.run.name
 
     @property
-    def protocol(self) -> dict[str, Any] | None:
-        return self.evaluation.get("protocol")
+    def record(self) -> Record:
+        return self.run.record
 
-    def scores(self, task: str) -> dict[str, Any]:
-        """The task's entry in the record: {acc, acc_stderr, n, ...}; empty where it was not asked."""
-        return (self.evaluation.get("tasks") or {}).get(task) or {}
+    @property
+    def evaluation(self) -> Measurement:
+        return self.record.eval.of(self.which)
+
+    def scores(self, task: str) -> Scores:
+        """The task's entry in the record; empty where it was not measured."""
+        return self.evaluation.scores(task)
 
 
 def difference(first: Sequence[Measured], second: Sequence[Measured], tasks: Sequence[str] = tuple(SEVEN),
@@ -74,11 +77,10 @@ def difference(first: Sequence[Measured], second: Sequence[Measured], tasks: Seq
 
 def _paired(first: Sequence[Measured], second: Sequence[Measured], task: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Scores [S, N] of both sides on the same documents; None where there is no such pairing."""
-    import numpy as np
-
     if len(first) != len(second) or not first:
         return None
-    sides = [[_documents(m.folder, m.which, task, *_told(m, task)) for m in side] for side in (first, second)]
+    sides = [[_documents(m.run.samples(m.which, task), metric_of(task, m.scores(task)), main_score(task, m.scores(task)))
+              for m in side] for side in (first, second)]
     if any(scores is None for side in sides for scores in side):
         return None
     if len({scores[0] for side in sides for scores in side if scores}) > 1:
@@ -87,21 +89,12 @@ def _paired(first: Sequence[Measured], second: Sequence[Measured], task: str) ->
     return a_SN, b_SN
 
 
-def _told(m: Measured, task: str) -> tuple[str, float] | tuple[None, None]:
-    scores = m.scores(task)
-    metric = metric_of(task, scores)
-    return (None, None) if metric is None else (metric, float(scores[metric]))
-
-
 @lru_cache(maxsize=4096)
-def _documents(folder: Path, which: str, task: str, metric: str | None, told: float | None) -> (
-        tuple[str, np.ndarray] | None):
+def _documents(path: Path, metric: str | None, stated: float | None) -> tuple[str, np.ndarray] | None:
     """(digest of the documents, their scores in an order of theirs); None unless their mean is what the record says."""
-    import numpy as np
-
-    scores = by_document(folder / "samples" / which / f"{task}.jsonl.gz", metric) if metric else {}
+    scores = by_document(path, metric) if metric else {}
     documents = sorted(scores, key=repr)
     scores_N = np.array([scores[d] for d in documents])
-    if not documents or told is None or abs(float(scores_N.mean()) - told) > 1e-6:
+    if not documents or stated is None or abs(float(scores_N.mean()) - stated) > 1e-6:
         return None
     return digest([list(d) for d in documents]), scores_N

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from slm_exp.evaluation.base import SEVEN
+from slm_exp.runs.schema import Scores
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,39 @@ class Estimate:
     stderr: float | None
 
 
-def metric_of(task: str, scores: dict[str, Any]) -> str | None:
+def metric_of(task: str, scores: Mapping[str, int | float | str | None]) -> str | None:
     """The metric that counts for a task: the seven-task average's, else acc, acc_norm, or the first number there."""
     wanted = [SEVEN[task]] if task in SEVEN else ["acc", "acc_norm"]
     numbers = [k for k, v in scores.items() if isinstance(v, float) and not k.endswith("_stderr")]
     return next((name for name in [*wanted, *numbers] if scores.get(name) is not None), None)
 
 
-def estimate(scores: dict[str, Any], metric: str) -> Estimate | None:
+def estimate(scores: Scores, metric: str) -> Estimate | None:
     """A task's entry in the record as a number; None where it has no such metric."""
-    value, n = scores.get(metric), scores.get("n")
+    value, n, stderr = (_number(scores.get(name)) for name in (metric, "n", f"{metric}_stderr"))
     if value is None:
         return None
-    stderr = scores.get(f"{metric}_stderr")
     if stderr is None and n and n > 1 and 0 <= value <= 1:
         stderr = math.sqrt(value * (1 - value) / (n - 1))  # what lm-eval computes for zeros and ones
     return Estimate(value, stderr)
+
+
+def main_score(task: str, scores: Scores) -> float | None:
+    """What a task is quoted by."""
+    return _number(scores.get(metric_of(task, scores) or ""))
+
+
+def _number(value: float | str | None) -> float | None:
+    return None if value is None or isinstance(value, str) else value
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values; None for fewer than two."""
+    n = len(values)
+    if n < 2:
+        return None
+    mean = math.fsum(values) / n
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
 
 
 def stderr_of_mean(parts: Iterable[Estimate | None]) -> float | None:

@@ -1,10 +1,12 @@
-"""Mean and interval over seeds, by Student's distribution in closed form (whole degrees of freedom)."""
+"""Mean and interval over seeds, by Student's distribution."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from slm_exp.runs.statistics.scores import standard_error
 
 
 @dataclass(frozen=True)
@@ -21,35 +23,21 @@ class Spread:
 
 def spread(values: Sequence[float]) -> Spread:
     """Mean, 95 % interval and standard deviation of at least one value."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Spread(mean, None, None, 1)
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    return Spread(mean, student_quantile(0.975, n - 1) * deviation / math.sqrt(n), deviation, n)
+    n, mean, stderr = len(values), math.fsum(values) / len(values), standard_error(values)
+    if stderr is None:
+        return Spread(mean, None, None, n)
+    return Spread(mean, student_quantile(0.975, n - 1) * stderr, stderr * math.sqrt(n), n)
 
 
 def student_two_sided(t: float, freedom: int) -> float:
-    """Probability that Student's t lies further from 0 than `t` >= 0.
+    """Probability that Student's t lies further from 0 than `t` >= 0."""
+    from scipy.special import stdtr  # a fifth of a second, which tables without seeds do not need
 
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-    """
-    angle = math.atan2(t, math.sqrt(freedom))
-    cosine, odd = math.cos(angle), freedom % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= cosine * cosine * k / (k + 1)
-    inside = (angle + math.sin(angle) * total) * 2 / math.pi if odd else math.sin(angle) * total
-    return max(0.0, 1 - inside)
+    return float(2 * stdtr(freedom, -t))
 
 
 def student_quantile(share: float, freedom: int) -> float:
-    """The value below which `share` of Student's distribution lies, for share in [0.5, 1)."""
-    low, high = 0.0, 1.0
-    while 1 - student_two_sided(high, freedom) / 2 < share:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if 1 - student_two_sided(middle, freedom) / 2 < share else (low, middle)
-    return (low + high) / 2
+    """The value below which `share` of Student's distribution lies."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, share))

@@ -1,0 +1,189 @@
+"""The runs of a sweep as its page shows them, each in a row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from slm_exp.core.errors import ConfigError, SlmError
+from slm_exp.core.types import MergePlan
+from slm_exp.reporting import results
+from slm_exp.reporting.results import Comparison
+from slm_exp.runs.record import Run
+from slm_exp.runs.schema import Measurements, Parameters, Record
+from slm_exp.runs.state import DAMAGED, DIED, FAILED, FINISHED, UNEXPECTED, WAITING
+from slm_exp.runs.sweep import Cell, SweepFolder
+from slm_exp.runs.tracking.base import flat
+
+UNINTERESTING = ("tracking/", "runtime/", "cache/", "save_model")
+"""Settings that change no result: never a column."""
+FACETS = range(2, 13)
+"""So many values make a setting one to choose from, in the filter and for the marks of the charts."""
+NOTHING = Record()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of the sweep, as the page shows it."""
+
+    name: str
+    """Its folder's."""
+    address: str
+    """Of its folder, from the sweep's, as links write it."""
+    state: str
+    """One of STATES."""
+    folder: Path
+    run: Run | None = None
+    """None where it has not begun, or its record cannot be read."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What differs between the sweep's runs, by config path."""
+    overrides: tuple[str, ...] = ()
+    """As the sweep's definition has them; the settings of a run that has not started."""
+    error: str = ""
+    """What ended it, in one line."""
+    stage: str | None = None
+    tasks: tuple[Comparison, ...] = ()
+    average: Comparison | None = None
+    measured: Measurements = Measurements()
+    """The record's `eval`; empty where protocols differ and side by side was not requested."""
+
+    @property
+    def record(self) -> Record:
+        return self.run.record if self.run else NOTHING
+
+    @property
+    def params(self) -> Parameters:
+        return self.record.params
+
+    @property
+    def removed(self) -> float | None:
+        return self.params.ratio_removed
+
+    @property
+    def score(self) -> float | None:
+        return self.record.plan.final_score
+
+    @property
+    def plan(self) -> MergePlan | None:
+        """What was decided; None where nothing was, or by a version that wrote other fields."""
+        return self.run.plan if self.run else None
+
+    def compared(self, task: str) -> Comparison | None:
+        """A task's results, or those of `average`; None where there are none."""
+        return self.average if task == "average" else next((c for c in self.tasks if c.task == task), None)
+
+    def perplexity(self, corpus: str, which: str = "compressed") -> float | None:
+        return self.measured.of(which).perplexity.get(corpus)
+
+    @cached_property
+    def title(self) -> str:
+        """The settings in a phrase."""
+        return ", ".join(f"{setting(path)} {value}" for path, value in self.settings.items()) or self.name
+
+    @property
+    def brief(self) -> str:
+        """The settings' values alone."""
+        return ", ".join("–" if value is None else str(value) for value in self.settings.values()) or self.name
+
+    @property
+    def finished(self) -> bool:
+        return self.state == FINISHED
+
+
+def setting(path: str) -> str:
+    """A config path as an override writes it: `method.threshold`, `merge_rule`."""
+    return path.removesuffix("/name").replace("/", ".")
+
+
+def read_rows(folder: Path, verify: bool = False) -> tuple[SweepFolder | None, list[Row]]:
+    """Every cell of the definition, where there is one, and every run in a subfolder; nothing is left out."""
+    try:
+        sweep = SweepFolder.read(folder)
+    except ConfigError:
+        sweep = None
+    cells = {cell.job.folder.resolve(): cell for cell in (sweep.cells() if sweep else ())}
+    here = {path.parent.resolve(): path.parent for path in folder.glob("*/record.json")}
+    rows = []
+    for where in sorted({*cells, *here}):
+        cell = cells.get(where)
+        at = here.get(where) or cells[where].job.folder
+        rows.append(_row(at, quote(os.path.relpath(at, folder)), cell, verify))
+    return sweep, rows
+
+
+def _row(folder: Path, address: str, cell: Cell | None, verify: bool) -> Row:
+    overrides = cell.job.overrides if cell else ()
+    if not (folder / "record.json").exists():
+        state, error = (cell.state, cell.error or "") if cell else (WAITING, "")
+        return Row(folder.name, address, state, folder, overrides=overrides, error=error if state == DIED else "")
+    try:
+        run = Run.read(folder, verify)
+    except SlmError as unreadable:
+        return Row(folder.name, address, DIED, folder, overrides=overrides, error=str(unreadable))
+    error = {FAILED: run.record.error.line, DAMAGED: "; ".join(map(str, run.problems)),
+             DIED: f"It {UNEXPECTED}: killed, out of memory, or power."}.get(run.state, "")
+    stage = run.record.error.stage or run.record.stage
+    return Row(folder.name, address, run.state, folder, run, overrides=overrides, error=error, stage=stage)
+
+
+def with_results(row: Row) -> Row:
+    """The row with what was measured. Reads the run's samples."""
+    if row.run is None:
+        return row
+    tasks = results.compare(row.run)
+    return replace(row, measured=row.record.eval, tasks=tuple(tasks), average=results.average(row.record.eval, tasks))
+
+
+def in_order(rows: list[Row]) -> list[Row]:
+    """With what differs between the runs, ordered by it, numbers by size.
+
+    A setting that another member of its group implies (`method.protect_last` where only `method` differs) is no
+    column.
+    """
+    configs = [flat(row.record.config) for row in rows]
+    known = [config for config in configs if config]
+    paths = [path for path in dict.fromkeys(p for config in configs for p in config)
+             if not path.startswith(UNINTERESTING) and len({repr(c.get(path)) for c in known}) > 1]
+
+    def implied(path: str) -> bool:
+        name = f"{path.partition('/')[0]}/name"
+        pairs = {(repr(c.get(name)), repr(c.get(path))) for c in known}
+        return path != name and name in paths and len({member for member, _ in pairs}) == len(pairs)
+
+    paths = [path for path in paths if not implied(path)]
+    filled = [replace(row, settings={path: config.get(path) if config else _given(row.overrides, path)
+                                     for path in paths}) for row, config in zip(rows, configs, strict=True)]
+    return sorted(filled, key=lambda row: [order(value) for value in row.settings.values()])
+
+
+def order(value: Any) -> tuple[bool, float, str]:
+    """A sorting key for any setting: numbers first, by size."""
+    number = isinstance(value, (int, float))
+    return not number, float(value) if number else 0.0, str(value)
+
+
+def _given(overrides: Sequence[str], path: str) -> Any:
+    """A setting of a run that has not started, from its overrides."""
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key == setting(path):
+            try:
+                return float(value) if "." in value or "e" in value else int(value)
+            except ValueError:
+                return value
+    return None
+
+
+def facets(rows: list[Row]) -> dict[str, list[Any]]:
+    """Settings with few values, and the values: what the table is filtered by."""
+    out = {}
+    for path in rows[0].settings if rows else ():
+        values = sorted({row.settings[path] for row in rows if row.settings[path] is not None}, key=order)
+        if len(values) in FACETS:
+            out[path] = values
+    return out

@@ -1,0 +1,159 @@
+"""A plan as mergekit's configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slm_exp import __version__
+from slm_exp.core.documents import JsonObject, read_json
+from slm_exp.core.errors import ConfigError, PlanError
+from slm_exp.core.types import Group, MergePlan
+from slm_exp.merging.compensation import scales
+from slm_exp.models.layouts import FAMILIES
+from slm_exp.runs.record import read_run
+from slm_exp.runs.schema import Record
+
+FORMATS = ("mergekit",)
+OUTPUTS = FAMILIES["llama"].outputs  # the same names in every family here
+WEIGHTS: dict[str, Callable[[int], dict[int, float]]] = {
+    "keep_low": lambda k: {0: 1.0},
+    "keep_top": lambda k: {k - 1: 1.0},
+    "top_layer": lambda k: {k - 1: 1.0},
+    "mean": lambda k: dict.fromkeys(range(k), 1 / k),
+    "sum_of_deltas": lambda k: {0: 2.0 - k, **dict.fromkeys(range(1, k), 1.0)},
+}
+"""What a group's merged projections are, as weights of its k members counted from the lowest; they sum to 1."""
+WHOLE = ("keep_low", "keep_top")
+"""Rules whose result is one layer as it is."""
+
+
+def read_plan(source: Path, model: str | None) -> tuple[MergePlan, str, str | None]:
+    """The plan, the dense model's place, and its dtype where a record says it.
+
+    Raises:
+        ConfigError: no plan there, or nobody says of which model it is.
+        PlanError: the run's model is more than its plan.
+    """
+    path = source / "plan.json" if source.is_dir() else source
+    try:
+        plan = MergePlan.from_json(read_json(path))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, PlanError) as error:
+        why = f"there is no {path}" if isinstance(error, FileNotFoundError) else f"{path} is none ({error})"
+        raise ConfigError(f"{source}; expected a run's folder or a plan.json: {why}.") from None
+    run = read_run(path.parent)
+    record = run.record if run else Record()
+    if (recipe := record.member("recovery").get("name", "none")) != "none":
+        raise PlanError(f"{source}: recovery={recipe} changed weights after the plan, so the plan does not give that "
+                        f"model. Take the checkpoint in {path.parent / 'model'}.")
+    place = model or _place(record)
+    if place is None:
+        raise ConfigError(f"--model is missing; expected the dense model's folder or repo: {source} does not say one.")
+    dtype = record.setting("model.dtype")
+    return plan, place, dtype if dtype != "auto" else None
+
+
+def _place(record: Record) -> str | None:
+    """Where a run's dense model lies: its path, or the converted copy of the embedded one."""
+    if path := record.setting("model.path"):
+        return str(path)
+    folder = Path(record.setting("cache.dir") or "") / "model"
+    embedded = record.setting("model.name") == "smollm2_135m"
+    copies = sorted(p.parent for p in folder.glob("[!.]*/config.json")) if embedded else []
+    return str(copies[-1]) if copies else None
+
+
+def mergekit(plan: MergePlan, model: str, dtype: str | None, source: str = "") -> str:
+    """YAML for mergekit 0.1.5: one document for mergekit-yaml, or several for mergekit-multi.
+
+    Raises:
+        PlanError: what cannot be expressed, by name.
+    """
+    check(plan, model)
+    members = _members(plan)
+    head = {"dtype": dtype} if dtype else {}
+    parts = {
+        name: {"name": name, "merge_method": "passthrough", **head, "slices": _slices(plan, model, place)}
+        for name, place in members.items()
+    }
+    if len(parts) == 1:
+        (document,) = parts.values()
+        documents = [{k: v for k, v in document.items() if k != "name"}]
+        command = "mergekit-yaml FILE FOLDER"
+    else:
+        mixed = [{"model": name, "parameters": {"weight": _weights(plan, at)}} for at, name in enumerate(parts)]
+        documents = [*parts.values(), {"merge_method": "linear", **head, "models": mixed}]
+        # its model card asks the hub for the documents' names
+        command = "mergekit-multi FILE -I SCRATCH --out-path FOLDER --no-write-model-card"
+    title = f"# {command}\n# slm export {source} (slm_exp {__version__}): {plan.n_layers_out} of {plan.n_layers} layers"
+    groups = "1 group" if len(plan.groups) == 1 else f"{len(plan.groups)} groups"
+    title += (f", {groups} merged by {plan.rule}" if plan.groups else "") + "\n"
+    written = (yaml.safe_dump(d, sort_keys=False, default_flow_style=None, width=112) for d in documents)
+    return title + "---\n".join(written)
+
+
+def check(plan: MergePlan, model: str) -> None:
+    """Raise PlanError for what mergekit cannot express."""
+    if plan.width:
+        raise PlanError(f"width={plan.width.get('method')}: mergekit has no narrower layers.")
+    if plan.groups and plan.rule not in WEIGHTS:
+        raise PlanError(f"rule = {plan.rule!r}: expected one of {', '.join(WEIGHTS)} where layers are merged.")
+    path = Path(model).expanduser() / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kinds = sorted(set(config.get("layer_types") or ()))
+    if len(kinds) > 1:
+        raise PlanError(f"layer_types = {', '.join(kinds)}: mergekit does not move a layer's attention kind with it.")
+    count = config.get("num_hidden_layers", plan.n_layers)
+    if count != plan.n_layers:
+        raise PlanError(f"the plan is for {plan.n_layers} layers; {model} has {count}.")
+
+
+def _members(plan: MergePlan) -> dict[str, Callable[[Group], int]]:
+    """The models whose weighted mean the result is: name -> which layer of a slot it has."""
+    if not plan.groups or plan.rule in WHOLE:
+        top = plan.rule == "keep_top"
+        return {"kept": lambda slot: slot.stop - 1 if top else slot.start}
+    if plan.rule == "top_layer":
+        return {"lowest": lambda slot: slot.start, "top": lambda slot: slot.stop - 1}
+    most = max(g.stop - g.start for g in plan.groups)
+    return {f"member{j}": lambda slot, j=j: min(slot.start + j, slot.stop - 1) for j in range(most)}  # type: ignore[misc]
+
+
+def _slices(plan: MergePlan, model: str, place: Callable[[Group], int]) -> list[JsonObject]:
+    """Runs of neighbouring layers that are treated alike."""
+    removed = {(part["layer"], part["kind"]) for part in plan.sublayers}
+    runs: list[tuple[int, int, Any]] = []
+    for slot, scale in zip(plan.slots, scales(plan), strict=True):
+        at = place(slot)
+        factors = {m: 0.0 if (slot.start, kind) in removed else scale for kind, names in OUTPUTS.items() for m in names}
+        scaled = {m: f for m, f in factors.items() if f != 1}
+        if runs and runs[-1][1] == at and runs[-1][2] == scaled:
+            runs[-1] = (runs[-1][0], at + 1, scaled)
+        else:
+            runs.append((at, at + 1, scaled))
+    out = []
+    for start, stop, scaled in runs:
+        source: JsonObject = {"model": model, "layer_range": [start, stop]}
+        if scaled:
+            parts: list[JsonObject] = [{"filter": name, "value": factor} for name, factor in scaled.items()]
+            source["parameters"] = {"scale": [*parts, {"value": 1.0}]}
+        out.append({"sources": [source]})
+    return out
+
+
+def _weights(plan: MergePlan, member: int) -> list[JsonObject]:
+    """A member's weight in every tensor: norms and biases are the lowest's, projections as the rule has them."""
+    lowest = 1.0 if member == 0 else 0.0
+    out: list[JsonObject] = [{"filter": "norm", "value": lowest}, {"filter": "bias", "value": lowest}]
+    for at, slot in enumerate(plan.slots):
+        k = slot.stop - slot.start
+        if k == 1:
+            continue
+        weights = WEIGHTS[plan.rule](k)
+        mine = weights.get(k - 1 if plan.rule == "top_layer" and member else member, 0.0)
+        out.append({"filter": f"layers.{at}.", "value": mine})
+    return [*out, {"value": lowest}]

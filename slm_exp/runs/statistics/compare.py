@@ -1,0 +1,123 @@
+"""Whether differences between runs are more than chance: what `slm compare` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from slm_exp.core.errors import ConfigError, SlmError
+from slm_exp.core.format import printable
+from slm_exp.evaluation.base import SEVEN
+from slm_exp.evaluation.protocol import require_same
+from slm_exp.runs.record import Run, say_unverified
+from slm_exp.runs.statistics.paired import LEVEL, holm
+from slm_exp.runs.statistics.runs import Measured, difference
+from slm_exp.runs.statistics.scores import main_score, metric_of
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One test: a task, or the average, of a second model against a first one."""
+
+    first: str
+    second: str
+    task: str
+    metric: str
+    n: int
+    first_score: float | None
+    second_score: float | None
+    difference: float
+    """Second minus first."""
+    stderr: float | None
+    interval: tuple[float | None, float | None]
+    test: str
+    p: float
+    corrected: float = 1.0
+    """For all tests of the command, by Holm's method."""
+
+    def to_json(self) -> dict[str, object]:
+        """As `slm compare --json` prints it."""
+        return {**asdict(self), "counts": self.counts}
+
+    @property
+    def counts(self) -> bool:
+        return self.corrected < LEVEL
+
+
+def open_run(name: str, verify: bool = False) -> Measured:
+    """A model that a run measured, from `FOLDER` or `FOLDER:dense`.
+
+    Raises:
+        ConfigError: no record there, damaged, or nothing measured.
+    """
+    path, _, which = name.rpartition(":") if name.endswith((":dense", ":compressed")) else (name, "", "")
+    try:
+        run = Run.read(Path(path), verify)
+    except SlmError as error:
+        raise ConfigError(f"RUN = {name}; expected the folder of a run, with a record.json (outputs/RUN_ID): "
+                          f"{error}") from None
+    if run.problems:
+        raise ConfigError(f"RUN = {name}; expected a run as it was written, and {run.damage}")
+    model = Measured(run, which or "compressed", name)
+    if not model.evaluation.tasks:
+        raise ConfigError(f"RUN = {name}; expected a run that has measured tasks on its {model.which} model, and this "
+                          f"one (status {run.record.status or None}) has none.")
+    return model
+
+
+def compare(models: Sequence[Measured]) -> list[Compared]:
+    """Every model against the first: per task and on average.
+
+    Raises:
+        ProtocolError: measured by different protocols; names two and the fields.
+        ConfigError: a task's documents are not the same, or samples/ is not there.
+    """
+    require_same({m.name: m.evaluation.protocol for m in models}, "Run both with the same evaluation group.")
+    first, *others = models
+    rows: list[Compared] = []
+    for other in others:
+        tests = [(task, [task]) for task in first.evaluation.tasks if task in other.evaluation.tasks]
+        if all(m.evaluation.average is not None for m in (first, other)):
+            tests.append(("average", list(SEVEN)))
+        for name, parts in tests:
+            found = difference([first], [other], parts)
+            if found is None:
+                raise ConfigError(f"{first.name} and {other.name}: no document-by-document results of {name} for the "
+                                  "same documents; expected them in samples/ of both runs, as evaluation leaves them.")
+            a, b = (m.evaluation.average if name == "average" else main_score(name, m.scores(name))
+                    for m in (first, other))
+            n = sum(int(first.scores(task)["n"] or 0) for task in parts)
+            metric = metric_of(name, first.scores(name)) or "mean of seven"
+            rows.append(Compared(first.name, other.name, name, metric, n, a, b, found.value, found.stderr,
+                                 (found.low, found.high), found.test, found.p))
+    return [replace(row, corrected=corrected)
+            for row, corrected in zip(rows, holm([row.p for row in rows]), strict=True)]
+
+
+def shown(rows: Sequence[Compared], models: Sequence[Measured] = ()) -> str:
+    """Aligned text, one block per pair of runs."""
+    lines: list[str] = []
+    for first, second in dict.fromkeys((row.first, row.second) for row in rows):
+        lines += [f"first   {first}", f"second  {second}",
+                  f"{'task':<14} {'metric':<13} {'n':>6} {'first':>6} {'second':>6} {'difference':>16} "
+                  f"{'95 % interval':>17} {'p':>8} {'corrected':>9}"]
+        lines += [_line(row) for row in rows if (row.first, row.second) == (first, second)]
+        lines.append("")
+    names = {"mcnemar": "exact McNemar", "bootstrap": "paired bootstrap"}
+    used = list(dict.fromkeys(names[row.test] for row in rows))
+    lines.append(f"Holm's correction over {len(rows)} tests; * counts at 0.05. Tests: {', '.join(used)}; see slm "
+                 "compare --help.")
+    if unverified := say_unverified({m.run.folder: m.run for m in models}.values()):
+        lines.append(unverified)
+    return printable("\n".join(lines))
+
+
+def _line(row: Compared) -> str:
+    difference = f"{100 * row.difference:+.2f}"
+    difference += "" if row.stderr is None else f" ± {100 * row.stderr:.2f}"
+    low, high = row.interval
+    interval = "" if low is None or high is None else f"[{100 * low:+.2f}, {100 * high:+.2f}]"
+    return (f"{row.task:<14} {row.metric:<13} {row.n:>6} {100 * (row.first_score or 0):>6.2f} "
+            f"{100 * (row.second_score or 0):>6.2f} {difference:>16} {interval:>17} {row.p:>8.2g} "
+            f"{row.corrected:>9.2g}{' *' if row.counts else ''}")
