@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import torch
 
 from slm_exp.core.errors import PlanError
 from slm_exp.core.files import digest
 from slm_exp.merging.compensation import scaled_outputs, scales
+from slm_exp.merging.sharing import replace_parameter, shared_copy
 from slm_exp.models.base import ModelHandle
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
     from slm_exp.core.types import MergePlan
@@ -91,21 +94,11 @@ def _shorter_config(
 
 
 def _build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None) -> PreTrainedModel:
-    import torch
-    from transformers import PretrainedConfig
-
     dense, layout = handle.model, handle.layout
-    layers = layout.layers(dense)
-    hosts = _hosts(plan, rule)
+    layers, hosts = layout.layers(dense), _hosts(plan, rule)
     config = _shorter_config(handle, dense.config, plan, rule)
-
-    # A deep copy of the modules that finds every tensor already copied, so it copies none; the layer list is made anew.
-    memo: dict[int, object] = {id(t): t for t in (*dense.parameters(), *dense.buffers())}
-    memo[id(layers)] = shorter = torch.nn.ModuleList()
-    memo[id(dense.config)] = config
-    model: PreTrainedModel = copy.deepcopy(dense, memo)
-    for at, (slot, host, scale) in enumerate(zip(plan.slots, hosts, scales(plan), strict=True)):
-        layer = copy.deepcopy(layers[host], memo)
+    model = shared_copy(dense, config=config, layer_list=layout.layer_list, layers=hosts)
+    for layer, slot, host, scale in zip(layout.layers(model), plan.slots, hosts, scales(plan), strict=True):
         if slot.stop - slot.start > 1:
             assert rule is not None
             with torch.no_grad():
@@ -113,31 +106,21 @@ def _build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None) -> PreT
             if slot.start + merged.host != host:
                 raise PlanError(f"merge_rule={rule.name} hosts {slot} in layer {slot.start + merged.host}, not {host}.")
             for name, tensor in merged.weights.items():
-                _put(layer, name, tensor)
+                replace_parameter(layer, name, tensor)
         if scale != 1:
             for name, tensor in scaled_outputs(layout, layer, {}, scale).items():
-                _put(layer, name, tensor)
+                replace_parameter(layer, name, tensor)
         for half in plan.sublayers:
             if half["layer"] == host:
                 _silence(layer, layout.outputs[half["kind"]])
-        for module in layer.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = at  # type: ignore[assignment]
-        shorter.append(layer)
-    for module in model.modules():
-        if isinstance(getattr(module, "config", None), PretrainedConfig):
-            module.config = config  # type: ignore[assignment]
-    _renumber_device_map(model, layout.layer_list, hosts)
     return model
 
 
 def _silence(layer: nn.Module, outputs: tuple[str, ...]) -> None:
     """New zeros for what writes a half of a layer into the stream: an ordinary layer whose half does nothing."""
-    import torch
-
     for module in outputs:
         for name, p in layer.get_submodule(module).named_parameters():
-            _put(layer, f"{module}.{name}", torch.zeros_like(p))
+            replace_parameter(layer, f"{module}.{name}", torch.zeros_like(p))
 
 
 def half_sizes(handle: ModelHandle, layer: int = 0) -> dict[str, int]:
@@ -169,26 +152,3 @@ def zeroed_note(handle: ModelHandle, plan: MergePlan) -> tuple[str, ...]:
     are = "sublayer is" if len(plan.sublayers) == 1 else "sublayers are"
     return (f"{which} {are} zeroed: {size / 1e6:.3g} M parameters ({size / handle.n_params:.1%}) could be left out by "
             "an engine that skips them; the checkpoint keeps them.",)
-
-
-def _put(layer: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace a parameter by a tensor, on the device of the one it replaces."""
-    import torch
-
-    path, _, leaf = name.rpartition(".")
-    parent = layer.get_submodule(path)
-    tensor = tensor.to(getattr(parent, leaf).device)
-    setattr(parent, leaf, tensor if isinstance(tensor, torch.nn.Parameter) else torch.nn.Parameter(tensor, False))
-
-
-def _renumber_device_map(model: PreTrainedModel, layer_list: str, hosts: list[int]) -> None:
-    """Where accelerate put each layer, under the layers' new numbers (present only with a device map)."""
-    placed: dict[str, Any] | None = getattr(model, "hf_device_map", None)
-    if not placed:
-        return
-    numbers = {f"{layer_list}.{host}": f"{layer_list}.{at}" for at, host in enumerate(hosts)}
-    model.hf_device_map = {  # type: ignore[assignment]
-        numbers.get(name, name): device
-        for name, device in placed.items()
-        if name in numbers or not name.startswith(f"{layer_list}.")
-    }
