@@ -144,7 +144,7 @@ def mergekit(plan: MergePlan, model: str, dtype: str | None, source: str = "") -
 def check(plan: MergePlan, model: str) -> None:
     """Raise PlanError for what mergekit cannot express."""
     if plan.width:
-        raise PlanError(f"width={plan.width.get('method')}: mergekit has no narrower layers.")
+        raise PlanError(f"width={plan.width.method}: mergekit has no narrower layers.")
     if plan.groups and plan.rule not in WEIGHTS:
         raise PlanError(f"rule = {plan.rule!r}: expected one of {', '.join(WEIGHTS)} where layers are merged.")
     path = Path(model).expanduser() / "config.json"

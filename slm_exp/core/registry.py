@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import pkgutil
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 GROUPS = {  # config group -> package whose modules hold its members
@@ -82,11 +82,14 @@ def register(group: str, name: str) -> Callable[[type[C]], type[C]]:
 
 @cache
 def load_all() -> None:
-    """Import every module of every group's package, so that all members are registered. Idempotent, cheap."""
+    """Import every module of every group's package that declares members. Idempotent, cheap: what only members need
+    to work (and may import torch) stays unloaded."""
     for package_name in GROUPS.values():
         package = importlib.import_module(f"slm_exp.{package_name}")
-        for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+        for folder in getattr(package, "__path__", []):
+            for file in sorted(Path(folder).glob("*.py")):
+                if "@register(" in file.read_text(encoding="utf-8"):
+                    importlib.import_module(f"{package.__name__}.{file.stem}")
 
 
 def available(group: str) -> dict[str, type[Component]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slm_exp.core.errors import PlanError
+from slm_exp.core.widths import WidthDecision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,8 +63,8 @@ class MergePlan:
     """Compressed against dense by the similarity asked; 1 is identical."""
     sublayers: tuple[dict[str, Any], ...] = ()
     """`{layer, kind}`, kind `attention` or `mlp`: halves of layers removed. Both of one layer: it is dropped."""
-    width: dict[str, Any] | None = None
-    """`{method, ratio, order, sizes}` when width was pruned."""
+    width: WidthDecision | None = None
+    """When width was pruned."""
     compensation: dict[str, Any] | None = None
     """`{kind, cuts: [{start, stop, alpha}]}` when the stream is rescaled behind cuts: see merging/compensation.py."""
     trace: tuple[Trial, ...] = ()
@@ -130,13 +131,14 @@ class MergePlan:
             "dropped": list(self.dropped),
             "sublayers": [dict(s) for s in self.sublayers],
             "rule": self.rule if self.groups else None,
-            "width": self.width,
+            "width": self.width.to_json() if self.width else None,
             **({"compensation": self.compensation} if (self.compensation or {}).get("cuts") else {}),
         }
 
     def to_json(self) -> dict[str, Any]:
         """The contents of plan.json."""
         out = dataclasses.asdict(self)
+        out["width"] = self.width.to_json() if self.width else None
         out["groups"] = [list(g) for g in self.groups]
         for name in ("dropped", "sublayers", "trace", "notes"):
             out[name] = list(out[name])
@@ -152,6 +154,7 @@ class MergePlan:
         if "n_layers" not in data:
             raise PlanError("plan has no n_layers.")
         data = dict(data)
+        data["width"] = None if data.get("width") is None else WidthDecision.from_json(data["width"])
         data["trace"] = tuple(Trial(**t) for t in data.get("trace", ()))
         for name in ("groups", "dropped", "sublayers", "notes"):
             data[name] = tuple(data.get(name) or ())

@@ -1,4 +1,4 @@
-"""One experiment on one page: load, calibrate, compare, measure, plan, merge, narrow, heal, measure, save, report."""
+"""One experiment on a page: load, calibrate, compare, measure, plan, merge, narrow, recover, measure, save, report."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from slm_exp.core.files import digest
+from slm_exp.core.runtime import world
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity, MergePlan
+from slm_exp.core.widths import WidthDecision
 from slm_exp.evaluation.base import EvalReport, Evaluation
 from slm_exp.merging.surgery import apply_plan, zeroed
 from slm_exp.merging.width import apply_width
 from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.observers import Recorder, Stage
-from slm_exp.recovery.base import HealTask, healed
+from slm_exp.recovery.base import RecoveryResult, RecoveryTask, with_tensors
 from slm_exp.runs.record import is_finished
 from slm_exp.runs.tracking.none import NoTracking
 from slm_exp.search.task import PlanTask
 from slm_exp.similarity.layers import layer_similarity
-from slm_exp.width.base import WidthDecision, WidthTask
-from slm_exp.width.score import rescored
+from slm_exp.width.base import NarrowedScore, WidthTask
+from slm_exp.width.score import narrowed_score
 
 
 def run(
@@ -105,9 +108,17 @@ def run(
                         rec.keep_width(plan)
 
             with rec.stage("recover") as stage:
-                illness = HealTask(compressed, dense, plan, tokens, training or folder, rec.track, cfg.seed)
-                compressed, healing = healed(cfg.recovery, illness, stage)
-                rec.note(recovery=healing)
+                lost = RecoveryTask(compressed, dense, plan, tokens, training or folder, rec.track, cfg.seed)
+                identity = {"recovery": cfg.recovery.identity(), "tokens": tokens.digest,
+                            "samples": digest(list(tokens.sample_ids)), "seed": cfg.seed}
+                if cfg.recovery.stored() and world() == 1:  # of several processes, one must not find another's result
+                    result = stage.compute(RecoveryResult, lambda: cfg.recovery.recover(lost), **identity,
+                                           model=compressed.digest, dense=dense.digest, plan=plan.effect(),
+                                           device=compressed.device.type)
+                else:
+                    result = cfg.recovery.recover(lost)
+                compressed = with_tensors(compressed, result, identity)
+                rec.note(recovery=result.report)
 
             rec.note(layers={"before": dense.n_layers, "after": compressed.n_layers},
                      params={"before": dense.n_params, "after": compressed.n_params,
@@ -144,13 +155,27 @@ def take_part(cfg: RunConfig, folder: Path) -> None:
 
 def narrow(
     cfg: RunConfig, stage: Stage, dense: ModelHandle, tokens: CalibrationTokens, handle: ModelHandle, plan: MergePlan
-) -> tuple[ModelHandle, dict[str, Any] | None]:
+) -> tuple[ModelHandle, WidthDecision | None]:
     """A model narrowed as the width group decides, and the decision; `plan` made it from the dense."""
     task = WidthTask(handle, tokens, plan.slots, cfg.width.ratio_for(cfg.method, dense, handle), cfg.seed,
                      n_dense=dense.n_layers)
     if not cfg.width.prunes:
-        return handle, cfg.width.decide(task).data
-    decided = stage.compute(WidthDecision, lambda: cfg.width.decide(task), model=handle.digest, dtype=cfg.model.dtype,
+        return handle, cfg.width.decide(task)
+
+    def decide() -> WidthDecision:
+        decision = cfg.width.decide(task)
+        assert decision is not None
+        return decision
+
+    decided = stage.compute(WidthDecision, decide, model=handle.digest, dtype=cfg.model.dtype,
                             device=handle.device.type, tokens=tokens.digest, width=cfg.width.identity(),
-                            ratio=task.ratio, slots=plan.slots, seed=cfg.seed).data
-    return (handle if decided is None else apply_width(handle, decided)), decided
+                            ratio=task.ratio, slots=plan.slots, seed=cfg.seed)
+    return apply_width(handle, decided), decided
+
+
+def rescored(task: PlanTask, compressed: ModelHandle, plan: MergePlan) -> MergePlan:
+    """The plan with the score of the narrowed model, which the search has not seen. Kept in the task's store."""
+    inputs = {"model": task.handle.digest, "compressed": compressed.digest, "device": task.handle.device.type,
+              "tokens": task.tokens.digest, "similarity": task.similarity.identity(), "kernel": task.kernel.identity()}
+    found, _ = task.store.cached("width", inputs, NarrowedScore, lambda: narrowed_score(task, compressed))
+    return replace(plan, final_score=found.score)

@@ -130,9 +130,10 @@ def _named_errors() -> set[str]:
 
 def _widths(plan: MergePlan | None) -> dict[str, list[int]]:
     """What is left of every layer, by what it counts; empty where layers kept their width."""
-    sizes = ((plan.width if plan else None) or {}).get("sizes") or {}
-    names = {"heads": "Heads", "kv_heads": "Key-value heads", "channels": "MLP channels"}
-    return {name: list(sizes[key]) for key, name in names.items() if sizes.get(key)}
+    if not plan or not plan.width:
+        return {}
+    sizes = plan.width.sizes
+    return {"Heads": sizes.heads, "Key-value heads": sizes.kv_heads, "MLP channels": sizes.channels}
 
 
 def _matrix(folder: Path) -> LayerSimilarity | None:

@@ -14,8 +14,8 @@ from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, Group, MergePlan
 from slm_exp.launch.compose import compose_run
+from slm_exp.merging.sharing import shared_copy
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.recovery.base import replaced
 from slm_exp.search.reduced import ReducedModels, slots_of
 from slm_exp.search.refit import Refits, with_refits
 from slm_exp.search.scoring import CandidateScorer
@@ -55,7 +55,7 @@ def built_score(task: PlanTask, plan: MergePlan) -> float:
             own = dict(compressed.layers[i].named_parameters()) if slot.merged else {}
             found = refits.weights(slot, own)
             new |= {f"model.layers.{i}.{name}": t for name, t in found.items() if t is not own.get(name)}
-    model = replaced(compressed.model, new)
+    model = shared_copy(compressed.model, new)
     ids = torch.as_tensor(task.tokens.tokens_NT).long()
     with torch.inference_mode():
         last, dense = (m.model(ids, use_cache=False).last_hidden_state for m in (model, task.handle.model))

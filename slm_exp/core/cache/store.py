@@ -26,7 +26,7 @@ from slm_exp.core.files import digest, file_digest, write_json
 log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parents[2]
-BUILT = ("core/types.py", "models", "merging")
+BUILT = ("core/types.py", "core/widths.py", "models", "merging")
 """What a compressed model is built by: the result of any stage that looks at one depends on it."""
 REFIT = ("calibration/fit.py", "engine/ridge.py")
 """What similarity.after=reconstruct scores candidates by."""
