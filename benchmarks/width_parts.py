@@ -24,22 +24,22 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from slm_exp.core.types import CalibrationTokens, MergePlan  # noqa: E402
+from slm_exp.core.widths import WidthDecision  # noqa: E402
 from slm_exp.evaluation.perplexity import perplexity  # noqa: E402
 from slm_exp.launch.compose import compose_run  # noqa: E402
-from slm_exp.merging.width import unpack_indices  # noqa: E402
 from slm_exp.models.base import ModelHandle  # noqa: E402
 from slm_exp.width.base import WidthTask  # noqa: E402
 
 Columns = dict[str, torch.Tensor]
 
 
-def removed(handle: ModelHandle, width: dict[str, Any], kinds: Sequence[str], layers: range) -> Columns:
+def removed(handle: ModelHandle, width: WidthDecision, kinds: Sequence[str], layers: range) -> Columns:
     """By parameter name, the input columns that a decision takes from the projections into the stream."""
     layout, config, out = handle.layout, handle.config, {}
     per = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for i in layers:
-        heads = set(width["kept"]["query_heads"][i])
-        channels = set(unpack_indices(width["kept"]["channels"][i]))
+        heads = set(width.kept.query_heads[i])
+        channels = set(width.channels(i))
         gone = {"attention": [h * per + c for h in range(config.num_attention_heads) if h not in heads
                               for c in range(per)],
                 "mlp": [c for c in range(config.intermediate_size) if c not in channels]}  # fmt: skip
@@ -96,13 +96,13 @@ def main() -> None:
              (both[1:], range(1))]  # fmt: skip
     for name in args.methods.split(","):
         pruner = compose_run([*common, f"width={name}", f"width.ratio={args.ratio}"]).width
-        width = pruner.decide(WidthTask(handle, tokens, MergePlan(n).slots, args.ratio, cfg.seed, n_dense=n)).data
+        width = pruner.decide(WidthTask(handle, tokens, MergePlan(n).slots, args.ratio, cfg.seed, n_dense=n))
         assert width is not None
         cells = []
         for kinds, layers in parts:
             with zeroed(handle.model, removed(handle, width, kinds, layers)):
                 cells.append(f"{perplexity(handle.model, text):.4g}")
-        gone = set(loud) - set(unpack_indices(width["kept"]["channels"][0]))
+        gone = set(loud) - set(width.channels(0))
         print(f"| {name} | {' | '.join(cells)} | {len(gone)} of {len(loud)} |", flush=True)
 
 

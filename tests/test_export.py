@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from decisions import keeps_first
 
 from slm_exp.cli import export
 from slm_exp.core.errors import ConfigError, PlanError
@@ -100,7 +101,7 @@ def test_a_runs_record_names_model_and_dtype(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("plan", "said"),
     [
-        (MergePlan(8, width={"method": "flap", "sizes": []}), "width=flap"),
+        (MergePlan(8, width=keeps_first([1], [1], [8], method="flap")), "width=flap"),
         (MergePlan(8, ((1, 3),)), "expected one of keep_low"),
     ],
 )

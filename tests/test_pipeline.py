@@ -97,7 +97,7 @@ PATCHES = {
     "plan": "slm_exp.methods.slm.SLM.plan",
     "merge": "slm_exp.pipeline.stages.apply_plan",
     "width": "slm_exp.width.none.NoWidth.decide",
-    "recover": "slm_exp.recovery.none.NoRecovery.heal",
+    "recover": "slm_exp.recovery.none.NoRecovery.recover",
     "evaluate_dense": "slm_exp.evaluation.base.Evaluation.run",
     "save": "slm_exp.runs.checkpoint.save_checkpoint",
     "report": "slm_exp.reporting.page.write_report",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+ADAM_BYTES = 16
+"""Memory of a trained parameter: itself, its gradient and two moments in float32."""
+
 
 @dataclass(frozen=True)
 class Work:

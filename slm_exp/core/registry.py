@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
-import pkgutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -84,19 +82,14 @@ def register(group: str, name: str) -> Callable[[type[C]], type[C]]:
 
 @cache
 def load_all() -> None:
-    """Import every module that declares a member of a group, so that all are registered. Idempotent, cheap.
-
-    A module of a group's package without `@register(` is a worker: it is left until a member needs it, with what it
-    imports (torch).
-    """
+    """Import every module of every group's package that declares members. Idempotent, cheap: what only members need
+    to work (and may import torch) stays unloaded."""
     for package_name in GROUPS.values():
         package = importlib.import_module(f"slm_exp.{package_name}")
-        for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
-            name = f"{package.__name__}.{module.name}"
-            spec = importlib.util.find_spec(name)
-            file = Path(spec.origin) if spec and spec.origin else None
-            if file is None or file.suffix != ".py" or "@register(" in file.read_text(encoding="utf-8"):
-                importlib.import_module(name)
+        for folder in getattr(package, "__path__", []):
+            for file in sorted(Path(folder).glob("*.py")):
+                if "@register(" in file.read_text(encoding="utf-8"):
+                    importlib.import_module(f"{package.__name__}.{file.stem}")
 
 
 def available(group: str) -> dict[str, type[Component]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from slm_exp.core.errors import PlanError
 from slm_exp.core.files import write_json, writing
+from slm_exp.core.widths import WidthDecision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,8 +161,8 @@ class MergePlan:
     """Compressed against dense by the run's similarity; 1 is identical."""
     sublayers: tuple[Sublayer, ...] = ()
     """Removed from layers that stay. Both of one layer: it is dropped."""
-    width: dict[str, Any] | None = None
-    """`{method, ratio, order, sizes}` when width was pruned."""
+    width: WidthDecision | None = None
+    """Where width was pruned."""
     compensation: Compensation | None = None
     trace: tuple[Trial, ...] = ()
     evaluations: int = 0
@@ -263,7 +264,7 @@ class MergePlan:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of plan.json."""
-        out = dataclasses.asdict(self)
+        out = dataclasses.asdict(self) | {"width": self.width and self.width.to_json()}
         if self.target is not None:
             out["target"] = {name: value for name, value in out["target"].items() if value is not None}
         return {name: _listed(value) for name, value in out.items()}
@@ -284,6 +285,7 @@ class MergePlan:
         try:
             if isinstance(data, dict):
                 data = {name: value for name, value in data.items() if value is not None}
+                width = WidthDecision.from_json(data.pop("width")) if "width" in data else None
             plan = parsed(cls, {"n_layers": MAX_LAYERS, **data} if fill else data)
         except ValueError as error:
             known = ", ".join(sorted(f.name for f in dataclasses.fields(cls)))

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from slm_exp.models.base import ModelHandle, count_params, empty_model
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
-
-    from slm_exp.models.base import ModelHandle
 
 CHANNELS = 8
 """MLP widths are multiples of this."""
@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 
 
 class LayerScores(NamedTuple):
-    """What a pruner thinks of one layer's units, float64 on the CPU; the lowest go first."""
+    """Scores of one layer's units, float64 on the CPU; the lowest go first."""
 
     query_H: Tensor
     kv_K: Tensor
@@ -76,8 +76,6 @@ def full_shape(config: PretrainedConfig) -> Shape:
 
 def costs_of(handle: ModelHandle, hidden_size: int | None = None) -> Costs:
     """Parameters per unit, from shapes alone; with another hidden size where one is given."""
-    from slm_exp.models.base import count_params, empty_model
-
     config = handle.config
     if hidden_size is not None:
         config = copy.deepcopy(config)
@@ -148,7 +146,7 @@ def fit(full: Shape, costs: Costs, attention: float, layer: float, shapes: Seque
         shape = Shape(heads, kv_heads, min(snapped, full.channels))
         if channels <= full.channels + CHANNELS / 2:
             return shape
-        beyond = beyond or shape  # the heads alone take more than asked: only if nothing else will do
+        beyond = beyond or shape  # the heads alone are larger: only if nothing else is possible
     return beyond
 
 

@@ -45,7 +45,7 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
         from slm_exp.merging.width import apply_width
 
         depth = dataclasses.replace(plan, width=None)
-        if plan.width.get("order") == "before":
+        if plan.width.order == "before":
             return apply_plan(apply_width(handle, plan.width), depth, rule)
         return apply_width(apply_plan(handle, depth, rule), plan.width)
     effect = {**plan.effect(), "rule": rule.name if plan.groups and rule is not None else None}

@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from slm_exp.core.errors import PlanError
 from slm_exp.core.files import digest
-from slm_exp.merging.sizes import full_shape, head_dim
+from slm_exp.core.widths import WidthDecision, WidthSizes, unpack_floats, unpack_indices
+from slm_exp.merging.sharing import shared_copy
+from slm_exp.merging.sizes import Shape, full_shape, head_dim, legal
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.layerwise import layerwise_classes
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import PretrainedConfig, PreTrainedModel
 
 EFFECT = ("sizes", "kept", "means", "hidden")
 """The entries that decide the model; the others say how they were found."""
 
 
-def pack_indices(indices: Sequence[int], n: int) -> str:
-    """A subset of range(n) as base64 of its bits, lowest first: 1536 channels take 256 characters."""
-    bits = bytearray((n + 7) // 8)
-    for i in indices:
-        bits[i // 8] |= 1 << i % 8
-    return base64.b64encode(bytes(bits)).decode()
-
-
-def unpack_indices(text: str) -> list[int]:
-    """The subset again, ascending."""
-    return [8 * at + bit for at, byte in enumerate(base64.b64decode(text)) for bit in range(8) if byte >> bit & 1]
-
-
-def pack_floats(values: Sequence[float]) -> str:
-    """Float32 values as base64."""
-    import numpy as np
-
-    return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()
-
-
-def unpack_floats(text: str) -> Tensor:
-    """[n] float32."""
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").copy())
-
-
-def apply_width(handle: ModelHandle, width: dict[str, Any]) -> ModelHandle:
-    """The narrower model that a plan's `width` makes of `handle`'s, built on first use of `.model`.
+def apply_width(handle: ModelHandle, width: WidthDecision) -> ModelHandle:
+    """The narrower model that a decision makes of `handle`'s, built on first use of `.model`.
 
     Needs what is stored in `width` and nothing else: no tokens, no scores. Embeddings, norms and projections of
     layers that lose nothing are the same tensors, the rest are new; the input model stays as it is.
@@ -60,12 +33,12 @@ def apply_width(handle: ModelHandle, width: dict[str, Any]) -> ModelHandle:
     Cost: the memory of the narrowed projections.
     """
     _check(handle, width)
-    effect = {name: width[name] for name in EFFECT if width.get(name)}
+    about = width.to_json()
     return ModelHandle(
         name=handle.name,
-        config=narrower_config(handle.config, handle.layout.family, width),
+        config=narrower_config(handle.config, handle.layout.family, width.sizes, width.means is not None),
         layout=handle.layout,
-        digest=digest({"model": handle.digest, "width": effect}),
+        digest=digest({"model": handle.digest, "width": {name: about[name] for name in EFFECT if about.get(name)}}),
         device=handle.device,
         load_model=lambda: _build(handle, width),
         load_tokenizer=lambda: handle.tokenizer,
@@ -75,46 +48,52 @@ def apply_width(handle: ModelHandle, width: dict[str, Any]) -> ModelHandle:
             "base": handle.lineage.get("base", handle.name),
             "base_digest": handle.lineage.get("base_digest", handle.digest),
             **{k: v for k, v in handle.lineage.items() if k not in ("base", "base_digest")},
-            "width": {k: width.get(k) for k in ("method", "ratio", "reached", "uniform", "sizes")},
+            "width": {k: about.get(k) for k in ("method", "ratio", "reached", "uniform", "sizes")},
         },
     )
 
 
-def _check(handle: ModelHandle, width: dict[str, Any]) -> None:
-    full, sizes, kept = full_shape(handle.config), width["sizes"], width["kept"]
-    lists = (*(sizes[k] for k in ("heads", "kv_heads", "channels")), *kept.values())
-    if any(len(values) != handle.n_layers for values in lists):
-        raise PlanError(f"the plan's width is for {len(sizes['heads'])} layers; {handle.name} has {handle.n_layers}.")
+def _check(handle: ModelHandle, width: WidthDecision) -> None:
+    """Raise PlanError where a decision is for a model of other sizes."""
+    full, per, sizes, kept = full_shape(handle.config), head_dim(handle.config), width.sizes, width.kept
+    if len(sizes.heads) != handle.n_layers:
+        raise PlanError(f"the plan's width is for {len(sizes.heads)} layers; {handle.name} has {handle.n_layers}.")
     if getattr(handle.config, "layer_widths", None):
         raise PlanError(f"{handle.name} has layers of different widths already; they cannot be narrowed again.")
+    group = full.heads // full.kv_heads
     for i in range(handle.n_layers):
-        channels = unpack_indices(kept["channels"][i])
-        for what, found, asked, n in (
-            ("query heads", kept["query_heads"][i], sizes["heads"][i], full.heads),
-            ("key-value heads", kept["kv_heads"][i], sizes["kv_heads"][i], full.kv_heads),
-            ("MLP channels", channels, sizes["channels"][i], full.channels),
-        ):
-            if len(found) != asked or not found or found[0] < 0 or found[-1] >= n:
-                raise PlanError(f"the plan's width keeps {len(found)} {what} of layer {i}, the highest "
-                                f"{max(found, default=None)}; expected {asked} of {handle.name}'s {n}.")
+        query, kv, channels = kept.query_heads[i], kept.kv_heads[i], width.channels(i)
+        for what, found, n in (("query heads", query, full.heads), ("key-value heads", kv, full.kv_heads),
+                               ("MLP channels", channels, full.channels)):
+            if found[-1] >= n:
+                raise PlanError(f"the plan's width keeps {len(found)} {what} of layer {i}, the highest {found[-1]}; "
+                                f"expected {len(found)} of {handle.name}'s {n}.")
+        if [h // group for h in query] != [k for k in kv for _ in range(len(query) // len(kv))]:
+            raise PlanError(f"the plan's width keeps query heads {query} and key-value heads {kv} of layer {i}; "
+                            f"expected as many of each key-value head, which {group} share in {handle.name}.")
+        if width.means is None:
+            continue
+        for kind, n in (("attention", (full.heads - len(query)) * per), ("mlp", full.channels - len(channels))):
+            if (size := len(unpack_floats(getattr(width.means, kind)[i]))) != n:
+                raise PlanError(f"width.means.{kind}[{i}] has {size} means; expected {n}, one an input that goes.")
+    hidden = int(handle.config.hidden_size)
+    highest = max(unpack_indices(width.hidden), default=0) if width.hidden else hidden - 1
+    if highest >= hidden or (width.hidden is None and sizes.hidden != hidden):
+        raise PlanError(f"the plan's width has {sizes.hidden} channels of the residual stream, the highest {highest}; "
+                        f"{handle.name} has {hidden}.")
 
 
-def is_uniform(config: PretrainedConfig, sizes: dict[str, Any]) -> bool:
-    """Whether an ordinary config of the family can describe these widths."""
-    from slm_exp.merging.sizes import Shape, legal
+def narrower_config(config: PretrainedConfig, family: str, sizes: WidthSizes, biases: bool) -> PretrainedConfig:
+    """A copy of a config that describes the narrower model: an ordinary one where all layers have one width.
 
-    shapes = {Shape(*s) for s in zip(sizes["heads"], sizes["kv_heads"], sizes["channels"], strict=True)}
-    return len(shapes) == 1 and legal(config, shapes.pop(), sizes["hidden"])
-
-
-def narrower_config(config: PretrainedConfig, family: str, width: dict[str, Any]) -> PretrainedConfig:
-    """A copy of a config that describes the narrower model: an ordinary one where all layers are alike."""
-    sizes = width["sizes"]
-    changes: dict[str, Any] = {"head_dim": head_dim(config), "hidden_size": sizes["hidden"]}
-    if width.get("means"):
+    Args:
+        biases: whether the model gets biases of attention and MLP.
+    """
+    changes: dict[str, Any] = {"head_dim": head_dim(config), "hidden_size": sizes.hidden}
+    if biases:
         changes |= {"attention_bias": True, "mlp_bias": True}
-    shapes = list(zip(sizes["heads"], sizes["kv_heads"], sizes["channels"], strict=True))
-    if is_uniform(config, sizes):
+    shapes = [Shape(*s) for s in zip(sizes.heads, sizes.kv_heads, sizes.channels, strict=True)]
+    if len(set(shapes)) == 1 and legal(config, shapes[0], sizes.hidden):
         names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
         out = copy.deepcopy(config)
         for name, value in (changes | dict(zip(names, shapes[0], strict=True))).items():
@@ -128,41 +107,34 @@ def narrower_config(config: PretrainedConfig, family: str, width: dict[str, Any]
     return own
 
 
-def _build(handle: ModelHandle, width: dict[str, Any]) -> PreTrainedModel:
-    import torch
-    from transformers import PretrainedConfig
-
+def _build(handle: ModelHandle, width: WidthDecision) -> PreTrainedModel:
     wide, layout = handle.model, handle.layout
-    config = narrower_config(wide.config, layout.family, width)
-    memo: dict[int, object] = {id(t): t for t in (*wide.parameters(), *wide.buffers())}  # copied as themselves
-    memo[id(wide.config)] = config
-    model: PreTrainedModel = copy.deepcopy(wide, memo)
+    config = narrower_config(wide.config, layout.family, width.sizes, width.means is not None)
+    model = shared_copy(wide, config=config)
     with torch.no_grad():
         for i, layer in enumerate(layout.layers(model)):
             _narrow_layer(layer, handle, width, i)
-        if width.get("hidden"):
-            _narrow_stream(model, handle, unpack_indices(width["hidden"]))
-    for module in model.modules():
-        if isinstance(getattr(module, "config", None), PretrainedConfig):
-            module.config = config  # type: ignore[assignment]
+        if width.hidden:
+            _narrow_stream(model, handle, unpack_indices(width.hidden))
     if hasattr(config, "layer_widths"):
         model.__class__ = layerwise_classes()[layout.family][1]  # the same modules; the class that can make them again
     return model
 
 
-def _narrow_layer(layer: nn.Module, handle: ModelHandle, width: dict[str, Any], i: int) -> None:
+def _narrow_layer(layer: nn.Module, handle: ModelHandle, width: WidthDecision, i: int) -> None:
     """Cut the rows and columns of one layer's removed units, in place on a copy of the layer."""
-    layout, full, per = handle.layout, full_shape(handle.config), head_dim(handle.config)
-    kept, means = width["kept"], width.get("means")
-    query, kv = ([h * per + c for h in kept[name][i] for c in range(per)] for name in ("query_heads", "kv_heads"))
-    channels = unpack_indices(kept["channels"][i])
+    layout, full, per, means = handle.layout, full_shape(handle.config), head_dim(handle.config), width.means
+    heads, kv_heads = width.kept.query_heads[i], width.kept.kv_heads[i]
+    query, kv = ([h * per + c for h in units for c in range(per)] for units in (heads, kv_heads))
+    channels = width.channels(i)
     for out_name, stay, kind, n in ((layout.o, query, "attention", full.heads * per),
                                     (layout.mlp_out, channels, "mlp", full.channels)):
         linear = layer.get_submodule(out_name)
         if means:
             gone = sorted(set(range(n)) - set(stay))
             weight: Any = linear.weight
-            added = weight[:, gone].float() @ unpack_floats(means[kind][i]).to(weight.device)
+            mean = torch.tensor(unpack_floats(getattr(means, kind)[i]), dtype=torch.float32, device=weight.device)
+            added = weight[:, gone].float() @ mean
             bias = added if linear.bias is None else linear.bias.float() + added  # type: ignore[operator]
             _set(linear, "bias", bias.to(weight.dtype))
         _take(linear, stay, n, dim=1)
@@ -175,7 +147,7 @@ def _narrow_layer(layer: nn.Module, handle: ModelHandle, width: dict[str, Any], 
             _set(linear, "bias", weight.new_zeros(len(weight)))
     for module in layer.modules():
         if hasattr(module, "num_key_value_groups"):
-            module.num_key_value_groups = len(kept["query_heads"][i]) // len(kept["kv_heads"][i])  # type: ignore[assignment]
+            module.num_key_value_groups = len(heads) // len(kv_heads)  # type: ignore[assignment]
         if hasattr(module, "intermediate_size"):
             module.intermediate_size = len(channels)  # type: ignore[assignment]
 
@@ -184,8 +156,6 @@ def _take(linear: nn.Module, stay: Sequence[int], n: int, dim: int) -> None:
     """Keep some rows (dim 0) or columns (dim 1) of a linear module; all of them leaves the tensors as they are."""
     if len(stay) == n:
         return
-    import torch
-
     weight: Any = linear.weight
     index = torch.tensor(stay, device=weight.device)  # int64: in the weight's dtype, bfloat16 counts to 256
     _set(linear, "weight", weight.index_select(dim, index))
@@ -196,9 +166,7 @@ def _take(linear: nn.Module, stay: Sequence[int], n: int, dim: int) -> None:
 
 
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
-    import torch
-
-    setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
+    setattr(module, name, nn.Parameter(tensor, requires_grad=False))
 
 
 def _narrow_stream(model: PreTrainedModel, handle: ModelHandle, stay: Sequence[int]) -> None:

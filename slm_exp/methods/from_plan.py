@@ -41,7 +41,7 @@ class FromPlan(Sized):
     def check(self) -> None:
         super().check()
         require(bool(self.path), "method.path", repr(self.path), "a plan.json or the folder of a run")
-        narrowed_before = (self.given.width or {}).get("order") == "before"
+        narrowed_before = self.given.width is not None and self.given.width.order == "before"
         require(not (self.compensate and narrowed_before), "method.compensate", self.compensate,
                 "null: the plan in method.path narrows the model before it cuts layers",
                 "The compensation would be that of the wide model; ask for it in the run that makes the plan.")
@@ -126,8 +126,6 @@ class FromPlan(Sized):
         rule = available("merge_rule").get(self.given.rule or DEFAULT_RULE)
         try:
             apply_plan(handle, self.plan_for(handle), rule() if rule else None)  # type: ignore[arg-type]
-        except KeyError as missing:
-            why = f"its width has no {missing}"
         except (PlanError, AttributeError, IndexError, TypeError, ValueError) as error:
             why = str(error)
         else:

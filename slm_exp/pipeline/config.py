@@ -13,6 +13,7 @@ from slm_exp.core.errors import ConfigError, did_you_mean, require, require_one_
 from slm_exp.core.files import digest
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.runtime import Runtime
+from slm_exp.core.together import Together
 from slm_exp.evaluation.base import Evaluation
 from slm_exp.kernels.base import Kernel
 from slm_exp.merging.rules.base import MergeRule
@@ -119,8 +120,14 @@ def check_together(cfg: RunConfig) -> None:
     if cfg.similarity.after and (cfg.method.compensate or (given and given.compensation)):
         raise ConfigError(f"similarity.after = {cfg.similarity.after}; expected null with a compensated plan "
                           "(method.compensate): a refit gives the stream behind a cut its size already.")
-    of_groups = (group.refuses(cfg) for group in (cfg.method, cfg.width, cfg.recovery))
-    for refused in (*of_groups, cfg.evaluation.refuses()):
+    others = Together(
+        method=cfg.method.name, recovery=cfg.recovery.name, target_ratio=cfg.method.target_ratio,
+        removes_sublayers=hasattr(cfg.method, "target_sublayers") and getattr(cfg.method, "unit", None) != "layer",
+        plan=given, plan_path=getattr(cfg.method, "path", ""), new_hidden_size=cfg.width.new_hidden_size,
+        model_dtype=cfg.model.dtype,
+    )
+    for refused in (cfg.method.refuses(cfg), cfg.width.refuses(others), cfg.recovery.refuses(others),
+                    cfg.evaluation.refuses()):
         if refused:
             raise ConfigError(refused)
 

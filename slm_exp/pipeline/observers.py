@@ -237,7 +237,7 @@ class Recorder:
         """plan.json and the record's `plan` again, with what was decided about widths, and its notes as warnings."""
         plan.save(self.folder)
         self.note(plan=plan.to_json())
-        for message in (plan.width or {}).get("notes", ()):
+        for message in plan.width.notes if plan.width else ():
             self.warn(message)
 
     def keep_model(self, x: Experiment) -> None:

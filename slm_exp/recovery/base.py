@@ -1,9 +1,9 @@
-"""The `recovery` group: heal what compression broke. A recipe gives new tensors; putting them in is one for all."""
+"""The `recovery` group: give back part of what compression took. A recipe makes tensors, one function puts them in."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -11,21 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from slm_exp.core.cost import Work
 from slm_exp.core.files import digest, write_json
 from slm_exp.core.registry import Component
+from slm_exp.core.together import Together
+from slm_exp.core.tracker import SectionLog
+from slm_exp.core.types import CalibrationTokens, MergePlan
+from slm_exp.models.base import ModelHandle
+from slm_exp.models.sizes import Sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from slm_exp.core.types import CalibrationTokens, MergePlan
-    from slm_exp.models.base import ModelHandle
-    from slm_exp.pipeline.config import RunConfig
-    from slm_exp.runs.tracking.base import Tracker
-
 
 @dataclass(frozen=True)
-class HealTask:
+class RecoveryTask:
     """Everything a recovery may look at."""
 
     handle: ModelHandle
@@ -37,13 +38,13 @@ class HealTask:
     """Those the plan was found with."""
     folder: Path
     """The run's, for checkpoints of a training."""
-    track: Tracker | None = None
+    track: SectionLog | None = None
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Healed:
-    """What a recovery changed: new tensors by parameter name, and what there is to tell. Everything else is shared."""
+class RecoveryResult:
+    """What a recovery changed: new tensors by parameter name, and its report. Everything else is shared."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """By name as in the compressed model's `named_parameters()`; a tied tensor once."""
@@ -51,7 +52,7 @@ class Healed:
     """`recovery` of the record."""
 
     def save(self, folder: Path) -> None:
-        """Write healed.safetensors and healed.json.
+        """Write recovered.safetensors and recovered.json.
 
         Raises:
             OSError: they cannot be written, e.g. the disk is full.
@@ -62,17 +63,17 @@ class Healed:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
         try:
-            save_file(tensors, folder / "healed.safetensors")
+            save_file(tensors, folder / "recovered.safetensors")
         except SafetensorError as cause:  # what the library makes of an error of the system
-            raise OSError(f"{folder / 'healed.safetensors'}: {cause}") from cause
-        write_json(folder / "healed.json", self.report)
+            raise OSError(f"{folder / 'recovered.safetensors'}: {cause}") from cause
+        write_json(folder / "recovered.json", self.report)
 
     @classmethod
-    def load(cls, folder: Path) -> Healed:
+    def load(cls, folder: Path) -> RecoveryResult:
         from safetensors.torch import load_file
 
-        return cls(load_file(folder / "healed.safetensors"),
-                   json.loads((folder / "healed.json").read_text(encoding="utf-8")))
+        return cls(load_file(folder / "recovered.safetensors"),
+                   json.loads((folder / "recovered.json").read_text(encoding="utf-8")))
 
 
 @dataclass
@@ -81,7 +82,12 @@ class Recovery(Component, ABC):
 
     changes_weights: ClassVar[bool] = True
 
-    def refuses(self, cfg: RunConfig) -> str | None:
+    @property
+    def wall_clock_limit(self) -> float | None:
+        """Minutes after which it stops; None where it ends by itself."""
+        return None
+
+    def refuses(self, others: Together) -> str | None:
         """Why this recipe cannot run with the rest of the config, or None. Checked before anything loads."""
         return None
 
@@ -96,23 +102,31 @@ class Recovery(Component, ABC):
         """Whether the stage cache may keep the result: the same task gives it again."""
         return True
 
+    def cost(self, sizes: Sizes, layers: float) -> tuple[Work, list[str]]:
+        """Of a model of so many layers, and what could not be counted; `sizes` are the dense model's."""
+        return Work(), [f"recovery={self.name}: how long it takes is not known"]
+
+    def memory(self, sizes: Sizes) -> float:
+        """Bytes that it takes beside both models, about."""
+        return 0
+
     @abstractmethod
-    def heal(self, task: HealTask) -> Healed:
+    def recover(self, task: RecoveryTask) -> RecoveryResult:
         """New tensors for the compressed model. Neither model is changed, bit for bit, also on an exception."""
 
 
-def with_tensors(handle: ModelHandle, found: Healed, identity: dict[str, Any]) -> ModelHandle:
+def with_tensors(handle: ModelHandle, result: RecoveryResult, identity: dict[str, Any]) -> ModelHandle:
     """A model with some tensors replaced, built on first use of `.model`; the input where there are none.
 
     Its digest is of the model, the recipe and its data (`identity`), and of the new tensors: other code of a recipe, or
-    a stop by the clock, gives another model.
+    a wall-clock limit, gives another model.
     """
-    if not found.tensors:
+    if not result.tensors:
         return handle
     return dataclasses.replace(
         handle,
-        digest=digest({"model": handle.digest, **identity, "tensors": tensors_digest(found.tensors)}),
-        load_model=lambda: replaced(handle.model, found.tensors),
+        digest=digest({"model": handle.digest, **identity, "tensors": tensors_digest(result.tensors)}),
+        load_model=lambda: copy_with(handle.model, result.tensors),
         load_tokenizer=lambda: handle.tokenizer,
         lineage={**(handle.lineage or {"base": handle.name, "base_digest": handle.digest}),
                  "recovery": identity["recovery"]},
@@ -120,9 +134,7 @@ def with_tensors(handle: ModelHandle, found: Healed, identity: dict[str, Any]) -
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names and contents: what stopped by the clock, or on a GPU, is told apart."""
-    import hashlib
-
+    """Of names and contents: results of a wall-clock limit, or of a GPU, differ from each other."""
     import torch
 
     found = hashlib.sha256()
@@ -132,16 +144,8 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def replaced(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A copy of a model's modules that shares every tensor but those given; tied ones stay tied.
+def copy_with(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A copy of a model's modules that shares every tensor but those given: see `merging.sharing.shared_copy`."""
+    from slm_exp.merging.sharing import shared_copy
 
-    The new tensors take the device and dtype of the ones they replace.
-    """
-    import torch
-
-    # A deep copy that finds every tensor already copied: as itself, or as its replacement wherever it occurs.
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for name, tensor in tensors.items():
-        old = model.get_parameter(name)
-        memo[id(old)] = torch.nn.Parameter(tensor.detach().to(old.device, old.dtype), requires_grad=False)
-    return copy.deepcopy(model, memo)
+    return shared_copy(model, tensors)

@@ -6,17 +6,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from slm_exp.calibration.bundled import Bundled
 from slm_exp.core import text as reader
 from slm_exp.core.errors import ConfigError, DataError, did_you_mean
+from slm_exp.core.hub import Repo
+from slm_exp.models.base import ModelHandle
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from slm_exp.models.base import ModelHandle
-
 SOURCES = ("hub", "jsonl", "bundled")
-ALPACA = "yahma/alpaca-cleaned"
+ALPACA, ALPACA_ROWS = "yahma/alpaca-cleaned", 51_760
+BUNDLED_TOKENS = 165_000
+"""In the bundled stories, about."""
 HUB_FILES = {ALPACA: "alpaca_data_cleaned.json"}
 IGNORED = -100  # the label of a token that is not trained on
 
@@ -46,12 +49,8 @@ def read_rows(data: str, path: str | None, dense: ModelHandle) -> list[dict[str,
         ConfigError / DataError: a file or repo that cannot be had, rows without the needed fields; names the remedy.
     """
     if data == "bundled":
-        from slm_exp.calibration.bundled import Bundled
-
         return [{"text": d.text} for d in Bundled(seq_len=512).documents(dense)[1]]
     if data == "hub":
-        from slm_exp.core.hub import Repo
-
         name = path or ALPACA
         repo, _, file = name.partition(":")
         if not file and repo not in HUB_FILES:
@@ -69,6 +68,18 @@ def read_rows(data: str, path: str | None, dense: ModelHandle) -> list[dict[str,
     return [checked(row.value, f"{where}, row {n}") for n, row in enumerate(rows, 1)]
 
 
+def expected_rows(data: str, path: str | None, seq_len: int, held_out: int) -> float | None:
+    """About how many examples a source has to train on, from what lies here; None where that is not known."""
+    if data == "hub" and path is None:
+        return ALPACA_ROWS - min(held_out, ALPACA_ROWS / 5)
+    if data == "bundled":
+        return BUNDLED_TOKENS / seq_len * 0.8
+    if data == "jsonl" and path and Path(path).is_file() and path.endswith((".jsonl", ".json")):
+        with open(path, "rb") as f:
+            return 0.8 * sum(1 for line in f if line.strip())
+    return None
+
+
 def checked(row: Any, where: str) -> dict[str, str]:
     """A row's needed fields: instruction, output and the optional input; or text.
 
@@ -81,8 +92,8 @@ def checked(row: Any, where: str) -> dict[str, str]:
     for name in wanted:
         if not isinstance(row.get(name), str):
             has = ", ".join(map(str, row)) or "none"
-            found = f"is a {type(row[name]).__name__}" if name in row else f"is absent; the row has {has}"
-            raise DataError(f"{where}: field {name!r} {found}. Expected `instruction` and `output` (maybe `input`), or "
+            what = f"is a {type(row[name]).__name__}" if name in row else f"is absent; the row has {has}"
+            raise DataError(f"{where}: field {name!r} {what}. Expected `instruction` and `output` (maybe `input`), or "
                             f"`text`. {did_you_mean(name, map(str, row))}".rstrip())
     return {name: str(row[name]) for name in (*wanted, "input") if row.get(name)} | {n: row[n] for n in wanted}
 
@@ -95,8 +106,6 @@ def make_examples(
     Raises:
         DataError: no tokenizer, or fewer than two examples.
     """
-    import random
-
     if tokenizer is None:
         raise DataError("the model has no tokenizer; recovery by training reads text.")
     prose = [row["text"] for row in rows if "text" in row]

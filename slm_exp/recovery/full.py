@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slm_exp.core.registry import register
-from slm_exp.recovery.base import HealTask
-from slm_exp.recovery.streams import silenced
-from slm_exp.recovery.trained import Trained, trainable_copy, trained_tensors
+from slm_exp.recovery.base import RecoveryTask
+from slm_exp.recovery.cuts import zeroed_modules
+from slm_exp.recovery.trained import Trained
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
 @register("recovery", "full")
 @dataclass
 class Full(Trained):
-    """Next-token training of all parameters on packed windows of text. Tied embeddings stay tied, removed halves zero.
+    """Next-token training of all parameters on packed windows of text. Tied embeddings stay tied, removed sublayers
+    zero.
 
     Beats LoRA where much was removed (README of github.com/Nota-NetsPresso/shortened-llm, windows of 2048 there).
     Memory: 16 bytes a parameter beside the models.
@@ -27,10 +28,7 @@ class Full(Trained):
     batch_size: int = 8
     warmup_steps: int = 20
 
-    def student(self, task: HealTask) -> nn.Module:
-        model = task.handle.model
-        gone = silenced(task.handle, task.plan)
-        return trainable_copy(model, [n for n, _ in model.named_parameters() if n.rpartition(".")[0] not in gone])
-
-    def result(self, task: HealTask, model: nn.Module) -> dict[str, Tensor]:
-        return trained_tensors(task, model)
+    def student(self, task: RecoveryTask) -> nn.Module:
+        zeroed = zeroed_modules(task.handle, task.plan)
+        names = (name for name, _ in task.handle.model.named_parameters())
+        return self.trainable_copy(task, [name for name in names if name.rpartition(".")[0] not in zeroed])

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from slm_exp.core.cost import Work
 from slm_exp.core.registry import register
-from slm_exp.recovery.base import Healed, HealTask, Recovery
+from slm_exp.models.sizes import Sizes
+from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask
 
 
 @register("recovery", "none")
@@ -19,5 +21,8 @@ class NoRecovery(Recovery):
     def stored(self) -> bool:
         return False
 
-    def heal(self, task: HealTask) -> Healed:
-        return Healed()
+    def cost(self, sizes: Sizes, layers: float) -> tuple[Work, list[str]]:
+        return Work(), []
+
+    def recover(self, task: RecoveryTask) -> RecoveryResult:
+        return RecoveryResult()

@@ -27,9 +27,9 @@ def describe(plan: MergePlan) -> str:
         if layers:
             done.append(f"{kind} of {_layers(layers)} removed")
     if plan.width:
-        share = plan.width.get("reached", plan.width.get("ratio"))
+        share = plan.width.ratio if plan.width.reached is None else plan.width.reached
         of = f" by {100 * share:.1f} % of their parameters" if share is not None else ""
-        done.append(f"layers narrowed{of} ({plan.width.get('method')})")
+        done.append(f"layers narrowed{of} ({plan.width.method})")
     sentence = "; ".join(done) or "nothing merged or removed"
     return sentence[0].upper() + sentence[1:] + "."
 

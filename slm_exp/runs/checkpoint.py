@@ -270,12 +270,13 @@ def model_card(compressed: ModelHandle, plan: MergePlan, record: Record) -> str:
     return "\n".join(lines)
 
 
-def _width_lines(width: dict[str, Any] | None, own_code: bool) -> list[str]:
+def _width_lines(width: WidthDecision | None, own_code: bool) -> list[str]:
     """What the card says of narrowed layers; nothing where there are none."""
     if not width:
         return []
-    lines = [f"- Width pruned by {width['method']}, {width['order']} the layers: {width['reached']:.1%} of the decoder "
-             "layers' parameters, whole attention heads and MLP channels."]
+    share = "" if width.reached is None else f"{width.reached:.1%} of the decoder layers' parameters, "
+    lines = [f"- Width pruned by {width.method or 'hand'}, {width.order} the layers: {share}whole attention heads and "
+             "MLP channels."]
     if own_code:
         lines.append("- **Layers have widths of their own**, which no ordinary config describes. The folder brings the "
                      "code that builds them (`modeling_layerwise.py`): load it with `trust_remote_code=True`, or with "

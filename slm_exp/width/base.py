@@ -6,16 +6,20 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.files import write_json
 from slm_exp.core.registry import Component
+from slm_exp.core.together import DepthMethod, Together
+from slm_exp.core.types import CalibrationTokens, Group
+from slm_exp.core.widths import WidthDecision
+from slm_exp.models.base import ModelHandle
 
 if TYPE_CHECKING:
-    from slm_exp.core.types import CalibrationTokens, Group, Target
-    from slm_exp.methods.base import Method
-    from slm_exp.models.base import ModelHandle
-    from slm_exp.pipeline.config import RunConfig
+    from slm_exp.models.sizes import Sizes
+
+M = TypeVar("M", bound=DepthMethod)
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,17 @@ class WidthTask:
 
 
 @dataclass(frozen=True)
-class WidthDecision:
-    """What to keep of each layer; `width` of plan.json. Empty where nothing is pruned."""
+class NarrowedScore:
+    """Similarity of a narrowed model to the dense one; null where states of different size have none."""
 
-    data: dict[str, Any] | None = None
+    score: float | None
 
     def save(self, folder: Path) -> None:
-        write_json(folder / "width.json", self.data)
+        write_json(folder / "narrowed_score.json", {"score": self.score})
 
     @classmethod
-    def load(cls, folder: Path) -> WidthDecision:
-        return cls(json.loads((folder / "width.json").read_text(encoding="utf-8")))
+    def load(cls, folder: Path) -> NarrowedScore:
+        return cls(json.loads((folder / "narrowed_score.json").read_text(encoding="utf-8"))["score"])
 
 
 @dataclass(frozen=True)
@@ -71,29 +75,52 @@ class Width(Component, ABC):
     """after: the merged model is narrowed. before: the dense model is narrowed, then the depth plan is searched on
     the narrower model, scores being against its own last hidden state; `final_score` is against the dense model."""
 
-    def refuses(self, cfg: RunConfig) -> str | None:
+    @property
+    def share(self) -> float | None:
+        """The part of the depth method's target_ratio that is taken from width; None where no target is shared."""
+        return None
+
+    @property
+    def new_hidden_size(self) -> int | None:
+        """What the residual stream is narrowed to; None leaves it."""
+        return None
+
+    def refuses(self, others: Together) -> str | None:
         """Why this pruner cannot run with the rest of the config, or None. Checked before anything loads."""
         return None
 
-    def check_model(self, handle: ModelHandle, method: Method) -> None:
+    def check_model(self, handle: ModelHandle, method: DepthMethod) -> None:
         """Raise ConfigError where the dense model cannot be narrowed so. Called before weights load."""
 
-    def check_depth(self, method: Method, dense: ModelHandle) -> None:
+    def check_depth(self, method: DepthMethod, dense: ModelHandle) -> None:
         """Raise ConfigError where the depth method has no such size on the model it will work on. Loads no weights."""
         method.check_model(dense)
 
-    def depth_method(self, method: Method, dense: ModelHandle, start: ModelHandle) -> Method:
+    def depth_method(self, method: M, dense: ModelHandle, start: ModelHandle) -> M:
         """The depth method with its part of a shared target; `start` is the model it works on."""
         return method
 
-    def target_of(self, method: Method, target: Target | None) -> Target | None:
+    def target_of(self, method: DepthMethod, target: Target | None) -> Target | None:
         """A plan's `target`, given the depth method as the user set it and what the depth plan says."""
         return target
 
-    def ratio_for(self, method: Method, dense: ModelHandle, handle: ModelHandle) -> float:
+    def ratio_for(self, method: DepthMethod, dense: ModelHandle, handle: ModelHandle) -> float:
         """The share of `handle`'s decoder layers to remove."""
         return 0.0
 
+    def cost(self, sizes: Sizes, layers: float, tokens: Tokens) -> Work:
+        """Of deciding for a model of so many layers, and of the narrowed model's score; `sizes` are the dense one's."""
+        return Work()
+
+    def layers_left(self, sizes: Sizes, target_ratio: float | None) -> int | None:
+        """Layers that depth leaves of a target it shares with width; None where none is shared."""
+        return None
+
+    def params_removed(self, sizes: Sizes, layers: int, target_ratio: float | None) -> int:
+        """Parameters that are removed from a model of so many layers, to within a snap to legal sizes."""
+        return 0
+
     @abstractmethod
-    def decide(self, task: WidthTask) -> WidthDecision:
-        """Which units stay. Weights are left bit for bit as they were, also on an exception."""
+    def decide(self, task: WidthTask) -> WidthDecision | None:
+        """Which units stay; None where nothing is pruned. Weights are left bit for bit as they were, also on an
+        exception."""

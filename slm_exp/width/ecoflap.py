@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
+from torch.nn.functional import cross_entropy
 
-if TYPE_CHECKING:
-    from slm_exp.core.types import CalibrationTokens
-    from slm_exp.models.base import ModelHandle
+from slm_exp.core.types import CalibrationTokens
+from slm_exp.engine.progress import ticking
+from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.models.base import ModelHandle
 
 EPSILON = 1e-3
 
@@ -19,12 +21,6 @@ def layer_importance(handle: ModelHandle, tokens: CalibrationTokens, n_samples: 
 
     Cost: for each projection of each layer two passes through that layer and those above it, over `n_samples`.
     """
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from slm_exp.engine.progress import ticking
-    from slm_exp.engine.runner import BlockRunner, Slot
-
     ids_NT = torch.as_tensor(tokens.tokens_NT[:n_samples]).long()
     runner = BlockRunner(handle, ids_NT)
     head = handle.model.get_output_embeddings()

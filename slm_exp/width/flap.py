@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import register
+from slm_exp.core.widths import InputMeans, pack_floats
 from slm_exp.merging.sizes import Kept, LayerScores, head_dim, standardised
+from slm_exp.models.base import ModelHandle
 from slm_exp.width.base import WidthTask
-from slm_exp.width.inputs import walk
-from slm_exp.width.pruner import Choose, Pruner, Scored
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
+from slm_exp.width.pruner import Choose, Extras, Pruner, Scored
 
 
 @register("width", "flap")
@@ -56,28 +54,25 @@ class FLAP(Pruner):
         layout, config = task.handle.layout, task.handle.config
         zero_K = torch.zeros(config.num_key_value_heads, dtype=torch.float64)
         out, means = [], []
-        for i, stats in walk(task.handle, task.tokens, (layout.o, layout.mlp_out)):
+        for i, stats in self.inputs(task, (layout.o, layout.mlp_out)):
             layer = task.handle.layers[i]
-            found = {}
+            fluctuation = {}
             for name in (layout.o, layout.mlp_out):
                 columns_C = layer.get_parameter(f"{name}.weight").detach().double().square().sum(0).cpu()
-                found[name] = stats[name].variance_C * columns_C
-            query_H = standardised(found[layout.o].square()).view(config.num_attention_heads, -1).mean(1)
-            out.append(LayerScores(query_H, zero_K, standardised(found[layout.mlp_out])))
+                fluctuation[name] = stats[name].variance_C * columns_C
+            query_H = standardised(fluctuation[layout.o].square()).view(config.num_attention_heads, -1).mean(1)
+            out.append(LayerScores(query_H, zero_K, standardised(fluctuation[layout.mlp_out])))
             means.append({name: s.mean_C for name, s in stats.items()})
         return Scored(out, means=means)
 
-    def extras(self, task: WidthTask, kept: Sequence[Kept], found: Scored) -> dict[str, Any]:
-        from slm_exp.merging.width import pack_floats
-
+    def extras(self, task: WidthTask, kept: Sequence[Kept], found: Scored) -> Extras:
         if not self.compensate or found.means is None:
-            return {}
+            return Extras()
         layout, per = task.handle.layout, head_dim(task.handle.config)
-        means: dict[str, list[str]] = {"attention": [], "mlp": []}
+        out = InputMeans(attention=[], mlp=[])
         for mean, units in zip(found.means, kept, strict=True):
-            stay = {layout.o: {h * per + c for h in units.query for c in range(per)},
-                    layout.mlp_out: set(units.channels)}
-            for kind, name in (("attention", layout.o), ("mlp", layout.mlp_out)):
-                gone = [float(m) for c, m in enumerate(mean[name]) if c not in stay[name]]
-                means[kind].append(pack_floats(gone))
-        return {"means": means}
+            columns = {h * per + c for h in units.query for c in range(per)}
+            for packed, name, stay in ((out.attention, layout.o, columns),
+                                       (out.mlp, layout.mlp_out, {*units.channels})):
+                packed.append(pack_floats([float(m) for c, m in enumerate(mean[name]) if c not in stay]))
+        return Extras(means=out)

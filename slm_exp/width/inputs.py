@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from torch import Tensor, nn
 
-    from slm_exp.core.types import CalibrationTokens
-    from slm_exp.models.base import ModelHandle
+from slm_exp.core.types import CalibrationTokens
+from slm_exp.engine.progress import ticking
+from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.models.base import ModelHandle
 
 
 @dataclass
@@ -53,7 +54,7 @@ class InputStats:
         self.mean_abs_square_C += other.mean_abs_square_C
 
 
-Walk = Generator[tuple[int, dict[str, InputStats]], "Mapping[str, Tensor] | None", None]
+Walk = Generator[tuple[int, dict[str, InputStats]], Mapping[str, Tensor] | None, None]
 
 
 def walk(handle: ModelHandle, tokens: CalibrationTokens, names: Sequence[str]) -> Walk:
@@ -64,9 +65,6 @@ def walk(handle: ModelHandle, tokens: CalibrationTokens, names: Sequence[str]) -
 
     Cost: one block forward per layer, two where parameters are sent. Memory: the states of the calibration set.
     """
-    from slm_exp.engine.progress import ticking
-    from slm_exp.engine.runner import BlockRunner, Slot
-
     runner = BlockRunner(handle, tokens.tokens_NT, fuse=False)  # the library's layer, whose parts can be listened to
     h_NTD = runner.embed()
     with ticking("width", handle.n_layers, "layer") as tick:

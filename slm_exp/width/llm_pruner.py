@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.errors import ConfigError, require_one_of
 from slm_exp.core.registry import register
+from slm_exp.core.together import DepthMethod
+from slm_exp.core.types import CalibrationTokens
+from slm_exp.engine.progress import ticking
+from slm_exp.models.base import ModelHandle
 from slm_exp.width.base import WidthTask
 from slm_exp.width.magnitude import coupled_sums
 from slm_exp.width.pruner import Choose, Pruner, Scored
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from slm_exp.core.types import CalibrationTokens
-    from slm_exp.methods.base import Method
-    from slm_exp.models.base import ModelHandle
 
 FIRST, LAST = 4, 2
 """Layers at the bottom and the top that the published runs leave as they are."""
@@ -44,6 +44,7 @@ class LLMPruner(Pruner):
     """
 
     compare: ClassVar[str] = "per_parameter"
+    passes: ClassVar[int] = 6
     taylor: str = "param_mix"
     """param_first, param_second, param_mix or vectorize."""
 
@@ -51,7 +52,7 @@ class LLMPruner(Pruner):
         super().check()
         require_one_of("width.taylor", self.taylor, SALIENCE)
 
-    def check_model(self, handle: ModelHandle, method: Method) -> None:
+    def check_model(self, handle: ModelHandle, method: DepthMethod) -> None:
         if getattr(handle.config, "quantization_config", None) is not None:
             raise ConfigError(f"width=llm_pruner needs gradients, and {handle.name} is quantised. Take the original "
                               "checkpoint, or width=magnitude, wanda_sp or flap.")
@@ -86,8 +87,6 @@ def gradients(handle: ModelHandle, tokens: CalibrationTokens, second: bool) -> t
     """
     import torch
     from torch.nn.functional import cross_entropy
-
-    from slm_exp.engine.progress import ticking
 
     model, layout = handle.model, handle.layout
     ids_NT = torch.as_tensor(tokens.tokens_NT).long()

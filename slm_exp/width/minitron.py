@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.errors import require
 from slm_exp.core.registry import register
+from slm_exp.core.together import DepthMethod
+from slm_exp.core.widths import pack_indices
 from slm_exp.merging.sizes import Kept, LayerScores, top
+from slm_exp.models.base import ModelHandle
 from slm_exp.width.base import WidthTask
-from slm_exp.width.inputs import walk
-from slm_exp.width.pruner import Choose, Pruner, Scored
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
+from slm_exp.width.pruner import Choose, Extras, Pruner, Scored
 
 
 @register("width", "minitron")
@@ -38,11 +36,15 @@ class Minitron(Pruner):
             require(self.hidden_size >= 8, "width.hidden_size", self.hidden_size, "a whole number >= 8")
             require(self.uniform, "width.hidden_size", self.hidden_size, "null with width.uniform=false")
 
-    def check_model(self, handle: ModelHandle, method: Any) -> None:
+    def check_model(self, handle: ModelHandle, method: DepthMethod) -> None:
         if self.hidden_size is not None:
             require(self.hidden_size < handle.config.hidden_size, "width.hidden_size", self.hidden_size,
                     f"less than {handle.name}'s {handle.config.hidden_size}")
         super().check_model(handle, method)
+
+    @property
+    def new_hidden_size(self) -> int | None:
+        return self.hidden_size
 
     def _hidden(self, handle: ModelHandle) -> int:
         return self.hidden_size or super()._hidden(handle)
@@ -55,16 +57,14 @@ class Minitron(Pruner):
         hidden_D = torch.zeros(config.hidden_size, dtype=torch.float64)
         out = []
         # what q and the first MLP projection take in is what the layer's two norms give
-        for _, stats in walk(task.handle, task.tokens, (layout.q, layout.mlp_in[0], layout.o, layout.mlp_out)):
+        for _, stats in self.inputs(task, (layout.q, layout.mlp_in[0], layout.o, layout.mlp_out)):
             query_H = stats[layout.o].mean_abs_square_C.view(config.num_attention_heads, -1).sum(1).sqrt()
             out.append(LayerScores(query_H, zero_K, stats[layout.mlp_out].mean_abs_square_C.sqrt()))
             for norm in (layout.q, layout.mlp_in[0]):
                 hidden_D += stats[norm].mean_abs_square_C.sqrt()
         return Scored(out, hidden_D=hidden_D)
 
-    def extras(self, task: WidthTask, kept: Sequence[Kept], found: Scored) -> dict[str, Any]:
-        from slm_exp.merging.width import pack_indices
-
+    def extras(self, task: WidthTask, kept: Sequence[Kept], found: Scored) -> Extras:
         if self.hidden_size is None or found.hidden_D is None:
-            return {}
-        return {"hidden": pack_indices(top(found.hidden_D, self.hidden_size), len(found.hidden_D))}
+            return Extras()
+        return Extras(hidden=pack_indices(top(found.hidden_D, self.hidden_size), len(found.hidden_D)))

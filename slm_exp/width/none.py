@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from slm_exp.core.errors import require
 from slm_exp.core.registry import register
-from slm_exp.width.base import Width, WidthDecision, WidthTask
+from slm_exp.width.base import Width, WidthTask
 
 
 @register("width", "none")
@@ -23,5 +23,5 @@ class NoWidth(Width):
     def identity(self) -> dict[str, Any]:
         return {"name": self.name}  # nothing to order
 
-    def decide(self, task: WidthTask) -> WidthDecision:
-        return WidthDecision()
+    def decide(self, task: WidthTask) -> None:
+        return None

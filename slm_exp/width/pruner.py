@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.errors import ArchitectureError, ConfigError, PlanError, require, require_one_of
+from slm_exp.core.together import DepthMethod, Together
+from slm_exp.core.types import Group, MergePlan
+from slm_exp.core.widths import InputMeans, KeptUnits, WidthDecision, WidthSizes, pack_indices
 from slm_exp.merging import sizes
 from slm_exp.merging.sizes import Costs, Kept, LayerScores, Shape
-from slm_exp.width.base import Width, WidthDecision, WidthTask
+from slm_exp.models.base import ModelHandle
+from slm_exp.models.sizes import Sizes
+from slm_exp.width.base import M, Width, WidthTask
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_exp.core.types import Group, Target
-    from slm_exp.methods.base import Method
-    from slm_exp.models.base import ModelHandle
-    from slm_exp.pipeline.config import RunConfig
+    from slm_exp.width.inputs import InputStats
 
 ALLOCATIONS = ("equal", "score", "ecoflap")
 RATIO = 0.2
 """Where neither ratio, share nor ratios is set."""
 ECOFLAP_SLACK = 0.1
 """A layer may lose at most this much more than the ratio (the LLaMA script's 0.7 for 0.6)."""
-
 
 
 class Scored(NamedTuple):
@@ -38,6 +40,13 @@ class Scored(NamedTuple):
     """Per layer, the mean of each input channel of the named projections, for compensation."""
     hidden_D: Tensor | None = None
     """Scores of the residual stream's channels."""
+
+
+class Extras(NamedTuple):
+    """What some decisions need besides the units that stay."""
+
+    means: InputMeans | None = None
+    hidden: str | None = None
 
 
 Choose = Callable[[int, LayerScores], Kept | None]
@@ -54,6 +63,8 @@ class Pruner(Width):
     published_allocation: ClassVar[str] = "equal"
     compare: ClassVar[str] = "standardised"
     """How scores of different layers and kinds compare, see `sizes.allocate_by_score`."""
+    passes: ClassVar[int] = 1
+    """Block forwards per layer that the scores are worth."""
 
     ratio: float | None = None
     """Share of the parameters of all decoder layers to remove; null is 0.2."""
@@ -84,9 +95,9 @@ class Pruner(Width):
         require(self.ecoflap_samples >= 1, "width.ecoflap_samples", self.ecoflap_samples, "a whole number >= 1")
         if self.allocation is not None:
             require_one_of("width.allocation", self.allocation, ALLOCATIONS)
-        asked = [f"width.{name}" for name in ("ratio", "share", "ratios") if getattr(self, name) is not None]
-        if len(asked) > 1:
-            raise ConfigError(f"set at most one of width.ratio, width.share, width.ratios; got {' and '.join(asked)}.")
+        given = [f"width.{name}" for name in ("ratio", "share", "ratios") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"set at most one of width.ratio, width.share, width.ratios; got {' and '.join(given)}.")
         for name in ("layers", "allocation", "ratios"):
             value = getattr(self, name)
             require(not self.uniform or value is None, f"width.{name}", value, "null with width.uniform=true",
@@ -118,22 +129,36 @@ class Pruner(Width):
             return "given"
         return self.allocation or self.published_allocation
 
-    def refuses(self, cfg: RunConfig) -> str | None:
-        given = getattr(cfg.method, "given", None)  # the plan that from_plan replays
-        if given is not None and given.width:
+    def refuses(self, others: Together) -> str | None:
+        if others.plan is not None and others.plan.width:
             return (f"width = {self.name}: the plan in method.path has width pruning already. Leave it as it is with "
                     "width=none, or take a plan without.")
-        if self.share is not None and cfg.method.target_ratio is None:
+        if self.share is not None and others.target_ratio is None:
             return (f"width.share = {self.share} is a part of method.target_ratio, which is not set. Set "
                     "method.target_ratio, or width.ratio instead of width.share.")
-        halves = hasattr(cfg.method, "target_sublayers") and getattr(cfg.method, "unit", None) != "layer"
-        if self.share is not None and halves:
-            return (f"width.share = {self.share} with method={cfg.method.name}: method.target_ratio counts sublayers "
+        if self.share is not None and others.removes_sublayers:
+            return (f"width.share = {self.share} with method={others.method}: method.target_ratio counts sublayers "
                     "that stay in the checkpoint at zero, so width would remove the target again. Set width.ratio "
                     "instead of width.share, or take a method that removes whole layers.")
         return None
 
-    def depth_method(self, method: Method, dense: ModelHandle, start: ModelHandle) -> Method:
+    def cost(self, sizes: Sizes, layers: float, tokens: Tokens) -> Work:
+        passes = self.passes * layers + 2 * layers + sizes.n_layers
+        return Work(blocks=passes * sizes.block_flops(tokens.total, tokens.t))
+
+    def layers_left(self, sizes: Sizes, target_ratio: float | None) -> int | None:
+        if self.share is None or not target_ratio:
+            return None
+        n, whole = sizes.n_layers, target_ratio * sizes.total
+        layer = sizes.layer - (self.share * whole / n if self.order == "before" else 0)
+        return n - round((1 - self.share) * whole / layer)
+
+    def params_removed(self, sizes: Sizes, layers: int, target_ratio: float | None) -> int:
+        if self.share is None:
+            return int((self.ratio or RATIO) * layers * sizes.layer)
+        return max(0, int(sizes.with_layers(layers).total - sizes.total + (target_ratio or 0) * sizes.total))
+
+    def depth_method(self, method: M, dense: ModelHandle, start: ModelHandle) -> M:
         if self.share is None or method.target_ratio is None:
             return method
         if self.order == "after":
@@ -145,7 +170,7 @@ class Pruner(Width):
                               "or take width.order=after.")
         return method.with_ratio(ratio)
 
-    def check_depth(self, method: Method, dense: ModelHandle) -> None:
+    def check_depth(self, method: DepthMethod, dense: ModelHandle) -> None:
         start = self._outline(method, dense) if self.order == "before" else dense
         depth = self.depth_method(method, dense, start)
         try:
@@ -155,30 +180,29 @@ class Pruner(Width):
                 raise
             raise ConfigError(f"{self._shared(method)} leaves {depth.target_ratio:.4f} to depth: {error}") from None
 
-    def _shared(self, method: Method) -> str:
+    def _shared(self, method: DepthMethod) -> str:
         return f"width.share = {self.share} of method.target_ratio = {method.target_ratio}"
 
-    def _outline(self, method: Method, dense: ModelHandle) -> ModelHandle:
+    def _outline(self, method: DepthMethod, dense: ModelHandle) -> ModelHandle:
         """The narrower model as far as shapes go: its sizes are right, its weights are not."""
-        from slm_exp.core.types import MergePlan
         from slm_exp.merging.width import narrower_config
 
         slots = MergePlan(dense.n_layers).slots
         shapes = self._plan_sizes(dense, slots, len(slots), self.ratio_for(method, dense, dense))
-        width = {"sizes": self._sizes(shapes or [], dense), "means": self.adds_biases}
-        return dataclasses.replace(dense, config=narrower_config(dense.config, dense.layout.family, width))
+        config = narrower_config(dense.config, dense.layout.family, self._sizes(shapes or [], dense), self.adds_biases)
+        return dataclasses.replace(dense, config=config)
 
-    def target_of(self, method: Method, target: Target | None) -> Target | None:
+    def target_of(self, method: DepthMethod, target: Target | None) -> Target | None:
         """With `share`: what was asked of the run, and `depth`, what of that was asked of the model depth worked on."""
         if self.share is None or target is None or method.target_ratio is None:
             return target
         return dataclasses.replace(target, asked=method.target_ratio, depth=target.asked, share=self.share)
 
-    def ratio_for(self, method: Method, dense: ModelHandle, handle: ModelHandle) -> float:
+    def ratio_for(self, method: DepthMethod, dense: ModelHandle, handle: ModelHandle) -> float:
         """What to remove, as a share of `handle`'s decoder layers.
 
         Raises:
-            PlanError: with `share`, depth has already removed all that was asked.
+            PlanError: with `share`, depth has already removed the whole target.
         """
         if self.share is None or method.target_ratio is None:
             return RATIO if self.ratio is None else self.ratio
@@ -193,10 +217,8 @@ class Pruner(Width):
                             f"{method.target_ratio}. Raise either.")
         return ratio
 
-    def check_model(self, handle: ModelHandle, method: Method) -> None:
-        from slm_exp.core.types import Group
-
-        slots = tuple(Group(i, i + 1) for i in range(handle.n_layers))
+    def check_model(self, handle: ModelHandle, method: DepthMethod) -> None:
+        slots = MergePlan(handle.n_layers).slots
         if self.ratios is not None:
             require(len(self.ratios) == handle.n_layers, "width.ratios", self.ratios,
                     f"{handle.n_layers} shares, one per layer of {handle.name}")
@@ -209,8 +231,8 @@ class Pruner(Width):
                 raise
             raise ConfigError(f"{self._shared(method)} is about {ratio:.3f} of the decoder layers: {error}") from None
 
-    def _expected_ratio(self, method: Method, dense: ModelHandle) -> float:
-        """What `ratio_for` will come to: with `share` after depth, as if depth removed just what it is asked."""
+    def _expected_ratio(self, method: DepthMethod, dense: ModelHandle) -> float:
+        """What `ratio_for` will come to: with `share` after depth, as if depth removed exactly its part."""
         if self.share is None or method.target_ratio is None or self.order == "before":
             return self.ratio_for(method, dense, dense)
         whole = self._layers_size(dense)
@@ -333,7 +355,7 @@ class Pruner(Width):
                                                self.compare)
             shapes = [by_score.get(p, full) for p in range(len(task.slots))]
         kept = [sizes.select(s, shape) for s, shape in zip(scores, shapes, strict=True)]
-        return WidthDecision(self._describe(task, shapes, kept, costs, whole) | self.extras(task, kept, found))
+        return self._decision(task, shapes, kept, costs, whole, self.extras(task, kept, found))
 
     @abstractmethod
     def scores(self, task: WidthTask, choose: Choose) -> Scored:
@@ -348,50 +370,48 @@ class Pruner(Width):
         """Whether the result has biases that the model at hand has not."""
         return False
 
-    def _sizes(self, shapes: Sequence[Shape], handle: ModelHandle) -> dict[str, Any]:
-        """`sizes` of a decision."""
-        return {"heads": [s.heads for s in shapes], "kv_heads": [s.kv_heads for s in shapes],
-                "channels": [s.channels for s in shapes], "hidden": self._hidden(handle)}
+    def inputs(
+        self, task: WidthTask, names: Sequence[str]
+    ) -> Generator[tuple[int, dict[str, InputStats]], Mapping[str, Tensor] | None, None]:
+        """What flows into the named projections, layer by layer: see `slm_exp.width.inputs`."""
+        from slm_exp.width.inputs import walk
 
-    def extras(self, task: WidthTask, kept: Sequence[Kept], found: Scored) -> dict[str, Any]:
-        """What else the decision needs to be carried out: `means`, `hidden`."""
-        return {}
+        return walk(task.handle, task.tokens, names)
 
-    def _describe(
-        self, task: WidthTask, shapes: Sequence[Shape], kept: Sequence[Kept], costs: Costs, whole: int
-    ) -> dict[str, Any]:
-        from slm_exp.merging.width import pack_indices
+    def extras(self, task: WidthTask, kept: Sequence[Kept], found: Scored) -> Extras:
+        """What else the decision needs to be carried out."""
+        return Extras()
 
+    def _sizes(self, shapes: Sequence[Shape], handle: ModelHandle) -> WidthSizes:
+        return WidthSizes(heads=[s.heads for s in shapes], kv_heads=[s.kv_heads for s in shapes],
+                          channels=[s.channels for s in shapes], hidden=self._hidden(handle))
+
+    def _decision(
+        self, task: WidthTask, shapes: Sequence[Shape], kept: Sequence[Kept], costs: Costs, whole: int, extras: Extras
+    ) -> WidthDecision:
         config = task.handle.config
         full, hidden = sizes.full_shape(config), self._hidden(task.handle)
         reached = 1 - sum(costs.size(s) for s in shapes) / (whole * len(shapes))
         uniform = len(set(shapes)) == 1 and sizes.legal(config, shapes[0], hidden)
-        asked = sum(self.ratios) / len(self.ratios) if self.ratios else task.ratio
+        requested = sum(self.ratios) / len(self.ratios) if self.ratios else task.ratio
         change = ", ".join(
             f"{name} {before} -> {_span(values)}"
             for name, before, values in zip(("heads", "key-value heads", "channels"), full, zip(*shapes, strict=True),
                                             strict=True)
         )
         notes = [f"width: {change}, snapped to legal sizes: {reached:.4f} of the decoder layers' parameters removed, "
-                 f"{asked:.4f} asked."]
+                 f"{requested:.4f} requested."]
         if not uniform:
             notes.append("width: layers have widths of their own, so the checkpoint brings its own code: load it with "
                          "slm_exp, or with from_pretrained(..., trust_remote_code=True).")
-        return {
-            "method": self.name,
-            "ratio": asked,
-            "order": self.order,
-            "reached": reached,
-            "uniform": uniform,
-            "sizes": self._sizes(shapes, task.handle),
-            "kept": {
-                "query_heads": [k.query for k in kept],
-                "kv_heads": [k.kv for k in kept],
-                "channels": [pack_indices(k.channels, full.channels) for k in kept],
-            },
-            "tokens": task.tokens.digest,
-            "notes": notes,
-        }
+        return WidthDecision(
+            method=self.name, ratio=requested, order=self.order, reached=reached,  # type: ignore[arg-type]
+            uniform=uniform, sizes=self._sizes(shapes, task.handle),
+            kept=KeptUnits(query_heads=[k.query for k in kept], kv_heads=[k.kv for k in kept],
+                           channels=[pack_indices(k.channels, full.channels) for k in kept]),
+            tokens=task.tokens.digest, notes=notes,
+            **{name: value for name, value in extras._asdict().items() if value is not None},
+        )
 
 
 def _span(values: Sequence[int]) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from slm_exp.core.registry import register
 from slm_exp.merging.sizes import LayerScores
 from slm_exp.width.base import WidthTask
-from slm_exp.width.inputs import walk
 from slm_exp.width.pruner import Choose, Pruner, Scored
 
 
@@ -32,14 +31,14 @@ class WandaSP(Pruner):
         config = handle.config
         zero_K = torch.zeros(config.num_key_value_heads, dtype=torch.float64)
         out: list[LayerScores] = []
-        steps = walk(handle, task.tokens, (layout.o, layout.mlp_out))
+        steps = self.inputs(task, (layout.o, layout.mlp_out))
         step = next(steps, None)
         while step is not None:
             i, stats = step
             weights = {n: handle.layers[i].get_parameter(f"{n}.weight").detach() for n in (layout.o, layout.mlp_out)}
-            found = {n: w.double().abs().mean(0).cpu() * stats[n].norm_C for n, w in weights.items()}
-            query_H = found[layout.o].view(config.num_attention_heads, -1).sum(1)
-            out.append(LayerScores(query_H, zero_K, found[layout.mlp_out]))
+            scores = {n: w.double().abs().mean(0).cpu() * stats[n].norm_C for n, w in weights.items()}
+            query_H = scores[layout.o].view(config.num_attention_heads, -1).sum(1)
+            out.append(LayerScores(query_H, zero_K, scores[layout.mlp_out]))
             kept = choose(i, out[-1]) if self.sequential else None
             replaced = None
             if kept is not None:

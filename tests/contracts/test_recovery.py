@@ -18,8 +18,7 @@ from slm_exp.core.errors import SlmError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.pipeline.observers import Stage
-from slm_exp.recovery.base import Healed, HealTask, Recovery, healed
+from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_tensors
 
 RECOVERIES = available("recovery")
 QUICK = {"n_samples": 10, "seq_len": 24, "cutoff_len": 24, "max_steps": 2, "batch_size": 4, "micro_batch_size": 2,
@@ -37,22 +36,28 @@ def quick(name: str, **fields: Any) -> Recovery:
 
 
 @pytest.fixture
-def task(make_tiny: Any, tokens: CalibrationTokens, tmp_path: Path) -> HealTask:
+def task(make_tiny: Any, tokens: CalibrationTokens, tmp_path: Path) -> RecoveryTask:
     dense = make_tiny()
     compressed = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
-    return HealTask(compressed, dense, PLAN, tokens, tmp_path / "run")
+    return RecoveryTask(compressed, dense, PLAN, tokens, tmp_path / "run")
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.state_dict().items()}
 
 
-def go(name: str, task: HealTask, folder: Path | None = None, **fields: Any) -> Any:
-    return healed(quick(name, **fields), task, Stage("recover", StageStore(folder)))
+def go(name: str, task: RecoveryTask, folder: Path | None = None, **fields: Any) -> Any:
+    """(recovered model, report) as the recover stage gives them, from its cache where there is one."""
+    recovery = quick(name, **fields)
+    identity = {"recovery": recovery.identity(), "tokens": task.tokens.digest, "samples": list(task.tokens.sample_ids)}
+    inputs = {**identity, "model": task.handle.digest, "dense": task.dense.digest, "plan": task.plan.effect()}
+    store = StageStore(folder if recovery.stored() else None)
+    result, _ = store.cached("recover", inputs, RecoveryResult, lambda: recovery.recover(task))
+    return with_tensors(task.handle, result, identity), result.report
 
 
 @every_recovery
-def test_both_models_are_left_as_they_were(name: str, task: HealTask) -> None:
+def test_both_models_are_left_as_they_were(name: str, task: RecoveryTask) -> None:
     models = (task.dense.model, task.handle.model)
     before = [weights(m) for m in models]
     modules = [list(m.modules()) for m in models]
@@ -67,18 +72,18 @@ def test_both_models_are_left_as_they_were(name: str, task: HealTask) -> None:
 
 
 @every_recovery
-def test_the_same_task_gives_the_same_model(name: str, task: HealTask, tmp_path: Path, make_tiny: Any) -> None:
+def test_the_same_task_gives_the_same_model(name: str, task: RecoveryTask, tmp_path: Path, make_tiny: Any) -> None:
     one = go(name, task)[0]
     dense = make_tiny()
     handle = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
-    two = go(name, HealTask(handle, dense, PLAN, task.tokens, tmp_path / "again"))[0]
+    two = go(name, RecoveryTask(handle, dense, PLAN, task.tokens, tmp_path / "again"))[0]
     assert one.digest == two.digest
     assert all(torch.equal(t, two.model.state_dict()[n]) for n, t in one.model.state_dict().items())
 
 
 @every_recovery
-def test_what_did_not_change_is_shared_and_what_did_is_told(name: str, task: HealTask) -> None:
-    found = quick(name).heal(task)
+def test_what_did_not_change_is_shared_and_what_did_is_reported(name: str, task: RecoveryTask) -> None:
+    found = quick(name).recover(task)
     model, report = go(name, task)
     before = dict(task.handle.model.named_parameters())
     assert set(found.tensors) <= set(before)
@@ -97,7 +102,7 @@ def test_the_checkpoint_is_an_ordinary_one_and_ties_stay(
 ) -> None:
     dense = make_tiny(tied=tied)
     compressed = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
-    model, _ = go(name, HealTask(compressed, dense, PLAN, tokens, tmp_path / "run"))
+    model, _ = go(name, RecoveryTask(compressed, dense, PLAN, tokens, tmp_path / "run"))
     assert (model.model.lm_head.weight is model.model.model.embed_tokens.weight) == tied
     model.model.save_pretrained(tmp_path / "model")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -110,27 +115,27 @@ def test_the_checkpoint_is_an_ordinary_one_and_ties_stay(
 
 @every_recovery
 def test_the_cache_gives_the_same_model_without_work(
-    name: str, task: HealTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, task: RecoveryTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, report = go(name, task, tmp_path / "cache")
     if not quick(name).stored():
         return
-    monkeypatch.setattr(RECOVERIES[name], "heal", lambda *a: pytest.fail("computed again"))
-    again, told = go(name, task, tmp_path / "cache")
-    assert (again.digest, told) == (first.digest, report)
+    monkeypatch.setattr(RECOVERIES[name], "recover", lambda *a: pytest.fail("computed again"))
+    again, report_again = go(name, task, tmp_path / "cache")
+    assert (again.digest, report_again) == (first.digest, report)
     assert all(torch.equal(t, again.model.state_dict()[n]) for n, t in first.model.state_dict().items())
 
 
 @every_recovery
 def test_other_tensors_are_another_model_and_other_samples_another_task(
-    name: str, task: HealTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, task: RecoveryTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = go(name, task, tmp_path / "cache")[0]
-    found = quick(name).heal(task)
+    found = quick(name).recover(task)
     if not found.tensors:
         return
-    other = Healed({n: t + 1 for n, t in found.tensors.items()}, found.report)
-    monkeypatch.setattr(RECOVERIES[name], "heal", lambda *a: other)
+    other = RecoveryResult({n: t + 1 for n, t in found.tensors.items()}, found.report)
+    monkeypatch.setattr(RECOVERIES[name], "recover", lambda *a: other)
     assert go(name, task, tmp_path / "elsewhere")[0].digest != first.digest
     assert go(name, task, tmp_path / "cache")[0].digest == first.digest
     elsewhere = replace(task, tokens=replace(task.tokens, sample_ids=("other",)))
@@ -142,7 +147,7 @@ def test_other_tensors_are_another_model_and_other_samples_another_task(
 def test_half_precision_stays_half_precision(name: str, make_tiny: Any, tokens: Any, tmp_path: Path) -> None:
     dense = make_tiny(dtype="bfloat16")
     compressed = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
-    model, _ = go(name, HealTask(compressed, dense, PLAN, tokens, tmp_path / "run"))
+    model, _ = go(name, RecoveryTask(compressed, dense, PLAN, tokens, tmp_path / "run"))
     assert {p.dtype for p in model.model.parameters()} == {torch.bfloat16}
     assert all(p.isfinite().all() for p in model.model.parameters())
 
@@ -176,7 +181,7 @@ def test_documented(name: str) -> None:
 
 
 def test_what_is_stored_survives_the_disk(tmp_path: Path) -> None:
-    Healed({"a.b": torch.arange(6.0).view(2, 3).T}, {"steps": 3}).save(tmp_path)
-    again = Healed.load(tmp_path)
+    RecoveryResult({"a.b": torch.arange(6.0).view(2, 3).T}, {"steps": 3}).save(tmp_path)
+    again = RecoveryResult.load(tmp_path)
     assert torch.equal(again.tensors["a.b"], torch.arange(6.0).view(2, 3).T)
     assert again.report == {"steps": 3}

@@ -12,8 +12,9 @@ import torch
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import available
 from slm_exp.core.types import MergePlan
+from slm_exp.core.widths import WidthDecision
 from slm_exp.merging.sizes import costs_of, full_shape, legal
-from slm_exp.merging.width import apply_width, unpack_indices
+from slm_exp.merging.width import apply_width
 from slm_exp.methods.slm import SLM
 from slm_exp.models.layouts import FAMILIES
 from slm_exp.width.base import WidthTask
@@ -31,10 +32,12 @@ def pruner(name: str, handle: Any = None, **fields: Any) -> Any:
     return available("width")[name](**fields)
 
 
-def decide(cfg: Any, handle: Any, tokens: Any, ratio: float = RATIO, seed: int = 0) -> dict[str, Any]:
+def decide(cfg: Any, handle: Any, tokens: Any, ratio: float = RATIO, seed: int = 0) -> WidthDecision:
     cfg.check_model(handle, SLM())
     task = WidthTask(handle, tokens, MergePlan(handle.n_layers).slots, ratio, seed, n_dense=handle.n_layers)
-    return json.loads(json.dumps(cfg.decide(task).data))
+    made = cfg.decide(task)
+    assert WidthDecision.from_json(json.loads(json.dumps(made.to_json()))) == made
+    return made
 
 
 def logits(handle: Any, tokens: Any) -> torch.Tensor:
@@ -44,14 +47,14 @@ def logits(handle: Any, tokens: Any) -> torch.Tensor:
         return model(torch.as_tensor(tokens.tokens_NT).long(), use_cache=False).logits
 
 
-def silence_removed(handle: Any, width: dict[str, Any]) -> None:
+def silence_removed(handle: Any, width: WidthDecision) -> None:
     """Zero the out-projection columns of every unit that a decision removes: they contribute nothing then."""
     per = handle.config.head_dim
     with torch.no_grad():
         for i, layer in enumerate(handle.layers):
-            gone = sorted(set(range(handle.config.num_attention_heads)) - set(width["kept"]["query_heads"][i]))
+            gone = sorted(set(range(handle.config.num_attention_heads)) - set(width.kept.query_heads[i]))
             layer.self_attn.o_proj.weight[:, [h * per + c for h in gone for c in range(per)]] = 0
-            channels = set(range(handle.config.intermediate_size)) - set(unpack_indices(width["kept"]["channels"][i]))
+            channels = set(range(handle.config.intermediate_size)) - set(width.channels(i))
             layer.mlp.down_proj.weight[:, sorted(channels)] = 0
 
 
@@ -61,7 +64,7 @@ def silence_removed(handle: Any, width: dict[str, Any]) -> None:
 def test_units_that_contribute_nothing_are_removed_without_a_trace(name, fields, heads, make_tiny, tokens):
     handle = make_tiny(layers=3, hidden=64, heads=8, kv_heads=2)
     width = decide(pruner(name, heads=heads, **fields), handle, tokens, 0.45)
-    assert fields or min(width["sizes"]["heads"]) < 8, "heads went"
+    assert fields or min(width.sizes.heads) < 8, "heads went"
     silence_removed(handle, width)
     narrow = apply_width(handle, width)
     assert (logits(narrow, tokens) - logits(handle, tokens)).abs().max() < 1e-5
@@ -98,12 +101,12 @@ def test_the_ratio_is_reached_within_a_snap(name, fields, ratio, make_tiny, toke
     costs, full = costs_of(handle), full_shape(handle.config)
     before = costs.size(full)
     after = [costs.size(full._replace(heads=h, kv_heads=k, channels=c)) for h, k, c in
-             zip(*(width["sizes"][n] for n in ("heads", "kv_heads", "channels")), strict=True)]  # fmt: skip
+             zip(*(getattr(width.sizes, n) for n in ("heads", "kv_heads", "channels")), strict=True)]  # fmt: skip
     reached = 1 - sum(after) / (before * 4)
-    assert reached == pytest.approx(width["reached"])
+    assert reached == pytest.approx(width.reached)
     step = 4 * costs.channel / before
     assert abs(reached - ratio) <= (step if fields != PER_LAYER else costs.attention(2, 1) / before) + 1e-9
-    assert f"{reached:.4f}" in width["notes"][0]
+    assert f"{reached:.4f}" in width.notes[0]
     narrow = apply_width(handle, width)
     biases = sum(p.numel() for n, p in narrow.model.named_parameters() if n.endswith("bias"))
     assert handle.n_params - narrow.n_params + biases == before * 4 - sum(after)

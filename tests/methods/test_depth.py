@@ -511,10 +511,10 @@ WIDTH = {
 
 
 @pytest.mark.parametrize(("width", "message"), [
-    ({"order": "after"}, "its width has no 'sizes'"),
-    ({**WIDTH, "kept": {"query_heads": [[0, 1]] * 8, "kv_heads": [[0]] * 8}}, "its width has no 'channels'"),
+    ({"order": "after"}, "width has no 'sizes'; it has order"),
+    ({**WIDTH, "kept": {"query_heads": [[0, 1]] * 8, "kv_heads": [[0]] * 8}}, r"width\.kept has no 'channels'"),
     ({**WIDTH, "kept": {**WIDTH["kept"], "kv_heads": [[2]] * 8}}, "key-value heads of layer 0, the highest 2"),
-    ({**WIDTH, "sizes": {**WIDTH["sizes"], "heads": [2] * 7}}, "width is for 7 layers"),
+    ({**WIDTH, "sizes": {**WIDTH["sizes"], "heads": [2] * 7}}, r"width\.sizes\.kv_heads = 8 layers; expected 7"),
 ])  # fmt: skip
 def test_a_plan_with_a_bad_width_is_refused_before_weights_load(
     width: Any, message: str, tmp_path: Path, make_tiny: Any
@@ -536,8 +536,9 @@ def test_a_plan_narrowed_before_takes_no_new_compensation(tmp_path: Path) -> Non
 def test_a_plan_that_changes_the_stream_is_refused_where_streams_are_compared(recovery: str, tmp_path: Path) -> None:
     quick = ["model=tiny", "tracking=none", "method=from_plan", f"recovery={recovery}"]
     compose_run([*quick, f"method.path={written(tmp_path, width=WIDTH)}"])
+    narrow_stream = {**WIDTH, "hidden": "/w==", "sizes": {**WIDTH["sizes"], "hidden": 8}}
     with pytest.raises(ConfigError, match=rf"method\.path = .*hidden size; recovery={recovery}"):
-        compose_run([*quick, f"method.path={written(tmp_path, width={**WIDTH, 'hidden': '/w=='})}"])
+        compose_run([*quick, f"method.path={written(tmp_path, width=narrow_stream)}"])
 
 
 @pytest.mark.parametrize(("settings", "message"), [

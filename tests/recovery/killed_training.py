@@ -14,7 +14,7 @@ from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.tiny import Tiny
-from slm_exp.recovery.base import HealTask
+from slm_exp.recovery.base import RecoveryTask
 
 
 class Killer:
@@ -33,10 +33,10 @@ def main(folder: str, step: str) -> None:
     plan = MergePlan(3, dropped=(1,))
     ids = torch.zeros(1, 2, dtype=torch.int32).numpy()
     tokens = CalibrationTokens(ids, "none")
-    task = HealTask(apply_plan(dense, plan), dense, plan, tokens, Path(folder), Killer(int(step)))  # type: ignore[arg-type]
+    task = RecoveryTask(apply_plan(dense, plan), dense, plan, tokens, Path(folder), Killer(int(step)))  # type: ignore[arg-type]
     recovery = available("recovery")["lora"](data="bundled", seq_len=32, max_steps=8, batch_size=4, micro_batch_size=2,
                                              warmup_steps=2, checkpoint_every=2, held_out=4, lr=1e-2)
-    found = recovery.heal(task)  # type: ignore[attr-defined]
+    found = recovery.recover(task)  # type: ignore[attr-defined]
     print(json.dumps({k: v for k, v in found.report.items() if k not in ("seconds", "estimate")}))
 
 

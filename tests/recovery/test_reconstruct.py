@@ -8,22 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from decisions import keeps_first
 
 from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, Compensation, Cut, MergePlan, Sublayer
 from slm_exp.engine.ridge import Moments, ridge_step
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.recovery.base import HealTask, with_tensors
+from slm_exp.recovery.base import RecoveryTask, with_tensors
+from slm_exp.recovery.cuts import beside_cuts, stream_scales
 from slm_exp.recovery.reconstruct import Reconstruct
-from slm_exp.recovery.streams import beside_cuts, stream_scales
 
 PLANS = {
     "merged": MergePlan(8, groups=((2, 4), (5, 7)), rule="top_layer"),
     "removed": MergePlan(8, dropped=(3, 4)),
     "the lowest removed": MergePlan(8, dropped=(0, 1)),
     "the top removed": MergePlan(8, dropped=(7,)),
-    "halves": MergePlan(8, sublayers=(Sublayer(2, "mlp"), Sublayer(5, "attention"))),
+    "sublayers": MergePlan(8, sublayers=(Sublayer(2, "mlp"), Sublayer(5, "attention"))),
     "compensated": MergePlan(8, dropped=(3, 4), compensation=Compensation("magnitude", (Cut(3, 5, 1.3),))),
 }
 
@@ -35,12 +36,12 @@ def ids_file(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def heal(make_tiny: Any, tokens: CalibrationTokens, tmp_path: Path) -> Any:
+def refit(make_tiny: Any, tokens: CalibrationTokens, tmp_path: Path) -> Any:
     def go(recovery: Reconstruct, plan: MergePlan, dense: Any = None) -> Any:
         dense = dense or make_tiny()
         rule = available("merge_rule")["top_layer"]()
-        task = HealTask(apply_plan(dense, plan, rule), dense, plan, tokens, tmp_path)
-        found = recovery.heal(task)
+        task = RecoveryTask(apply_plan(dense, plan, rule), dense, plan, tokens, tmp_path)
+        found = recovery.recover(task)
         return task, found, with_tensors(task.handle, found, {"recovery": recovery.identity()})
 
     return go
@@ -53,61 +54,61 @@ def last_state(handle: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_the_healed_model_is_nearer_to_the_dense_one_on_unseen_tokens(name: str, heal: Any, ids_file: str) -> None:
-    task, found, healed = heal(Reconstruct(path=ids_file), PLANS[name])
+def test_the_healed_model_is_nearer_to_the_dense_one_on_unseen_tokens(name: str, refit: Any, ids_file: str) -> None:
+    task, found, refitted = refit(Reconstruct(path=ids_file), PLANS[name])
     dense = last_state(task.dense)
-    off = [float((last_state(h) - dense).norm()) for h in (task.handle, healed)]
+    off = [float((last_state(h) - dense).norm()) for h in (task.handle, refitted)]
     assert off[1] < off[0]
     for step in found.report["layers"]:
         assert step["errors"] == sorted(step["errors"], reverse=True)
 
 
-def test_only_output_projections_beside_cuts_change(heal: Any, ids_file: str) -> None:
-    task, found, healed = heal(Reconstruct(path=ids_file), PLANS["merged"])
+def test_only_output_projections_beside_cuts_change(refit: Any, ids_file: str) -> None:
+    task, found, refitted = refit(Reconstruct(path=ids_file), PLANS["merged"])
     names = {f"model.layers.{i}.{p}.weight" for i in (2, 4) for p in ("mlp.down_proj", "self_attn.o_proj")}
     assert set(found.tensors) == names
     before = dict(task.handle.model.named_parameters())
-    for name, p in healed.model.named_parameters():
+    for name, p in refitted.model.named_parameters():
         assert (p is before[name]) == (name not in names)
-    _, found, _ = heal(Reconstruct(path=ids_file, attention=False), PLANS["merged"])
+    _, found, _ = refit(Reconstruct(path=ids_file, attention=False), PLANS["merged"])
     assert set(found.tensors) == {n for n in names if "mlp" in n}
 
 
-def test_a_plan_that_cuts_nothing_changes_nothing(heal: Any, ids_file: str) -> None:
-    task, found, healed = heal(Reconstruct(path=ids_file), MergePlan(8))
+def test_a_plan_that_cuts_nothing_changes_nothing(refit: Any, ids_file: str) -> None:
+    task, found, refitted = refit(Reconstruct(path=ids_file), MergePlan(8))
     assert not found.tensors
-    assert healed is task.handle
+    assert refitted is task.handle
 
 
-def test_a_removed_half_stays_removed(heal: Any, ids_file: str) -> None:
-    _, found, healed = heal(Reconstruct(path=ids_file), PLANS["halves"])
+def test_a_removed_sublayer_stays_removed(refit: Any, ids_file: str) -> None:
+    _, found, refitted = refit(Reconstruct(path=ids_file), PLANS["sublayers"])
     assert set(found.tensors) == {"model.layers.2.self_attn.o_proj.weight", "model.layers.5.mlp.down_proj.weight"}
-    assert not healed.model.model.layers[2].mlp.down_proj.weight.any()
+    assert not refitted.model.model.layers[2].mlp.down_proj.weight.any()
 
 
-def test_biases_are_refitted_where_a_layer_has_them(heal: Any, ids_file: str, make_tiny: Any) -> None:
+def test_biases_are_refitted_where_a_layer_has_them(refit: Any, ids_file: str, make_tiny: Any) -> None:
     dense = make_tiny()
     for layer in dense.layers:
         layer.mlp.down_proj.bias = torch.nn.Parameter(0.1 * torch.randn(32), requires_grad=False)
-    _, found, _ = heal(Reconstruct(path=ids_file, attention=False, passes=1), PLANS["removed"], dense)
+    _, found, _ = refit(Reconstruct(path=ids_file, attention=False, passes=1), PLANS["removed"], dense)
     assert set(found.tensors) == {"model.layers.2.mlp.down_proj.weight", "model.layers.2.mlp.down_proj.bias"}
 
 
-def test_removing_a_layer_that_did_nothing_changes_nothing(heal: Any, ids_file: str, make_tiny: Any) -> None:
+def test_removing_a_layer_that_did_nothing_changes_nothing(refit: Any, ids_file: str, make_tiny: Any) -> None:
     dense = make_tiny(layers=4)
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         dense.layers[2].get_submodule(name).weight.data.zero_()
-    _, found, _ = heal(Reconstruct(path=ids_file), MergePlan(4, dropped=(2,)), dense)
+    _, found, _ = refit(Reconstruct(path=ids_file), MergePlan(4, dropped=(2,)), dense)
     assert max(found.report["layers"][0]["errors"]) < 1e-10
 
 
-def test_layers_beside_cuts_and_the_streams_behind_them() -> None:
+def test_layers_beside_cuts_and_the_streams_after_them() -> None:
     assert {name: beside_cuts(plan, "cuts") for name, plan in PLANS.items()} == {
-        "merged": [2, 4], "removed": [2], "the lowest removed": [0], "the top removed": [6], "halves": [2, 5],
+        "merged": [2, 4], "removed": [2], "the lowest removed": [0], "the top removed": [6], "sublayers": [2, 5],
         "compensated": [2]}
     assert beside_cuts(PLANS["merged"], "all") == [2, 3, 4, 5]
     assert beside_cuts(MergePlan(8), "all") == []
-    narrowed = MergePlan(8, width={"method": "flap"})
+    narrowed = MergePlan(8, width=keeps_first([1] * 8, [1] * 8, [8] * 8))
     assert beside_cuts(narrowed, "cuts") == [*range(8)]
     assert stream_scales(PLANS["compensated"]) == pytest.approx([1, 1, 1 / 1.3, 1 / 1.3, 1 / 1.3, 1 / 1.3])
 
@@ -144,7 +145,7 @@ def test_no_change_where_none_helps_on_the_tokens_held_out() -> None:
 def test_the_fit_shares_no_document_with_the_plan(make_tiny: Any, tmp_path: Path) -> None:
     dense, plan = make_tiny(), PLANS["removed"]
     tokens = available("calibration")["bundled"](n_samples=4, seq_len=32).draw(dense, 0)
-    task = HealTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path)
+    task = RecoveryTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path)
     drawn = Reconstruct(n_samples=8, seq_len=32).draw(task)
     assert drawn.tokens_NT.shape == (8, 32)
     documents = [{name.rpartition("@")[0] for name in t.sample_ids} for t in (tokens, drawn)]
@@ -186,8 +187,8 @@ def test_real_weights_recover_more_than_in_the_first_trial(smol_handle: Any, sha
     rule = available("merge_rule")["top_layer"]()
     trial = shared_data / "trial"
     tokens = available("calibration")["tokens"](path=str(trial / "wt2valid_10x128.npy")).draw(smol_handle, 0)
-    task = HealTask(apply_plan(smol_handle, plan, rule), smol_handle, plan, tokens, tmp_path)
-    found = Reconstruct(path=str(trial / "wt2valid_24x256.npy")).heal(task)
+    task = RecoveryTask(apply_plan(smol_handle, plan, rule), smol_handle, plan, tokens, tmp_path)
+    found = Reconstruct(path=str(trial / "wt2valid_24x256.npy")).recover(task)
     from slm_exp.evaluation.perplexity import perplexity
 
     ids = np.load(trial / "wt2test_24x256.npy").astype("int64")

@@ -19,12 +19,13 @@ import torch
 from slm_exp.core.errors import ConfigError, DataError, SlmError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, MergePlan, Sublayer
+from slm_exp.engine import head_loss as losses
+from slm_exp.engine.head_loss import head_loss
+from slm_exp.engine.training import last_checkpoint
+from slm_exp.merging.sharing import shared_copy
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.recovery import head
-from slm_exp.recovery.base import HealTask, replaced, with_tensors
+from slm_exp.recovery.base import RecoveryTask, with_tensors
 from slm_exp.recovery.examples import IGNORED, checked, left_padded, make_examples, packed, read_rows
-from slm_exp.recovery.head import head_loss
-from slm_exp.recovery.trained import last_checkpoint
 
 QUICK: dict[str, Any] = {"data": "bundled", "seq_len": 32, "max_steps": 6, "batch_size": 4, "micro_batch_size": 2,
                          "warmup_steps": 1, "checkpoint_every": 3, "held_out": 8}  # fmt: skip
@@ -32,9 +33,9 @@ TRAINED = ("lora", "full", "distill", "feature_distill")
 
 
 @pytest.fixture
-def task(make_tiny: Any, tokens: CalibrationTokens, tmp_path: Path) -> HealTask:
+def task(make_tiny: Any, tokens: CalibrationTokens, tmp_path: Path) -> RecoveryTask:
     dense, plan = make_tiny(layers=4), MergePlan(4, dropped=(2,))
-    return HealTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path / "run")
+    return RecoveryTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path / "run")
 
 
 def make(name: str, **fields: Any) -> Any:
@@ -42,8 +43,8 @@ def make(name: str, **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize(("name", "lr"), [("lora", 1e-2), ("full", 1e-3), ("distill", 1e-4), ("feature_distill", 1e-3)])
-def test_training_lowers_the_held_out_loss(name: str, lr: float, task: HealTask) -> None:
-    found = make(name, max_steps=8, lr=lr, checkpoint_every=4).heal(task)
+def test_training_lowers_the_held_out_loss(name: str, lr: float, task: RecoveryTask) -> None:
+    found = make(name, max_steps=8, lr=lr, checkpoint_every=4).recover(task)
     losses = [loss for _, loss in found.report["held_out_loss"]]
     assert min(losses[1:]) < losses[0]
     assert len(found.report["loss"]) == found.report["steps"] == 8
@@ -51,21 +52,21 @@ def test_training_lowers_the_held_out_loss(name: str, lr: float, task: HealTask)
     assert not (task.folder / "recovery").exists() or not any((task.folder / "recovery").iterdir())
 
 
-def test_what_each_trains(task: HealTask) -> None:
+def test_what_each_trains(task: RecoveryTask) -> None:
     everything = set(dict(task.handle.model.named_parameters()))
     projections = {f"model.layers.{i}.{p}.weight" for i in range(3) for p in task.handle.layout.projections}
     beside = {name for name in everything if name.startswith("model.layers.1.")}
     wanted = {"lora": projections, "full": everything, "distill": everything, "feature_distill": beside}
-    assert {name: set(make(name, max_steps=1).heal(task).tensors) for name in TRAINED} == wanted
+    assert {name: set(make(name, max_steps=1).recover(task).tensors) for name in TRAINED} == wanted
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_removed_halves_stay_removed(name: str, make_tiny: Any, tokens: Any, tmp_path: Path) -> None:
+def test_removed_sublayers_stay_removed(name: str, make_tiny: Any, tokens: Any, tmp_path: Path) -> None:
     dense = make_tiny(layers=4)
     plan = MergePlan(4, dropped=(0,), sublayers=(Sublayer(2, "mlp"), Sublayer(3, "attention")))
-    task = HealTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path)
+    task = RecoveryTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path)
     gone = {"model.layers.1.mlp.down_proj.weight", "model.layers.2.self_attn.o_proj.weight"}
-    found = make(name, max_steps=2, lr=1e-2).heal(task)
+    found = make(name, max_steps=2, lr=1e-2).recover(task)
     assert found.tensors
     model = with_tensors(task.handle, found, {"recovery": {}}).model
     assert not any(model.get_parameter(n).any() for n in gone)
@@ -73,13 +74,13 @@ def test_removed_halves_stay_removed(name: str, make_tiny: Any, tokens: Any, tmp
     assert {"model.layers.1.self_attn.o_proj.weight", "model.layers.2.mlp.down_proj.weight"} <= trained
 
 
-def test_an_adapter_merged_is_the_adapter_run(task: HealTask) -> None:
+def test_an_adapter_merged_is_the_adapter_run(task: RecoveryTask) -> None:
     from peft import PeftModel
 
     recovery = make("lora", lr=1e-2)
-    found = recovery.heal(task)
+    found = recovery.recover(task)
     merged = with_tensors(task.handle, found, {"recovery": recovery.identity()}).model
-    adapted = PeftModel.from_pretrained(replaced(task.handle.model, {}), str(task.folder / "lora")).eval()
+    adapted = PeftModel.from_pretrained(shared_copy(task.handle.model), str(task.folder / "lora")).eval()
     ids = torch.as_tensor(task.tokens.tokens_NT).long()
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
@@ -91,7 +92,7 @@ def test_an_adapter_merged_is_the_adapter_run(task: HealTask) -> None:
 def test_the_divergence_in_parts_is_that_of_whole_logits(
     part: int, ce: float, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "LOGITS", 20 * part)
+    monkeypatch.setattr(losses, "LOGITS", 20 * part)
     generator = torch.Generator().manual_seed(0)
     h, w, t, v = (torch.randn(n, d, generator=generator) for n, d in ((5, 4), (20, 4), (5, 6), (20, 6)))
     labels = torch.randint(0, 20, (5,), generator=generator)
@@ -113,7 +114,7 @@ def test_features_of_a_model_that_lost_nothing_are_the_dense_ones(make_tiny: Any
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         dense.layers[2].get_submodule(name).weight.data.zero_()
     plan = MergePlan(4, dropped=(2,))
-    task = HealTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path)
+    task = RecoveryTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path)
     recovery = make("feature_distill")
     ids = torch.as_tensor(tokens.tokens_NT).long()
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
@@ -156,11 +157,11 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_not_gone_on_from(tmp_path:
 
 
 def test_a_full_disk_is_told_and_the_training_goes_on_from_the_last_whole_checkpoint(
-    task: HealTask, monkeypatch: pytest.MonkeyPatch
+    task: RecoveryTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import safetensors.torch
 
-    whole = make("full", max_steps=4, checkpoint_every=2).heal(replace(task, folder=task.folder / "whole"))
+    whole = make("full", max_steps=4, checkpoint_every=2).recover(replace(task, folder=task.folder / "whole"))
     write, room = safetensors.torch.save_file, 1
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -172,47 +173,47 @@ def test_a_full_disk_is_told_and_the_training_goes_on_from_the_last_whole_checkp
 
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
     with pytest.raises(SlmError, match=r"no space left on the disk.*the same command then goes on"):
-        make("full", max_steps=4, checkpoint_every=2).heal(task)
+        make("full", max_steps=4, checkpoint_every=2).recover(task)
     room = 9
-    found = make("full", max_steps=4, checkpoint_every=2).heal(task)
+    found = make("full", max_steps=4, checkpoint_every=2).recover(task)
     assert found.report["loss"] == whole.report["loss"]
     assert found.report["digest"] == whole.report["digest"]
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_first_step(
-    task: HealTask, monkeypatch: pytest.MonkeyPatch
+    task: RecoveryTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda where: SimpleNamespace(free=1000))
     with pytest.raises(SlmError, match=r"0.00 GB free; recovery=full needs .* GB for 3 checkpoints"):
-        make("full").heal(task)
+        make("full").recover(task)
 
 
-def test_the_estimate_stands_in_the_report(task: HealTask) -> None:
-    found = make("full", max_steps=2, precision="float32").heal(task).report
+def test_the_estimate_stands_in_the_report(task: RecoveryTask) -> None:
+    found = make("full", max_steps=2, precision="float32").recover(task).report
     assert found["precision"] == "float32"
     assert found["estimate"]["steps"] == found["steps"] == 2
     assert found["estimate"]["memory_gb"] >= round(16 * found["trained_parameters"] / 1e9, 3)
     assert {"minutes", "seconds_per_step", "disk_gb"} < set(found["estimate"])
 
 
-def test_the_tracker_hears_of_loss_and_learning_rate(task: HealTask) -> None:
+def test_the_tracker_gets_loss_and_learning_rate(task: RecoveryTask) -> None:
     heard: list[dict[str, Any]] = []
 
     class Ear:
         def log(self, section: dict[str, Any]) -> None:
             heard.append(section["recovery"])
 
-    make("lora").heal(replace(task, track=Ear()))
+    make("lora").recover(replace(task, track=Ear()))
     steps = [h for h in heard if "loss" in h]
     assert [h["step"] for h in steps] == [1, 2, 3, 4, 5, 6]
     assert all({"loss", "lr", "step"} <= set(h) for h in steps)
     assert any("held_out_loss" in h for h in heard)
 
 
-def test_the_clock_ends_a_training_and_keeps_it_out_of_the_cache(task: HealTask) -> None:
+def test_the_wall_clock_limit_ends_a_training_and_keeps_it_out_of_the_cache(task: RecoveryTask) -> None:
     recovery = make("full", max_steps=1000, max_minutes=1e-6)
     assert not recovery.stored()
-    found = recovery.heal(task)
+    found = recovery.recover(task)
     assert found.report["steps"] == 1
     assert found.tensors
 
@@ -250,7 +251,7 @@ def test_prose_is_packed_and_short_rows_are_filled_on_the_left(make_tiny: Any) -
     assert batch["labels"][1].tolist() == [IGNORED] * 8 + [3] * 8  # the first token follows padding alone
 
 
-def test_features_of_the_first_real_token_do_not_count(task: HealTask) -> None:
+def test_features_of_the_first_real_token_do_not_count(task: RecoveryTask) -> None:
     recovery = make("feature_distill")
     student, seen = recovery.student(task), []
     for first in (5, 200):  # alone in its row: whatever it is, nothing is compared
@@ -317,7 +318,7 @@ def test_the_papers_recipe_is_the_default() -> None:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_gradient_checkpointing_changes_no_loss(name: str, task: HealTask) -> None:
-    plain, saving = (make(name, gradient_checkpointing=on, max_steps=2).heal(task).report["loss"]
+def test_gradient_checkpointing_changes_no_loss(name: str, task: RecoveryTask) -> None:
+    plain, saving = (make(name, gradient_checkpointing=on, max_steps=2).recover(task).report["loss"]
                      for on in (False, True))
     assert [loss for _, loss in saving] == pytest.approx([loss for _, loss in plain], rel=1e-5)

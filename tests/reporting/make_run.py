@@ -16,6 +16,7 @@ import numpy as np
 
 from slm_exp.core.files import write_json, write_text, writing
 from slm_exp.core.types import Group, LayerSimilarity, MergePlan, Sublayer, Target, Trial
+from slm_exp.core.widths import WidthDecision, pack_indices
 
 L, N_DOCS = 30, 20
 TASKS = {  # name -> (dense accuracy, compressed accuracy, has acc_norm)
@@ -145,9 +146,13 @@ def baseline() -> MergePlan:
 
 def narrowed() -> MergePlan:
     """Layers of widths of their own."""
-    channels = [1536 - 8 * (i % 7) for i in range(27)]
-    return plan(width={"method": "flap", "ratio": 0.1, "reached": 0.0984, "order": "after", "uniform": False, "sizes": {
-        "heads": [9 - i % 2 for i in range(27)], "kv_heads": [3] * 27, "channels": channels, "hidden": None}})
+    heads, channels = [9 - 3 * (i % 2) for i in range(27)], [1536 - 8 * (i % 7) for i in range(27)]
+    return plan(width=WidthDecision.from_json({
+        "method": "flap", "ratio": 0.1, "reached": 0.0984, "uniform": False,
+        "sizes": {"heads": heads, "kv_heads": [3] * 27, "channels": channels, "hidden": 576},
+        "kept": {"query_heads": [[*range(n)] for n in heads], "kv_heads": [[0, 1, 2]] * 27,
+                 "channels": [pack_indices(range(n), 1536) for n in channels]},
+    }))
 
 
 def recovery() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from decisions import keeps_first
 from make_run import TASKS, L, make_run, plan, similarity
 from pages import Page, table
 
@@ -124,7 +125,7 @@ def test_narrower_layers_and_recovery_are_shown(tmp_path: Path) -> None:
     page = of("healed", tmp_path)
     assert "layers narrowed by 9.8 % of their parameters (flap)" in page.text("p", "lede")[0]
     rows = table(page, "What is left of the layers")
-    assert (len(rows), rows[1]) == (27, ["1", "8", "3", "1528", ""])
+    assert (len(rows), rows[1]) == (27, ["1", "6", "3", "1528", ""])
     assert table(page, "Layers refitted") == [["14", "14–15", "0.2000", "0.0900"]]
     assert "40 of 40 steps on 90 examples, 10 held out, 1,234,567 parameters trained" in page.text("section")[5]
     labels = [e["attrs"].get("aria-label") or "" for e in page.all("svg")]
@@ -132,7 +133,7 @@ def test_narrower_layers_and_recovery_are_shown(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_only_narrows_says_so() -> None:
-    assert charts.describe(MergePlan(4, width={"method": "flap", "ratio": 0.2})) == (
+    assert charts.describe(MergePlan(4, width=keeps_first([1], [1], [8], method="flap", ratio=0.2))) == (
         "Layers narrowed by 20.0 % of their parameters (flap).")
 
 

@@ -12,6 +12,7 @@ import pytest
 from slm_exp.core.errors import ConfigError, StageError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens
+from slm_exp.core.widths import WidthDecision
 from slm_exp.launch.compose import compose_run
 from slm_exp.merging.sizes import Costs, Shape, allocate_by_score, attention_shapes, costs_of, fit, full_shape, legal
 from slm_exp.merging.width import apply_width
@@ -126,7 +127,7 @@ def test_width_and_depth_in_one_run(run, order, tmp_path):
     assert json.loads((tmp_path / "run" / "plan.json").read_text()) == plan
     names = [s["name"] for s in record["stages"]]
     assert (names.index("width") < names.index("plan")) == (order == "before")
-    assert any("of the decoder layers' parameters removed, 0.3000 asked" in w for w in record["warnings"])
+    assert any("of the decoder layers' parameters removed, 0.3000 requested" in w for w in record["warnings"])
     again = run(*overrides, folder="again")
     assert {s["name"] for s in again["stages"] if s["cached"]} >= {"width", "plan", "evaluate"}
     assert again["plan"] == plan
@@ -218,7 +219,7 @@ def test_patches_are_those_of_the_model_that_is_cut(run, make_tiny, tmp_path):
     dense = make_tiny()
     similarity, kernel = available("similarity")["flat_cosine"](), available("kernel")["linear"]()
     matrices = [layer_similarity(h, tokens, kernel, similarity).matrix_LL for h in
-                (dense, apply_width(dense, plan["width"]))]  # fmt: skip
+                (dense, apply_width(dense, WidthDecision.from_json(plan["width"])))]  # fmt: skip
     saved = np.load(tmp_path / "run" / "similarity.npz")["matrix"]
     np.testing.assert_allclose(saved, matrices[0], atol=1e-5)
 

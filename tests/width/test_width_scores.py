@@ -126,7 +126,7 @@ def test_wanda_sees_the_pruned_layers_below(small, tokens):
 
     cfg = available("width")["wanda_sp"](uniform=False, ratios=[0.5, 0])
     task = WidthTask(small, tokens, MergePlan(2).slots, 0.25, n_dense=2)
-    narrow = apply_width(small, cfg.decide(task).data)
+    narrow = apply_width(small, cfg.decide(task))
     one_pass = available("width")["wanda_sp"](sequential=False)
     expected = one_pass.scores(WidthTask(narrow, tokens, MergePlan(2).slots, 0.25, n_dense=2), lambda i, s: None)
     shapes = cfg._plan_sizes(small, task.slots, 2, 0.25)

@@ -14,8 +14,9 @@ import torch
 from slm_exp.core.errors import ArchitectureError, PlanError
 from slm_exp.core.registry import available
 from slm_exp.core.types import MergePlan
+from slm_exp.core.widths import WidthDecision, pack_floats, pack_indices, unpack_floats, unpack_indices
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.merging.width import apply_width, pack_floats, pack_indices, unpack_floats, unpack_indices
+from slm_exp.merging.width import apply_width
 from slm_exp.methods.slm import SLM
 from slm_exp.models.hf import HF
 from slm_exp.runs import checkpoint
@@ -25,13 +26,13 @@ from slm_exp.width.base import WidthTask
 TOP = available("merge_rule")["top_layer"]()
 
 
-def decide(name: str, handle: Any, tokens: Any, ratio: float, slots: Any = None, **fields: Any) -> dict[str, Any]:
+def decide(name: str, handle: Any, tokens: Any, ratio: float, slots: Any = None, **fields: Any) -> WidthDecision:
     cfg = available("width")[name](ratio=ratio, **fields)
     if slots is None:
         cfg.check_model(handle, SLM())
     n_dense = 8 if slots else handle.n_layers
     task = WidthTask(handle, tokens, slots or MergePlan(handle.n_layers).slots, ratio, n_dense=n_dense)
-    return cfg.decide(task).data
+    return cfg.decide(task)
 
 
 def run(handle: Any, tokens: Any) -> torch.Tensor:
@@ -58,7 +59,7 @@ def test_every_query_head_stays_with_its_key_value_head(query, kv, make_tiny, to
         for layer in handle.layers:
             gone = [h * 8 + c for h in range(4) if h not in query for c in range(8)]
             layer.self_attn.o_proj.weight[:, gone] = 0
-    narrow = apply_width(handle, keeping(2, query, kv))
+    narrow = apply_width(handle, WidthDecision.from_json(keeping(2, query, kv)))
     own, wide = narrow.layers[0].self_attn, handle.layers[0].self_attn
     for at, h in enumerate(query):
         assert torch.equal(own.q_proj.weight[8 * at : 8 * at + 8], wide.q_proj.weight[8 * h : 8 * h + 8])
@@ -77,7 +78,7 @@ def test_channels_beyond_what_a_short_float_can_count(dtype, make_tiny):
     stay = [c for c in range(2112) if c % 7]
     decision["kept"]["channels"] = [pack_indices(stay, 2112)]
     decision["sizes"] |= {"channels": [len(stay)], "hidden": 1056}
-    own, wide = apply_width(handle, decision).layers[0].mlp, handle.layers[0].mlp
+    own, wide = apply_width(handle, WidthDecision.from_json(decision)).layers[0].mlp, handle.layers[0].mlp
     assert torch.equal(own.down_proj.weight, wide.down_proj.weight[:, stay])
     assert torch.equal(own.gate_proj.weight, wide.gate_proj.weight[stay])
 
@@ -110,7 +111,7 @@ def test_the_bias_is_the_weight_times_the_mean_of_what_goes(make_tiny, tokens):
     run(handle, tokens)
     hook.remove()
     width = decide("flap", handle, tokens, 0.3)
-    gone = sorted(set(range(64)) - set(unpack_indices(width["kept"]["channels"][0])))
+    gone = sorted(set(range(64)) - set(width.channels(0)))
     mean = seen[0].flatten(0, 1).mean(0)[gone]
     expected = handle.layers[0].mlp.down_proj.weight.double()[:, gone] @ mean
     got = apply_width(handle, width).layers[0].mlp.down_proj.bias
@@ -121,7 +122,7 @@ def test_a_narrower_residual_stream(make_tiny, tokens):
     handle = make_tiny("qwen3", layers=3)
     width = decide("minitron", handle, tokens, 0.4, hidden_size=24)
     narrow = apply_width(handle, width)
-    stay = unpack_indices(width["hidden"])
+    stay = unpack_indices(width.hidden)
     assert len(stay) == narrow.config.hidden_size == 24
     assert torch.equal(narrow.model.model.embed_tokens.weight, handle.model.model.embed_tokens.weight[:, stay])
     assert narrow.model.lm_head.weight is narrow.model.model.embed_tokens.weight
@@ -130,7 +131,7 @@ def test_a_narrower_residual_stream(make_tiny, tokens):
     assert torch.isfinite(run(narrow, tokens)).all()
     assert sum(p.numel() for p in narrow.model.parameters()) == narrow.n_params
     # channels that are zero everywhere they are written are no loss but for the norms' mean
-    assert abs(width["reached"] - 0.4) < 0.03
+    assert abs(width.reached - 0.4) < 0.03
 
 
 def test_depth_and_width_in_one_plan_and_either_order(make_tiny, tokens):
@@ -154,7 +155,7 @@ def test_a_merged_layer_is_narrowed_if_all_it_stands_for_is_in_the_range(make_ti
     merged = apply_plan(handle, depth, TOP)
     for layers in ([2, 7], [2, 8]):  # the dense model's top layer is gone, and counts all the same
         width = decide("random", merged, tokens, 0.2, depth.slots, uniform=False, layers=layers, allocation="equal")
-        assert [c < 64 for c in width["sizes"]["channels"]] == [False, False, True, True, True]
+        assert [c < 64 for c in width.sizes.channels] == [False, False, True, True, True]
     with pytest.raises(PlanError, match=r"width.layers = \[1, 2\) holds no whole layer of the 5 that are left, of 8"):
         available("width")["random"](uniform=False, layers=[1, 2], allocation="equal").decide(
             WidthTask(merged, tokens, depth.slots, 0.05, n_dense=8)
@@ -164,7 +165,7 @@ def test_a_merged_layer_is_narrowed_if_all_it_stands_for_is_in_the_range(make_ti
 def test_llm_pruner_leaves_the_published_layers_alone(make_tiny, tokens):
     handle = make_tiny(layers=8)
     width = decide("llm_pruner", handle, tokens, 0.05, uniform=False)
-    assert [c < 64 for c in width["sizes"]["channels"]] == [False] * 4 + [True] * 2 + [False] * 2
+    assert [c < 64 for c in width.sizes.channels] == [False] * 4 + [True] * 2 + [False] * 2
 
 
 def test_a_decision_for_another_model_is_refused(make_tiny, tokens):
@@ -173,14 +174,14 @@ def test_a_decision_for_another_model_is_refused(make_tiny, tokens):
     with pytest.raises(PlanError, match="the plan's width is for 3 layers; tiny-llama has 4"):
         apply_width(make_tiny(layers=4), width)
     with pytest.raises(PlanError, match="query heads of layer 0, the highest 3; expected 2 of tiny-llama's 2"):
-        apply_width(make_tiny(layers=3, heads=2, kv_heads=2), keeping(3, [2, 3], [1]))
+        apply_width(make_tiny(layers=3, heads=2, kv_heads=2), WidthDecision.from_json(keeping(3, [2, 3], [1])))
 
 
 def test_subsets_and_numbers_survive_packing():
     assert unpack_indices(pack_indices([0, 7, 8, 20], 21)) == [0, 7, 8, 20]
     assert unpack_indices(pack_indices([], 3)) == []
     values = torch.randn(5)
-    assert torch.equal(unpack_floats(pack_floats(values.tolist())), values)
+    assert torch.equal(torch.tensor(unpack_floats(pack_floats(values.tolist()))), values)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -188,7 +189,7 @@ def test_layers_of_different_widths_reload_by_their_own_code_alone(family, make_
     """Verified in a fresh process with plain transformers; then by this package without running the folder's code."""
     handle = make_tiny(family, layers=3, tied=family == "llama")
     width = decide("magnitude", handle, tokens, 0.35, uniform=False, allocation="score")
-    assert not width["uniform"]
+    assert not width.uniform
     narrow = apply_width(handle, width)
     plan = MergePlan(3, width=width)
     verified = save_checkpoint(narrow, tmp_path / "model", plan, tokens)
@@ -229,5 +230,5 @@ def test_the_card_of_an_ordinary_narrow_model(make_tiny, tokens, monkeypatch):
     handle = make_tiny(layers=2)
     width = decide("random", handle, tokens, 0.4)
     card = model_card(apply_width(handle, width), MergePlan(2, width=width), {})
-    assert f"Width pruned by random, after the layers: {width['reached']:.1%} of the decoder layers' parameters" in card
+    assert f"Width pruned by random, after the layers: {width.reached:.1%} of the decoder layers' parameters" in card
     assert "trust_remote_code" not in card

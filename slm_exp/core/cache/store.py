@@ -27,7 +27,7 @@ from slm_exp.core.locks import Lock
 
 log = logging.getLogger(__name__)
 
-BUILT = ("core/types.py", "models", "merging")
+BUILT = ("core/types.py", "core/widths.py", "models", "merging")
 """What a compressed model is built by: the result of any stage that looks at one depends on it."""
 REFIT = ("calibration/fit.py", "engine/ridge.py")
 """What similarity.after=reconstruct scores candidates by."""

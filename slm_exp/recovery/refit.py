@@ -1,0 +1,136 @@
+"""The refit of `recovery=reconstruct`: ridge regression of output projections, layer by layer from the bottom up."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from slm_exp.core.types import CalibrationTokens
+from slm_exp.engine.ridge import Moments, add_tokens, changed, empty_moments, held_out, input_of, ridge_step
+from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.recovery.base import RecoveryTask
+from slm_exp.recovery.cuts import beside_cuts, slot_ends, stream_scales
+
+log = logging.getLogger(__name__)
+
+
+class Settings(Protocol):
+    """As in `Reconstruct`."""
+
+    layers: str
+    attention: bool
+    passes: int
+    ridges: list[float]
+    weighting: str
+
+
+def refit(
+    task: RecoveryTask, tokens: CalibrationTokens, settings: Settings
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """New tensors of the compressed model by name, and what was done layer by layer."""
+    with tempfile.TemporaryDirectory(prefix="slm_exp-reconstruct-") as where:
+        return _Refit(settings, task, tokens, Path(where)).run()
+
+
+class _Refit:
+    """One pass up both models, side by side."""
+
+    def __init__(self, settings: Settings, task: RecoveryTask, tokens: CalibrationTokens, where: Path) -> None:
+        self.settings, self.task = settings, task
+        self.layout = task.handle.layout
+        ids_NT = tokens.tokens_NT
+        self.dense = BlockRunner(task.dense, ids_NT, torch.float32)
+        self.short = BlockRunner(task.handle, ids_NT, torch.float32)
+        self.batches = [slice(at, at + self.short.rows) for at in range(0, len(ids_NT), self.short.rows)]
+        self.held_N = held_out(len(ids_NT))
+        shape = (*ids_NT.shape, int(task.handle.config.hidden_size))
+        self.dense_NTD, self.short_NTD = (_on_disk(where / name, shape) for name in ("dense", "short"))
+
+    def run(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """New tensors by name in the model, and what was done layer by layer."""
+        out: dict[str, Tensor] = {}
+        steps: list[dict[str, Any]] = []
+        plan = self.task.plan
+        chosen, slots, scales = beside_cuts(plan, self.settings.layers), plan.slots, stream_scales(plan)
+        if not chosen:
+            return out, steps
+        at = slots[chosen[0]].start if chosen[0] else 0
+        self._embed()
+        for i in range(at):  # so far the two models are the same
+            self._advance(self.dense, self.dense_NTD, Slot(i))
+        self.short_NTD.copy_(self.dense_NTD)
+        for position in range(chosen[0], chosen[-1] + 1):
+            end = slot_ends(plan)[position]
+            for i in range(at, end):
+                self._advance(self.dense, self.dense_NTD, Slot(i))
+            at = end
+            weights: dict[str, Tensor] = {}
+            if position in chosen:
+                removed = {s["kind"] for s in plan.sublayers if s["layer"] == slots[position].start}
+                weights, step = self._refit(position, removed, scales[position])
+                steps.append({"layer": position, "original": list(slots[position]), **step})
+                log.info("layer %d: relative error of the stream %.4f, refitted %.4f", position, step["errors"][0],
+                         step["errors"][-1])
+                out |= {f"{self.layout.layer_list}.{position}.{name}": t for name, t in weights.items()}
+            if position < chosen[-1]:
+                self._advance(self.short, self.short_NTD, Slot(position, weights))
+        return out, steps
+
+    def _embed(self) -> None:
+        for rows in self.batches:  # a runner embeds all it has: one for each batch
+            part = BlockRunner(self.task.dense, self.dense.tokens_NT[rows], self.dense.dtype, fuse=False)
+            self.dense_NTD[rows] = part.embed()
+
+    def _advance(self, runner: BlockRunner, h_NTD: Tensor, slot: Any) -> None:
+        for rows in self.batches:
+            h_NTD[rows] = runner.block(slot, h_NTD[rows])
+
+    def _refit(self, position: int, removed: set[str], scale: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """One layer's new parameters by name inside it, and how the error fell."""
+        kinds = ("mlp", "attention") if self.settings.attention else ("mlp",)
+        modules = [m for kind in kinds if kind not in removed for m in self.layout.outputs[kind]]
+        if not modules:  # of this layer only the attention is left
+            modules = [*self.layout.outputs["attention"]]
+        weights: dict[str, Tensor] = {}
+        kept, lowest = weights, math.inf
+        errors: list[float] = []
+        ridges: list[float | None] = []
+        for module in [*modules * self.settings.passes, None]:  # the last round only judges the last change
+            fit, held = self._moments(position, module, weights, scale)
+            if held.rr > lowest:
+                weights, ridges[-1] = kept, None
+                fit, held = self._moments(position, module, weights, scale)
+            kept, lowest = weights, held.rr
+            errors.append(held.rr / held.tt)
+            if module is not None:
+                step = ridge_step(fit, held, self.settings.ridges)
+                ridges.append(step[1] if step else None)
+                if step:
+                    weights = weights | changed(self.task.handle.layers[position], module, weights, step[0])
+        return weights, {"errors": errors, "projections": modules * self.settings.passes, "ridges": ridges}
+
+    def _moments(
+        self, position: int, module: str | None, weights: dict[str, Tensor], scale: float
+    ) -> tuple[Moments, Moments]:
+        """(fitted on, held out): inputs of a projection against what the layer's output lacks; without one, errors."""
+        layer = self.task.handle.layers[position]
+        fit, held = (empty_moments(layer, module, self.dense_NTD.shape[-1]) for _ in "12")
+        with input_of(layer, module) as seen:
+            for rows in self.batches:
+                out_NTD = self.short.block(Slot(position, weights), self.short_NTD[rows])
+                target_NTD = self.dense_NTD[rows].to(out_NTD.device) * scale
+                x_NTC = seen.pop() if module else out_NTD[..., :0]
+                add_tokens(fit, held, x_NTC, out_NTD, target_NTD, self.held_N[rows],
+                           self.settings.weighting == "relative")
+        return fit, held
+
+
+def _on_disk(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """Float32 states in a file that is mapped into memory: the system keeps of them what it has room for."""
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
