@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from slm_exp.core.cost import Tokens
 from slm_exp.core.errors import require
 from slm_exp.core.registry import Component
 
@@ -34,6 +35,13 @@ class Calibration(Component, ABC):
     def check(self) -> None:
         require(self.n_samples >= 1, "calibration.n_samples", self.n_samples, "a whole number >= 1")
         require(self.seq_len >= 2, "calibration.seq_len", self.seq_len, "a whole number >= 2")
+
+    reads_ids: ClassVar[bool] = False
+    """Whether the tokens are read from a file as they are, which takes no tokenizer."""
+
+    def shape(self) -> Tokens:
+        """Sequences and tokens of each, before they are drawn."""
+        return Tokens(self.n_samples, self.seq_len)
 
     @abstractmethod
     def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:

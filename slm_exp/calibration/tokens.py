@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from slm_exp.calibration.base import Calibration
 from slm_exp.calibration.text import check_ids, paths_digest
+from slm_exp.core.cost import Tokens as Shape
 from slm_exp.core.errors import ConfigError, DataError, require
 from slm_exp.core.registry import register
 from slm_exp.core.types import CalibrationTokens
@@ -24,6 +27,8 @@ class Tokens(Calibration):
     The file decides everything: n_samples, seq_len, seed and field are not looked at.
     """
 
+    reads_ids: ClassVar[bool] = True
+
     def check(self) -> None:
         super().check()
         require(
@@ -39,9 +44,15 @@ class Tokens(Calibration):
         assert self.path is not None
         return {"name": self.name, "path": paths_digest(self.path)}
 
-    def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
-        import numpy as np
+    def shape(self) -> Shape:
+        """By the file's header; whatever the settings say where it cannot be read."""
+        try:
+            n, t = np.load(Path(self.path or "").expanduser(), mmap_mode="r", allow_pickle=False).shape
+        except (OSError, ValueError):
+            return super().shape()
+        return Shape(n, t)
 
+    def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
         assert self.path is not None
         file = Path(self.path).expanduser()
         if not file.is_file():

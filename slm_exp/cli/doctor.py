@@ -31,13 +31,13 @@ from packaging.requirements import Requirement
 from slm_exp.calibration.bundled import STORIES
 from slm_exp.cli.cache import human
 from slm_exp.cli.command import FOLDER, command
-from slm_exp.cli.sync import check_reachable, find_offline_runs
 from slm_exp.core.cache.folder import default_cache_dir, find_entries, find_stale, problem
 from slm_exp.core.errors import SlmError
 from slm_exp.core.locks import Lock
 from slm_exp.launch.compose import conf_dir
 from slm_exp.launch.workers import cores, visible_gpus
 from slm_exp.models.smollm2_135m import GGUF
+from slm_exp.runs.offline import check_reachable, find_offline_runs
 
 OK, NOTE, OFF = "ok", "note", "off"
 """As it should be; good to know, the default run works; a run would fail or be wrong."""

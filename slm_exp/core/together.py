@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from slm_exp.core.types import MergePlan
 
 
 class DepthMethod(Protocol):
-    """What a width pruner must know of the method that removes layers: a dataclass, so that `replace` works on it."""
+    """What a width pruner must know of the method that removes layers."""
 
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-    target_ratio: float | None
-    """Share of the model's parameters requested to be removed."""
+    @property
+    def target_ratio(self) -> float | None:
+        """Share of the model's parameters requested to be removed."""
+
+    def with_ratio(self, ratio: float) -> Any:
+        """The same method for another `target_ratio`."""
 
     def check_model(self, handle: Any) -> None:
         """Raise ConfigError where the model has no such size."""

@@ -282,11 +282,12 @@ class MergePlan:
         from slm_exp.core.reading import parsed
 
         fill = bare and isinstance(data, dict) and data.get("n_layers") is None
+        width = None
+        if isinstance(data, dict):
+            data = {name: value for name, value in data.items() if value is not None}
+            width = WidthDecision.from_json(data.pop("width")) if "width" in data else None
         try:
-            if isinstance(data, dict):
-                data = {name: value for name, value in data.items() if value is not None}
-                width = WidthDecision.from_json(data.pop("width")) if "width" in data else None
-            plan = parsed(cls, {"n_layers": MAX_LAYERS, **data} if fill else data)
+            plan = dataclasses.replace(parsed(cls, {"n_layers": MAX_LAYERS, **data} if fill else data), width=width)
         except ValueError as error:
             known = ", ".join(sorted(f.name for f in dataclasses.fields(cls)))
             raise PlanError(f"plan: {error}{f'; known: {known}' if 'unknown' in str(error) else ''}.") from None

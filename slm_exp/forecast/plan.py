@@ -10,6 +10,7 @@ from typing import Any
 from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.errors import ConfigError, SlmError
 from slm_exp.core.files import plain
+from slm_exp.core.format import human
 from slm_exp.forecast.machine import Machine, machine, stated
 from slm_exp.forecast.walk import CACHED, COMPUTE, MAYBE, SHARED, Lookup, Outline, walk
 from slm_exp.launch.jobs import CommandJobs, command_jobs
@@ -18,6 +19,7 @@ from slm_exp.models.sizes import Sizes
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.runs.sweep import FINISHED, Job, differing, read_cell
+from slm_exp.tables.build import split_words
 from slm_exp.tables.definition import cells, parameters
 
 ROWS = 12
@@ -165,7 +167,8 @@ def make_plan(
 
 
 def jobs_of(overrides: Sequence[str], multirun: bool) -> CommandJobs:
-    """The jobs of a command line as the run itself would make them; of `table=NAME [PARAM=VALUE]` those that fill it."""
+    """The jobs of a command line as the run would make them; of `table=NAME [PARAM=VALUE]` those that fill it."""
+
     def identify(cfg: RunConfig) -> str:
         return "" if cfg.model.unread_weights() else cfg.run_id
 
@@ -174,7 +177,7 @@ def jobs_of(overrides: Sequence[str], multirun: bool) -> CommandJobs:
         return command_jobs(overrides, multirun, identify=identify)
     others = [o for o in overrides if not o.startswith(("table=", "hydra"))]
     own = parameters(name)
-    given = {key: value for key, _, value in (o.partition("=") for o in others) if key in own}
+    given, _ = split_words([o for o in others if o.partition("=")[0] in own])
     added = [o for o in others if o.partition("=")[0] not in own]
     found = [[*cell, *added] for cell in cells(name, given)]
     if not found:
@@ -211,8 +214,8 @@ def _size(plan: JobPlan, cfg: RunConfig, model: Sketch, outline: Outline) -> Non
     if outline.plan is not None:
         plan.layers, plan.known = outline.plan.n_layers_out, outline.plan_from
     else:
-        plan.layers = cfg.width.depth_method(cfg.method, handle, cfg.width.outline(cfg.method, handle)).layers_left(handle)
-        plan.known = "as asked" if plan.layers is not None else ""
+        plan.layers = cfg.width.layers_left(sizes, cfg.method.target_ratio) or cfg.method.layers_left(handle)
+        plan.known = "as requested" if plan.layers is not None else ""
         plan.bounds = cfg.method.bounds(sizes.n_layers) if plan.layers is None else None
     if plan.layers is None:
         return
@@ -237,9 +240,9 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch) -> None:
     size = float(model.bytes)
     if cfg.evaluation.times:  # measured anew every time, both models in turns
         after += cfg.evaluation.generation_cost(sizes, layers, size)
-    search = Work(blocks=count.blocks * sizes.block_flops(tokens.total, tokens.t), head=count.heads * sizes.head_flops(tokens.total))
-    if cfg.similarity.uses_kernel():
-        search += cfg.similarity.score_cost(sizes, tokens) * (count.scores + 1)
+    search = Work(blocks=count.blocks * sizes.block_flops(tokens.total, tokens.t),
+                  head=count.heads * sizes.head_flops(tokens.total))  # fmt: skip
+    search += cfg.similarity.score_cost(sizes, tokens, count.scores)
     works = {
         "load": Work(starts=1, moved=size / 4, fixed=0.3 + (sizes.total / 5e7 if model.random else 0)),
         "calibrate": Work(fixed=0.1 if model.random else 1.0),
@@ -264,7 +267,7 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch) -> None:
     plan.notes += [*([count.note] if count.note and "plan" in doing else []), *(unsaid if evaluates else ()), *more]
     if grid.machine is not None and not (unsaid and evaluates):
         plan.seconds = {name: grid.machine.seconds(w, sizes.hidden) for name, w in doing.items()}
-        if (limit := cfg.recovery.minutes_limit) and "recover" in plan.seconds:
+        if (limit := cfg.recovery.wall_clock_limit) and "recover" in plan.seconds:
             plan.seconds["recover"] = min(plan.seconds["recover"], 60 * limit)
     _memory(grid, cfg, model, sizes, tokens, doing)
 
@@ -273,9 +276,9 @@ def _memory(grid: GridPlan, cfg: RunConfig, model: Sketch, sizes: Sizes, tokens:
     """Peak bytes of the process, of its checkpoint's verification beside it, and on the GPU."""
     imports = grid.machine.resident if grid.machine else 1e9
     states = (sizes.n_layers + 3) * tokens.total * sizes.hidden * 4
-    work = max(states if "plan" in doing else 0, cfg.similarity.matrix_bytes(sizes, tokens) if "similarity" in doing else 0, 1e8)
-    if "recover" in doing:
-        work = max(work, cfg.recovery.memory(sizes))
+    stages = {"plan": states, "similarity": cfg.similarity.matrix_bytes(sizes, tokens),
+              "recover": cfg.recovery.memory(sizes)}
+    work = max([1e8, *(bytes_ for name, bytes_ in stages.items() if name in doing)])
     weights = model.bytes
     if grid.device == "cuda":
         grid.device_memory = max(grid.device_memory, weights + work + 1e9)
@@ -348,3 +351,12 @@ def _after(job: JobPlan, grid: GridPlan) -> str:
         how = f" ({job.known})" if job.known else ", which only the search can tell"
         return f"{job.bounds[0]} to {job.bounds[1]} layers{how}"
     return "size unknown"
+
+
+def duration(seconds: float | None) -> str:
+    """`45 s`, `12 min`, `3.4 h`: an estimate, so no more digits."""
+    if seconds is None:
+        return "?"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"

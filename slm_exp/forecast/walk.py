@@ -19,6 +19,7 @@ from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.stages import CALIBRATE, LOAD, PLAN, Experiment, Stage, Unknown, steps
+from slm_exp.search.inputs import journal_inputs
 
 CACHED, SHARED, COMPUTE, MAYBE, NOTHING = "cached", "shared", "compute", "unknown", "-"
 STATES = {
@@ -133,7 +134,7 @@ def _value(stage: Stage[Any], x: Experiment, entry: Path | None) -> Any:
     try:
         if entry is not None and stage.small and stage.kind is not None:
             return stage.kind.load(entry)  # type: ignore[attr-defined]
-        if stage is CALIBRATE and x.cfg.calibration.name == "tokens":
+        if stage is CALIBRATE and x.cfg.calibration.reads_ids:
             return stage.compute(x)
         if stage.light:
             value = stage.compute(x)
@@ -145,14 +146,14 @@ def _value(stage: Stage[Any], x: Experiment, entry: Path | None) -> Any:
 
 def _plan(x: Experiment) -> tuple[MergePlan | None, str]:
     """The plan where a file gives it, or where the scores that its search would ask for are in the cache."""
-    method = x.cfg.method
+    cfg, method = x.cfg, x.cfg.method
     if method.replays is not None:
         return (method.replays if method.compensate is None else None), "as given"
-    if x.store.folder is None or isinstance(x.model, Unknown) or isinstance(x.tokens, Unknown):
+    unknown = any(isinstance(v, Unknown) for v in (x.model, x.model.digest, x.tokens))
+    if x.store.folder is None or unknown or cfg.similarity.after:  # the tokens of a refit are not drawn here
         return None, ""
-    key = score_key(x)
-    if key is None:
-        return None, ""
-    known, _ = journal.read(x.store.folder / "scores" / key)
-    plan = method.plan_from_scores(x.dense.n_layers, known, x.cfg.merge_rule.name)
+    inputs = journal_inputs("score", model=x.model.digest, device=x.model.device.type, tokens=x.tokens.digest,
+                            similarity=cfg.similarity, kernel=cfg.kernel, rule=cfg.merge_rule, fit=None)  # fmt: skip
+    scores, _ = journal.read(x.store.folder / "scores" / x.store.key("scores", inputs))
+    plan = method.plan_from_scores(x.model.n_layers, scores, cfg.merge_rule.name)
     return plan, "from scores in the cache" if plan else ""

@@ -55,6 +55,11 @@ class Method(Component, ABC):
         return None
 
     @property
+    def plan_path(self) -> str:
+        """Where that plan came from; empty where one is searched."""
+        return ""
+
+    @property
     def removes_sublayers(self) -> bool:
         """Whether attention and MLP are removed by themselves: `target_ratio` counts them, and their layers stay."""
         return False

@@ -54,6 +54,10 @@ class FromPlan(Sized):
         return self.given
 
     @property
+    def plan_path(self) -> str:
+        return self.path
+
+    @property
     def given(self) -> MergePlan:
         """The plan as it stands in the file; where that names no `n_layers`, for the fewest it can be for.
 

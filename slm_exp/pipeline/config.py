@@ -116,18 +116,16 @@ class RunConfig:
 
 def check_together(cfg: RunConfig) -> None:
     """Checks across groups. Raises ConfigError."""
-    given = getattr(cfg.method, "given", None)  # the plan that from_plan replays
-    if cfg.similarity.after and (cfg.method.compensate or (given and given.compensation)):
+    plan = cfg.method.replays
+    if cfg.similarity.after and (cfg.method.compensate or (plan and plan.compensation)):
         raise ConfigError(f"similarity.after = {cfg.similarity.after}; expected null with a compensated plan "
-                          "(method.compensate): a refit gives the stream behind a cut its size already.")
+                          "(method.compensate): a refit restores the norm of the residual stream after a cut already.")
     others = Together(
         method=cfg.method.name, recovery=cfg.recovery.name, target_ratio=cfg.method.target_ratio,
-        removes_sublayers=hasattr(cfg.method, "target_sublayers") and getattr(cfg.method, "unit", None) != "layer",
-        plan=given, plan_path=getattr(cfg.method, "path", ""), new_hidden_size=cfg.width.new_hidden_size,
-        model_dtype=cfg.model.dtype,
+        removes_sublayers=cfg.method.removes_sublayers, plan=plan, plan_path=cfg.method.plan_path,
+        new_hidden_size=cfg.width.new_hidden_size, model_dtype=cfg.model.dtype,
     )
-    for refused in (cfg.method.refuses(cfg), cfg.width.refuses(others), cfg.recovery.refuses(others),
-                    cfg.evaluation.refuses()):
+    for refused in (*(group.refuses(others) for group in (cfg.method, cfg.width, cfg.recovery)), cfg.evaluation.refuses()):
         if refused:
             raise ConfigError(refused)
 

@@ -29,7 +29,6 @@ from slm_exp.merging.surgery import zeroed
 from slm_exp.runs.files import result_files
 from slm_exp.runs.record import FILE as RECORD
 from slm_exp.runs.record import finished_run, git_state, read_run, versions, write_record
-from slm_exp.runs.schema import Record
 from slm_exp.runs.state import LOCK, remove_stale
 from slm_exp.runs.tracking.base import Tracker
 
@@ -194,10 +193,9 @@ class Recorder:
 
     def accept_evaluations(self) -> None:
         """Hold a finished record to `evaluation.protocol` and `dense_range`, which a run_id does not tell apart."""
-        measured = Record.of(self.record).eval
-        for side in filter(None, measured.both):
-            report = EvalReport(side.tasks, side.average, side.perplexity, side.protocol, samples={})
-            self.cfg.evaluation.accept(report, dense=side is measured.dense)
+        for which, stored in self.record["eval"].items():
+            if stored:
+                self.cfg.evaluation.accept(EvalReport.from_json(stored), dense=which == "dense")
 
     def keep_evaluation(self, which: str, report: EvalReport) -> None:
         """Per-document results into samples/<which>/, scores into `eval.<which>` of the record, protocol.json."""

@@ -12,20 +12,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
-from slm_exp.core.cache.store import PACKAGE, StageStore
+from slm_exp.core.cache.code import PACKAGE, Code, code_files
+from slm_exp.core.cache.store import StageStore
 from slm_exp.core.files import digest
 from slm_exp.core.registry import Component
 from slm_exp.core.runtime import world
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity, MergePlan
+from slm_exp.core.widths import WidthDecision
 from slm_exp.evaluation.base import EvalReport
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.merging.width import apply_width
 from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline.config import RunConfig
-from slm_exp.recovery.base import Healed, HealTask, with_tensors
+from slm_exp.recovery.base import RecoveryResult, RecoveryTask, with_tensors
 from slm_exp.runs.tracking.base import Tracker
 from slm_exp.search.task import PlanTask
-from slm_exp.width.base import NarrowedScore, WidthDecision, WidthTask
+from slm_exp.width.base import NarrowedScore, WidthTask
 
 T = TypeVar("T")
 
@@ -48,12 +50,13 @@ class Experiment:
     tokens: CalibrationTokens = field(init=False)
     similarity: LayerSimilarity = field(init=False)
     dense_report: EvalReport = field(init=False)
-    width: WidthDecision = field(init=False)
+    width: WidthDecision | None = None
+    """Null where nothing is pruned."""
     plan: MergePlan = field(init=False)
     model: ModelHandle = field(init=False)
     """The model as far as it is compressed: the dense one at first."""
     narrowed: NarrowedScore = field(init=False)
-    recovery: Healed = field(init=False)
+    recovery: RecoveryResult = field(init=False)
     report: EvalReport = field(init=False)
     speed: dict[str, Any] = field(init=False)
 
@@ -117,6 +120,7 @@ class Stage(Generic[T]):
     code: Callable[[Experiment], tuple[str, ...]] = lambda x: ()
     """Files and folders of the package that compute the value."""
     libraries: tuple[str, ...] = ("torch", "transformers")
+    """Distributions whose version decides the value too."""
     when: Callable[[Experiment], bool] = lambda x: True
     """Whether this run has the stage at all."""
     works: Callable[[Experiment], bool] = lambda x: True
@@ -135,10 +139,22 @@ class Stage(Generic[T]):
         if self.kind is None or inputs is None:
             value = self.compute(x)
         else:
-            value, cached = x.store.cached(self.folder, inputs, self.kind, lambda: self.compute(x))  # type: ignore[type-var]
+            value, cached = x.store.cached(self.folder, inputs, self.kind, lambda: self.compute(x), self.made_by(x))  # type: ignore[type-var]
         setattr(x, self.field, value)
         self.then(x)
         return cached
+
+    def made_by(self, x: Experiment) -> Code:
+        """The code and the libraries in the value's key."""
+        return Code(self.code(x), self.libraries)
+
+    def key(self, x: Experiment, inputs: dict[str, Any]) -> str:
+        """Of the value in the cache."""
+        return x.store.key(self.folder, inputs, self.made_by(x))
+
+    def files(self, x: Experiment) -> set[str]:
+        """Every file of the package that is in the value's key."""
+        return code_files(self.code(x))
 
     @property
     def folder(self) -> str:
@@ -186,7 +202,7 @@ def check_model(cfg: RunConfig, dense: ModelHandle) -> None:
 
 
 def _loaded(x: Experiment) -> None:
-    x.model, x.plan, x.width = x.dense, MergePlan(x.dense.n_layers), WidthDecision()
+    x.model, x.plan = x.dense, MergePlan(x.dense.n_layers)
 
 
 LOAD = Stage("load", "dense", _load, then=_loaded)
@@ -238,21 +254,21 @@ def _width_inputs(x: Experiment) -> dict[str, Any] | None:
 
 
 def _narrow(x: Experiment) -> None:
-    if x.width.data is not None:
-        x.model = known(apply_width, x.model, x.width.data)
+    if x.width is not None:
+        x.model = known(apply_width, x.model, x.width)
 
 
 def _narrow_the_merged(x: Experiment) -> None:
-    if x.width.data is not None:
-        x.plan = known(_with_width, x.plan, x.width.data)
+    if x.width is not None:
+        x.plan = known(_with_width, x.plan, x.width)
     _narrow(x)
 
 
-def _with_width(plan: MergePlan, width: Any) -> MergePlan:
+def _with_width(plan: MergePlan, width: WidthDecision) -> MergePlan:
     return replace(plan, width=width)
 
 
-WIDTH_BEFORE = Stage(
+WIDTH_BEFORE: Stage[Any] = Stage(
     "width", "width", lambda x: x.cfg.width.decide(x.width_task), WidthDecision, _width_inputs,
     code=lambda x: (*BUILT, "width", "engine", "search", "similarity", "kernels"),
     works=lambda x: x.cfg.width.prunes, then=_narrow, small=True,
@@ -269,8 +285,8 @@ def _depth_method(x: Experiment) -> Any:
 
 def _decided(x: Experiment) -> None:
     """Where width came first, the plan says so."""
-    if x.cfg.width.order == "before" and x.width.data is not None:
-        x.plan = known(_with_width, x.plan, x.width.data)
+    if x.cfg.width.order == "before" and x.width is not None:
+        x.plan = known(_with_width, x.plan, x.width)
     if not isinstance(x.plan, Unknown):
         x.plan = replace(x.plan, target=x.cfg.width.target_of(x.cfg.method, x.plan.target))
 
@@ -306,11 +322,11 @@ RESCORE = Stage(
     "narrowed_score", "narrowed", _narrowed_score, NarrowedScore,
     lambda x: {**x.on(x.dense), "compressed": x.model.digest, "tokens": x.tokens.digest,
                "similarity": x.cfg.similarity.identity(), "kernel": x.cfg.kernel.identity()},
-    code=lambda x: (*BUILT, "width/score.py", "engine", "similarity", "kernels"), cache="width",
-    when=lambda x: x.plan.width is not None, then=_rescored,
+    code=lambda x: (*BUILT, "width/score.py", "engine", "similarity", "kernels"),
+    cache="width", when=lambda x: x.plan.width is not None, then=_rescored,
 )  # fmt: skip
 """The final score of a model that is narrower than the one the search saw: where the plan came with its width."""
-RESCORE_NARROWED = replace(RESCORE, when=lambda x: x.width.data is not None)
+RESCORE_NARROWED = replace(RESCORE, when=lambda x: x.width is not None)
 
 # --- recover
 
@@ -333,9 +349,9 @@ def _recovered(x: Experiment) -> None:
 
 RECOVER = Stage(
     "recover", "recovery",
-    lambda x: x.cfg.recovery.heal(HealTask(x.model, x.dense, x.plan, x.tokens, x.training or x.folder, x.track,
+    lambda x: x.cfg.recovery.recover(RecoveryTask(x.model, x.dense, x.plan, x.tokens, x.training or x.folder, x.track,
                                            x.cfg.seed)),
-    Healed, _recover_inputs,
+    RecoveryResult, _recover_inputs,
     code=lambda x: (*BUILT, "recovery", "calibration", "engine"), libraries=("torch", "transformers", "peft"),
     works=lambda x: x.cfg.recovery.changes_weights, then=_recovered,
 )  # fmt: skip

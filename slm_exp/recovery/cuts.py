@@ -15,7 +15,7 @@ def slot_ends(plan: MergePlan) -> list[int]:
 def beside_cuts(plan: MergePlan, layers: str = "cuts") -> list[int]:
     """Positions in the compressed model of the layers beside cuts; with `all` every layer from the first of them up."""
     slots = plan.slots
-    partial = {sublayer["layer"] for sublayer in plan.sublayers}
+    partial = {sublayer.layer for sublayer in plan.sublayers}
     found = [at for at, (slot, end) in enumerate(zip(slots, slot_ends(plan), strict=True))
              if plan.width or end - slot.start > 1 or slot.start in partial or (at == 0 and slot.start > 0)]
     return [*range(found[0], len(slots))] if found and layers == "all" else found
@@ -23,17 +23,14 @@ def beside_cuts(plan: MergePlan, layers: str = "cuts") -> list[int]:
 
 def stream_scales(plan: MergePlan) -> list[float]:
     """For every slot, the size of the stream after it relative to the dense model's: 1 without compensation."""
-    from slm_exp.merging.compensation import scales
-
-    own = scales(plan)
-    return [*own[1:], own[-1]]
+    return [*plan.scales[1:], plan.scales[-1]]
 
 
 def zeroed_modules(handle: ModelHandle, plan: MergePlan) -> list[str]:
     """Modules of the compressed model that are zero because the plan removed their sublayer: training would undo it."""
     at = {slot.start: i for i, slot in enumerate(plan.slots)}
-    return [f"{handle.layout.layer_list}.{at[sublayer['layer']]}.{module}" for sublayer in plan.sublayers
-            for module in handle.layout.outputs[sublayer["kind"]]]
+    return [f"{handle.layout.layer_list}.{at[sublayer.layer]}.{module}" for sublayer in plan.sublayers
+            for module in handle.layout.outputs[sublayer.kind]]
 
 
 def needs_dense_stream(others: Together) -> str | None:

@@ -72,7 +72,7 @@ class _Refit:
             at = end
             weights: dict[str, Tensor] = {}
             if position in chosen:
-                removed = {s["kind"] for s in plan.sublayers if s["layer"] == slots[position].start}
+                removed: set[str] = {s.kind for s in plan.sublayers if s.layer == slots[position].start}
                 weights, step = self._refit(position, removed, scales[position])
                 steps.append({"layer": position, "original": list(slots[position]), **step})
                 log.info("layer %d: relative error of the stream %.4f, refitted %.4f", position, step["errors"][0],

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from slm_exp.core.errors import CheckpointError
 from slm_exp.core.files import honour_umask, write_json, write_text
 from slm_exp.core.types import CalibrationTokens, MergePlan
+from slm_exp.core.widths import WidthDecision
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.layerwise import has_own_code
 from slm_exp.models.loading import save_tokenizer

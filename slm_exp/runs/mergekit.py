@@ -13,7 +13,6 @@ from slm_exp import __version__
 from slm_exp.core.documents import JsonObject, read_json
 from slm_exp.core.errors import ConfigError, PlanError
 from slm_exp.core.types import Group, MergePlan
-from slm_exp.merging.compensation import scales
 from slm_exp.models.layouts import FAMILIES
 from slm_exp.runs.record import read_run
 from slm_exp.runs.schema import Record
@@ -99,7 +98,7 @@ def mergekit(plan: MergePlan, model: str, dtype: str | None, source: str = "") -
 def check(plan: MergePlan, model: str) -> None:
     """Raise PlanError for what mergekit cannot express."""
     if plan.width:
-        raise PlanError(f"width={plan.width.get('method')}: mergekit has no narrower layers.")
+        raise PlanError(f"width={plan.width.method}: mergekit has no narrower layers.")
     if plan.groups and plan.rule not in WEIGHTS:
         raise PlanError(f"rule = {plan.rule!r}: expected one of {', '.join(WEIGHTS)} where layers are merged.")
     path = Path(model).expanduser() / "config.json"
@@ -125,9 +124,9 @@ def _members(plan: MergePlan) -> dict[str, Callable[[Group], int]]:
 
 def _slices(plan: MergePlan, model: str, place: Callable[[Group], int]) -> list[JsonObject]:
     """Runs of neighbouring layers that are treated alike."""
-    removed = {(part["layer"], part["kind"]) for part in plan.sublayers}
+    removed = {(part.layer, part.kind) for part in plan.sublayers}
     runs: list[tuple[int, int, Any]] = []
-    for slot, scale in zip(plan.slots, scales(plan), strict=True):
+    for slot, scale in zip(plan.slots, plan.scales, strict=True):
         at = place(slot)
         factors = {m: 0.0 if (slot.start, kind) in removed else scale for kind, names in OUTPUTS.items() for m in names}
         scaled = {m: f for m, f in factors.items() if f != 1}

@@ -23,6 +23,7 @@ from slm_exp.core.documents import Section, parse, read_json
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import write_json
 from slm_exp.core.format import printable
+from slm_exp.core.locks import Lock
 from slm_exp.runs.record import read_run, write_record
 from slm_exp.runs.state import (
     DAMAGED,
@@ -223,7 +224,7 @@ class SweepFolder:
             ConfigError: another launcher is at work; names its pid and host.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock, about = locks.Lock(self.path / ".launcher.lock"), self.path / ".launcher.json"
+        lock, about = Lock(self.path / ".launcher.lock"), self.path / ".launcher.json"
         try:
             lock.acquire(timeout=0)
         except Timeout:

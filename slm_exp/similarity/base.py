@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.calibration.fit import FitSource
+from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Component
 
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
 
     from slm_exp.kernels.base import Kernel
     from slm_exp.models.base import ModelHandle
+    from slm_exp.models.sizes import Sizes
 
 AFTER = ("reconstruct",)
 FIT = ("fit_path", "fit_samples", "fit_seq_len")
 CALLED = (("calibration.path", "similarity.fit_path"), ("calibration.n_samples", "similarity.fit_samples"),
           ("calibration.seq_len", "similarity.fit_seq_len"))
+
+GRAM_BYTES = 2**29
+"""Of Gram matrices held at once, at most."""
 
 Scorer = Callable[["Tensor"], float]
 
@@ -84,6 +89,31 @@ class Similarity(Component, ABC):
     def uses_kernel(self) -> bool:
         """Whether the acceptance score depends on the `kernel` group."""
         return False
+
+    def minibatches(self, tokens: Tokens) -> tuple[int, int, float]:
+        """Rows of CKA over a calibration set, minibatches, and rows of each."""
+        rows = tokens.n * max(1, tokens.t - int(self.skip_first_token))
+        parts = max(1, min(math.ceil(rows / self.batch), rows // 4))
+        return rows, parts, rows / parts
+
+    def matrix_cost(self, sizes: Sizes, tokens: Tokens) -> Work:
+        """The layer similarity matrix: every layer once (more where the Gram matrices do not fit), and their Grams."""
+        rows, parts, b = self.minibatches(tokens)
+        n = sizes.n_layers
+        passes = math.ceil(parts / max(1, GRAM_BYTES // int(n * b * b * 8)))
+        wide = n * (2 * rows * b * sizes.hidden + 12 * rows * b) + 2 * n**2 * rows * b
+        return Work(blocks=passes * n * sizes.block_flops(tokens.total, tokens.t), wide=wide)
+
+    def matrix_bytes(self, sizes: Sizes, tokens: Tokens) -> float:
+        """Memory of the matrix: Grams and the copies made while they are centred."""
+        return 1.2 * min(GRAM_BYTES, sizes.n_layers * tokens.total * min(self.batch, tokens.total) * 8)
+
+    def score_cost(self, sizes: Sizes, tokens: Tokens, scores: float) -> Work:
+        """So many acceptance scores; what is linear in the states is left out."""
+        if not self.uses_kernel():
+            return Work()
+        rows, _, b = self.minibatches(tokens)
+        return Work(wide=(scores + 1) * rows * b * (2 * sizes.hidden + 12))
 
     @abstractmethod
     def against(self, dense_NTD: Tensor, kernel: Kernel) -> Scorer:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.core.files import digest
 from slm_exp.evaluation.base import SEVEN
-from slm_exp.evaluation.protocol import Protocol
+from slm_exp.evaluation.protocol import Stored
 from slm_exp.runs.schema import Quartiles, SpeedCase
 from slm_exp.runs.statistics.runs import Measured
 from slm_exp.runs.statistics.scores import estimate, main_score, metric_of, stderr_of_mean
@@ -28,7 +28,7 @@ class Quantity:
     stderr: Callable[[Measured], float | None] = lambda _: None
     tasks: tuple[str, ...] = ()
     """The tasks whose documents a difference is tested on; none: no test, so no row is marked."""
-    protocol: Callable[[Measured], Protocol] = lambda _: None
+    protocol: Callable[[Measured], Stored] = lambda _: None
     """`{hash, fields}` of what it was measured by; numbers of different hashes do not stand in one column."""
     spread: str = "error"
     """What `stderr` is: a standard error over documents, or half the distance of the `quartiles`."""
@@ -59,7 +59,7 @@ def _average_stderr(m: Measured) -> float | None:
     return None if found is None else 100 * found
 
 
-def _protocol(m: Measured) -> Protocol:
+def _protocol(m: Measured) -> Stored:
     return m.evaluation.protocol or None
 
 
@@ -82,7 +82,7 @@ def _speed(name: str, case: str = "1x12x128") -> Quantity:
         number = found(m)
         return factor * (number.q3 - number.q1) / 2 if isinstance(number, Quartiles) else None
 
-    def protocol(m: Measured) -> Protocol:
+    def protocol(m: Measured) -> Stored:
         stated = m.record.speed.protocol
         fields = {**stated, "machine": m.record.device.name or None}
         return {"hash": digest(fields), "fields": fields} if stated else None

@@ -6,13 +6,13 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.files import write_json
 from slm_exp.core.registry import Component
 from slm_exp.core.together import DepthMethod, Together
-from slm_exp.core.types import CalibrationTokens, Group
+from slm_exp.core.types import CalibrationTokens, Group, Target
 from slm_exp.core.widths import WidthDecision
 from slm_exp.models.base import ModelHandle
 
@@ -36,20 +36,6 @@ class WidthTask:
     seed: int = 0
     n_dense: int = field(kw_only=True)
     """Layers of the dense model: more than `slots` reach where top layers were removed."""
-
-
-@dataclass(frozen=True)
-class NarrowedScore:
-    """Similarity of a narrowed model to the dense one; null where states of different size have none."""
-
-    score: float | None
-
-    def save(self, folder: Path) -> None:
-        write_json(folder / "narrowed_score.json", {"score": self.score})
-
-    @classmethod
-    def load(cls, folder: Path) -> NarrowedScore:
-        return cls(json.loads((folder / "narrowed_score.json").read_text(encoding="utf-8"))["score"])
 
 
 @dataclass(frozen=True)

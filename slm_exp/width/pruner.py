@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.errors import ArchitectureError, ConfigError, PlanError, require, require_one_of
 from slm_exp.core.together import DepthMethod, Together
-from slm_exp.core.types import Group, MergePlan
+from slm_exp.core.types import Group, MergePlan, Target
 from slm_exp.core.widths import InputMeans, KeptUnits, WidthDecision, WidthSizes, pack_indices
 from slm_exp.merging import sizes
 from slm_exp.merging.sizes import Costs, Kept, LayerScores, Shape

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-
 from slm_exp.forecast.shapes import sketch
+
 from slm_exp.models.sizes import PUBLISHED, SMOLLM2, sizes_of
 from slm_exp.models.tiny import Tiny
 from slm_exp.search.cost import flops_per_token

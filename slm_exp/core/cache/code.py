@@ -36,11 +36,12 @@ def code_digest(files: Sequence[str]) -> str:
         OSError: a file is not there.
         SyntaxError: it is not Python.
     """
-    paths: set[Path] = set()
-    for name in files:
-        path = PACKAGE / name
-        paths |= set(path.rglob("*.py")) if path.is_dir() else {path}
-    return digest({path.relative_to(PACKAGE).as_posix(): _file(path) for path in paths})
+    return digest({path.relative_to(PACKAGE).as_posix(): _file(path) for path in _paths(files)})
+
+
+def code_files(names: Sequence[str]) -> set[str]:
+    """Every file that declared files and folders stand for, relative to the package."""
+    return {path.relative_to(PACKAGE).as_posix() for path in _paths(names)}
 
 
 def package_digest() -> str:
@@ -57,6 +58,14 @@ def library_versions(names: Sequence[str] = ("torch", "transformers")) -> dict[s
         except PackageNotFoundError:
             out[name] = None
     return out
+
+
+def _paths(names: Sequence[str]) -> set[Path]:
+    paths: set[Path] = set()
+    for name in names:
+        path = PACKAGE / name
+        paths |= set(path.rglob("*.py")) if path.is_dir() else {path}
+    return paths
 
 
 def _file(path: Path) -> str:

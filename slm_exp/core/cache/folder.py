@@ -161,7 +161,7 @@ def remove(entry: Path) -> bool:
         entry.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
         # a process that has opened it and not yet locked it computes the same result beside another: harmless
-        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.path.unlink(missing_ok=True)
     except OSError:
         return False
     finally:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.runs.schema import Scores

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from slm_exp.core.files import plain
 from slm_exp.core.registry import Component
@@ -47,6 +47,9 @@ class Silent:
 @dataclass
 class Tracking(Component, ABC):
     """A member of the `tracking` group."""
+
+    seconds: ClassVar[float] = 0.0
+    """About how long it takes of a run, for the forecast."""
 
     @abstractmethod
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.core.errors import ConfigError, StageError, require_one_of
 from slm_exp.core.files import plain
@@ -37,6 +37,8 @@ class WandbTracking(Tracking):
     The run's id is the run_id, so a repeated cell never becomes a second run. Under a W&B agent, which assigns
     ids and the project, its id is kept and run_id is a config key.
     """
+
+    seconds: ClassVar[float] = 3.0
 
     project: str = "slm_exp"
     """W&B project; under an agent the sweep's own is used."""
