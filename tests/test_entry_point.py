@@ -11,7 +11,7 @@ import pytest
 from slm_exp.cli import run as entry_point
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import GROUPS, available
-from slm_exp.launch import compose, jobs
+from slm_exp.launch import jobs
 from slm_exp.launch.compose import compose_raw, compose_run, conf_dir
 
 ROOT = Path(__file__).resolve().parents[1]

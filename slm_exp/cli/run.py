@@ -13,8 +13,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from slm_exp.core.errors import ConfigError, SlmError
-from slm_exp.core.runtime import rank, world
 from slm_exp.core.logs import mask_logs
+from slm_exp.core.runtime import rank, world
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import compose_raw, conf_dir, open_mappings, prepare_hydra
 from slm_exp.launch.hydra_compat import is_sweep, parse_arguments
