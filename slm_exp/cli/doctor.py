@@ -170,7 +170,7 @@ def packages() -> Iterator[Finding]:
         yield Finding("packages", NOTE, f"{len(other)} of other versions than tested: {shown}",
                       "pip install -c constraints.txt -e .    (only if results differ or something fails)")  # fmt: skip
     elif not wrong:
-        yield Finding("packages", OK, f"{len(wanted)} required packages" + ", all of the tested versions" * bool(tested))
+        yield Finding("packages", OK, f"{len(wanted)} required packages" + ", all as tested" * bool(tested))
 
 
 def assets() -> Iterator[Finding]:
@@ -278,7 +278,8 @@ def threads() -> Iterator[Finding]:
         yield judged("threads", int(given) <= n, f"OMP_NUM_THREADS = {given}, {n} cores",
                      f"export OMP_NUM_THREADS={n}")  # fmt: skip
     else:
-        yield judged("threads", not quota or quota >= 0.75 * n, f"{n} cores" + (f", a quota of {quota:.1f}" if quota else ""),
+        granted = f", a quota of {quota:.1f}" if quota else ""
+        yield judged("threads", not quota or quota >= 0.75 * n, f"{n} cores{granted}",
                      f"torch would start {n} threads: export OMP_NUM_THREADS={max(1, round(quota or n))}    "
                      "(or runtime.threads=...)", NOTE)  # fmt: skip
 
@@ -313,7 +314,8 @@ def hub() -> Iterator[Finding]:
         there = (cached / f"datasets--{repo.replace('/', '--')}").is_dir() or (offline and not out_of_reach(repo))
         missing |= {} if there else {f"corpus {name}": f"{repo} --repo-type dataset"}
     state = f"{cached}: {', '.join(offline) + ' set' if offline else 'online allowed'}; "
-    yield judged("hub", not missing, state + (f"not there: {', '.join(missing)}" if missing else "all presets' data is there"),
+    state += f"not there: {', '.join(missing)}" if missing else "every preset's data is there"
+    yield judged("hub", not missing, state,
                  f"hf download {next(iter(missing.values()), '')}    (where there is network; then copy the folder). "
                  "The defaults need none of it.", NOTE)  # fmt: skip
 

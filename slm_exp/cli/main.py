@@ -25,6 +25,7 @@ COMMANDS = {
     "sync": "sync DIR...         send offline W&B runs, each once",
     "completion": "completion bash|zsh|fish   what your shell needs to complete these",
 }
+HELP_OPTION = {"help_option_names": ["-h", "--help"]}
 HELP = """A run or a grid itself: slm-exp [overrides], or python -m slm_exp [overrides]; see slm-exp --help.
 slm COMMAND --help has the options, examples and exit statuses of each."""
 
@@ -49,7 +50,7 @@ class Commands(Group):
         formatter.write(f"\n\n{HELP}\n")
 
 
-@click.command("slm", cls=Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("slm", cls=Commands, invoke_without_command=True, context_settings=HELP_OPTION)
 @click.pass_context
 def slm(ctx: click.Context) -> int:
     if ctx.invoked_subcommand is None:

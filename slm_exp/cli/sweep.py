@@ -80,7 +80,8 @@ def taken_from(sweep: SweepFolder, extra: Sequence[str]) -> list[str]:
         unsafe = key == CODE and value.lower() != "false" and f"{CODE}=true" not in extra
         fields = head in EXPERIMENT and re.fullmatch(r"[\w.]+", key) and not unsafe
         plain = re.fullmatch(r"[\w.,:+*%@()\[\]{}' $-]*", value)  # no path, no line of its own in a batch script
-        if not ((fields and ("." in key or head in PLAIN_FIELDS)) or ((fields or key in SETTINGS_OF_A_SWEEP) and plain)):
+        is_value = fields and ("." in key or head in PLAIN_FIELDS)
+        if not (is_value or ((fields or key in SETTINGS_OF_A_SWEEP) and plain)):
             why = "it lets the model's folder run code" if unsafe else "a file gives groups, fields and the launcher's"
             raise ConfigError(f"{sweep.path / 'sweep.json'}: {given}; {why}. If you mean it, name it again: "
                               f"slm sweep resume {sweep.path} {given}")

@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from omegaconf.resolvers import oc
 
 MASK = "***"
-SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|CREDENTIAL|TOKENS?(_|\d|$)|(^|_)(API|ACCESS|PRIVATE|AUTH)?KEYS?(_|\d|$)",
-                         re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"PASSWORD|PASSWD|SECRET|CREDENTIAL|TOKENS?(_|\d|$)|(^|_)(API|ACCESS|PRIVATE|AUTH)?KEYS?(_|\d|$)", re.IGNORECASE
+)
 """Names of environment variables that hold secrets: HF_TOKEN, WANDB_API_KEY, PGPASSWORD; not TOKENIZERS_PARALLELISM."""
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 _taken: dict[str, None] = {}

@@ -86,7 +86,7 @@ def axes(overrides: Sequence[str]) -> dict[str, Override]:
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
     for override in parsed:
         if override.is_sweep_override() and not override.is_discrete_sweep():
-            raise HydraException(f"{override.input_line}: an interval has no grid; name values, or range(start,stop,step)")
+            raise HydraException(f"{override.input_line}: an interval is no grid; expected range(start,stop,step)")
     return {o.get_key_element(): o for o in parsed}
 
 
