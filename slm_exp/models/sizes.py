@@ -18,6 +18,7 @@ LLAMA2_13B = {**LLAMA2_7B, "hidden_size": 5120, "intermediate_size": 13824, "num
 SMOLLM2 = {**LLAMA, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
            "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "dtype": "float32"}
 PUBLISHED: dict[str, dict[str, Any]] = {  # the presets' repos by their published config.json, for machines without hub
+    "huggyllama/llama-7b": LLAMA2_7B,
     "meta-llama/Llama-2-7b-hf": LLAMA2_7B,
     "meta-llama/Llama-2-13b-hf": LLAMA2_13B,
     "lmsys/vicuna-7b-v1.3": LLAMA2_7B,
