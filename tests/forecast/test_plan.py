@@ -1,4 +1,4 @@
-"""`slm plan`: jobs, cache hits and sizes, told without weights and without torch."""
+"""`slm plan`: jobs, cache hits and sizes, known without weights and without torch."""
 
 import json
 import subprocess
@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slm_exp.cli import plan
+from slm_exp.cli.plan import main
 from slm_exp.core.errors import ConfigError
+from slm_exp.forecast import plan
+from slm_exp.launch.jobs import command_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["model=tiny", "model.layers=5", "calibration.n_samples=2", "calibration.seq_len=32", "tracking=none"]
@@ -17,9 +19,9 @@ NO_TORCH = """
 import sys
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-from slm_exp.cli import plan
-assert plan.main([*sys.argv[2:], "model=tiny", "--tflops", "1"]) == 0
-assert plan.main([*sys.argv[2:], "model=hf", "model.path=" + sys.argv[1], "--tflops", "1"]) == 0
+from slm_exp.cli.plan import main
+assert main([*sys.argv[2:], "model=tiny", "--tflops", "1"]) == 0
+assert main([*sys.argv[2:], "model=hf", "model.path=" + sys.argv[1], "--tflops", "1"]) == 0
 print([m for m in ("torch", "transformers", "datasets", "wandb", "lm_eval", "matplotlib") if m in sys.modules])
 print([name for name in opened if name.endswith(".safetensors")])
 """
@@ -33,7 +35,7 @@ def call(tmp_path):
             f"hydra.run.dir={tmp_path / 'run'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
 
 
-def told(call, *more, **kwargs):
+def planned(call, *more, **kwargs):
     return plan.make_plan([*call, *more], tflops=1.0, **kwargs)
 
 
@@ -61,15 +63,15 @@ def test_no_weights_are_read_and_nothing_heavy_is_imported(tmp_path):
 
 
 def test_a_run_that_was_made_is_finished_and_its_stages_are_hits(call, tmp_path):
-    before = told(call).jobs[0]
+    before = planned(call).jobs[0]
     assert before.state == "waiting"
     assert before.layers is None
     assert before.bounds == (2, 5)
     assert before.stages["plan"] == before.stages["similarity"] == "compute"
     record = run(call)
-    assert told(call, "save_model=false").jobs[0].state == "finished"
+    assert planned(call, "save_model=false").jobs[0].state == "finished"
     (tmp_path / "run" / "record.json").unlink()
-    after = told(call, "save_model=false").jobs[0]
+    after = planned(call, "save_model=false").jobs[0]
     assert after.state != "finished"
     assert after.layers == record["layers"]["after"]
     assert after.params == record["params"]["after"]
@@ -81,25 +83,25 @@ def test_a_run_that_was_made_is_finished_and_its_stages_are_hits(call, tmp_path)
 def test_known_scores_tell_the_plan_of_another_threshold(call):
     threshold = 0.9
     record = run(call, f"method.threshold={threshold}")
-    other = told(call, f"method.threshold={np.nextafter(threshold, 1)}").jobs[0]
+    other = planned(call, f"method.threshold={np.nextafter(threshold, 1)}").jobs[0]
     assert other.stages["plan"] == "compute"
     assert (other.layers, other.known) == (record["layers"]["after"], "from scores in the cache")
     assert other.stages["evaluate"] in ("cached", "shared")
 
 
-def test_width_hits_are_told(call):
+def test_width_hits_are_planned(call):
     run(call, "width=magnitude")
-    after = told(call, "width=magnitude", "save_model=false", "seed=0").jobs[0]
+    after = planned(call, "width=magnitude", "save_model=false", "seed=0").jobs[0]
     assert after.state == "finished"
     run_dir = next(o for o in call if o.startswith("hydra.run.dir")).partition("=")[2]
     (Path(run_dir) / "record.json").unlink()
-    after = told(call, "width=magnitude", "save_model=false").jobs[0]
+    after = planned(call, "width=magnitude", "save_model=false").jobs[0]
     assert after.stages["width"] == "cached"
-    assert after.stages["evaluate"] == "unknown"  # which model it is, only the run can tell
+    assert after.stages["evaluate"] == "cached", "the decision says which model it is"
 
 
 def test_a_grid_shares_what_its_jobs_have_in_common(call):
-    grid = told(call, "method.target_layers=4,3", "merge_rule=top_layer,mean")
+    grid = planned(call, "method.target_layers=4,3", "merge_rule=top_layer,mean")
     assert len(grid.jobs) == 4
     assert [j.stages["evaluate_dense"] for j in grid.jobs] == ["compute", "shared", "shared", "shared"]
     assert [j.stages["calibrate"] for j in grid.jobs].count("compute") == 1
@@ -126,13 +128,16 @@ def test_a_grid_lies_where_the_run_puts_it(overrides):
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    from slm_exp.launch import compose as door
+    from slm_exp.launch import compose
+    from slm_exp.launch.hydra_compat import session
 
-    with door._hydra_session():
+    compose.prepare_hydra()
+    with session(str(compose.conf_dir())):
         loader = GlobalHydra.instance().hydra
-        whole = loader.compose_config("config", door.open_mappings(overrides), run_mode=RunMode.MULTIRUN)
+        whole = loader.compose_config("config", compose.open_mappings(overrides), run_mode=RunMode.MULTIRUN)
         where = Path(str(whole.hydra.sweep.dir))
-    assert plan._sweep_dir(overrides, whole) == where
+    assert command_jobs([*overrides, "model=tiny", "evaluation=none"]).folder.parent == where.parent
+    assert command_jobs(overrides, identify=lambda cfg: "").folder == where
 
 
 def test_every_sweep_preset_plans():
@@ -143,25 +148,25 @@ def test_every_sweep_preset_plans():
 
 @pytest.mark.parametrize(("order", "layers"), [("after", 26), ("before", 25)])  # a narrower layer holds less
 @pytest.mark.parametrize("method", ["slm", "shortgpt"])
-def test_a_target_that_depth_and_width_share_is_told_as_one(order, layers, method):
+def test_a_target_that_depth_and_width_share_is_one(order, layers, method):
     asked = ["evaluation=none", f"method={method}", "method.target_ratio=0.2105", "width=flap", "width.share=0.5"]
     job = plan.make_plan([*asked, f"width.order={order}"], tflops=1.0).jobs[0]
     assert job.layers == layers
     assert job.params == pytest.approx(134_515_008 * (1 - 0.2105), rel=1e-3)
 
 
-def test_what_would_fail_is_said_and_ends_with_status_1(call, capsys):
-    assert plan.main([*call, "method.target_layers=99", "--tflops", "1"]) == 1
+def test_what_would_fail_is_said_and_ends_with_status_2(call, capsys):
+    assert main([*call, "method.target_layers=99", "--tflops", "1"]) == 2
     assert "WOULD FAIL: method.target_layers = 99" in capsys.readouterr().out
 
 
 def test_a_wrong_call_is_a_config_error(call):
     with pytest.raises(ConfigError, match="Did you mean threshold"):
-        told(call, "method.treshold=0.8")
+        planned(call, "method.treshold=0.8")
     with pytest.raises(ConfigError, match="--tflops = -1"):
-        plan.main(["--tflops", "-1"])
+        main(["--tflops", "-1"])
     with pytest.raises(ConfigError, match=r"job .*1\.9"):
-        told(call, "method.threshold=0.9,1.9")
+        planned(call, "method.threshold=0.9,1.9")
 
 
 def test_large_models_plan_without_the_hub(monkeypatch, tmp_path):
@@ -190,3 +195,14 @@ def test_a_table_plans_the_jobs_that_fill_it(tmp_path):
 def test_a_table_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="table"):
         plan.make_plan(["table=no_such_table"], tflops=1.0)
+
+
+def test_scores_of_another_similarity_do_not_tell_a_plan(call):
+    """After a run by token_cosine, the forecast of the run that scores refitted candidates must not quote its scores."""
+    run(call, "similarity=token_cosine")
+    refit = ["similarity=token_cosine", "similarity.after=reconstruct", "similarity.fit_samples=4",
+             "similarity.fit_seq_len=32"]  # fmt: skip
+    forecast = planned(call, *refit).jobs[0]
+    assert forecast.stages["plan"] == "compute"
+    assert forecast.layers is None
+    assert forecast.known == ""

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from slm_exp.forecast.shapes import sketch
 
 from slm_exp.models.sizes import PUBLISHED, SMOLLM2, sizes_of
 from slm_exp.models.tiny import Tiny
@@ -14,12 +13,12 @@ from slm_exp.search.cost import flops_per_token
 @pytest.mark.parametrize("tied", [True, False])
 def test_sizes_are_those_of_the_real_classes(family, tied, make_tiny):
     real = make_tiny(family, tied=tied, layers=3)
-    told = sketch(Tiny(family=family, tied=tied, layers=3), Path("unused"), "cpu")
-    assert told.digest == real.digest
-    assert (told.sizes.total, told.sizes.layer) == (real.n_params, real.layer_params)
-    assert told.sizes.flops_per_token(64) == flops_per_token(real, 3, 64)
-    assert told.sizes.with_layers(2).total == real.n_params - real.layer_params
-    assert sizes_of(real.config.to_dict()) == told.sizes
+    sketch = Tiny(family=family, tied=tied, layers=3).sketch(Path("unused"), "cpu")
+    assert sketch.digest == real.digest
+    assert (sketch.sizes.total, sketch.sizes.layer) == (real.n_params, real.layer_params)
+    assert sketch.sizes.flops_per_token(64) == flops_per_token(real, 3, 64)
+    assert sketch.sizes.with_layers(2).total == real.n_params - real.layer_params
+    assert sizes_of(real.config.to_dict()) == sketch.sizes
 
 
 @pytest.mark.parametrize(
