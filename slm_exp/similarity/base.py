@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slm_exp.calibration.fit import FitSource
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Component
+from slm_exp.kernels.base import Kernel
+from slm_exp.models.base import ModelHandle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_exp.kernels.base import Kernel
-    from slm_exp.models.base import ModelHandle
 
 AFTER = ("reconstruct",)
 FIT = ("fit_path", "fit_samples", "fit_seq_len")
