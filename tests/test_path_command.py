@@ -64,7 +64,7 @@ def test_the_path_agrees_with_single_searches_for_any_rule_score_and_kernel(
         kernel=available("kernel")[kernel](),
     )  # type: ignore[arg-type]  # fmt: skip
     path, scorer = path_of(task)
-    assert path.evaluations == len(scorer.asked)
+    assert path.evaluations == scorer.evaluations
     assert (path.plans[0].low, path.plans[-1].high) == (-1, 1)
     for plan in path.plans:
         inside = [plan.low, (plan.low + plan.high) / 2, math.nextafter(plan.high, -1)]
@@ -92,8 +92,8 @@ def test_the_command_writes_what_the_contract_says(tmp_path: Path, capsys: pytes
     assert sizes[8]["ratio_removed"] == 0
     for n, size in sizes.items():
         assert size["best_final_score"] == max(p["final_score"] for p in plans if p["n_layers"] == n)
-        assert size.latency_s > 0
-    flops = [sizes[n].flops_per_token for n in sorted(sizes)]
+        assert size["latency_s"] > 0
+    flops = [sizes[n]["flops_per_token"] for n in sorted(sizes)]
     assert flops == sorted(flops)
     assert (out / "path.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "path.md").read_text()

@@ -1,4 +1,4 @@
-"""Writing and hashing files so that a reader never meets half a file."""
+"""Writing and hashing files so that a reader never meets half a file; reading JSON that others wrote."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+MAX_BYTES = 1 << 28
+MAX_DEPTH = 50
+"""Of JSON that is read."""
 
 
 @contextlib.contextmanager
@@ -72,3 +76,43 @@ def honour_umask(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~mask)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no JSON, a key twice, NaN or an infinity, nested deeper than MAX_DEPTH, or over MAX_BYTES.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_not_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    _check_depth(value, MAX_DEPTH)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
+    return out
+
+
+def _not_finite(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _check_depth(value: Any, left: int) -> None:
+    if isinstance(value, (dict, list)):
+        if left == 0:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_depth(part, left - 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number is too large")

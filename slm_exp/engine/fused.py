@@ -8,11 +8,11 @@ of the states. Only layers whose every parameter is known are taken; the runner 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 _CLASSES = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -26,8 +26,6 @@ _PARAMETERS = {f"{m}.weight" for m in (*_NORMS, *_HEAD_NORMS, *_LINEARS)} | {f"{
 
 def supported(layer: Any, call: Mapping[str, Any], dtype: torch.dtype) -> bool:
     """Whether `fused_layer` computes what `layer(h, **call)` does: known parts only, CPU, float32 or bfloat16."""
-    import torch
-
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     parameters = dict(layer.named_parameters())
@@ -68,9 +66,6 @@ def fused_layer(
         call: what the decoder calls the layer with, floats in `dtype`.
         without: `attention` or `mlp`: that half is not computed.
     """
-    import torch
-    from torch.nn import functional
-
     linear = torch.ops.mkldnn._linear_pointwise
     attention, hd = layer.self_attn, layer.self_attn.head_dim
     B, T, D = h_BTD.shape
@@ -113,8 +108,6 @@ def fused_layer(
 
 def _rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of the half-split kind: x * cos + (-x2, x1) * sin, written into one new tensor."""
-    import torch
-
     half = x_BTHE.shape[-1] // 2
     x1, x2 = x_BTHE[..., :half], x_BTHE[..., half:]
     out = torch.empty_like(x_BTHE)

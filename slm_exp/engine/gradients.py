@@ -8,14 +8,13 @@ float32 copies of one layer's take their place.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from slm_exp.core.errors import DataError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from slm_exp.engine.runner import BlockRunner
+from slm_exp.engine.runner import BlockRunner
 
 
 def layer_gradients(
@@ -33,8 +32,6 @@ def layer_gradients(
     Cost: a forward and a backward pass of every layer and of the head; memory for one layer's parameters in float32
         three times over, one sample's activations of it, and [N, T, D].
     """
-    import torch
-
     upstream = _last_state_gradient(runner, states[-1])
     for i in range(len(states) - 2, -1, -1):
         layer = runner.handle.layers[i]
@@ -54,8 +51,6 @@ def layer_gradients(
 
 def _last_state_gradient(runner: BlockRunner, last_NTD: Tensor) -> Tensor:
     """Gradient of the mean loss with respect to the last layer's output: [N, T, D] float32."""
-    import torch
-
     norm = runner.model.get_submodule(runner.handle.layout.final_norm)
     head: Any = runner.model.get_output_embeddings()
     of_norm, of_head = ({n: _ordinary(p.detach().float()) for n, p in m.named_parameters()} for m in (norm, head))
@@ -78,8 +73,6 @@ def _last_state_gradient(runner: BlockRunner, last_NTD: Tensor) -> Tensor:
 
 def _ordinary(value: Any) -> Any:
     """Copies of tensors made in inference mode, which autograd refuses; containers keep their kind."""
-    import torch
-
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, dict):

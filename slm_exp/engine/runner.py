@@ -11,18 +11,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from slm_exp.core.errors import ArchitectureError
 from slm_exp.core.types import SUBLAYERS, Group
 from slm_exp.engine.fused import fused_layer, supported
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from torch import Tensor
-
-    from slm_exp.models.base import ModelHandle
+from slm_exp.models.base import ModelHandle
 
 log = logging.getLogger(__name__)
 
@@ -36,25 +34,25 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Slot:
-    """One layer of a trial model: an original layer's module, some of its parameters replaced or a half left out."""
+    """One layer of a trial model: an original layer's module, some parameters replaced or a sublayer left out."""
 
     host: int
     """The original layer whose module, attention type and per-layer config entries run."""
     weights: Mapping[str, Tensor] = field(default_factory=lambda: _NOTHING, compare=False)
     """Replaced parameters by name inside the layer, e.g. `self_attn.q_proj.weight`. Empty: a kept layer."""
     merged: Group | None = None
-    """Layers to be merged by the task's rule in place of `weights`; only `ReducedModels` does that, as it runs."""
+    """Layers to be merged by the task's rule in place of `weights`; only the scoring engine does that, as it runs."""
     without: frozenset[str] = frozenset()
-    """`attention` or `mlp`: that half, with its norm, does not run and the states pass it by."""
+    """`attention` or `mlp`: that sublayer, with its norm, does not run and the states pass it by."""
     scale: float = 1.0
-    """What the layer adds to the stream is multiplied by this; likewise only by `ReducedModels`."""
+    """What the layer adds to the stream is multiplied by this; likewise only by the scoring engine."""
     refit: tuple[int, int] | None = None
     """Dense layers [start, stop) whose work it takes over by a refitted projection; see search/refit.py."""
 
     def __post_init__(self) -> None:
         if not self.without < set(SUBLAYERS):
             raise ValueError(f"a slot may be without one of {', '.join(SUBLAYERS)}, not {sorted(self.without)}; a "
-                             "layer without both halves is left out of the model.")
+                             "layer without both is left out of the model.")
 
 
 class BlockRunner:
@@ -68,14 +66,12 @@ class BlockRunner:
         handle: the model; its weights load here.
         tokens_NT: [N, T] token ids.
         dtype: compute in this dtype instead of the model's; weights are cast layer by layer, as they run.
-        fuse: use the fused CPU block for layers it understands (see search/fused.py), else the library's layer.
+        fuse: use the fused CPU block for layers it understands (see engine/fused.py), else the library's layer.
     """
 
     def __init__(
         self, handle: ModelHandle, tokens_NT: np.ndarray | Tensor, dtype: torch.dtype | None = None, fuse: bool = True
     ) -> None:
-        import torch
-
         self.handle = handle
         self.model = handle.model
         self.tokens_NT = torch.as_tensor(tokens_NT).long()
@@ -96,15 +92,11 @@ class BlockRunner:
 
     def embed(self) -> Tensor:
         """The states entering layer 0: [N, T, D] in the runner's dtype."""
-        import torch
-
         parts = [self._enter(rows)[0].to(self.dtype) for rows in self.tokens_NT.split(self.rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def block(self, slot: Slot, h_NTD: Tensor) -> Tensor:
         """One decoder layer over the whole calibration set: [N, T, D] -> [N, T, D], a new tensor."""
-        import torch
-
         self.forwards += 1
         host = slot.host
         with torch.inference_mode():
@@ -126,8 +118,6 @@ class BlockRunner:
 
     def finish(self, h_NTD: Tensor) -> Tensor:
         """The model's last hidden state, after the final norm: [N, T, D] -> [N, T, D]."""
-        import torch
-
         norm = self.model.get_submodule(self.handle.layout.final_norm)
         with torch.inference_mode():
             weights = {name: p.to(self.dtype) for name, p in norm.named_parameters()}
@@ -136,8 +126,6 @@ class BlockRunner:
 
     def logits(self, last_MD: Tensor, vocabulary: slice = slice(None)) -> Tensor:
         """The head on last hidden states: [M, D] -> [M, V], or the columns of a part of the vocabulary."""
-        import torch
-
         head: Any = self.model.get_output_embeddings()
         weight, bias = head.weight[vocabulary], head.bias
         with torch.inference_mode():
@@ -156,7 +144,7 @@ class BlockRunner:
     def _weights(self, slot: Slot, everything: bool = False) -> dict[str, Tensor]:
         """Parameters and buffers as the layer runs with them: all, or those that differ from the module's own."""
         if slot.merged is not None or slot.refit is not None or slot.scale != 1:
-            raise ValueError(f"{slot} has yet to be merged, refitted or scaled; ReducedModels does that.")
+            raise ValueError(f"{slot} has yet to be merged, refitted or scaled; the scoring engine does that.")
         layer = self.handle.layers[slot.host]
         own = dict(layer.named_parameters()) | dict(layer.named_buffers())
         unknown = sorted(set(slot.weights) - set(own))
@@ -169,20 +157,16 @@ class BlockRunner:
         }
 
     def _silenced(self, slot: Slot) -> dict[str, Tensor]:
-        """Zeros in place of what writes a left-out half into the stream; the library's layer computes the rest."""
-        import torch
-
+        """Zeros in place of what writes a left-out sublayer into the stream; the library's layer computes the rest."""
         layer = self.handle.layers[slot.host]
         return {
             f"{module}.{name}": torch.zeros_like(p, dtype=self.dtype)
-            for half in slot.without
-            for module in self.handle.layout.outputs[half]
+            for kind in slot.without
+            for module in self.handle.layout.outputs[kind]
             for name, p in layer.get_submodule(module).named_parameters()
         }
 
     def _library_layer(self, host: int, weights: dict[str, Tensor], call: dict[str, Any], h_BTD: Tensor) -> Tensor:
-        import torch
-
         out = torch.func.functional_call(self.handle.layers[host], weights, (h_BTD,), call)
         return out[0] if isinstance(out, tuple) else out
 
@@ -205,8 +189,6 @@ class BlockRunner:
 
     def _enter(self, tokens_BT: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """Run the decoder with its layers passing states through: (embedded tokens, every layer's keywords)."""
-        import torch
-
         calls: list[tuple[Tensor, dict[str, Any]]] = []
 
         def record(hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -230,8 +212,6 @@ class BlockRunner:
     @classmethod
     def _cast(cls, value: Any, device: torch.device, dtype: torch.dtype) -> Any:
         """Tensors inside a layer's keywords, moved to its device and floats to a dtype."""
-        import torch
-
         if isinstance(value, torch.Tensor):
             return cls._to(value, device, dtype)
         if isinstance(value, dict):

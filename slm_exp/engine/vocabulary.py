@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from slm_exp.engine.runner import BlockRunner
+from slm_exp.engine.runner import BlockRunner
 
 PIECE = 1 << 22
 """Logits held at once: 16 MiB in float32, which stays near the processor."""
@@ -23,8 +23,6 @@ def mean_loss(runner: BlockRunner, last_NTD: Tensor) -> float:
         last_NTD: [N, T, D] last hidden states, after the final norm.
     Cost: one pass of the head, in pieces over tokens and vocabulary; sums are float64.
     """
-    import torch
-
     with torch.inference_mode():
         x_MD = last_NTD[:, :-1].flatten(0, 1)
         targets_M = runner.tokens_NT[:, 1:].flatten()
@@ -59,8 +57,6 @@ class PredictionDistance:
         self._of = DISTANCES[kind]
 
     def __call__(self, last_NTD: Tensor) -> float:
-        import torch
-
         n_words = self.runner.model.get_output_embeddings().weight.shape[0]
         rows = max(1, PIECE // n_words)
         total = 0.0
@@ -72,8 +68,6 @@ class PredictionDistance:
 
 
 def _js(p_MV: Tensor, q_MV: Tensor) -> Tensor:
-    import torch
-
     p_MV, q_MV = p_MV.log_softmax(-1), q_MV.log_softmax(-1)
     p, q = p_MV.exp(), q_MV.exp()
     m_MV = (p + q).mul_(0.5).clamp_(min=torch.finfo(p.dtype).tiny).log_()  # both at zero: no contribution
@@ -86,10 +80,6 @@ def _kl(p_MV: Tensor, q_MV: Tensor) -> Tensor:
 
 
 def _angular(p_MV: Tensor, q_MV: Tensor) -> Tensor:
-    import math
-
-    import torch
-
     return torch.nn.functional.cosine_similarity(p_MV, q_MV, -1).clamp(-1, 1).acos() / math.pi
 
 

@@ -12,11 +12,10 @@ from slm_exp.core.files import digest
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.models.base import ModelHandle, empty_model
+from slm_exp.models.layouts import LayerLayout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from slm_exp.models.layouts import LayerLayout
 
 
 def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = None) -> ModelHandle:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from slm_exp.core.cost import Count
 from slm_exp.core.errors import ConfigError, PlanError, require, require_one_of
 from slm_exp.core.registry import Component
 from slm_exp.core.together import Together
 from slm_exp.core.types import Group, MergePlan, Sublayer, Target, Trial
+from slm_exp.merging.rules.base import MergeRule
+from slm_exp.models.base import ModelHandle
 from slm_exp.search.task import PlanTask
-
-if TYPE_CHECKING:
-    from slm_exp.merging.rules.base import MergeRule
-    from slm_exp.models.base import ModelHandle
 
 COMPENSATIONS = ("magnitude",)
 SIZES = ("threshold", "target_layers", "target_ratio")

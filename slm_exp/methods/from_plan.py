@@ -5,20 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slm_exp.core.errors import ConfigError, PlanError, require
-from slm_exp.core.files import digest
-from slm_exp.core.reading import read_json
+from slm_exp.core.files import digest, read_json
 from slm_exp.core.registry import available, register
 from slm_exp.core.types import MergePlan
+from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.methods.base import Sized
+from slm_exp.models.base import ModelHandle
 from slm_exp.search.task import PlanTask
-
-if TYPE_CHECKING:
-    from slm_exp.merging.rules.base import MergeRule
-    from slm_exp.models.base import ModelHandle
 
 DEFAULT_RULE = "top_layer"
 """conf/config.yaml's: a merge_rule of this name may just not have been set."""

@@ -10,6 +10,7 @@ from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import register
 from slm_exp.methods.base import Baseline, Selection
 from slm_exp.methods.sublayers import SublayerBaseline, Wanted
+from slm_exp.models.base import ModelHandle
 from slm_exp.search.greedy import Removed, Unit, one_shot, traced
 from slm_exp.search.task import PlanTask
 from slm_exp.similarity.base import token_cosine
@@ -17,7 +18,6 @@ from slm_exp.similarity.base import token_cosine
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_exp.models.base import ModelHandle
 
 UNITS = ("layer", "attention", "mlp", "joint")
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from slm_exp.core.cost import Count
 from slm_exp.core.errors import require
 from slm_exp.core.registry import register
 from slm_exp.engine.progress import ticking
 from slm_exp.methods.base import Baseline, Selection, lowest
+from slm_exp.models.base import ModelHandle
 from slm_exp.search.task import PlanTask
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
 
 
 @register("method", "shortened_taylor")

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from slm_exp.core.cost import Count
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import register
 from slm_exp.core.types import MergePlan, Target
 from slm_exp.methods.base import SIZES, Sized
+from slm_exp.models.base import ModelHandle
 from slm_exp.search.state import SearchState
 from slm_exp.search.target import BUDGET
 from slm_exp.search.task import PlanTask
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
 
 THRESHOLD = 0.9
 """Where no size is requested."""

@@ -5,18 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from slm_exp.core.cost import Count
 from slm_exp.core.errors import ConfigError, require
 from slm_exp.core.types import Sublayer
 from slm_exp.merging.surgery import sublayer_sizes
 from slm_exp.methods.base import Baseline, Selection, greedy_cost
+from slm_exp.models.base import ModelHandle
 from slm_exp.search.greedy import Removed, Unit, sublayers
 from slm_exp.search.task import PlanTask
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
 
 Wanted = Callable[[Sequence[Unit], Unit], bool]
 

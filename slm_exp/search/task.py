@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from slm_exp.core.types import MergePlan
 from slm_exp.models.base import ModelHandle
 from slm_exp.search.inputs import SearchInputs
+from slm_exp.similarity.layers import layer_similarity
 
 if TYPE_CHECKING:
     from slm_exp.search.scoring import ScoringEngine
@@ -41,8 +42,6 @@ class PlanTask(SearchInputs):
             with_matrix: whether the layer similarity matrix is needed: a narrower model has its own.
         Cost: that of the matrix.
         """
-        from slm_exp.similarity.layers import layer_similarity
-
         if handle is self.handle:
             return self
         matrix = layer_similarity(handle, self.tokens, self.kernel, self.similarity) if with_matrix else None

@@ -7,12 +7,11 @@ from math import pi
 from typing import TYPE_CHECKING
 
 from slm_exp.core.registry import register
+from slm_exp.kernels.base import Kernel
 from slm_exp.similarity.base import Scorer, Similarity, as_score, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from slm_exp.kernels.base import Kernel
 
 
 @register("similarity", "angular")

@@ -12,6 +12,8 @@ from slm_exp.calibration.fit import FitSource
 from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Component
+from slm_exp.kernels.base import Kernel
+from slm_exp.models.base import ModelHandle
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from slm_exp.core.errors import DataError
 from slm_exp.core.registry import register
+from slm_exp.kernels.base import Kernel
 from slm_exp.similarity.base import Scorer, Similarity, as_score, cosines
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_exp.kernels.base import Kernel
 
 MIN_ROWS = 4
 """The unbiased estimator divides by n(n-3)."""

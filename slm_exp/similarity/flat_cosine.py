@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.registry import register
+from slm_exp.kernels.base import Kernel
 from slm_exp.similarity.base import Scorer, Similarity, as_score, cosines, token_dots, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from slm_exp.kernels.base import Kernel
 
 
 @register("similarity", "flat_cosine")

@@ -1,18 +1,15 @@
-"""How alike every pair of layers is: CKA over pre-norm block outputs, streamed layer by layer."""
+"""The similarity of every pair of layers: CKA over pre-norm block outputs, streamed layer by layer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from tqdm import tqdm
 
 from slm_exp.core.errors import DataError
-from slm_exp.core.types import LayerSimilarity
+from slm_exp.core.types import CalibrationTokens, LayerSimilarity
+from slm_exp.kernels.base import Kernel
+from slm_exp.models.base import ModelHandle
+from slm_exp.similarity.base import Similarity
 from slm_exp.similarity.cka import fingerprint, minibatches, normalised, token_rows
-
-if TYPE_CHECKING:
-    from slm_exp.core.types import CalibrationTokens
-    from slm_exp.kernels.base import Kernel
-    from slm_exp.models.base import ModelHandle
-    from slm_exp.similarity.base import Similarity
 
 GRAM_BYTES = 2**29
 """Memory for the Gram matrices of all layers. Beyond it (30 layers: 8,700 tokens) the model runs again for the rest."""
@@ -34,7 +31,6 @@ def layer_similarity(
     Cost: L block forwards (a few times that beyond `GRAM_BYTES`); L N T b (D + L) multiplications in float64.
     """
     import torch
-    from tqdm import tqdm
 
     from slm_exp.engine.runner import BlockRunner, Slot
 

@@ -51,8 +51,6 @@ def test_a_layer_that_loses_both_halves_is_a_dropped_layer() -> None:
     ("fields", "message"),
     [
         ({"sublayers": (Sublayer(8, "mlp"),)}, "layer 8 without mlp lies outside a model of 8 layers"),
-        ({"sublayers": (Sublayer(2, "norm"),)}, "sublayers has kind 'norm'; known: attention, mlp"),
-        ({"sublayers": ({"layer": 2},)}, "expected {layer, kind} for each"),
         ({"sublayers": (Sublayer(2, "mlp"),), "dropped": (2,)}, "layer 2 without mlp and dropped layer 2 overlap"),
         ({"sublayers": (Sublayer(2, "mlp"),), "groups": ((1, 3),)}, r"layer 2 without mlp and group \[1, 3\) overlap"),
     ],

@@ -465,8 +465,8 @@ def test_a_plan_is_known_by_what_it_does(tmp_path: Path) -> None:
     ('{"n_layers": 8, "grups": []}', "unknown fields grups"),
     ('{"n_layers": 8, "dropped": [9]}', "outside a model of 8"),
     ('{"n_layers": 8, "groups": [3]}', "is none"),
-    ('{"n_layers": 8, "compensation": {"kind": "x", "cuts": []}}', "expected {kind: magnitude"),
-    ('{"n_layers": 8, "compensation": {"kind": "magnitude", "cuts": [{"start": 2}]}}', "expected {kind: magnitude"),
+    ('{"n_layers": 8, "compensation": {"kind": "x", "cuts": []}}', "compensation.kind = 'x'; expected 'magnitude'"),
+    ('{"n_layers": 8, "compensation": {"kind": "magnitude", "cuts": [{"start": 2}]}}', "compensation.cuts.0 has no"),
     ('{"n_layers": 8, "compensation": {"kind": "magnitude", "cuts": [{"start": 2, "stop": 3, "alpha": 0}]}}',
      "layers 2..2 has alpha = 0"),
 ])  # fmt: skip

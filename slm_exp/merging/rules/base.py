@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from slm_exp.core.errors import ArchitectureError
 from slm_exp.core.registry import Component
+from slm_exp.models.layouts import LayerLayout
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from slm_exp.models.layouts import LayerLayout
 
 
 class Merged(NamedTuple):
