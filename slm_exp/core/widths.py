@@ -22,7 +22,7 @@ FILE = "width.json"
 
 
 class _Strict(BaseModel):
-    """Numbers are of the type they claim to be: no booleans, no text, no floats for counts; no unknown fields."""
+    """No booleans or floats for whole numbers, no text for numbers, no unknown fields."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -36,7 +36,7 @@ Batch = dict[str, Tensor]
 
 
 class Recipe(Protocol):
-    """How long, how fast and how exact a training is; fields as in `recovery.trained.Trained`."""
+    """How long, how fast and how exact a training is: see `recovery.trained.Trained`."""
 
     seq_len: int
     epochs: float
@@ -177,33 +177,17 @@ class Training:
         # newer versions have another name for it and warn of this one
         saving: dict[str, Any] = {"gradient_checkpointing": True} if r.gradient_checkpointing else {}
         arguments = TrainingArguments(
-            output_dir=str(self.folder),
-            per_device_train_batch_size=r.micro_batch_size,
+            output_dir=str(self.folder), per_device_train_batch_size=r.micro_batch_size,
             per_device_eval_batch_size=r.micro_batch_size,
-            gradient_accumulation_steps=r.batch_size // r.micro_batch_size // world(),
-            learning_rate=r.lr,
+            gradient_accumulation_steps=r.batch_size // r.micro_batch_size // world(), learning_rate=r.lr,
             lr_scheduler_type=r.schedule if r.schedule != "constant" else "constant_with_warmup",
-            warmup_steps=r.warmup_steps,
-            num_train_epochs=r.epochs,
-            max_steps=r.max_steps or -1,
-            eval_strategy="steps" if held else "no",
-            eval_steps=r.checkpoint_every,
-            save_strategy="steps",
-            save_steps=r.checkpoint_every,
-            save_total_limit=KEPT,
-            load_best_model_at_end=held,
-            metric_for_best_model="eval_loss" if held else None,
-            greater_is_better=False if held else None,
-            prediction_loss_only=True,
-            logging_steps=1,
-            bf16=half,
-            use_cpu=self.device.type == "cpu",
-            **saving,
-            seed=self.seed,
-            data_seed=self.seed,
-            remove_unused_columns=False,
-            report_to="none",
-            disable_tqdm=True,
+            warmup_steps=r.warmup_steps, num_train_epochs=r.epochs, max_steps=r.max_steps or -1,
+            eval_strategy="steps" if held else "no", eval_steps=r.checkpoint_every,
+            save_strategy="steps", save_steps=r.checkpoint_every, save_total_limit=KEPT,
+            load_best_model_at_end=held, metric_for_best_model="eval_loss" if held else None,
+            greater_is_better=False if held else None, prediction_loss_only=True, logging_steps=1,
+            bf16=half, use_cpu=self.device.type == "cpu", **saving, seed=self.seed, data_seed=self.seed,
+            remove_unused_columns=False, report_to="none", disable_tqdm=True,
             ddp_timeout=DAY,  # the others wait while the first measures the dense model
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher: DataParallel would hide the model

@@ -104,4 +104,5 @@ class Reconstruct(Recovery):
         if len(tokens.tokens_NT) < 2:
             raise DataError(f"{tokens.source}: 1 sequence; recovery=reconstruct holds one out and fits on the others.")
         tensors, steps = refit(task, tokens, self)
-        return RecoveryResult(tensors, {"tokens": tokens.describe(), "digest": tokens.digest, "layers": steps})
+        return RecoveryResult(tensors, {"tokens": tokens.describe(), "digest": tokens.digest,
+                                        "layers": [step._asdict() for step in steps]})

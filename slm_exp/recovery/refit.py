@@ -6,12 +6,12 @@ import logging
 import math
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from slm_exp.core.types import CalibrationTokens
+from slm_exp.core.types import CalibrationTokens, Group
 from slm_exp.engine.ridge import Moments, add_tokens, changed, empty_moments, held_out, input_of, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.recovery.base import RecoveryTask
@@ -30,9 +30,23 @@ class Settings(Protocol):
     weighting: str
 
 
+class Refitted(NamedTuple):
+    """What was done to one layer."""
+
+    layer: int
+    """Position in the compressed model."""
+    original: list[int]
+    """The dense layers [start, stop) that it stands for."""
+    errors: list[float]
+    """Of the stream after it on held-out sequences, relative; before each projection's refit, and at the end."""
+    projections: list[str]
+    ridges: list[float | None]
+    """The one chosen for each; None where no change helped."""
+
+
 def refit(
     task: RecoveryTask, tokens: CalibrationTokens, settings: Settings
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+) -> tuple[dict[str, Tensor], list[Refitted]]:
     """New tensors of the compressed model by name, and what was done layer by layer."""
     with tempfile.TemporaryDirectory(prefix="slm_exp-reconstruct-") as where:
         return _Refit(settings, task, tokens, Path(where)).run()
@@ -52,10 +66,9 @@ class _Refit:
         shape = (*ids_NT.shape, int(task.handle.config.hidden_size))
         self.dense_NTD, self.short_NTD = (_on_disk(where / name, shape) for name in ("dense", "short"))
 
-    def run(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """New tensors by name in the model, and what was done layer by layer."""
+    def run(self) -> tuple[dict[str, Tensor], list[Refitted]]:
         out: dict[str, Tensor] = {}
-        steps: list[dict[str, Any]] = []
+        steps: list[Refitted] = []
         plan = self.task.plan
         chosen, slots, scales = beside_cuts(plan, self.settings.layers), plan.slots, stream_scales(plan)
         if not chosen:
@@ -72,11 +85,10 @@ class _Refit:
             at = end
             weights: dict[str, Tensor] = {}
             if position in chosen:
-                removed: set[str] = {s.kind for s in plan.sublayers if s.layer == slots[position].start}
-                weights, step = self._refit(position, removed, scales[position])
-                steps.append({"layer": position, "original": list(slots[position]), **step})
-                log.info("layer %d: relative error of the stream %.4f, refitted %.4f", position, step["errors"][0],
-                         step["errors"][-1])
+                weights, step = self._refit(position, slots[position], scales[position])
+                steps.append(step)
+                log.info("layer %d: relative error of the stream %.4f, refitted %.4f", position, step.errors[0],
+                         step.errors[-1])
                 out |= {f"{self.layout.layer_list}.{position}.{name}": t for name, t in weights.items()}
             if position < chosen[-1]:
                 self._advance(self.short, self.short_NTD, Slot(position, weights))
@@ -91,8 +103,9 @@ class _Refit:
         for rows in self.batches:
             h_NTD[rows] = runner.block(slot, h_NTD[rows])
 
-    def _refit(self, position: int, removed: set[str], scale: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _refit(self, position: int, slot: Group, scale: float) -> tuple[dict[str, Tensor], Refitted]:
         """One layer's new parameters by name inside it, and how the error fell."""
+        removed = {s.kind for s in self.task.plan.sublayers if s.layer == slot.start}
         kinds = ("mlp", "attention") if self.settings.attention else ("mlp",)
         modules = [m for kind in kinds if kind not in removed for m in self.layout.outputs[kind]]
         if not modules:  # of this layer only the attention is left
@@ -113,7 +126,7 @@ class _Refit:
                 ridges.append(step[1] if step else None)
                 if step:
                     weights = weights | changed(self.task.handle.layers[position], module, weights, step[0])
-        return weights, {"errors": errors, "projections": modules * self.settings.passes, "ridges": ridges}
+        return weights, Refitted(position, list(slot), errors, modules * self.settings.passes, ridges)
 
     def _moments(
         self, position: int, module: str | None, weights: dict[str, Tensor], scale: float

@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.files import write_json
@@ -15,9 +15,7 @@ from slm_exp.core.together import DepthMethod, Together
 from slm_exp.core.types import CalibrationTokens, Group, Target
 from slm_exp.core.widths import WidthDecision
 from slm_exp.models.base import ModelHandle
-
-if TYPE_CHECKING:
-    from slm_exp.models.sizes import Sizes
+from slm_exp.models.sizes import Sizes
 
 M = TypeVar("M", bound=DepthMethod)
 

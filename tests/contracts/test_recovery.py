@@ -18,6 +18,7 @@ from slm_exp.core.errors import SlmError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.merging.surgery import apply_plan
+from slm_exp.models.sizes import SMOLLM2, sizes_of
 from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_tensors
 
 RECOVERIES = available("recovery")
@@ -172,6 +173,20 @@ def test_identity_is_json_without_places(name: str, tmp_path: Path) -> None:
     text = json.dumps(recovery.identity())
     assert name in text
     assert str(tmp_path) not in text
+
+
+@every_recovery
+def test_the_cost_grows_with_the_model_and_says_what_it_leaves_out(name: str) -> None:
+    sizes = sizes_of(SMOLLM2)
+    work, notes = quick(name).cost(sizes, 25)
+    assert notes == []
+    assert (work.flops > 0) == quick(name).changes_weights
+    assert quick(name).cost(sizes.with_layers(60), 50)[0].blocks >= 2 * work.blocks
+    assert (quick(name).memory(sizes) > 0) == quick(name).trains()
+    assert quick(name).wall_clock_limit is None
+    if quick(name).trains():
+        assert quick(name, max_minutes=3.0).wall_clock_limit == 3
+        assert quick(name, max_minutes=3.0).cost(sizes, 25)[1] == ["recovery stops after 3 minutes"]
 
 
 @every_recovery
