@@ -146,7 +146,7 @@ def half_sizes(handle: ModelHandle, layer: int = 0) -> dict[str, int]:
 
     module = handle.layout.layers(handle.model if handle.loaded else empty_model(handle.config))[layer]
     return {half: sum(p.numel() for name in names for p in module.get_submodule(name).parameters())
-            for half, names in handle.layout.halves.items()}
+            for half, names in handle.layout.sublayers.items()}
 
 
 def zeroed(compressed: ModelHandle, plan: MergePlan) -> int:

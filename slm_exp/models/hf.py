@@ -111,6 +111,7 @@ class HF(ModelSource):
             folder = self._fetch(SMALL, lambda f: (f / "config.json").is_file(), self.revision)
         config, layout = loading.read_model_config(folder, self.trust_remote_code)
         if self._folder() is None:
+            weight_files(folder)  # an index that is none is refused now
             contents = {"repo": self.path, "commit": folder.name}
         else:
             inspect(folder)

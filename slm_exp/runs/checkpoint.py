@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from slm_exp.core.errors import CheckpointError
 from slm_exp.core.files import honour_umask, write_json, write_text
 from slm_exp.models.layerwise import has_own_code
-from slm_exp.models.loading import save_tokenizer
+from slm_exp.models.saving import save_tokenizer
 from slm_exp.runs.reload import tensor_digests
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ BUILT = ("core/types.py", "models", "merging")
 REFIT = ("calibration/fit.py", "engine/ridge.py")
 """What similarity.after=reconstruct scores candidates by."""
 CODE = {  # what computes each stage, where the caller does not say so itself
-    "model": Code(("models/smollm2_135m.py",)),
+    "model": Code(("models/gguf.py",)),
     "calibrate": Code(("calibration", "core/types.py", "core/text.py"), ("transformers",)),
     "similarity": Code(("similarity", "kernels", "engine", "models/layouts.py")),
     "plan": Code((*BUILT, "methods", "search", "engine", "similarity", "kernels", *REFIT, "calibration")),
