@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slm_exp.calibration.base import Calibration
 from slm_exp.calibration.bundled import Bundled
 from slm_exp.calibration.jsonl import JsonLines
 from slm_exp.calibration.tokens import Tokens
 from slm_exp.core.errors import ConfigError, DataError
+from slm_exp.core.registry import Fields
 from slm_exp.core.types import CalibrationTokens
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class FitSource:
     def is_tokens(self) -> bool:
         return self.path is not None and self.path.endswith(".npy")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         with self._named():
             return self._source().identity()
 

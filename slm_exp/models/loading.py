@@ -125,9 +125,7 @@ def load_weights(
             raise CheckpointError(f"the weights in {folder} {problem} {first}. "
                                   "config.json and the weights belong to different models; copy both again.")
     if any(p.device.type == "meta" for p in model.parameters()):
-        raise ConfigError(
-            f"model.device_map = {device_map}: the model does not fit the visible devices, and weights "
-            "put off to disk cannot be merged. Use more devices or a smaller model.dtype."
-        )
+        raise ConfigError(f"model.device_map = {device_map}: the model does not fit the visible devices, and weights "
+                          "put off to disk cannot be merged. Use more devices or a smaller model.dtype.")
     layout.check(model)
     return model

@@ -24,6 +24,9 @@ from slm_exp.core.cache.folder import MANIFEST, STAGES, mark
 from slm_exp.core.cache.folder import default_cache_dir as default_cache_dir
 from slm_exp.core.files import digest, file_digest, write_json
 
+Inputs = dict[str, Any]
+"""What a stage reads, by name: JSON-able, digests in place of what is large."""
+
 log = logging.getLogger(__name__)
 
 BUILT = ("core/types.py", "models", "merging")
@@ -62,7 +65,7 @@ class StageStore:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def key(self, stage: str, inputs: dict[str, Any], code: Code | None = None) -> str:
+    def key(self, stage: str, inputs: Inputs, code: Code | None = None) -> str:
         """Digest of a stage's inputs, code and libraries.
 
         Args:
@@ -74,7 +77,7 @@ class StageStore:
             "libraries": library_versions(code.libraries),
         })
 
-    def entry(self, stage: str, inputs: dict[str, Any], code: Code | None = None) -> Path:
+    def entry(self, stage: str, inputs: Inputs, code: Code | None = None) -> Path:
         """The folder of an entry, there or not.
 
         Raises:
@@ -85,7 +88,7 @@ class StageStore:
         return self.folder / stage / self.key(stage, inputs, code)
 
     def cached(
-        self, stage: str, inputs: dict[str, Any], kind: type[S], compute: Callable[[], S], code: Code | None = None
+        self, stage: str, inputs: Inputs, kind: type[S], compute: Callable[[], S], code: Code | None = None
     ) -> tuple[S, bool]:
         """The stored result for these inputs, or a computed one, stored. Returns (value, whether it was stored).
 
@@ -110,7 +113,7 @@ class StageStore:
             return value, False
 
     def entry_folder(
-        self, stage: str, inputs: dict[str, Any], build: Callable[[Path], None], code: Code | None = None
+        self, stage: str, inputs: Inputs, build: Callable[[Path], None], code: Code | None = None
     ) -> Path:
         """A stored folder used in place (e.g. converted weights): built once by `build(folder)`.
 
@@ -143,7 +146,7 @@ class StageStore:
             os.utime(entry)
         return value
 
-    def _build(self, entry: Path, build: Callable[[Path], None], inputs: dict[str, Any]) -> None:
+    def _build(self, entry: Path, build: Callable[[Path], None], inputs: Inputs) -> None:
         tmp = entry.with_name(f".{entry.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp")
         tmp.mkdir(parents=True)
         try:
