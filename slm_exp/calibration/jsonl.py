@@ -22,13 +22,8 @@ class JsonLines(TextCalibration):
 
     def check(self) -> None:
         super().check()
-        require(
-            bool(self.path),
-            "calibration.path",
-            self.path,
-            "a file or folder of JSON lines",
-            "For example calibration.path=texts.jsonl calibration.field=text.",
-        )
+        require(bool(self.path), "calibration.path", self.path, "a file or folder of JSON lines",
+                "For example calibration.path=texts.jsonl calibration.field=text.")
 
     def documents(self, handle: ModelHandle) -> tuple[str, Iterable[Document]]:
         assert self.path is not None

@@ -6,13 +6,14 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.calibration.base import Calibration
 from slm_exp.calibration.documents import Document, local_files, read_documents
 from slm_exp.core.cache.digests import content_digest, files_digest
 from slm_exp.core.errors import DataError
 from slm_exp.core.hub import Repo
+from slm_exp.core.registry import Fields
 from slm_exp.core.types import CalibrationTokens
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class TextCalibration(Calibration):
             DataError / ConfigError: they cannot be had; names the remedy.
         """
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         fields = super().identity()
         if self.path is not None:
             fields["path"] = paths_digest(self.path)
@@ -48,17 +49,13 @@ class TextCalibration(Calibration):
 
         tokenizer = handle.tokenizer
         if tokenizer is None:
-            raise DataError(
-                f"calibration={self.name} needs a tokenizer, and the model {handle.name} has none. "
-                "Use calibration=tokens calibration.path=FILE.npy."
-            )
+            raise DataError(f"calibration={self.name} needs a tokenizer, and the model {handle.name} has none. "
+                            "Use calibration=tokens calibration.path=FILE.npy.")
         start: list[int] = []
         if self.add_bos:
             if tokenizer.bos_token_id is None:
-                raise DataError(
-                    f"calibration.add_bos = true, but the tokenizer of {handle.name} has no BOS token. "
-                    "Set calibration.add_bos=false."
-                )
+                raise DataError(f"calibration.add_bos = true, but the tokenizer of {handle.name} has no BOS token. "
+                                "Set calibration.add_bos=false.")
             start = [tokenizer.bos_token_id]
         need = self.seq_len - len(start)
         source, documents = self.documents(handle)
@@ -78,11 +75,9 @@ class TextCalibration(Calibration):
             if len(rows) == self.n_samples:
                 break
         if len(rows) < self.n_samples:
-            raise DataError(
-                f"calibration={self.name} ({source}): {len(rows)} texts have at least {need} tokens; "
-                f"{self.n_samples} are wanted. Lower calibration.n_samples or calibration.seq_len, or give "
-                "longer texts."
-            )
+            raise DataError(f"calibration={self.name} ({source}): {len(rows)} texts have at least {need} tokens; "
+                            f"{self.n_samples} are wanted. Lower calibration.n_samples or calibration.seq_len, or give "
+                            "longer texts.")
         tokens_NT = np.asarray(rows, dtype=np.int32)
         check_ids(tokens_NT, handle, f"the tokenizer of {handle.name}")
         return CalibrationTokens(tokens_NT, source, tuple(names))
@@ -144,7 +139,5 @@ def check_ids(tokens_NT: np.ndarray, handle: ModelHandle, where: str) -> None:
     bad = np.argwhere((tokens_NT < 0) | (tokens_NT >= vocab))
     if len(bad):
         row, column = (int(i) for i in bad[0])
-        raise DataError(
-            f"{where}: token id {int(tokens_NT[row, column])} at row {row}, column {column} lies outside "
-            f"the vocabulary of {handle.name} (0 to {vocab - 1})."
-        )
+        raise DataError(f"{where}: token id {int(tokens_NT[row, column])} at row {row}, column {column} lies outside "
+                        f"the vocabulary of {handle.name} (0 to {vocab - 1}).")

@@ -12,7 +12,7 @@ from slm_exp.calibration.base import Calibration
 from slm_exp.calibration.text import check_ids, paths_digest
 from slm_exp.core.cost import Tokens as Shape
 from slm_exp.core.errors import ConfigError, DataError, require
-from slm_exp.core.registry import register
+from slm_exp.core.registry import Fields, register
 from slm_exp.core.types import CalibrationTokens
 
 if TYPE_CHECKING:
@@ -31,16 +31,11 @@ class Tokens(Calibration):
 
     def check(self) -> None:
         super().check()
-        require(
-            bool(self.path),
-            "calibration.path",
-            self.path,
-            "a .npy file of token ids [N, T]",
-            "For example calibration.path=calibration_tokens.npy.",
-        )
+        require(bool(self.path), "calibration.path", self.path, "a .npy file of token ids [N, T]",
+                "For example calibration.path=calibration_tokens.npy.")
         require(not self.add_bos, "calibration.add_bos", self.add_bos, "false: a token file is taken as it is")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         assert self.path is not None
         return {"name": self.name, "path": paths_digest(self.path)}
 

@@ -52,18 +52,17 @@ class Repo:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        which: dict[str, Any] = {"repo_type": self.kind, "revision": self.revision}
-        asked = {**which, "allow_patterns": list(patterns)}
+        only = list(patterns)
         with contextlib.suppress(LocalEntryNotFoundError):
-            folder = Path(snapshot_download(self.name, **asked, local_files_only=True))
+            folder = Path(snapshot_download(self.name, **self._which, allow_patterns=only, local_files_only=True))
             if complete(folder):
                 return folder
         with self._probing():
-            info: Any = HfApi().repo_info(self.name, **which, timeout=PROBE_SECONDS)
+            info: Any = HfApi().repo_info(self.name, **self._which, timeout=PROBE_SECONDS)
         if vet is not None:
             vet([f.rfilename for f in info.siblings or []])
         with self._downloading(info.sha):
-            folder = Path(snapshot_download(self.name, **asked))
+            folder = Path(snapshot_download(self.name, **self._which, allow_patterns=only))
         if not complete(folder):
             raise self.error(f"{self}: the repo lacks files that are needed ({', '.join(patterns)}).")
         return folder
@@ -77,13 +76,16 @@ class Repo:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        which: dict[str, Any] = {"repo_type": self.kind, "revision": self.revision}
         with contextlib.suppress(LocalEntryNotFoundError):
-            return Path(hf_hub_download(self.name, name, **which, local_files_only=True))
+            return Path(hf_hub_download(self.name, name, **self._which, local_files_only=True))
         with self._probing():
-            found = get_hf_file_metadata(hf_hub_url(self.name, name, **which), timeout=PROBE_SECONDS)
-        with self._downloading(found.commit_hash):
-            return Path(hf_hub_download(self.name, name, **which))
+            about = get_hf_file_metadata(hf_hub_url(self.name, name, **self._which), timeout=PROBE_SECONDS)
+        with self._downloading(about.commit_hash):
+            return Path(hf_hub_download(self.name, name, **self._which))
+
+    @property
+    def _which(self) -> dict[str, Any]:
+        return {"repo_type": self.kind, "revision": self.revision}
 
     def __str__(self) -> str:
         return f"{self.setting} = {self.name}" + (f" (revision {self.revision})" if self.revision else "")

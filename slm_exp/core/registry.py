@@ -27,6 +27,9 @@ GROUPS = {  # config group -> package whose modules hold its members
     "runtime": "core.runtime",
 }
 
+Fields = dict[str, Any]
+"""Named values that JSON can hold: what distinguishes a component's results, or a config's fields."""
+
 _members: dict[str, dict[str, type[Component]]] = {group: {} for group in GROUPS}
 
 
@@ -47,7 +50,7 @@ class Component:
     def check(self) -> None:
         """Raise ConfigError on a bad field. Cheap: no files of weights, no heavy imports."""
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         """What distinguishes this component's results, JSON-able: its name and scientific fields.
 
         Override to replace a path by a digest of what it holds.

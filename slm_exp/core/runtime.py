@@ -53,7 +53,7 @@ class Runtime(Component):
         """Set threads, determinism and every seed; return the device (`device` overrides this config's).
 
         Raises:
-            ConfigError: cuda was asked for and is not there.
+            ConfigError: cuda is requested and not there.
         """
         import random
 

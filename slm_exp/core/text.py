@@ -26,6 +26,7 @@ SLICE = 2**20
 """Characters that are tokenised at a time."""
 CHUNK = 2**20
 SURROGATE = re.compile("[\ud800-\udfff]")
+LIST = re.compile(rb"\s*\[")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -77,19 +78,20 @@ def read_rows(file: Path, field: str | None = None, setting: str = "", lists: bo
     lines, n = _raw_lines(file), 0
     for line in lines:
         n += 1  # noqa: SIM113 - enumerate would hold on to the line
-        where, parts = f"{file}, line {n}", [line]
-        if (lists or kind == ".json") and line.lstrip().startswith(b"["):
-            size = len(line)
+        where = f"{file}, line {n}"
+        if (lists or kind == ".json") and LIST.match(line):
+            whole = bytearray(line)
             for more in lines:
-                parts.append(more)
-                if (size := size + len(more)) > LIMIT:
+                whole += more
+                if len(whole) > LIMIT:
                     raise _too_long(where, "a list")
-            for i, value in enumerate(_parsed(parts, where, "JSON lines or a JSON list"), 1):
+            for i, value in enumerate(_parsed([whole], where, "JSON lines or a JSON list"), 1):
                 yield Row(value, i, f"{file}, entry {i}")
             return
-        del line  # nothing but `parts` holds it while it is parsed
-        if not parts[0].isspace():
-            yield Row(_parsed(parts, where, "JSON lines"), n, where)
+        if not line.isspace():
+            given = [line]
+            del line  # nothing but `given` holds it while it is parsed
+            yield Row(_parsed(given, where, "JSON lines"), n, where)
 
 
 def read_field(file: Path, field: str, setting: str = "") -> Iterator[tuple[int, str]]:
@@ -139,35 +141,27 @@ def pieces(lines: Iterable[str], chars: int) -> Iterator[str]:
         yield whole
 
 
-def _raw_lines(file: Path) -> Iterator[bytes]:
-    """Lines as bytes, "\\n" for every line end, the byte order mark taken off."""
-    parts: list[bytes] = []  # of the line that is not yet ended
-    size = n = 0
+def _raw_lines(file: Path) -> Iterator[bytes | bytearray]:
+    """Lines as bytes, "\n" for every line end, the byte order mark taken off."""
+    n, begun = 1, bytearray()  # grows in place, where a list of parts would take its memory twice
     for chunk in _chunks(file):
         for part in chunk.splitlines(keepends=True):
-            parts.append(part)
-            size += len(part)
-            if size > LIMIT:
-                raise _too_long(f"{file}, line {n + 1}", "a line")
-            if part.endswith((b"\n", b"\r")):
+            if len(begun) + len(part) > LIMIT:
+                raise _too_long(f"{file}, line {n}", "a line")
+            ended = part.endswith((b"\n", b"\r"))
+            if ended and not part.endswith(b"\n"):
+                part = part[:-1] + b"\n"
+            elif part.endswith(b"\r\n"):
+                part = part[:-2] + b"\n"
+            if not ended or begun:
+                begun += part
+            if ended:
+                whole, begun = [begun or part], bytearray()
                 n += 1
-                ended = parts
-                parts, size = [], 0
-                yield _line(ended)
-    if parts:
-        yield _line(parts)
-
-
-def _line(parts: list[bytes]) -> bytes:
-    """One line of its parts, which are given up; ends in "\n" if it had a line end."""
-    last = parts[-1]
-    for end in (b"\r\n", b"\r"):
-        if last.endswith(end):
-            parts[-1] = last.removesuffix(end) + b"\n"
-            break
-    line = parts[0] if len(parts) == 1 else b"".join(parts)
-    parts.clear()
-    return line
+                yield whole.pop()  # this frame must not hold on to it either
+    whole, begun = [begun], bytearray()
+    if whole[0]:
+        yield whole.pop()
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
@@ -189,16 +183,16 @@ def _opened(file: Path) -> IO[bytes]:
     return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
 
 
-def _decoded(line: bytes, where: str) -> str:
+def _decoded(line: bytes | bytearray, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as cause:
         raise DataError(f"{where}: not UTF-8 ({cause}).") from cause
 
 
-def _parsed(parts: list[bytes], where: str, wanted: str) -> Any:
-    """The JSON value of some lines, which are given up: a long one is in memory twice at most."""
-    text = _decoded(_line(parts), where)
+def _parsed(given: list[bytes | bytearray], where: str, wanted: str) -> Any:
+    """The JSON value of the one line that is given, and given up: a long one is in memory twice at most."""
+    text = _decoded(given.pop(), where)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as cause:

@@ -96,7 +96,7 @@ def sublayer_sizes(handle: ModelHandle, layer: int = 0) -> dict[str, int]:
     """Parameters of a layer's attention and MLP sublayers: projections and their biases. Loads no weights."""
     module = handle.layout.layers(handle.model if handle.loaded else empty_model(handle.config))[layer]
     return {kind: sum(p.numel() for name in names for p in module.get_submodule(name).parameters())
-            for kind, names in handle.layout.halves.items()}
+            for kind, names in handle.layout.sublayers.items()}
 
 
 def zeroed(compressed: ModelHandle, plan: MergePlan) -> int:

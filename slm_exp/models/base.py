@@ -40,12 +40,8 @@ class ModelSource(Component, ABC):
 
     def check(self) -> None:
         require_one_of("model.dtype", self.dtype, DTYPES)
-        require(
-            self.device is None or self.device.split(":")[0] in ("auto", "cpu", "cuda"),
-            "model.device",
-            self.device,
-            "null, auto, cpu, cuda or cuda:N",
-        )
+        require(self.device is None or self.device.split(":")[0] in ("auto", "cpu", "cuda"), "model.device",
+                self.device, "null, auto, cpu, cuda or cuda:N")
         require(self.device_map in (None, "auto"), "model.device_map", self.device_map, "null or auto")
 
     def weights_bytes(self) -> int | None:

@@ -145,25 +145,19 @@ def safetensors_only(names: Sequence[str], where: str) -> None:
         ConfigError: pickled weights only, an adapter, GGUF, or no model at all.
     """
     if "adapter_config.json" in names:
-        raise ConfigError(
-            f"{where}: a PEFT adapter, not a whole model. Merge it into its base model first "
-            "(peft: `merge_and_unload()`, then `save_pretrained`)."
-        )
+        raise ConfigError(f"{where}: a PEFT adapter, not a whole model. Merge it into its base model first "
+                          "(peft: `merge_and_unload()`, then `save_pretrained`).")
     if WEIGHTS in names or INDEX in names:
         return
     pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth")) and "training_args" not in n]
     if pickled:
-        raise ConfigError(
-            f"{where}: has only pickled weights ({pickled[0]}), which can run code when opened. Take a "
-            "revision with safetensors (on the hub often model.revision=refs/pr/N by SFconvertbot), or "
-            "convert it once where you trust it: load it with transformers and `save_pretrained`."
-        )
+        raise ConfigError(f"{where}: has only pickled weights ({pickled[0]}), which can run code when opened. Take a "
+                          "revision with safetensors (on the hub often model.revision=refs/pr/N by SFconvertbot), or "
+                          "convert it once where you trust it: load it with transformers and `save_pretrained`.")
     gguf = [n for n in names if n.endswith(".gguf")]
     if gguf:
         raise ConfigError(
             f"{where}: holds GGUF weights ({gguf[0]}), which are quantised. Take the original checkpoint."
         )
-    raise ConfigError(
-        f"{where}: no model.safetensors here; expected a Hugging Face model folder (config.json, "
-        "model.safetensors, tokenizer.json)."
-    )
+    raise ConfigError(f"{where}: no model.safetensors here; expected a Hugging Face model folder (config.json, "
+                      "model.safetensors, tokenizer.json).")

@@ -9,10 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slm_exp.core.files import honour_umask
-from slm_exp.models.loading import load_weights as load_weights
-from slm_exp.models.loading import read_model_config as read_model_config
-from slm_exp.models.loading import read_tokenizer as read_tokenizer
-from slm_exp.models.loading import save_tokenizer
+from slm_exp.models.saving import save_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from slm_exp.core.errors import ConfigError, require
 from slm_exp.core.files import digest
 from slm_exp.core.hub import Repo
-from slm_exp.core.registry import register
+from slm_exp.core.registry import Fields, register
 from slm_exp.models.base import DTYPES, ModelHandle, ModelSource, dtype_name
 from slm_exp.models.config_file import read_config_file
 from slm_exp.models.files import (
@@ -45,17 +45,12 @@ class HF(ModelSource):
 
     def check(self) -> None:
         super().check()
-        require(
-            bool(self.path),
-            "model.path",
-            repr(self.path),
-            "a folder or a Hugging Face repo id",
-            "For example model.path=meta-llama/Llama-2-7b-hf; the embedded model is model=smollm2_135m.",
-        )
+        require(bool(self.path), "model.path", repr(self.path), "a folder or a Hugging Face repo id",
+                "For example model.path=meta-llama/Llama-2-7b-hf; the embedded model is model=smollm2_135m.")
         if self._folder() is not None:
             require(self.revision is None, "model.revision", self.revision, "null when model.path is a folder")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         folder = self._folder()
         if folder is None:
             self._require_repo_id()
@@ -74,7 +69,7 @@ class HF(ModelSource):
         if folder is not None:
             inspect(folder)
             name = short_name(folder)
-            config: dict[str, Any] | None = read_config_file(folder)
+            config: Fields | None = read_config_file(folder)
             if large := unread(folder):
                 size = sum(f.stat().st_size for f in large) / 1e9
                 notes = (f"{folder}: {len(large)} files ({size:.1f} GB) have not been read on this machine yet, so "
@@ -111,6 +106,7 @@ class HF(ModelSource):
             folder = self._fetch(SMALL, lambda f: (f / "config.json").is_file(), self.revision)
         config, layout = loading.read_model_config(folder, self.trust_remote_code)
         if self._folder() is None:
+            weight_files(folder)  # an index that is none is refused now
             contents = {"repo": self.path, "commit": folder.name}
         else:
             inspect(folder)
@@ -123,21 +119,15 @@ class HF(ModelSource):
             inspect(at)
             return loading.load_weights(at, config, layout, dtype, device, self.device_map, self.trust_remote_code)
 
-        return ModelHandle(
-            name=name,
-            config=config,
-            layout=layout,
-            digest=digest({**contents, "dtype": dtype}),
-            device=device,
-            load_model=load,
-            load_tokenizer=lambda: loading.read_tokenizer(folder, self.trust_remote_code),
-        )
+        return ModelHandle(name=name, config=config, layout=layout, digest=digest({**contents, "dtype": dtype}),
+                           device=device, load_model=load,
+                           load_tokenizer=lambda: loading.read_tokenizer(folder, self.trust_remote_code))
 
     def _folder(self) -> Path | None:
         folder = Path(self.path).expanduser()
         return folder if folder.is_dir() else None
 
-    def _contents(self, folder: Path) -> dict[str, Any]:
+    def _contents(self, folder: Path) -> Fields:
         """The part of the identity that a folder's files decide."""
         code = {"trust_remote_code": True} if self.trust_remote_code else {}
         return {"folder": folder_digest(folder, self.trust_remote_code), **code}
@@ -156,20 +146,10 @@ class HF(ModelSource):
     def _require_repo_id(self) -> None:
         """Refuse a path that is neither a folder nor a possible repo id."""
         path = Path(self.path).expanduser()
-        require(
-            not path.is_file(),
-            "model.path",
-            self.path,
-            "a folder or a repo id, not a file",
-            "Give the folder that holds config.json and model.safetensors.",
-        )
-        require(
-            REPO_ID.fullmatch(self.path) is not None and not self.path.startswith("."),
-            "model.path",
-            self.path,
-            "an existing folder or a repo id like meta-llama/Llama-2-7b-hf",
-            "There is no such folder.",
-        )
+        require(not path.is_file(), "model.path", self.path, "a folder or a repo id, not a file",
+                "Give the folder that holds config.json and model.safetensors.")
+        require(REPO_ID.fullmatch(self.path) is not None and not self.path.startswith("."), "model.path", self.path,
+                "an existing folder or a repo id like meta-llama/Llama-2-7b-hf", "There is no such folder.")
 
     def _fetch(self, patterns: Sequence[str], complete: Callable[[Path], bool], revision: str | None) -> Path:
         code = ("*.py",) if self.trust_remote_code else ()

@@ -44,13 +44,13 @@ class LayerLayout:
         return (self.q, self.k, self.v, self.o, *self.mlp_in, self.mlp_out)
 
     @property
-    def halves(self) -> dict[str, tuple[str, ...]]:
-        """The matrices of each half of a layer."""
+    def sublayers(self) -> dict[str, tuple[str, ...]]:
+        """The matrices of each sublayer."""
         return {"attention": (self.q, self.k, self.v, self.o), "mlp": (*self.mlp_in, self.mlp_out)}
 
     @property
     def outputs(self) -> dict[str, tuple[str, ...]]:
-        """What writes each half into the residual stream: with these at zero, the half does nothing."""
+        """What writes each sublayer's output into the residual stream: with these at zero, it does nothing."""
         return {"attention": (self.o,), "mlp": (self.mlp_out,)}
 
     def layers(self, model: PreTrainedModel) -> torch.nn.ModuleList:
@@ -68,22 +68,18 @@ class LayerLayout:
         """
         shapes = [{name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in self.layers(model)]
         matrices = {f"{name}.weight" for name in self.projections}
-        for i, found in enumerate(shapes):
+        for i, has in enumerate(shapes):
             where = f"{type(model).__name__} layer {i}"
-            for name in sorted(matrices - set(found)):
+            for name in sorted(matrices - set(has)):
                 raise ArchitectureError(f"{where} has no {name}, which the {self.family} layout expects.")
-            for name, shape in found.items():
+            for name, shape in has.items():
                 if name not in matrices and len(shape) > 1:
-                    raise ArchitectureError(
-                        f"{where} has {name} of shape {list(shape)}, unknown to the {self.family} "
-                        "layout. See CONTRIBUTING, 'A new model family'."
-                    )
-            if found != shapes[0] and not has_own_code(model.config):
-                name = min(n for n in {*found, *shapes[0]} if found.get(n) != shapes[0].get(n))
-                raise ArchitectureError(
-                    f"{where}: {name} has shape {found.get(name)}, in layer 0 "
-                    f"{shapes[0].get(name)}; only layers of one shape can be merged."
-                )
+                    raise ArchitectureError(f"{where} has {name} of shape {list(shape)}, unknown to the {self.family} "
+                                            "layout. See CONTRIBUTING, 'A new model family'.")
+            if has != shapes[0] and not has_own_code(model.config):
+                name = min(n for n in {*has, *shapes[0]} if has.get(n) != shapes[0].get(n))
+                raise ArchitectureError(f"{where}: {name} has shape {has.get(name)}, in layer 0 "
+                                        f"{shapes[0].get(name)}; only layers of one shape can be merged.")
 
 
 FAMILIES = {
@@ -108,10 +104,8 @@ def layout_for(config: PretrainedConfig) -> LayerLayout:
     if getattr(config, "is_encoder_decoder", False):
         raise ArchitectureError(f"model_type = {family!r} is an encoder-decoder; only decoder-only models will do.")
     if family not in FAMILIES:
-        raise ArchitectureError(
-            f"model_type = {family!r} is not understood; known: {', '.join(sorted(FAMILIES))}. "
-            f"{did_you_mean(family, FAMILIES)} See CONTRIBUTING, 'A new model family'."
-        )
+        raise ArchitectureError(f"model_type = {family!r} is not understood; known: {', '.join(sorted(FAMILIES))}. "
+                                f"{did_you_mean(family, FAMILIES)} See CONTRIBUTING, 'A new model family'.")
     layout = FAMILIES[family]
     for refused in _REFUSALS:
         reason = refused(config, layout)
@@ -131,10 +125,8 @@ def _quantised(config: PretrainedConfig, layout: LayerLayout) -> str | None:
     if about is None:
         return None
     method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
-    return (
-        f"quantization_config ({getattr(method, 'value', method)}): quantised weights cannot be merged. "
-        "Take the original checkpoint, merge, and quantise afterwards."
-    )
+    return (f"quantization_config ({getattr(method, 'value', method)}): quantised weights cannot be merged. "
+            "Take the original checkpoint, merge, and quantise afterwards.")
 
 
 def _not_causal(config: PretrainedConfig, layout: LayerLayout) -> str | None:
@@ -157,10 +149,8 @@ def _unknown_lists(config: PretrainedConfig, layout: LayerLayout) -> str | None:
         if public in (*layout.per_layer_config, *NOT_PER_LAYER) or not isinstance(value, (list, tuple)):
             continue
         if len(value) == n > 1:
-            return (
-                f"{public} = {list(value)} has one entry per layer and is unknown to the {layout.family} "
-                "layout; merging would leave it behind."
-            )
+            return (f"{public} = {list(value)} has one entry per layer and is unknown to the {layout.family} "
+                    "layout; merging would leave it behind.")
     for name in layout.per_layer_config:
         value = getattr(config, name, None)
         if value is not None and len(value) != n:

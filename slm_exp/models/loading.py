@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +81,6 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         raise ConfigError(f"the tokenizer in {folder} cannot be read ({reason}).") from cause
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer without the traces of how this machine loaded it."""
-    clean = copy.deepcopy(tokenizer)
-    for trace in ("is_local", "local_files_only", "name_or_path"):
-        clean.init_kwargs.pop(trace, None)
-    clean.save_pretrained(folder)
-
-
 def load_weights(
     folder: Path,
     config: PretrainedConfig,
@@ -134,9 +125,7 @@ def load_weights(
             raise CheckpointError(f"the weights in {folder} {problem} {first}. "
                                   "config.json and the weights belong to different models; copy both again.")
     if any(p.device.type == "meta" for p in model.parameters()):
-        raise ConfigError(
-            f"model.device_map = {device_map}: the model does not fit the visible devices, and weights "
-            "put off to disk cannot be merged. Use more devices or a smaller model.dtype."
-        )
+        raise ConfigError(f"model.device_map = {device_map}: the model does not fit the visible devices, and weights "
+                          "put off to disk cannot be merged. Use more devices or a smaller model.dtype.")
     layout.check(model)
     return model

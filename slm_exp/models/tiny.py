@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.files import digest
-from slm_exp.core.registry import register
+from slm_exp.core.registry import Fields, register
 from slm_exp.models.base import ModelHandle, ModelSource
 from slm_exp.models.layouts import FAMILIES, layout_for
 from slm_exp.models.sketch import Sketch, sketch_of
@@ -45,35 +45,17 @@ class Tiny(ModelSource):
         super().check()
         require_one_of("model.family", self.family, FAMILIES)
         require(self.layers >= 1, "model.layers", self.layers, "a whole number >= 1")
-        require(
-            1 <= self.kv_heads <= self.heads and self.heads % self.kv_heads == 0,
-            "model.kv_heads",
-            self.kv_heads,
-            f"a divisor of model.heads = {self.heads}",
-        )
-        require(
-            self.hidden >= 1 and self.hidden % (2 * self.heads) == 0,
-            "model.hidden",
-            self.hidden,
-            f"a multiple of 2 x model.heads = {2 * self.heads}",
-            "RoPE turns pairs of channels.",
-        )
+        require(1 <= self.kv_heads <= self.heads and self.heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads,
+                f"a divisor of model.heads = {self.heads}")
+        require(self.hidden >= 1 and self.hidden % (2 * self.heads) == 0, "model.hidden", self.hidden,
+                f"a multiple of 2 x model.heads = {2 * self.heads}", "RoPE turns pairs of channels.")
         require(self.vocab >= N_BYTES + len(SPECIALS), "model.vocab", self.vocab, "a whole number >= 258")
-        require(
-            self.sliding_window is None or (self.family != "llama" and self.sliding_window >= 1),
-            "model.sliding_window",
-            self.sliding_window,
-            "null, or a number >= 1 with a family other than llama",
-        )
-        require(
-            not self.path,
-            "model.path",
-            self.path,
-            "nothing: model=tiny is made in memory",
-            "For a model on disk use model=hf.",
-        )
+        require(self.sliding_window is None or (self.family != "llama" and self.sliding_window >= 1),
+                "model.sliding_window", self.sliding_window, "null, or a number >= 1 with a family other than llama")
+        require(not self.path, "model.path", self.path, "nothing: model=tiny is made in memory",
+                "For a model on disk use model=hf.")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         named = ("family", "layers", "hidden", "heads", "kv_heads", "vocab", "tied", "sliding_window", "seed")
         return {"name": self.name, "recipe": RECIPE, **{n: getattr(self, n) for n in named}, "dtype": self._dtype()}
 
@@ -97,17 +79,10 @@ class Tiny(ModelSource):
                 p.data = p.data.to(getattr(torch, self._dtype()))
             return model.to(device)
 
-        return ModelHandle(
-            name=f"tiny-{self.family}",
-            config=config,
-            layout=layout_for(config),
-            digest=digest(self.identity()),
-            device=device,
-            load_model=load,
-            load_tokenizer=byte_tokenizer,
-            random=True,
-            note="random weights: these numbers mean nothing",
-        )
+        return ModelHandle(name=f"tiny-{self.family}", config=config, layout=layout_for(config),
+                           digest=digest(self.identity()), device=device, load_model=load,
+                           load_tokenizer=byte_tokenizer, random=True,
+                           note="random weights: these numbers mean nothing")
 
     def _dtype(self) -> str:
         return "float32" if self.dtype == "auto" else self.dtype
@@ -115,7 +90,7 @@ class Tiny(ModelSource):
     def _config(self) -> PretrainedConfig:
         from transformers import AutoConfig
 
-        window: dict[str, Any] = {}
+        window: Fields = {}
         if self.family == "mistral":
             window = {"sliding_window": self.sliding_window}
         elif self.family != "llama":
@@ -125,17 +100,10 @@ class Tiny(ModelSource):
                 "max_window_layers": self.layers // 2 if self.sliding_window else self.layers,
             }
         about = {**self._sizes(), **window}
-        return AutoConfig.for_model(
-            about.pop("model_type"),
-            max_position_embeddings=8192,
-            bos_token_id=N_BYTES,
-            eos_token_id=N_BYTES + 1,
-            pad_token_id=N_BYTES + 1,
-            dtype=self._dtype(),
-            **about,
-        )
+        return AutoConfig.for_model(about.pop("model_type"), max_position_embeddings=8192, bos_token_id=N_BYTES,
+                                    eos_token_id=N_BYTES + 1, pad_token_id=N_BYTES + 1, dtype=self._dtype(), **about)
 
-    def _sizes(self) -> dict[str, Any]:
+    def _sizes(self) -> Fields:
         """The fields of a config that sizes follow from."""
         return {
             "model_type": self.family, "vocab_size": self.vocab, "hidden_size": self.hidden,

@@ -25,7 +25,7 @@ from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.core.widths import WidthDecision
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.layerwise import has_own_code
-from slm_exp.models.loading import save_tokenizer
+from slm_exp.models.saving import save_tokenizer
 from slm_exp.runs.reload import Expectation, Verified, tensor_digests
 from slm_exp.runs.schema import Record
 from slm_exp.runs.state import remove_stale

@@ -182,6 +182,150 @@ def test_a_folder_without_tokenizer(mine):
     assert HF(path=str(mine)).open(CPU, mine).tokenizer is None
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 0}, r"num_hidden_layers = 0; .*greater than or equal to 1"),
+        ({"num_hidden_layers": 10**6}, r"num_hidden_layers = 1000000; .*less than or equal to 1000"),
+        ({"num_hidden_layers": True}, r"num_hidden_layers = True"),
+        ({"num_hidden_layers": 2.5}, r"num_hidden_layers = 2.5"),
+        ({"num_hidden_layers": [3]}, r"num_hidden_layers = \[3\]"),
+        ({"hidden_size": -32}, r"hidden_size = -32"),
+        ({"vocab_size": 10**30}, r"vocab_size = 1000000"),
+        ({"num_attention_heads": "4"}, r"num_attention_heads = 4"),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads = 3; expected a divisor of num_attention_heads = 4"),
+        ({"hidden_act": "silo"}, r"hidden_act = 'silo'; expected one of .* Did you mean silu"),
+        ({"hidden_act": 3}, r"hidden_act = 3"),
+        ({"rms_norm_eps": "nan"}, r"rms_norm_eps = nan"),
+        ({"rms_norm_eps": float("nan")}, r"rms_norm_eps = nan"),
+        ({"attn_implementation": "me/kernel"}, r"attn_implementation = me/kernel; .*whose code would run"),
+        ({"transformers_weights": "weights.bin"}, r"transformers_weights = weights.bin"),
+    ],
+)
+def test_nonsense_in_config_is_known_before_anything_is_built(mine, fields, message, monkeypatch):
+    (mine / "model.safetensors").write_bytes(b"not weights")
+    edit(mine, **fields)
+    for look in (HF(path=str(mine)).identity, lambda: HF(path=str(mine)).sketch(mine, "cpu")):
+        with pytest.raises(ConfigError, match=message) as error:
+            look()
+        assert str(error.value).startswith(f"model.path = {mine}: config.json has ")
+        assert "\n" not in str(error.value)
+    with pytest.raises((ConfigError, ArchitectureError), match=message):
+        HF(path=str(mine)).open(CPU, mine)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rope_parameters": {"rope_type": "nonesuch"}}, {"layer_types": 3}, {"dtype": "float7"},
+               {"rope_parameters": 3}, {"layer_types": ["full_attention"] * 9}]
+)
+def test_what_only_building_the_model_shows_is_an_error_in_a_line(mine, fields):
+    edit(mine, **fields)
+    with pytest.raises((ConfigError, ArchitectureError)) as error:
+        HF(path=str(mine)).open(CPU, mine)
+    assert "\n" not in str(error.value)
+
+
+def test_activations_are_those_of_transformers():
+    from transformers.activations import ACT2FN
+
+    from slm_exp.models.config_file import ACTIVATIONS
+
+    assert set(ACTIVATIONS) == set(ACT2FN)
+
+
+def sharded(folder: Path, names: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(names))
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({}, r"no weights index"),
+        ([], r"no weights index"),
+        ({"weight_map": {}}, r"names no files"),
+        ({"weight_map": {"a": "weights.bin"}}, r"names 'weights.bin'; expected names of .safetensors files"),
+        ({"weight_map": {"a": "../outside.safetensors"}}, r"names '../outside.safetensors'"),
+        ({"weight_map": {"a": "sub/inside.safetensors"}}, r"names 'sub/inside.safetensors'"),
+        ({"weight_map": {"a": "/outside.safetensors"}}, r"names '/outside.safetensors'"),
+        ({"weight_map": {"a": 3}}, r"names '3'"),
+    ],
+)
+def test_an_index_names_safetensors_files_beside_it(mine, index, message):
+    shutil.move(mine / "model.safetensors", mine.parent / "outside.safetensors")
+    sharded(mine, index)
+    for look in (HF(path=str(mine)).identity, lambda: HF(path=str(mine)).open(CPU, mine)):
+        with pytest.raises(ConfigError, match=rf"model.safetensors.index.json {message}|{message}"):
+            look()
+
+
+def test_an_index_beside_a_single_file_is_not_looked_at_as_in_transformers(mine, make_tiny, tokens):
+    before = HF(path=str(mine)).identity()
+    sharded(mine, {"weight_map": {"a": "weights.bin"}})
+    assert HF(path=str(mine)).identity() == before
+    ids = torch.as_tensor(tokens.tokens_NT).long()
+    with torch.no_grad():
+        assert torch.equal(HF(path=str(mine)).open(CPU, mine).model(ids).logits,
+                           make_tiny("qwen2", layers=3).model(ids).logits)
+    other = make_tiny("qwen2", layers=3, seed=9)
+    other.model.save_pretrained(mine)
+    assert HF(path=str(mine)).identity() != before
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "tokenizer_config.json",
+                                  "additional_chat_templates/tools.jinja"])
+def test_identity_is_what_the_loader_opens(mine, name):
+    before, digest = HF(path=str(mine)).identity(), HF(path=str(mine)).open(CPU, mine).digest
+    (mine / "notes.md").write_text("not opened")
+    (mine / "model.py").write_text("not trusted")
+    assert HF(path=str(mine)).identity() == before
+    (mine / name).parent.mkdir(exist_ok=True)
+    (mine / name).write_text("{} ")
+    assert HF(path=str(mine)).identity() != before
+    if name.endswith("jinja"):
+        assert HF(path=str(mine)).open(CPU, mine).digest != digest
+
+
+def test_code_counts_where_it_is_trusted(mine):
+    trusting = HF(path=str(mine), trust_remote_code=True)
+    assert trusting.identity() != HF(path=str(mine)).identity()
+    before = trusting.identity()
+    (mine / "code").mkdir()
+    (mine / "code" / "model.py").write_text("x = 1")
+    assert trusting.identity() != before
+
+
+def test_weights_that_are_not_whole_are_known_by_their_header(mine):
+    whole = (mine / "model.safetensors").read_bytes()
+    for contents, message in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", r"git-lfs pointer.*git lfs pull"),
+        (whole[:-1], rf"has {len(whole) - 1} bytes; its header counts {len(whole)}.*download it again"),
+        (whole + b"x", r"its header counts"),
+        (whole[:100], r"has no safetensors header"),
+        (b"", r"has no safetensors header"),
+        (b"\xff" * 8 + whole[8:], r"has no safetensors header"),
+    ):
+        (mine / "model.safetensors").write_bytes(contents)
+        for look in (HF(path=str(mine)).identity, lambda: HF(path=str(mine)).open(CPU, mine)):
+            with pytest.raises(ConfigError, match=rf"model.path = {mine}: model.safetensors .*{message}"):
+                look()
+
+
+def test_a_sketch_reads_no_large_file(mine, monkeypatch):
+    from slm_exp.core.cache import digests
+
+    source = HF(path=str(mine))
+    known = source.sketch(mine, "cpu")
+    assert not source.unread_weights()
+    assert known.digest == source.open(CPU, mine).digest
+    for name, value in (("SMALL", 10_000), ("_seen", {}), ("file_digest", lambda p: pytest.fail(f"read {p}"))):
+        monkeypatch.setattr(digests, name, value)
+    assert source.unread_weights()
+    large = source.sketch(mine, "cpu")
+    assert large.digest.startswith("?")
+    assert large.sizes == known.sizes
+    assert "have not been read on this machine yet" in large.notes[0]
+
+
 # --- repos -------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+Entries = dict[str, Any]
 FILE = "journal.jsonl"
 
 
@@ -24,7 +25,7 @@ class Journal:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self.entries: dict[str, Any] = {}
+        self.entries: Entries = {}
         if folder is not None:
             self.entries, damaged = read(folder)
             if damaged:
@@ -52,7 +53,7 @@ class Journal:
             self.folder = None
 
 
-def read(folder: Path) -> tuple[dict[str, Any], int]:
+def read(folder: Path) -> tuple[Entries, int]:
     """The whole entries of a journal, and how many lines are not whole. Nothing there: no entries."""
     try:
         lines = (folder / FILE).read_bytes().splitlines()
@@ -61,7 +62,7 @@ def read(folder: Path) -> tuple[dict[str, Any], int]:
     except OSError as error:
         log.warning("%s cannot be read: %s", folder, error)
         return {}, 0
-    entries: dict[str, Any] = {}
+    entries: Entries = {}
     damaged = 0
     for line in filter(None, lines):
         try:

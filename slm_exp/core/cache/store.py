@@ -25,6 +25,9 @@ from slm_exp.core.cache.folder import default_cache_dir as default_cache_dir
 from slm_exp.core.files import digest, file_digest, write_json
 from slm_exp.core.locks import Lock
 
+Inputs = dict[str, Any]
+"""What a stage reads, by name: JSON-able, digests in place of what is large."""
+
 log = logging.getLogger(__name__)
 
 BUILT = ("core/types.py", "core/widths.py", "models", "merging")
@@ -32,7 +35,7 @@ BUILT = ("core/types.py", "core/widths.py", "models", "merging")
 REFIT = ("calibration/fit.py", "engine/ridge.py")
 """What similarity.after=reconstruct scores candidates by."""
 CODE = {  # what computes each stage, where the caller does not say so itself
-    "model": Code(("models/smollm2_135m.py",)),
+    "model": Code(("models/gguf.py",)),
     "calibrate": Code(("calibration", "core/types.py", "core/text.py"), ("transformers",)),
     "similarity": Code(("similarity", "kernels", "engine", "models/layouts.py")),
     "plan": Code((*BUILT, "methods", "search", "engine", "similarity", "kernels", *REFIT, "calibration")),
@@ -63,7 +66,7 @@ class StageStore:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def key(self, stage: str, inputs: dict[str, Any], code: Code | None = None) -> str:
+    def key(self, stage: str, inputs: Inputs, code: Code | None = None) -> str:
         """Digest of a stage's inputs, code and libraries.
 
         Args:
@@ -75,7 +78,7 @@ class StageStore:
             "libraries": library_versions(code.libraries),
         })
 
-    def entry(self, stage: str, inputs: dict[str, Any], code: Code | None = None) -> Path:
+    def entry(self, stage: str, inputs: Inputs, code: Code | None = None) -> Path:
         """The folder of an entry, there or not.
 
         Raises:
@@ -86,7 +89,7 @@ class StageStore:
         return self.folder / stage / self.key(stage, inputs, code)
 
     def cached(
-        self, stage: str, inputs: dict[str, Any], kind: type[S], compute: Callable[[], S], code: Code | None = None
+        self, stage: str, inputs: Inputs, kind: type[S], compute: Callable[[], S], code: Code | None = None
     ) -> tuple[S, bool]:
         """The stored result for these inputs, or a computed one, stored. Returns (value, whether it was stored).
 
@@ -111,7 +114,7 @@ class StageStore:
             return value, False
 
     def entry_folder(
-        self, stage: str, inputs: dict[str, Any], build: Callable[[Path], None], code: Code | None = None
+        self, stage: str, inputs: Inputs, build: Callable[[Path], None], code: Code | None = None
     ) -> Path:
         """A stored folder used in place (e.g. converted weights): built once by `build(folder)`.
 
@@ -144,7 +147,7 @@ class StageStore:
             os.utime(entry)
         return value
 
-    def _build(self, entry: Path, build: Callable[[Path], None], inputs: dict[str, Any]) -> None:
+    def _build(self, entry: Path, build: Callable[[Path], None], inputs: Inputs) -> None:
         tmp = entry.with_name(f".{entry.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp")
         tmp.mkdir(parents=True)
         try:
