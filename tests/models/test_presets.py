@@ -37,7 +37,7 @@ def test_preset(name):
 
 
 def test_all_presets_are_there():
-    assert {"llama2_7b", "llama2_13b", "llama3_8b", "vicuna_7b", "vicuna_13b"} <= set(PRESETS)
+    assert {"llama1_7b", "llama2_7b", "llama2_13b", "llama3_8b", "vicuna_7b", "vicuna_13b"} <= set(PRESETS)
 
 
 def test_a_preset_takes_a_folder(tmp_path):

@@ -15,21 +15,19 @@ from slm_exp.tables.definition import cells, read_table, read_yaml, table_names,
 
 MODELS = sorted(set(read_yaml(conf_dir() / "table" / "_models.yaml")) - {"all"})
 SPEED = conf_dir() / "evaluation" / "speed.yaml"
-PUBLISHED = {"llama2_7b": "18.0", "vicuna_7b": "18.0", "llama2_13b": "19.5", "vicuna_13b": "19.5"}
+PUBLISHED = {"llama1_7b": ("18.0", "33.0"), "llama2_7b": ("18.0", "33.0"), "vicuna_7b": ("18.0", "33.0"),
+             "llama3_8b": ("16.3", "29.9"), "llama2_13b": ("19.5", "34.1"), "vicuna_13b": ("19.5", "34.1")}
 
 
 def test_the_papers_models_and_tables_are_there() -> None:
     assert {p.stem for p in (conf_dir() / "model").glob("*.yaml")} | {"smollm2_135m"} == set(MODELS)
-    assert {"main", "recovery", "rules", "thresholds", "calibration", "similarity", "depth_width"} <= set(table_names())
+    assert {"main", "main_lora", "recovery", "rules", "thresholds", "calibration", "similarity", "depth_width", "speed",
+            "as_published"} <= set(table_names())
 
 
 @pytest.mark.parametrize("name", table_names())
 @pytest.mark.parametrize("model", MODELS)
 def test_every_table_names_its_runs(name: str, model: str) -> None:
-    if name == "thresholds" and "vicuna" in model:
-        with pytest.raises(ConfigError, match="thresholds"):
-            cells(name, {"model": model})
-        return
     found = cells(name, {"model": model})
     assert found
     assert all(f"model={model}" in overrides for overrides in found)
@@ -50,25 +48,41 @@ def test_the_first_and_the_last_run_compose(name: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_run_of_every_table_composes(model: str) -> None:
     for name in table_names():
-        if (name != "thresholds" or "vicuna" not in model) and (name != "speed" or SPEED.is_file()):
+        if name != "speed" or SPEED.is_file():
             runs = cells(name, {"model": model})
             assert len({compose_run(overrides).run_id for overrides in runs}) == len(runs), name
 
 
-@pytest.mark.parametrize(("model", "percent"), PUBLISHED.items())
-def test_the_true_ratio_is_printed(model: str, percent: str) -> None:
-    assert f"{percent} %" in read_table("main", {"model": model}).blocks[0].label
+@pytest.mark.parametrize(("model", "percents"), PUBLISHED.items())
+def test_the_true_ratio_is_printed_beside_the_papers_name(model: str, percents: tuple[str, str]) -> None:
+    table = read_table("main", {"model": model})
+    assert [block.label.partition(", ")[2] for block in table.blocks] == [
+        f"{percent} % of the parameters removed" for percent in percents]
+    assert all(name in table.notes[0] for name in ('"20 %"', '"35 %"'))
+
+
+def test_a_table_of_unknown_thresholds_is_refused() -> None:
+    with pytest.raises(ConfigError, match="thresholds"):
+        cells("thresholds", {"model": "vicuna_7b", "curve": []})
+
+
+@pytest.mark.parametrize("name", ["main_lora", "speed"])
+def test_every_row_of_main_is_in_the_tables_that_say_so(name: str) -> None:
+    for model in ("smollm2_135m", "llama2_7b", "llama2_13b"):
+        main, other = read_table("main", {"model": model}), read_table(name, {"model": model})
+        assert other.blocks == main.blocks
 
 
 def test_sizes_of_the_papers() -> None:
     sizes = {model: [c for c in cells("rules", {"model": model}) if "merge_rule=mean" in c] for model in MODELS}
     assert [c[-2] for c in sizes["vicuna_7b"]] == ["method.target_layers=26", "method.target_layers=21"]
-    assert [c[-2] for c in sizes["llama2_13b"]] == ["method.target_layers=32"]
+    assert [c[-2] for c in sizes["llama2_13b"]] == ["method.target_layers=32", "method.target_layers=26"]
 
 
 def test_parameters_are_those_of_the_shapes() -> None:
     """Counted from (hidden, MLP, key-value heads x head size, vocabulary): what _models.yaml prints ratios from."""
-    shapes = {"smollm2_135m": (576, 1536, 192, 49152, 1), "llama2_7b": (4096, 11008, 4096, 32000, 2),
+    shapes = {"smollm2_135m": (576, 1536, 192, 49152, 1), "llama1_7b": (4096, 11008, 4096, 32000, 2),
+              "llama2_7b": (4096, 11008, 4096, 32000, 2),
               "vicuna_7b": (4096, 11008, 4096, 32000, 2), "llama2_13b": (5120, 13824, 5120, 32000, 2),
               "vicuna_13b": (5120, 13824, 5120, 32000, 2), "llama3_8b": (4096, 14336, 1024, 128256, 2)}
     for model, (d, mlp, kv, vocabulary, embeddings) in shapes.items():
