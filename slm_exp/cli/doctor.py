@@ -392,7 +392,7 @@ def hub() -> Iterator[Finding]:
 
 def wandb(output: Path) -> Iterator[Finding]:
     """W&B: mode, login, and runs that wait to be sent."""
-    from slm_exp.cli.sync import find_offline_runs
+    from slm_exp.runs.offline import find_offline_runs
 
     mode = os.environ.get("WANDB_MODE")
     key = wandb_login()
@@ -503,7 +503,7 @@ def wandb_answers() -> Iterator[Finding]:
 
 
 def _answers(name: str, url: str, remedy: str) -> Finding:
-    from slm_exp.cli.sync import check_reachable
+    from slm_exp.runs.offline import check_reachable
 
     try:
         check_reachable(url, 5)

@@ -267,7 +267,7 @@ def _of_table(overrides: Sequence[str]) -> tuple[str, list[list[str]] | None]:
         from slm_exp.tables.definition import cells, parameters
     except ImportError:
         raise ConfigError(f"table={name}: this version of slm_exp has no tables.") from None
-    from slm_exp.cli.tables import split_words
+    from slm_exp.tables.build import split_words
 
     others = [o for o in overrides if not o.startswith(("table=", "hydra"))]
     known = parameters(name)

@@ -86,7 +86,7 @@ class Recorder:
             self.record = done.record.raw
             return self
         if (before := read_run(self.folder)) and before.record.status == "finished":
-            write_json(self.folder / "record.before.json", before.record.raw)  # computed again: nothing finished is lost
+            write_json(self.folder / "record.before.json", before.record.raw)  # nothing that was finished is lost
         self._started = time.perf_counter()
         self.record = {
             "run_id": run_id,
@@ -165,7 +165,8 @@ class Recorder:
         """Hold a finished record to `evaluation.protocol` and `dense_range`, which a run_id does not tell apart."""
         measured = Record.of(self.record).eval
         for side in filter(None, measured.both):
-            report = EvalReport(side.tasks, side.average, side.perplexity, side.protocol, samples={})
+            perplexity = {corpus: value for corpus, value in side.perplexity.items() if value is not None}
+            report = EvalReport(side.tasks, side.average, perplexity, side.protocol, samples={})
             self.cfg.evaluation.accept(report, dense=side is measured.dense)
 
     def keep_evaluation(self, which: str, report: EvalReport) -> None:

@@ -96,7 +96,7 @@ class Cell:
 
 
 def read_cell(job: Job) -> Cell:
-    """What the job's folder says. Cost: the record and small files, and a lock taken for a moment where not finished."""
+    """What the job's folder says. Cost: the record and small files; a lock for a moment where it is not finished."""
     run = read_run(job.folder)
     if run is None:
         if in_use(job.folder):

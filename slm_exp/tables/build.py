@@ -54,7 +54,9 @@ def draw(wanted: Wanted) -> int:
     formats = _formats(wanted.formats, wanted.out)
     params, folders = split_words(wanted.words)
     grid = (_sweep if wanted.name == "sweep" else _declared)(wanted, params, folders)
-    for name in formats if grid else ():
+    if grid is None:
+        return 0
+    for name in formats:
         text = FORMATS[name](grid)
         if wanted.out is None:
             print(text, end="")
