@@ -16,7 +16,8 @@ from slm_exp.tables.formats import FORMATS, _csv, _md, _tex
 from slm_exp.tables.grid import Entry, Gap, Grid
 
 EVIL = ["\\input{/etc/passwd}", "a_b & 50 %", "<img src=x onerror=alert(1)>", '=HYPERLINK("http://x")', "+1+1",
-        "@SUM(1)", "\x1b[2J\x1b]0;title\x07", "a | b", "[x](javascript:alert(1))", "`code`", "**bold**", "line\nbreak", "{", "\u202e"]
+        "@SUM(1)", "\x1b[2J\x1b]0;title\x07", "a | b", "[x](javascript:alert(1))", "`code`", "**bold**", "line\nbreak",
+        "{", "\u202e"]
 
 
 def everywhere(text: str) -> Grid:
