@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from slm_exp.core.registry import available  # noqa: E402
 from slm_exp.reporting.results import average, compare  # noqa: E402
+from slm_exp.runs.record import Run  # noqa: E402
 
 FOLDER = ROOT / "outputs" / "multirun" / "methods"
 PAGE = ROOT / "docs" / "methods.md"
@@ -81,7 +82,8 @@ def size(record: dict[str, Any]) -> tuple[bool, int]:
 
 def row(record: dict[str, Any], folder: Path) -> tuple[str, ...]:
     plan, evaluation = record["plan"], record["eval"]
-    mean = average(evaluation, compare(evaluation, folder / "samples"))
+    run = Run.read(folder)
+    mean = average(run.record.eval, compare(run))
     assert mean is not None
     assert mean.compressed is not None
     assert mean.difference is not None

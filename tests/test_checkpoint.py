@@ -20,6 +20,7 @@ from slm_exp.models.hf import HF
 from slm_exp.models.layouts import layout_for
 from slm_exp.runs import checkpoint, reload
 from slm_exp.runs.checkpoint import expectation, model_card, save_checkpoint
+from slm_exp.runs.schema import Record
 
 MEAN = available("merge_rule")["mean"]()
 PLAN = MergePlan(8, groups=((1, 3), (4, 7)), rule="mean", method="slm", similarity="flat_cosine", threshold=0.9)
@@ -245,7 +246,7 @@ def test_generation_settings_that_contradict_are_saved_all_the_same(short, tmp_p
 def test_the_card_says_what_it_is(short):
     record = {"run_id": "0123", "overrides": ["method.threshold=0.9", "calibration.path=my file.jsonl"],
               "params": {"before": 82_528}}  # fmt: skip
-    card = model_card(short, PLAN, record)
+    card = model_card(short, PLAN, Record.of(record))
     for part in (
         "library_name: transformers", "# tiny-llama, 5 of 8 layers", "random weights",
         f"{short.n_params:,} parameters, 82,528 before (33.7% removed)", "merged into one: 1..2, 4..6",
@@ -255,7 +256,7 @@ def test_the_card_says_what_it_is(short):
         assert part in card, part
     assert "base_model" not in card
     short.lineage["base"] = "meta-llama/Llama-2-7b-hf"
-    assert "base_model: meta-llama/Llama-2-7b-hf" in model_card(short, PLAN, {})
+    assert "base_model: meta-llama/Llama-2-7b-hf" in model_card(short, PLAN, Record())
 
 
 def test_a_model_without_tokenizer_is_saved_without(short, tmp_path, unverified):

@@ -12,11 +12,12 @@ from slm_exp.core.errors import ConfigError, PlanError
 from slm_exp.core.registry import available
 from slm_exp.core.types import Compensation, Cut, MergePlan, Sublayer
 from slm_exp.merging.surgery import apply_plan
+from slm_exp.runs.mergekit import mergekit
 
 PLANS = {
     "removal": MergePlan(8, dropped=(2, 3, 6)),
     "top_gone": MergePlan(8, dropped=(0, 7)),
-    "halves": MergePlan(8, dropped=(1,), sublayers=(Sublayer(3, "mlp"), Sublayer(5, "attention"))),
+    "sublayers": MergePlan(8, dropped=(1,), sublayers=(Sublayer(3, "mlp"), Sublayer(5, "attention"))),
     "compensated": MergePlan(8, dropped=(2, 3), compensation=Compensation("magnitude", (Cut(2, 4, 1.25),))),
     **{rule: MergePlan(8, ((1, 3), (4, 7)), rule=rule)
        for rule in ("keep_top", "keep_low", "top_layer", "mean", "sum_of_deltas")},
@@ -67,7 +68,7 @@ def test_the_file_means_the_plan(name, family, make_tiny):
     plan, dense = PLANS[name], make_tiny(family)
     rule = available("merge_rule")[plan.rule]() if plan.rule else None
     ours = apply_plan(dense, plan, rule).model.state_dict()
-    theirs = carried_out(export.mergekit(plan, "DENSE", "float32"), dense)
+    theirs = carried_out(mergekit(plan, "DENSE", "float32"), dense)
     assert set(ours) == set(theirs)
     exact = name not in ("mean", "sum_of_deltas")
     for key, tensor in ours.items():
@@ -115,13 +116,13 @@ def test_layers_of_two_attention_kinds_and_other_sizes_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(
         {"num_hidden_layers": 8, "layer_types": ["full_attention", "sliding_attention"]}))  # fmt: skip
     with pytest.raises(PlanError, match="layer_types"):
-        export.mergekit(PLANS["removal"], str(tmp_path), None)
+        mergekit(PLANS["removal"], str(tmp_path), None)
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 9}))
     with pytest.raises(PlanError, match="has 9"):
-        export.mergekit(PLANS["removal"], str(tmp_path), None)
+        mergekit(PLANS["removal"], str(tmp_path), None)
 
 
-def test_a_healed_run_and_a_plan_without_a_model_are_refused(tmp_path, capsys):
+def test_a_recovered_run_and_a_plan_without_a_model_are_refused(tmp_path, capsys):
     PLANS["removal"].save(tmp_path)
     with pytest.raises(ConfigError, match="--model is missing"):
         export.main([str(tmp_path)])
@@ -136,6 +137,6 @@ def test_every_registered_rule_is_either_expressed_or_refused_by_name(tmp_path):
     for name in available("merge_rule"):
         plan = MergePlan(8, ((1, 4),), rule=name)
         try:
-            assert "slices" in export.mergekit(plan, "x", None)
+            assert "slices" in mergekit(plan, "x", None)
         except PlanError as error:
             assert name in str(error)  # noqa: PT017

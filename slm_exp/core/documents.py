@@ -100,7 +100,8 @@ def read_json(path: Path) -> Any:
 
 WANTED = {"model_type": "a mapping", "dict_type": "a mapping", "list_type": "a list", "string_type": "text",
           "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false",
-          "greater_than_equal": "a number >= {ge}", "too_short": "a list of at least one", "literal_error": "{expected}"}
+          "greater_than_equal": "a number >= {ge}", "too_short": "a list of at least one",
+          "literal_error": "{expected}"}
 
 
 def complaint(error: ValidationError, kind: type[BaseModel]) -> str:

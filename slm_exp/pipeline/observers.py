@@ -81,7 +81,7 @@ class Recorder:
             self.record = done.record.raw
             return self
         if (before := read_run(self.folder)) and before.record.status == "finished":
-            write_json(self.folder / "record.before.json", before.record.raw)  # computed again: nothing finished is lost
+            write_json(self.folder / "record.before.json", before.record.raw)  # nothing that was finished is lost
         self._started = time.perf_counter()
         self.record = {
             "run_id": run_id,

@@ -49,7 +49,7 @@ class Row:
     stage: str | None = None
     tasks: tuple[Comparison, ...] = ()
     average: Comparison | None = None
-    measured: Measurements = field(default_factory=Measurements)
+    measured: Measurements = NOTHING.eval
     """The record's `eval`; empty where protocols differ and side by side was not requested."""
 
     @property

@@ -63,8 +63,9 @@ def _sizes(target: SizeTarget) -> list[str]:
     lines = [f"  size       {target.layers} layers for thresholds from {low:.5f} to below {high:.5f}{budget}"]
     sizes = sorted(target.sizes, key=lambda size: -size.n_layers)
     return [*lines, *(
-        f"  {'->' if s.n_layers == target.layers else '  '} {s.n_layers:>4} layers: score {s.best_final_score or 0:.4f}, "
-        f"{(s.flops_per_token or 0) / 1e9:.3g} GFLOP a token, {1e3 * (s.latency_s or 0):.0f} ms a prefill"
+        f"  {'->' if s.n_layers == target.layers else '  '} {s.n_layers:>4} layers: "
+        f"score {s.best_final_score or 0:.4f}, {(s.flops_per_token or 0) / 1e9:.3g} GFLOP a token, "
+        f"{1e3 * (s.latency_s or 0):.0f} ms a prefill"
         for s in sizes if abs(s.n_layers - target.layers) <= 2
     )]
 

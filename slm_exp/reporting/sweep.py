@@ -99,7 +99,8 @@ def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Seque
     """
     sweep, rows = read_rows(folder, verify)
     refused = None if mixed_protocols else mixed(
-        {f"{row.name} ({which})": row.record.eval.of(which).protocol for row in rows for which in ("dense", "compressed")})
+        {f"{row.name} ({which})": row.record.eval.of(which).protocol
+         for row in rows for which in ("dense", "compressed")})
     rows = in_order([row if refused else with_results(row) for row in rows])
     for row in rows:
         if row.run and not (row.finished and (row.folder / "report.html").exists()):

@@ -236,7 +236,9 @@ def _steps(rows: Sequence[Row]) -> list[Step]:
     return sorted(out, key=lambda s: (s.series, s.threshold))
 
 
-def _stairs(plans: Sequence[tuple[float, float, int]], x: Callable[[float], str], y: Callable[[float], float]) -> list[Markup]:
+def _stairs(
+    plans: Sequence[tuple[float, float, int]], x: Callable[[float], str], y: Callable[[float], float]
+) -> list[Markup]:
     parts = [tag("line", x1=x(low), x2=x(high), y1=y(n), y2=y(n)) for low, high, n in plans]
     parts += [tag("line", x1=x(b[0]), x2=x(b[0]), y1=y(a[2]), y2=y(b[2]))
               for a, b in itertools.pairwise(plans) if a[1] == b[0]]

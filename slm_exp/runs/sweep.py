@@ -97,7 +97,7 @@ class Cell:
 
 
 def read_cell(job: Job) -> Cell:
-    """What the job's folder says. Cost: the record and small files, and a lock taken for a moment where not finished."""
+    """What the job's folder says. Cost: the record and small files; a lock for a moment where it is not finished."""
     run = read_run(job.folder)
     if run is None:
         if in_use(job.folder):
@@ -274,7 +274,10 @@ def table(cells: Sequence[Cell], already: frozenset[str] = frozenset()) -> str:
         line = f"{cell.state:<9}{seconds:>8}  {cell.job.run_id}  {apart[cell.job.run_id]}"
         lines.append(printable(line + (f"  [{note}]" if note else "")))
     counts = ", ".join(f"{n} {state}" for state in STATES if (n := sum(c.state == state for c in cells)))
-    return "\n".join([*lines, f"{len(cells)} jobs: {counts or 'none'}"])
+    lines.append(f"{len(cells)} jobs: {counts or 'none'}")
+    if other := [c.made_otherwise for c in cells if c.made_otherwise]:
+        lines.append(f"{len(other)} made by other code: {other[0]}; slm sweep rerun computes them again")
+    return "\n".join(lines)
 
 
 def complaints(cells: Sequence[Cell]) -> str:

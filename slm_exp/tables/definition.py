@@ -219,8 +219,8 @@ class _Reader:
                                   f"{', '.join(known)}. {did_you_mean(key, known)}".rstrip())
         params = {**facts, **own, **given}
         params = {key: self._fill(value, params, f"params.{key}") for key, value in params.items()}
-        columns = tuple(c for i, column in enumerate(text.columns) for c in self._columns(column, params, f"columns[{i}]"))
-        blocks = tuple(b for i, block in enumerate(text.blocks) for b in self._blocks(block, params, f"blocks[{i}]"))
+        columns = tuple(c for i, each in enumerate(text.columns) for c in self._columns(each, params, f"columns[{i}]"))
+        blocks = tuple(b for i, each in enumerate(text.blocks) for b in self._blocks(each, params, f"blocks[{i}]"))
         over = [[f"{key}={v}" for v in values] for key, values in self._values(text.over, params, "over").items()]
         for values in filter(None, over):
             check_key(values[0])
@@ -254,7 +254,8 @@ class _Reader:
             for name in SEVEN if show == "tasks" else (show,):
                 check_quantity(name, f"{self._path}: {where}.show")
                 label = text.label if text.label is not None else default_label(name)
-                yield Column(str(self._fill(label, inner, where)), name, self._runs(text.runs, inner, where), text.digits)
+                runs = self._runs(text.runs, inner, where)
+                yield Column(str(self._fill(label, inner, where)), name, runs, text.digits)
 
     def _each(self, each: Each, params: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
         """The parameters once for every combination of the `each` values; a size brings its shares along."""

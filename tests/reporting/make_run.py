@@ -1,6 +1,6 @@
 """A run's folder as the pipeline leaves it, made by hand: 30 layers, two merged groups, seven tasks.
 
-`python tests/reporting/make_run.py FOLDER [finished|failed|running|baseline|healed|bare]` writes one to look at.
+`python tests/reporting/make_run.py FOLDER [finished|failed|running|baseline|recovered|bare]` writes one to look at.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def record(the_plan: MergePlan, dense: dict[str, Any], compressed: dict[str, Any
 
 
 def baseline() -> MergePlan:
-    """A plan that drops layers and halves of layers, without a search."""
+    """A plan that drops layers and sublayers, without a search."""
     return plan(groups=(), dropped=(20, 21, 25), trace=(), method="shortgpt", rule="", threshold=None, evaluations=0,
                 sublayers=(Sublayer(7, "attention"), Sublayer(9, "mlp")),
                 target=Target(27, True, 27))
@@ -165,11 +165,11 @@ def recovery() -> dict[str, Any]:
 
 def make_run(folder: Path, kind: str = "finished") -> Path:
     """Write a run's folder; `kind` as in the module's docstring. Returns the folder."""
-    the_plan = baseline() if kind == "baseline" else narrowed() if kind == "healed" else plan()
+    the_plan = baseline() if kind == "baseline" else narrowed() if kind == "recovered" else plan()
     out = record(the_plan, *(evaluation(i, folder / "samples" / w) for i, w in enumerate(("dense", "compressed"))))
     if kind == "baseline":
         out["params"]["zeroed"] = 1_327_104
-    if kind == "healed":
+    if kind == "recovered":
         out["recovery"] = recovery()
     if kind in ("failed", "running", "bare"):
         out["stages"] = out["stages"][: 0 if kind == "bare" else 5]

@@ -19,11 +19,12 @@ from pages import Page, table
 from slm_exp.cli import report
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import write_json
+from slm_exp.core.text import duration
 from slm_exp.core.types import Group, MergePlan, Trial
-from slm_exp.reporting import charts
-from slm_exp.reporting.page import duration, signed, size_change, write_report
+from slm_exp.reporting import charts, svg
+from slm_exp.reporting.page import signed, size_change, write_report
 
-KINDS = ("finished", "failed", "running", "baseline", "healed", "bare")
+KINDS = ("finished", "failed", "running", "baseline", "recovered", "bare")
 
 
 @pytest.fixture
@@ -59,11 +60,12 @@ def test_stands_alone_and_is_well_formed(kind: str, tmp_path: Path) -> None:
 def test_can_be_read_without_the_pictures(kind: str, tmp_path: Path) -> None:
     page = of(kind, tmp_path)
     assert len(page.all("h1")) == 1
-    for svg in page.all("svg"):
-        classes = (svg["attrs"].get("class") or "").split()
+    for picture in page.all("svg"):
+        classes = (picture["attrs"].get("class") or "").split()
         part_of_a_figure = "row" in classes  # the figure around the rows has the role and the name
-        hidden = svg["attrs"].get("aria-hidden") == "true"
-        assert hidden or part_of_a_figure or (svg["attrs"].get("role") == "img" and svg["attrs"].get("aria-label"))
+        hidden = picture["attrs"].get("aria-hidden") == "true"
+        named = picture["attrs"].get("role") == "img" and picture["attrs"].get("aria-label")
+        assert hidden or part_of_a_figure or named
     assert len(page.all("caption")) == len(page.all("table"))
     assert all(e["attrs"].get("scope") in ("col", "row") for e in page.all("th"))
     assert page.all("html")[0]["attrs"]["lang"] == "en"
@@ -122,7 +124,7 @@ def test_what_a_baseline_removes_is_hatched(tmp_path: Path) -> None:
 
 
 def test_narrower_layers_and_recovery_are_shown(tmp_path: Path) -> None:
-    page = of("healed", tmp_path)
+    page = of("recovered", tmp_path)
     assert "layers narrowed by 9.8 % of their parameters (flap)" in page.text("p", "lede")[0]
     rows = table(page, "What is left of the layers")
     assert (len(rows), rows[1]) == (27, ["1", "6", "3", "1528", ""])
@@ -151,16 +153,16 @@ def test_heatmap_pixels_are_the_matrix_with_layer_0_below_left() -> None:
     from PIL import Image
 
     matrix = np.array([[1, 0.5, 0], [0.5, 1, -0.2], [0, -0.2, 1]], dtype="float32")
-    svg = str(charts.heatmap(matrix, MergePlan(3, (Group(0, 2),))))
-    data = re.search(r"base64,([^\"]+)", svg)
+    drawn = str(charts.heatmap(matrix, MergePlan(3, (Group(0, 2),))))
+    data = re.search(r"base64,([^\"]+)", drawn)
     assert data
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data[1]))).convert("RGB"))
-    colour = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (charts.SCALE[0], charts.SCALE[-1])]
+    colour = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (svg.SCALE[0], svg.SCALE[-1])]
     assert pixels.shape == (3, 3, 3)
     assert [tuple(pixels[2 - i, i]) for i in range(3)] == [colour[1]] * 3
     assert tuple(pixels[0, 0]) == tuple(pixels[2, 2]) == colour[0]  # 0, twice
     assert tuple(pixels[1, 2]) == colour[0]  # below 0 counts as 0
-    frame = re.search(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)" class="frame"', svg)
+    frame = re.search(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)" class="frame"', drawn)
     assert frame
     x, y, width, height = map(float, frame.groups())
     assert (x, y + height) == pytest.approx((34, 386))
@@ -171,9 +173,9 @@ def test_deep_models_stay_light_and_their_labels_apart(tmp_path: Path) -> None:
     n = 126
     groups = tuple(Group(i, i + 2) for i in range(0, 120, 3))
     deep = MergePlan(n, groups, rule="mean", trace=(Trial(0, 1, 0.5, True),) * 400)
-    svg = str(charts.stack(deep))
+    drawn = str(charts.stack(deep))
     for column in (r'x="28"', r'x="372"'):
-        heights = sorted(float(y) for y in re.findall(rf'<text {column} y="([\d.]+)"', svg))
+        heights = sorted(float(y) for y in re.findall(rf'<text {column} y="([\d.]+)"', drawn))
         assert len(heights) > 20
         assert min(b - a for a, b in itertools.pairwise(heights)) >= 12
     assert len(charts.heatmap(np.eye(n, dtype="float32"), deep)) < 60_000
@@ -237,7 +239,7 @@ def test_a_run_is_at_work_while_its_folder_is_held_and_has_died_otherwise(tmp_pa
     assert "was at work" in page.text("section")[0]
     page = Page(write_report(tmp_path).read_text())
     assert page.text("span", "status") == ["died"]
-    assert "ended without a word" in page.text("section", "trouble")[0]
+    assert "terminated unexpectedly" in page.text("section", "trouble")[0]
 
 
 def test_without_evaluation_there_is_still_a_page(tmp_path: Path) -> None:
@@ -272,7 +274,7 @@ def test_numbers_for_people() -> None:
     ("low", "high"), [(0.78, 0.95), (0.9, 0.9), (0, 1), (1, 400), (1, 2), (-0.3, 0.99), (0.90001, 0.90002)]
 )
 def test_ticks_enclose_the_values_and_are_few(low: float, high: float) -> None:
-    ticks = charts._ticks(low, high)
+    ticks = svg.ticks(low, high)
     assert ticks[0] <= low + 1e-9
     assert ticks[-1] >= high - 1e-9
     assert 1 <= len(ticks) <= 10

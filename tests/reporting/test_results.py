@@ -11,13 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slm_exp.reporting.results import Comparison, average, compare
+from slm_exp.reporting import results
+from slm_exp.reporting.results import Comparison
+from slm_exp.runs.record import Run
+from slm_exp.runs.schema import Record
 from slm_exp.runs.statistics.scores import metric_of
 
 
+def compare(evaluation: dict[str, Any], folder: Path) -> list[Comparison]:
+    return results.compare(Run(folder, Record.of({"eval": evaluation})))
+
+
+def average(evaluation: dict[str, Any], rows: list[Comparison]) -> Comparison | None:
+    return results.average(Record.of({"eval": evaluation}).eval, rows)
+
+
 def write(folder: Path, which: str, task: str, rows: list[dict[str, Any]]) -> None:
-    (folder / which).mkdir(exist_ok=True, parents=True)
-    with gzip.open(folder / which / f"{task}.jsonl.gz", "wt") as f:
+    (folder / "samples" / which).mkdir(exist_ok=True, parents=True)
+    with gzip.open(folder / "samples" / which / f"{task}.jsonl.gz", "wt") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
@@ -73,7 +84,7 @@ def test_damaged_missing_or_other_samples_are_not_paired(tmp_path: Path) -> None
     dense, compressed = np.array([1.0, 0, 1, 1]), np.array([1.0, 0, 0, 1])
     evaluation = {"dense": {"tasks": {"piqa": side(dense)}}, "compressed": {"tasks": {"piqa": side(compressed)}}}
     one(tmp_path, dense, compressed)
-    path = tmp_path / "dense" / "piqa.jsonl.gz"
+    path = tmp_path / "samples" / "dense" / "piqa.jsonl.gz"
     whole = path.read_bytes()
     for content in (whole[:20], b"not gzip", None, whole):
         path.unlink(missing_ok=True)

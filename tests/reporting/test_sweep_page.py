@@ -19,9 +19,10 @@ from slm_exp.cli import report
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import write_json
 from slm_exp.core.types import LayerSimilarity, MergePlan, Sublayer
-from slm_exp.reporting import atlas, sweep_charts
+from slm_exp.reporting import atlas, svg, sweep_charts
 from slm_exp.reporting.measures import Point, _with_front
-from slm_exp.reporting.sweep import is_sweep, read_rows, write_sweep_report
+from slm_exp.reporting.rows import read_rows
+from slm_exp.reporting.sweep import is_sweep, write_sweep_report
 from slm_exp.runs.sweep import SweepFolder
 
 
@@ -99,8 +100,8 @@ def test_stands_alone(page: Page, grid: Path) -> None:
 def test_can_be_read_without_the_pictures(page: Page) -> None:
     assert len(page.all("h1")) == 1
     assert page.all("a", "skip")
-    for svg in page.all("svg"):
-        about = svg["attrs"]
+    for picture in page.all("svg"):
+        about = picture["attrs"]
         assert about.get("aria-hidden") == "true" or (about.get("role") in ("img", "group") and about.get("aria-label"))
     assert len(page.all("caption")) == len(page.all("table"))
     assert all(e["attrs"].get("scope") in ("col", "row") for e in page.all("th"))
@@ -169,7 +170,7 @@ def test_what_is_not_finished_says_why_and_how_to_go_on(page: Page) -> None:
     cards = [" ".join(e["text"].split()) for e in page.all("div", "card") if e["inside"][-1] == "section"][:3]
     assert cards[0].startswith("2 failed in stage evaluate OutOfMemoryError: CUDA out of memory.Ask for less memory")
     assert "<b>CUDA</b> out of memory." in cards[0]  # the end of its log, as text
-    assert cards[1].startswith("1 died in stage evaluate It ended without a word")
+    assert cards[1].startswith("1 died in stage evaluate It terminated unexpectedly")
     assert cards[2].startswith("1 waiting kernel")
     assert "slm sweep resume grid" in trouble["text"]  # the folder as seen from where the sweep was started
 
@@ -202,7 +203,7 @@ def test_the_front_is_what_no_other_model_beats() -> None:
 
 def test_a_step_covers_exactly_the_thresholds_that_decide_alike(grid: Path) -> None:
     _, rows = read_rows(grid)
-    found = {step.row.run: step for step in sweep_charts._steps(rows)}
+    found = {step.row.name: step for step in sweep_charts._steps(rows)}
     assert found
     for step in found.values():
         plan = step.row.plan
@@ -238,7 +239,7 @@ def test_equal_matrices_and_equal_plans_are_shown_once(grid: Path, page: Page) -
     _, rows = read_rows(grid)
     found = atlas.gather(rows)
     assert sorted(sheet.similarity.kernel for sheet in found.sheets) == sorted(KERNELS)
-    assert sum(len(sheet.rows) for sheet in found.sheets) == len([row for row in rows if row.record])
+    assert sum(len(sheet.rows) for sheet in found.sheets) == len([row for row in rows if row.run])
     effects = [(s.plan.groups, s.plan.dropped) for s in found.shapes]
     assert len(effects) == len(set(effects)) > 1
     assert len(page.all("svg", "sheet")) == len(KERNELS)
@@ -260,8 +261,8 @@ def test_a_matrix_is_read_back_to_a_255th(tmp_path: Path) -> None:
 
 def test_a_strip_has_every_layer_once() -> None:
     plan = MergePlan(12, ((1, 4),), (7,), rule="mean", sublayers=(Sublayer(9, "mlp"),))
-    svg = str(atlas.strip(plan))
-    paths = dict(re.findall(r'd="([^"]+)" class="box (\w+)"', svg)[i][::-1] for i in range(3))
+    drawn = str(atlas.strip(plan))
+    paths = dict(re.findall(r'd="([^"]+)" class="box (\w+)"', drawn)[i][::-1] for i in range(3))
     assert {kind: path.count("M") for kind, path in paths.items()} == {"kept": 8, "merged": 1, "dropped": 1}
     assert "h2.84" in paths["merged"]
     assert "M9.08 5h0.84v5" in paths["kept"]  # without its upper half
@@ -313,9 +314,9 @@ def test_sweeps_without_plans_or_measurements_still_have_a_page(tmp_path: Path) 
 
 def test_axes_hold_their_values_and_are_logarithmic_only_over_decades() -> None:
     for low, high in itertools.pairwise((0.5, 0.7, 3, 40, 41, 900, 1e7)):
-        axis = sweep_charts.Axis([low, high], log=True)
+        axis = svg.Axis([low, high], log=True)
         assert axis.log == (high / low > 20)
         assert axis.low <= low < high <= axis.high
         assert 0 <= axis.at(low) < axis.at(high) <= 1
         assert 2 <= len(axis.ticks) <= 10
-    assert not sweep_charts.Axis([0, 1e6], log=True).log
+    assert not svg.Axis([0, 1e6], log=True).log

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from made_runs import answers, make_run
 
-from slm_exp.cli.compare import open_run
 from slm_exp.cli.main import main
 from slm_exp.core.errors import SlmError
 from slm_exp.evaluation.base import SEVEN
+from slm_exp.runs.statistics.compare import open_run
 from slm_exp.runs.statistics.paired import mcnemar
 
 

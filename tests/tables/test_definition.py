@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from slm_exp.cli.tables import split_words
+from slm_exp.core.documents import read_yaml
 from slm_exp.core.errors import ConfigError
 from slm_exp.launch.compose import compose_run, conf_dir
-from slm_exp.tables.definition import cells, read_table, read_yaml, table_names, together
+from slm_exp.tables.build import split_words
+from slm_exp.tables.definition import cells, read_table, table_names, together
 
 MODELS = sorted(set(read_yaml(conf_dir() / "table" / "_models.yaml")) - {"all"})
 SPEED = conf_dir() / "evaluation" / "speed.yaml"

@@ -14,7 +14,7 @@ from made_runs import make_run
 
 from slm_exp.cli.main import main
 from slm_exp.core.errors import ConfigError, ProtocolError
-from slm_exp.runs.sweep import DIED
+from slm_exp.runs.state import DIED
 from slm_exp.tables.commands import commands
 from slm_exp.tables.definition import cells, read_table
 from slm_exp.tables.formats import csv_text, latex
@@ -55,9 +55,9 @@ def test_the_dense_row_is_of_its_own_blocks_model(tmp_path: Path) -> None:
     for overrides in cells(name):
         half = "model.dtype=bfloat16" in overrides
         made = make_run(tmp_path / "runs", overrides, model={"digest": str(half), "name": "m"})
-        record = find_runs([made])[0].record
-        record["eval"]["dense"]["average"] = 0.1 if half else 0.9
-        set_record(made, eval=record["eval"])
+        measured = find_runs([made])[0].record.raw["eval"]
+        measured["dense"]["average"] = 0.1 if half else 0.9
+        set_record(made, eval=measured)
     grid = fill(read_table(name), find_runs([tmp_path / "runs"]))
     assert [dict(rows)["dense"][0].text for _, rows in grid.blocks] == ["90.00", "10.00"]
 
@@ -76,8 +76,8 @@ def test_a_row_with_some_of_its_seeds_takes_the_marks_away_and_is_told_in_every_
     name = table(tmp_path)
     runs_of(tmp_path, name)
     whole = fill(read_table(name), runs := find_runs([tmp_path / "runs"]))
-    part = fill(read_table(name), [m for m in runs if not ("merge_rule=mean" in m.record["overrides"]
-                                                           and m.record["config"]["seed"] == 1)])
+    part = fill(read_table(name), [m for m in runs if not ("merge_rule=mean" in m.record.overrides
+                                                           and m.record.setting("seed") == 1)])
     assert any(e.mark for e in whole.entries())
     assert not any(e.mark for e in part.entries())
     assert "only some of its runs" in " ".join(part.notes)
@@ -102,7 +102,7 @@ def test_folders_given_twice_links_and_equal_names(tmp_path: Path) -> None:
     assert len(find_runs([tmp_path / "linked"])) == len(made)
     for where, limit in (("a", 20), ("b", 10)):
         shutil.copytree(made[0], tmp_path / where / "run")
-        record = find_runs([tmp_path / where])[0].record
+        record = find_runs([tmp_path / where])[0].record.raw
         for side in record["eval"].values():
             side["protocol"] = {"hash": where, "fields": {"limit": limit, "tasks": {"boolq": {}}}}
         set_record(tmp_path / where / "run", eval=record["eval"])

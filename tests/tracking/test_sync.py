@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from slm_exp.cli import sync
+from slm_exp.runs import offline as runs
 
 
 def offline(folder: Path, run_id: str, stamp: str = "20260101_120000", suffix: str = "") -> Path:
@@ -37,8 +38,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     http = HTTPServer(("127.0.0.1", 0), _Unfriendly)
     threading.Thread(target=http.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{http.server_port}"
-    sync.check_reachable(url)
-    monkeypatch.setattr(sync, "check_reachable", lambda _: None)
+    runs.check_reachable(url)
+    monkeypatch.setattr(runs, "check_reachable", lambda _: None)
     sent: list[Path] = []
 
     def wandb_sync(command: list[str], **kwargs: Any) -> None:
@@ -130,7 +131,7 @@ def test_no_key_names_the_remedy(
     for name in [n for n in os.environ if n.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(sync, "check_reachable", lambda _: None)
+    monkeypatch.setattr(runs, "check_reachable", lambda _: None)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert sync.main([str(tmp_path)]) == 1

@@ -21,6 +21,7 @@ from slm_exp.methods.slm import SLM
 from slm_exp.models.hf import HF
 from slm_exp.runs import checkpoint
 from slm_exp.runs.checkpoint import model_card, save_checkpoint
+from slm_exp.runs.schema import Record
 from slm_exp.width.base import WidthTask
 
 TOP = available("merge_rule")["top_layer"]()
@@ -229,6 +230,6 @@ def test_the_card_of_an_ordinary_narrow_model(make_tiny, tokens, monkeypatch):
     monkeypatch.setattr(checkpoint, "verify_checkpoint", lambda *a: {})
     handle = make_tiny(layers=2)
     width = decide("random", handle, tokens, 0.4)
-    card = model_card(apply_width(handle, width), MergePlan(2, width=width), {})
+    card = model_card(apply_width(handle, width), MergePlan(2, width=width), Record())
     assert f"Width pruned by random, after the layers: {width.reached:.1%} of the decoder layers' parameters" in card
     assert "trust_remote_code" not in card

@@ -75,12 +75,13 @@ def difference(first: Sequence[Measured], second: Sequence[Measured], tasks: Seq
     return found
 
 
-def _paired(first: Sequence[Measured], second: Sequence[Measured], task: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _paired(first: Sequence[Measured], second: Sequence[Measured],
+            task: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Scores [S, N] of both sides on the same documents; None where there is no such pairing."""
     if len(first) != len(second) or not first:
         return None
-    sides = [[_documents(m.run.samples(m.which, task), metric_of(task, m.scores(task)), main_score(task, m.scores(task)))
-              for m in side] for side in (first, second)]
+    sides = [[_documents(m.run.samples(m.which, task), metric_of(task, scores := m.scores(task)),
+                         main_score(task, scores)) for m in side] for side in (first, second)]
     if any(scores is None for side in sides for scores in side):
         return None
     if len({scores[0] for side in sides for scores in side if scores}) > 1:

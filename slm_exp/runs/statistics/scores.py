@@ -5,10 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.runs.schema import Scores
@@ -64,7 +64,7 @@ def stderr_of_mean(parts: Iterable[Estimate | None]) -> float | None:
     return math.sqrt(math.fsum(e * e for e in known)) / len(errors) if errors and len(known) == len(errors) else None
 
 
-def by_document(path: Path, metric: str) -> dict[tuple[Any, Any], float]:
+def by_document(path: Path, metric: str) -> dict[tuple[object, object], float]:
     """(doc_id, doc_hash) -> score; empty where the file is missing or damaged, or has another metric.
 
     Args:
@@ -77,5 +77,5 @@ def by_document(path: Path, metric: str) -> dict[tuple[Any, Any], float]:
             rows = [json.loads(line) for line in f]
         return {(row.get("doc_id"), row.get("doc_hash")): float(row[name]) for row in rows
                 if row.get("filter", "") == chosen}  # fmt: skip
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error):
         return {}
