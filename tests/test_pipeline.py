@@ -99,7 +99,7 @@ PATCHES = {
     "recover": "slm_exp.recovery.none.NoRecovery.recover",
     "evaluate_dense": "slm_exp.evaluation.base.Evaluation.run",
     "save": "slm_exp.runs.checkpoint.save_checkpoint",
-    "report": "slm_exp.reporting.page.write_report",
+    "report": "slm_exp.pipeline.observers.write_report",
 }
 
 

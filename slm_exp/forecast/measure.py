@@ -68,7 +68,8 @@ def measure(device: str, dtype: str, threads: int | None) -> Machine:
     w = torch.randn(16384, 512, device=where, dtype=kind)
     y = torch.randn(512, 512, device=where, dtype=torch.float64)
     with torch.inference_mode():
-        head = rate(lambda: torch.nn.functional.linear(x, w).log_softmax(-1, dtype=torch.float32), 2 * x.numel() * 16384)
+        linear, flops = torch.nn.functional.linear, 2 * w.numel() * len(x)
+        head = rate(lambda: linear(x, w).log_softmax(-1, dtype=torch.float32), flops)
         wide = rate(lambda: y @ y, 2 * 512**3)
     begin = time.process_time()
     import datasets  # noqa: F401

@@ -193,7 +193,8 @@ def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: L
         return plan
     outline = walk(cfg, model, lookup, job.save_model)
     try:
-        cfg.width.check_depth(cfg.method, model.handle)
+        if not cfg.width.prunes and not (cfg.method.removes_sublayers and cfg.method.target_ratio):
+            cfg.method.check_model(model.handle)  # the others look at modules, which takes torch
         cfg.evaluation.check_data(model.random)
         _size(plan, cfg, model, outline)
     except SlmError as error:

@@ -98,7 +98,7 @@ def walk(cfg: RunConfig, model: Sketch, lookup: Lookup, save_model: bool) -> Out
     if model.digest.startswith("?"):
         x.dense = replace(model.handle, digest=Unknown(model.digest))
     LOAD.then(x)
-    for step in steps(cfg)[1:]:
+    for step in (step for step in steps(cfg) if step.name not in ("load", "save", "report")):
         states = [_advance(stage, x, lookup, out) for stage in step.stages if stage.when(x)]
         out.stages[step.name] = max(states, key=BY_EFFORT.index, default=NOTHING)
     out.stages["save"] = COMPUTE if save_model else NOTHING
@@ -125,6 +125,8 @@ def _advance(stage: Stage[Any], x: Experiment, lookup: Lookup, out: Outline) -> 
         if value is None:
             out.plan, out.plan_from = value, _ = _plan(x)
     setattr(x, stage.field, Unknown(stage.name, inputs, x.model.digest) if value is None else value)
+    if stage.field == "width":  # what stands in for the model has no modules to narrow
+        x.model = Unknown(x.model.digest)
     stage.then(x)
     return state
 

@@ -125,7 +125,8 @@ def check_together(cfg: RunConfig) -> None:
         removes_sublayers=cfg.method.removes_sublayers, plan=plan, plan_path=cfg.method.plan_path,
         new_hidden_size=cfg.width.new_hidden_size, model_dtype=cfg.model.dtype,
     )
-    for refused in (*(group.refuses(others) for group in (cfg.method, cfg.width, cfg.recovery)), cfg.evaluation.refuses()):
+    of_groups = (group.refuses(others) for group in (cfg.method, cfg.width, cfg.recovery))
+    for refused in (*of_groups, cfg.evaluation.refuses()):
         if refused:
             raise ConfigError(refused)
 

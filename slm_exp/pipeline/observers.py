@@ -1,4 +1,4 @@
-"""What watches a run: the record on disk, the tracker, the checkpoint, the pages."""
+"""What watches a run: the record on disk, and observers that it passes everything on to: the tracker, the pages."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from filelock import Timeout
+from omegaconf import OmegaConf
 
 from slm_exp.core.cache.code import package_digest
 from slm_exp.core.cache.store import StageStore
@@ -26,6 +27,8 @@ from slm_exp.core.secrets import masked
 from slm_exp.evaluation.base import EvalReport
 from slm_exp.evaluation.protocol import FILE as PROTOCOL
 from slm_exp.merging.surgery import zeroed
+from slm_exp.reporting.heatmap import draw_heatmap
+from slm_exp.reporting.page import write_report
 from slm_exp.runs.files import result_files
 from slm_exp.runs.record import FILE as RECORD
 from slm_exp.runs.record import finished_run, git_state, read_run, versions, write_record
@@ -39,13 +42,61 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PICTURE = "similarity.png"
 
-@dataclass
-class Timing:
-    """How a stage went."""
 
-    cached: list[bool] = field(default_factory=list)
-    """For each part of it, whether that came from the cache."""
+class Observer:
+    """Hears what happens in a run; by default it does nothing about it."""
+
+    def noted(self, sections: dict[str, Any]) -> None:
+        """Parts of the record have changed."""
+
+    def kept(self, stage: str, x: Experiment) -> None:
+        """A stage has its value, and the record and the folder have what follows from it."""
+
+    def failed(self) -> None:
+        """The run has failed, and its record says so."""
+
+
+class Mirror(Observer):
+    """Passes the record on to a tracker."""
+
+    def __init__(self, track: Tracker, folder: Path) -> None:
+        self.track, self.folder = track, folder
+
+    def noted(self, sections: dict[str, Any]) -> None:
+        self.track.log(sections)
+
+    def kept(self, stage: str, x: Experiment) -> None:
+        if stage == "plan":
+            kind = {1: "kept"}
+            self.track.table("plan", ["slot", "first layer", "last layer", "kind"],
+                             [[i, g.start, g.stop - 1, kind.get(g.stop - g.start, "merged")]
+                              for i, g in enumerate(x.plan.slots)])
+            self.track.table("trace", ["low", "high", "score", "accepted"],
+                             [[t.low, t.high, t.score, t.accepted] for t in x.plan.trace])
+        if stage == "report":
+            self.track.image("similarity", self.folder / PICTURE)
+
+
+class Pages(Observer):
+    """Draws similarity.png and report.html."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def kept(self, stage: str, x: Experiment) -> None:
+        if stage == "report":
+            title = f"{x.dense.name}: layer similarity ({x.similarity.kernel} CKA)"
+            draw_heatmap(x.similarity, x.plan, self.folder / PICTURE, title=title)
+            write_report(self.folder, x.record | {"status": "finished"})
+
+    def failed(self) -> None:
+        """Which stage, why, what to do. A page that fails must not hide the failure."""
+        try:
+            write_report(self.folder)
+        except Exception as error:
+            log.warning("no report page: %s", error)
 
 
 @dataclass
@@ -61,7 +112,7 @@ class Recorder:
     group: str | None = None
     record: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
-    track: Tracker | None = None
+    observers: list[Observer] = field(default_factory=list)
     _started: float = 0.0
     _lock: Any = None
 
@@ -103,8 +154,6 @@ class Recorder:
             "error": None,
         }
         self.write()
-        from omegaconf import OmegaConf
-
         write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.record["config"])))
         return self
 
@@ -127,7 +176,10 @@ class Recorder:
         return StageStore(Path(self.cfg.cache.dir) if self.cfg.cache.enabled else None)
 
     def carry_out(self, stage: Stage[Any], x: Experiment) -> bool:
-        """Carry out one stage and keep what it gave in the folder, the record and the tracker."""
+        """Carry out one stage and keep what it gave, in the folder and in the record; tell the observers.
+
+        Returns whether its value came from the stage cache.
+        """
         cached = stage.carry_out(x)
         match stage.name:
             case "load":
@@ -145,51 +197,60 @@ class Recorder:
             case "narrowed_score":
                 self.keep_width(x.plan)
             case "recover":
-                self.note(recovery=x.recovery.report)
-                self.note(layers={"before": x.dense.n_layers, "after": x.model.n_layers},
+                self.note(recovery=x.recovery.report,
+                          layers={"before": x.dense.n_layers, "after": x.model.n_layers},
                           params={"before": x.dense.n_params, "after": x.model.n_params,
                                   "ratio_removed": 1 - x.model.n_params / x.dense.n_params,
                                   "zeroed": zeroed(x.model, x.plan)})
             case "evaluate":
                 self.keep_evaluation("compressed", x.report)
             case "time":
-                self.keep_speed(x.speed)
+                self.note(speed=x.speed)
+                self.warn(*x.speed["notes"])
+        for observer in self.observers:
+            observer.kept(stage.name, x)
         return cached
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[Timing]:
-        """Time a stage and note it in the record; an exception inside becomes a StageError."""
-        stage = Timing()
+    def stage(self, name: str) -> Iterator[list[bool]]:
+        """Time a stage and note it in the record; an exception inside becomes a StageError.
+
+        Yields a list for whether each part of it came from the cache.
+        """
+        parts: list[bool] = []
         log.info("%s ...", name)
         self.record["stage"] = name  # what a killed run was doing, and what a sweep's screen shows
         started = time.perf_counter()
         try:
             self.write()
-            yield stage
+            yield parts
         except Exception as error:
             raise StageError(name, error) from error
         except BaseException as error:
             error.add_note(f"stage: {name}")
             raise
-        cached = bool(stage.cached) and all(stage.cached)
+        cached = bool(parts) and all(parts)
         entry = {"name": name, "seconds": round(time.perf_counter() - started, 3), "cached": cached}
         self.record["stages"].append(entry)
         log.info("%s done in %.1f s%s", name, entry["seconds"], " (from the cache)" if cached else "")
         self.write()
-        if self.track:
-            self.track.log({"stages": {name: {"seconds": entry["seconds"], "cached": cached}}})
+        self._tell(stages={name: {"seconds": entry["seconds"], "cached": cached}})
 
     def note(self, **sections: Any) -> None:
-        """Add sections to the record (written with the next stage) and mirror them to the tracker."""
+        """Add sections to the record, written with the next stage."""
         self.record.update(sections)
-        if self.track:
-            self.track.log(sections)
+        self._tell(**sections)
 
-    def warn(self, message: str) -> None:
+    def _tell(self, **sections: Any) -> None:
+        for observer in self.observers:
+            observer.noted(sections)
+
+    def warn(self, *messages: str) -> None:
         """Tell the user once, and keep it in the record."""
-        if message not in self.record["warnings"]:
-            log.warning(message)
-            self.record["warnings"].append(message)
+        for message in messages:
+            if message not in self.record["warnings"]:
+                log.warning(message)
+                self.record["warnings"].append(message)
 
     def accept_evaluations(self) -> None:
         """Hold a finished record to `evaluation.protocol` and `dense_range`, which a run_id does not tell apart."""
@@ -202,59 +263,25 @@ class Recorder:
         report.save_samples(self.folder / "samples" / which)
         write_json(self.folder / PROTOCOL, report.protocol.to_json())
         self.record["eval"][which] = report.to_json()
-        if self.track:
-            self.track.log({"eval": {which: report.to_json()}})
+        self._tell(eval={which: report.to_json()})
         self.cfg.evaluation.accept(report, dense=which == "dense")
 
-    def keep_speed(self, speed: dict[str, Any]) -> None:
-        """The record's `speed`, and what its numbers do not mean as warnings."""
-        self.note(speed=speed)
-        for message in speed["notes"]:
-            self.warn(message)
-
     def keep_plan(self, plan: MergePlan) -> None:
-        """plan.json, the record's `plan`, its notes as warnings, and the tracker's tables."""
+        """plan.json and the record's `plan`; its notes as warnings."""
         plan.save(self.folder)
         self.note(plan=plan.to_json())
-        for message in plan.notes:
-            self.warn(message)
-        if plan.n_layers_out == plan.n_layers and not plan.sublayers:
+        self.warn(*plan.notes)
+        if not plan.changes_layers:
             best = max((t.score for t in plan.trace), default=None)
             lower = best is not None and plan.threshold is not None
             hint = f" The best candidate scored {best:.4f}: lower method.threshold below that." if lower else ""
             self.warn(f"the plan merges and removes nothing.{hint}")
-        if self.track:
-            kind = {1: "kept"}
-            self.track.table("plan", ["slot", "first layer", "last layer", "kind"],
-                             [[i, g.start, g.stop - 1, kind.get(g.stop - g.start, "merged")]
-                              for i, g in enumerate(plan.slots)])
-            self.track.table("trace", ["low", "high", "score", "accepted"],
-                             [[t.low, t.high, t.score, t.accepted] for t in plan.trace])
 
     def keep_width(self, plan: MergePlan) -> None:
         """plan.json and the record's `plan` again, with what was decided about widths, and its notes as warnings."""
         plan.save(self.folder)
         self.note(plan=plan.to_json())
-        for message in plan.width.notes if plan.width else ():
-            self.warn(message)
-
-    def keep_model(self, x: Experiment) -> None:
-        """model/: the checkpoint, verified in a fresh process before it appears."""
-        from slm_exp.runs.checkpoint import save_checkpoint
-
-        save_checkpoint(x.model, self.folder / "model", plan=x.plan, tokens=x.tokens, record=self.record)
-
-    def draw(self, x: Experiment) -> None:
-        """similarity.png and report.html."""
-        from slm_exp.reporting.heatmap import draw_heatmap
-        from slm_exp.reporting.page import write_report
-
-        picture = self.folder / "similarity.png"
-        title = f"{x.dense.name}: layer similarity ({x.similarity.kernel} CKA)"
-        draw_heatmap(x.similarity, x.plan, picture, title=title)
-        if self.track:
-            self.track.image("similarity", picture)
-        write_report(self.folder, self.record | {"status": "finished"})
+        self.warn(*(plan.width.notes if plan.width else ()))
 
     def done(self) -> dict[str, Any]:
         """Mark the run finished, with size and digest of every file that is its result. Nothing may fail after this."""
@@ -263,8 +290,7 @@ class Recorder:
         self.record.pop("stage", None)
         self.write()
         self.finished = True
-        if self.track:
-            self.track.log({"status": "finished", "seconds": self.record["seconds"]})
+        self._tell(status="finished", seconds=self.record["seconds"])
         return self.record
 
     def _fail(self, error: BaseException) -> None:
@@ -278,15 +304,7 @@ class Recorder:
         log.error("run %s failed in stage %s: %s: %s\n%s", self.cfg.run_id, stage, type(cause).__name__, cause, trace)
         try:
             self.write()
-            self._draw_failure()
+            for observer in self.observers:
+                observer.failed()
         except OSError as second:  # e.g. the disk is full: the running record stays, which resume takes for unfinished
             print(f"could not write the failed record in {self.folder}: {second}", file=sys.stderr)
-
-    def _draw_failure(self) -> None:
-        """report.html of a failed run: which stage, why, what to do. A page that fails must not hide the failure."""
-        from slm_exp.reporting.page import write_report
-
-        try:
-            write_report(self.folder)
-        except Exception as error:
-            log.warning("no report page: %s", error)

@@ -13,7 +13,7 @@ from typing import Any
 
 from slm_exp.evaluation.base import Evaluation
 from slm_exp.pipeline.config import RunConfig
-from slm_exp.pipeline.observers import Recorder
+from slm_exp.pipeline.observers import Mirror, Pages, Recorder
 from slm_exp.pipeline.stages import Experiment, steps
 from slm_exp.runs.record import is_finished
 from slm_exp.runs.tracking.none import NoTracking
@@ -32,24 +32,17 @@ def run(
     Raises:
         StageError: names the stage and chains the cause; the failed record is on disk.
     """
-    with Recorder(cfg, folder, overrides, group) as rec:
+    with Recorder(cfg, folder, overrides, group, observers=[Pages(folder)]) as rec:
         if rec.finished:
             rec.accept_evaluations()
             return rec.record
-        with cfg.tracking.session(rec.record, folder) as rec.track:
-            for message in cfg.advice():
-                rec.warn(message)
-            x = Experiment(cfg, folder, rec.store, training, rec.track, rec.record)
+        with cfg.tracking.session(rec.record, folder) as track:
+            rec.observers.append(Mirror(track, folder))
+            rec.warn(*cfg.advice())
+            x = Experiment(cfg, folder, rec.store, training, track, rec.record)
             for step in steps(cfg):
-                with rec.stage(step.name) as timing:
-                    for stage in step.stages:
-                        if stage.when(x):
-                            timing.cached.append(rec.carry_out(stage, x))
-            with rec.stage("save"):
-                if cfg.save_model:
-                    rec.keep_model(x)
-            with rec.stage("report"):
-                rec.draw(x)
+                with rec.stage(step.name) as cached:
+                    cached += [rec.carry_out(stage, x) for stage in step.stages if stage.when(x)]
             return rec.done()
 
 

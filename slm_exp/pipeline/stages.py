@@ -59,6 +59,8 @@ class Experiment:
     recovery: RecoveryResult = field(init=False)
     report: EvalReport = field(init=False)
     speed: dict[str, Any] = field(init=False)
+    saved: None = None
+    reported: None = None
 
     @property
     def task(self) -> PlanTask:
@@ -369,6 +371,20 @@ TIME = Stage("time", "speed", lambda x: x.cfg.evaluation.time(x.dense, x.model),
              when=lambda x: x.cfg.evaluation.times)
 """Latency of both models in turns; a timing never comes from the cache."""
 
+# --- save, report
+
+
+def _save(x: Experiment) -> None:
+    from slm_exp.runs.checkpoint import save_checkpoint
+
+    save_checkpoint(x.model, x.folder / "model", plan=x.plan, tokens=x.tokens, record=x.record)
+
+
+SAVE = Stage("save", "saved", _save, when=lambda x: bool(x.cfg.save_model))
+"""model/: the checkpoint, verified in a fresh process before it appears."""
+REPORT = Stage("report", "reported", _none)
+"""Pages and pictures, which observers draw."""
+
 
 def steps(cfg: RunConfig) -> tuple[Step, ...]:
     """The stages in paper order, under the names that the record times them by."""
@@ -384,4 +400,6 @@ def steps(cfg: RunConfig) -> tuple[Step, ...]:
         *([Step("width", (WIDTH_AFTER, RESCORE_NARROWED))] if not before else []),
         Step("recover", (RECOVER,)),
         Step("evaluate", (EVALUATE, TIME)),
+        Step("save", (SAVE,)),
+        Step("report", (REPORT,)),
     )

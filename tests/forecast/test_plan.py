@@ -89,7 +89,7 @@ def test_known_scores_tell_the_plan_of_another_threshold(call):
     assert other.stages["evaluate"] in ("cached", "shared")
 
 
-def test_width_hits_are_planned(call):
+def test_width_hits_are_known(call):
     run(call, "width=magnitude")
     after = planned(call, "width=magnitude", "save_model=false", "seed=0").jobs[0]
     assert after.state == "finished"
@@ -97,7 +97,7 @@ def test_width_hits_are_planned(call):
     (Path(run_dir) / "record.json").unlink()
     after = planned(call, "width=magnitude", "save_model=false").jobs[0]
     assert after.stages["width"] == "cached"
-    assert after.stages["evaluate"] == "cached", "the decision says which model it is"
+    assert after.stages["evaluate"] == "unknown"  # which model it is, only the run knows
 
 
 def test_a_grid_shares_what_its_jobs_have_in_common(call):
@@ -124,7 +124,9 @@ def test_a_grid_shares_what_its_jobs_have_in_common(call):
         ["hydra.sweep.dir=x", "seed=1,2"],
     ],
 )
-def test_a_grid_lies_where_the_run_puts_it(overrides):
+def test_a_grid_lies_where_the_run_puts_it(overrides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("y.txt").write_text("a text")
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
@@ -136,7 +138,6 @@ def test_a_grid_lies_where_the_run_puts_it(overrides):
         loader = GlobalHydra.instance().hydra
         whole = loader.compose_config("config", compose.open_mappings(overrides), run_mode=RunMode.MULTIRUN)
         where = Path(str(whole.hydra.sweep.dir))
-    assert command_jobs([*overrides, "model=tiny", "evaluation=none"]).folder.parent == where.parent
     assert command_jobs(overrides, identify=lambda cfg: "").folder == where
 
 
