@@ -64,7 +64,7 @@ def fused_layer(
         layer: for its shapes and constants; must be `supported`.
         weights: every parameter of the layer by name, already in `dtype`.
         call: what the decoder calls the layer with, floats in `dtype`.
-        without: `attention` or `mlp`: that half is not computed.
+        without: `attention` or `mlp`: that sublayer is not computed.
     """
     linear = torch.ops.mkldnn._linear_pointwise
     attention, hd = layer.self_attn, layer.self_attn.head_dim

@@ -26,7 +26,7 @@ def layer_gradients(
         runner: of the model; its tokens are inputs and targets.
         states: entering layers 0..L-1, then the last layer's output: L + 1 of [N, T, D].
     Yields:
-        (layer, {name: (parameter, gradient)}), both float32, only good until the next one is asked for.
+        (layer, {name: (parameter, gradient)}), both float32, only good until the next one is requested.
     Raises:
         DataError: the loss is not finite.
     Cost: a forward and a backward pass of every layer and of the head; memory for one layer's parameters in float32

@@ -1,4 +1,4 @@
-"""Run a model one decoder layer at a time over the whole calibration set, with weights overridden where asked.
+"""Run a model one decoder layer at a time over the whole calibration set, with weights overridden where requested.
 
 Everything that looks at hidden states stands on this: layer similarity streams them, the search restarts from
 any of them. The model itself is never modified.

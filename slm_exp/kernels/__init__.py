@@ -1,1 +1,1 @@
-"""Kernels: how alike two token states are. They shape the layer similarity matrix (and `similarity=cka`)."""
+"""Kernels: the similarity of two token states. They shape the layer similarity matrix (and `similarity=cka`)."""

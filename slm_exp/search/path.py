@@ -127,7 +127,7 @@ def single(
     scores: Scores, start: SearchState, n_layers: int, low: float, high: float, threshold: float,
     commit_open_window: bool = True, max_evaluations: int | None = None, scored: set[Candidate] | None = None,
 ) -> PathPlan | None:
-    """The plan of one threshold in [low, high), with the interval of those that decide alike; None beyond the budget.
+    """The plan of one threshold in [low, high), with the interval that decides the same; None beyond the budget.
 
     Args:
         max_evaluations, scored: as for `follow`.

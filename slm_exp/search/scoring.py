@@ -76,12 +76,12 @@ class ScoringEngine:
 
     @property
     def evaluations(self) -> int:
-        """Distinct models, and dtypes, that a value was asked of."""
+        """Distinct models, and dtypes, that a value was requested of."""
         return len({(dtype, slots) for _, dtype, slots in self._values}) + self._unnamed
 
     @property
     def block_forwards(self) -> int:
-        """Decoder-layer passes that the values asked for take, the dense pass and the commits included.
+        """Decoder-layer passes that the requested values take, the dense pass and the commits included.
 
         A layer that lacks a sublayer counts one half, and the total is rounded up. The head is not counted (a loss over
         SmolLM2's vocabulary takes as long as eight layers). Counted as if nothing had been in the store: the cost of
@@ -246,7 +246,7 @@ def entry_key(slots: Slots) -> str:
 
 
 def shared(a: Slots, b: Slots) -> int:
-    """How many slots two models have in common from the bottom up. Replaced weights are alike if they are the same."""
+    """How many slots two models have in common from the bottom up. Replaced weights must be the same object."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y or x.weights is not y.weights), min(len(a), len(b)))
 
@@ -257,7 +257,7 @@ def blocks(slots: Slots) -> float:
 
 
 class _Cost:
-    """Block forwards of the values asked for, whether or not they had to be run."""
+    """Block forwards of the requested values, whether or not they had to be run."""
 
     def __init__(self, dense: Slots) -> None:
         self.base, self.known = dense, len(dense)  # slots of the base whose output is known

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 SAFETY = 4.0
 """The margin of a screen in units of the largest error measured."""
 NEAR = 0.1
-"""Errors are measured on candidates this near the threshold: those much less alike have larger ones, which decide
+"""Errors are measured on candidates this near the threshold: those much less similar have larger ones, which decide
 nothing. No error may reach this; those of bfloat16 are a hundredth of it."""
 
 

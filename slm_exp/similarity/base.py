@@ -123,7 +123,7 @@ class Similarity(Component, ABC):
 
         Work on the dense side is done once, here. Sums are float32 or wider whatever the states' dtype.
         1 is identical, two states of zeros included; a state of zeros against another counts as a right angle.
-        A trial with a NaN or an infinity in it scores -1: nothing is less alike, and no threshold accepts it.
+        A trial with a NaN or an infinity in it scores -1: nothing is less similar, and no threshold accepts it.
         """
 
 

@@ -103,7 +103,7 @@ def normalised(hsic_LL: Tensor) -> Tensor:
 
 
 def cka(x_ND: Tensor, y_ND: Tensor, kernel: Kernel, estimator: str = "unbiased", batch: int = 256) -> float:
-    """How alike two sets of states are, up to what the kernel ignores. Row i of both belongs to token i.
+    """The similarity of two sets of states, up to what the kernel ignores. Row i of both belongs to token i.
 
     Minibatches of a fixed shuffle, HSIC summed over them, one division. A batch of N rows is the whole set at once.
 
@@ -113,7 +113,7 @@ def cka(x_ND: Tensor, y_ND: Tensor, kernel: Kernel, estimator: str = "unbiased",
         estimator: `unbiased` or `biased`, see `centred`.
         batch: rows per minibatch, see `minibatches`.
     Returns:
-        A score in [-1, 1]; 1 is alike. 1 as well when neither side varies, 0 when one does not.
+        A score in [-1, 1]; 1 is identical. 1 as well when neither side varies, 0 when one does not.
     Raises:
         DataError: fewer than 4 rows.
     """

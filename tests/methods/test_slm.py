@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from slm_exp.core import registry
+from slm_exp.core.cache import journal
 from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.types import Group
 from slm_exp.engine.runner import BlockRunner
 from slm_exp.methods.slm import SLM
+from slm_exp.search.inputs import journal_inputs
 from slm_exp.search.scoring import ScoringEngine, Slots
 from slm_exp.search.state import Candidate
 from slm_exp.search.task import PlanTask
@@ -167,6 +169,38 @@ def test_a_killed_search_goes_on_from_its_scores(
     again = SLM(threshold=1.0).plan(replace(task, handle=fresh))
     assert again == plan
     assert not fresh.loaded
+
+
+@pytest.mark.parametrize("commit", [True, False])
+def test_a_plan_is_known_from_the_scores_of_another_threshold(commit: bool, task: PlanTask, tmp_path: Path) -> None:
+    """By the key that digests give, without weights: what a forecast does."""
+    task = replace(task, store=StageStore(tmp_path))
+    every = SLM(threshold=1.0).plan(task)
+    inputs = journal_inputs(
+        "score", model=task.handle.digest, device="cpu", tokens=task.tokens.digest, similarity=task.similarity,
+        kernel=task.kernel, rule=task.rule, fit=None)
+    kept, _ = journal.read(tmp_path / "scores" / task.store.key("scores", inputs))
+    assert len(kept) == every.evaluations
+    best = max(t.score for t in every.trace)
+    low = SLM(threshold=best - 1e-9, commit_open_window=commit)
+    assert low.plan_from_scores(8, kept, "top_layer") is None  # candidates above the first group are not known yet
+    plan = low.plan(task)
+    kept, _ = journal.read(tmp_path / "scores" / task.store.key("scores", inputs))
+    known = low.plan_from_scores(8, kept, "top_layer")
+    assert known is not None
+    assert known.effect() == plan.effect()
+    assert SLM(target_layers=5).plan_from_scores(8, kept, "top_layer") is None
+
+
+def test_the_key_of_a_journal_needs_the_tokens_of_the_refit(task: PlanTask) -> None:
+    after = registry.available("similarity")["token_cosine"](after="reconstruct")
+    about: dict[str, Any] = {"model": "m", "device": "cpu", "tokens": "t", "kernel": task.kernel, "rule": task.rule}
+    with pytest.raises(ValueError, match="the digest of the tokens of the fit is None"):
+        journal_inputs("score", similarity=after, fit=None, **about)
+    plain = replace(after, after=None)
+    cases = ((after, "a", None), (after, "b", None), (plain, None, None), (plain, None, "bfloat16"))
+    keys = [journal_inputs("score", similarity=s, fit=fit, dtype=dtype, **about) for s, fit, dtype in cases]
+    assert all(a != b for a, b in itertools.combinations(keys, 2))
 
 
 def test_scores_of_other_tokens_or_rules_are_not_taken(task: PlanTask, tmp_path: Path) -> None:
