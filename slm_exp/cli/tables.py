@@ -42,10 +42,10 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     """Print a table, write it in several formats, or print what is missing. Exit status 0; 2 for a wrong call."""
     args = parser().parse_intermixed_args(list(argv))
-    from slm_exp.tables.build import Wanted, draw
+    from slm_exp.tables.build import draw
 
-    return draw(Wanted(args.name, args.words, args.format, args.out, args.columns, args.missing, args.reference,
-                       args.mixed_protocols, args.verify))
+    return draw(args.name, args.words, args.format, args.out, args.columns, args.missing, args.reference,
+                args.mixed_protocols, args.verify)
 
 
 def _epilog() -> str:

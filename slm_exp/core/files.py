@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+JsonObject = dict[str, Any]
+"""A JSON mapping whose keys are the business of whoever wrote it."""
+
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
