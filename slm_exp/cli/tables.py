@@ -55,6 +55,6 @@ def main(
     reference: bool, mixed_protocols: bool, verify: bool,
 ) -> int:
     """See `slm tables --help`."""
-    from slm_exp.tables.build import Wanted, draw
+    from slm_exp.tables.build import draw
 
-    return draw(Wanted(name, words, formats, out, columns, missing, reference, mixed_protocols, verify))
+    return draw(name, words, formats, out, columns, missing, reference, mixed_protocols, verify)

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from slm_exp.core.errors import ConfigError, did_you_mean
+from slm_exp.core.files import JsonObject
 from slm_exp.core.format import printable
 
 
@@ -37,9 +38,6 @@ class Section(BaseModel):
     def __bool__(self) -> bool:
         return bool(self.model_fields_set)
 
-
-JsonObject = dict[str, Any]
-"""A mapping whose keys are the business of whoever wrote it."""
 
 D = TypeVar("D", bound=BaseModel)
 

@@ -15,6 +15,8 @@ from typing import Any
 MAX_BYTES = 1 << 28
 MAX_DEPTH = 50
 """Of JSON that is read."""
+JsonObject = dict[str, Any]
+"""A JSON mapping whose keys are the business of whoever wrote it."""
 
 
 @contextlib.contextmanager

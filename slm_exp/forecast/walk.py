@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from slm_exp.core.cache import journal
 from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import digest, plain
 from slm_exp.core.types import CalibrationTokens, MergePlan
+from slm_exp.models.base import ModelHandle
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.stages import CALIBRATE, LOAD, PLAN, Experiment, Stage, Unknown, steps
@@ -126,7 +127,7 @@ def _advance(stage: Stage[Any], x: Experiment, lookup: Lookup, out: Outline) -> 
             out.plan, out.plan_from = value, _ = _plan(x)
     setattr(x, stage.field, Unknown(stage.name, inputs, x.model.digest) if value is None else value)
     if stage.field == "width":  # what stands in for the model has no modules to narrow
-        x.model = Unknown(x.model.digest)
+        x.model = cast(ModelHandle, Unknown(x.model.digest))
     stage.then(x)
     return state
 

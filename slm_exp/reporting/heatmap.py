@@ -19,7 +19,7 @@ INK, SOFT, GONE = "#1c2127", "#59626d", "#e8590c"
 def draw_heatmap(similarity: LayerSimilarity, plan: MergePlan | None, path_png: Path, title: str) -> None:
     """Write a PNG: similarity of every pair of layers, layer 0 in the lower left corner, colours fixed at 0 to 1.
 
-    Merged windows are framed and named on the diagonal; removed layers are struck out, removed halves counted below
+    Merged windows are framed and named on the diagonal; removed layers are struck out, removed sublayers counted below
     the title. Scores below 0 (unbiased CKA of unlike layers scatters around 0) take the colour of 0, and the colour
     bar says so.
 
@@ -97,10 +97,10 @@ def _estimate(similarity: LayerSimilarity) -> str:
 
 
 def _effect(plan: MergePlan) -> str:
-    halves = Counter(half.kind for half in plan.sublayers)
+    sublayers = Counter(part.kind for part in plan.sublayers)
     done = [f"{sum(g.stop - g.start for g in plan.groups)} merged into {len(plan.groups)}"] if plan.groups else []
     done += [f"{count} {what}" for what, count in (
-        ("removed", len(plan.dropped)), ("without attention", halves["attention"]), ("without mlp", halves["mlp"])
+        ("removed", len(plan.dropped)), ("without attention", sublayers["attention"]), ("without mlp", sublayers["mlp"])
     ) if count]
     how = " ".join(filter(None, (plan.method, plan.rule))) + (f" at {plan.threshold:g}" if plan.threshold else "")
     effect = f"{plan.n_layers} layers → {plan.n_layers_out}: {', '.join(done) or 'nothing merged'}"

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slm_exp.core.documents import JsonObject, Section, parse, read_json
+from slm_exp.core.documents import Section, parse, read_json
 from slm_exp.core.errors import SlmError
+from slm_exp.core.files import JsonObject
 from slm_exp.reporting.results import Comparison
 from slm_exp.reporting.rows import Row
+from slm_exp.runs.schema import Calibration, Model
 from slm_exp.runs.statistics.scores import Estimate
 
 Z95 = 1.96
@@ -131,40 +133,22 @@ class PathPlan(Section):
     final_score: float | None = None
 
 
-class Named(Section):
-    name: str
-
-
-class PathConfig(Section):
-    merge_rule: Named
-    similarity: Named
-
-
-class Digested(Section):
-    digest: str
-
-
 class ThresholdPath(Section):
     """A path.json: what every threshold in a range gives."""
 
     plans: list[PathPlan]
     """Ascending."""
-    config: PathConfig
-    model: Digested
-    """Its weights."""
-    calibration: Digested
-    """Its tokens."""
+    config: dict[str, JsonObject | int | bool | None]
+    model: Model
+    calibration: Calibration
     unknown: list[list[float]] = []  # noqa: RUF012 (pydantic copies defaults)
     source: str = ""
     """Where it was read, from the sweep's folder."""
 
-    @property
-    def rule(self) -> str:
-        return self.config.merge_rule.name
-
-    @property
-    def similarity(self) -> str:
-        return self.config.similarity.name
+    def member(self, group: str) -> str:
+        """The name of a config group's member."""
+        settings = self.config.get(group)
+        return str(settings.get("name")) if isinstance(settings, dict) else ""
 
 
 def read_paths(folder: Path, given: Sequence[Path] = ()) -> list[ThresholdPath]:

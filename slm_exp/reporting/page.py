@@ -8,9 +8,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from slm_exp.core.documents import JsonObject
 from slm_exp.core.errors import SlmError
-from slm_exp.core.files import plain, write_text
+from slm_exp.core.files import JsonObject, plain, write_text
 from slm_exp.core.format import duration
 from slm_exp.reporting import charts, results, svg
 from slm_exp.reporting.rows import setting

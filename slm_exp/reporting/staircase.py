@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from slm_exp.core.files import JsonObject, writing
 
 
-def draw_staircase(result: dict[str, Any], path: Path) -> None:
+def draw_staircase(result: JsonObject, path: Path) -> None:
     """Draw the contents of path.json: a staircase of layers, final scores on the same threshold axis. Writes a PNG."""
     from matplotlib.figure import Figure
 
-    from slm_exp.core.files import writing
 
     plans = result["plans"]
     figure = Figure(figsize=(8, 5.2), layout="constrained")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slm_exp.core.documents import JsonObject
-from slm_exp.core.files import plain
+from slm_exp.core.files import JsonObject, plain
 from slm_exp.runs.schema import Record, SizeTarget, SpeedCase
 from slm_exp.runs.statistics.scores import main_score
 

@@ -147,7 +147,7 @@ def _count(params: int) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """A run, and all thresholds at which its search decides alike: those between the best score it rejected and the
+    """A run, and all thresholds at which its search decides the same: those between the best score it rejected and the
     worst it accepted."""
 
     row: Row
@@ -200,7 +200,8 @@ def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shade
     parts = [gridline(y(tick), f"{tick:g}") for tick in up.ticks]
     parts += [tag("text", across.label(t), x=x(t), y=HEIGHT + 18, class_="mid") for t in across.ticks]
     for path in drawn:
-        parts.append(tag("g", tag("title", f"{path.source}: {len(path.plans)} plans, {path.rule} by {path.similarity}"),
+        parts.append(tag("g", tag("title", f"{path.source}: {len(path.plans)} plans, {path.member('merge_rule')} by "
+                                              f"{path.member('similarity')}"),
                          *_stairs([(p.threshold_low, p.threshold_high, p.n_layers) for p in path.plans], x, y),
                          class_="exact"))
         parts += [tag("rect", x=x(a), y=0, height=HEIGHT, class_="unknown",
@@ -267,7 +268,7 @@ def interval(row: Comparison, reach: float) -> Markup:
 
     parts = [tag("path", d="M50 0V16", class_="zero")]
     kind = "unsure"
-    if stderr:  # 0: every document changed alike, which says nothing of those not seen
+    if stderr:  # 0: every document changed in the same way, which says nothing of those not seen
         low, high = value - Z95 * stderr, value + Z95 * stderr
         kind = "worse" if high < 0 else "better" if low > 0 else "unsure"
         parts.append(tag("path", d=f"M{x(low):g} 8H{x(high):g}", class_="spread"))

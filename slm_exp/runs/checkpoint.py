@@ -26,7 +26,7 @@ from slm_exp.core.widths import WidthDecision
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.layerwise import has_own_code
 from slm_exp.models.saving import save_tokenizer
-from slm_exp.runs.reload import Expectation, Verified, tensor_digests
+from slm_exp.runs.reload import Json, tensor_digests
 from slm_exp.runs.schema import Record
 from slm_exp.runs.state import remove_stale
 
@@ -38,9 +38,9 @@ def save_checkpoint(
     folder: Path,
     plan: MergePlan,
     tokens: CalibrationTokens | None = None,
-    record: dict[str, Any] | None = None,
+    record: Json | None = None,
     max_shard_size: str = "5GB",
-) -> Verified:
+) -> Json:
     """Write a model to `folder`: safetensors, config, generation config, tokenizer, plan.json and a model card.
 
     Everything goes to a temporary folder beside it, is reloaded there by a fresh process (see
@@ -88,7 +88,7 @@ def save_checkpoint(
     return verified
 
 
-def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None = None) -> Verified:
+def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None = None) -> Json:
     """Reload a folder in a fresh process with plain transformers and compare it with the model in memory.
 
     Every tensor must be bit-equal, embeddings tied or not as before, logits within 1e-5 in float32 (in half precision
@@ -124,7 +124,7 @@ def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: Calibration
     return {**result, "tolerance": expected["tolerance"], "device": expected["device"]}
 
 
-def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None, where: Path) -> Expectation:
+def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None, where: Path) -> Json:
     """Write what a reloaded model must show into `where`: expected.json and logits.npy ([2, T, V] float32)."""
     model = compressed.model
     vocab = int(compressed.config.vocab_size)
@@ -137,7 +137,7 @@ def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens
     same = device == "auto" or torch.device(device) == model.device
     exact = same and model.dtype == torch.float32
     scale = max(1.0, float(logits_NTV.abs().max()))
-    expected: Expectation = {
+    expected = {
         "folder": str(folder.resolve()),
         "tensors": tensor_digests(model),
         "tied": embedding.data_ptr() == head.data_ptr(),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from slm_exp.runs.schema import ResultFile
 
 RESULT = ("plan.json", "similarity.npz", "calibration_tokens.npy", "config.yaml", "samples")
-"""Besides the checkpoint. Pages, figures, logs and trackers' folders are derived from these or told by the way."""
+"""Besides the checkpoint. Pages, figures, logs and trackers' folders are derived from these or beside the result."""
 CHECKPOINT = "model"
 SMALL = 1_000_000
 """Bytes below which a file's digest is always checked."""

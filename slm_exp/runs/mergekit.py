@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from slm_exp import __version__
-from slm_exp.core.documents import JsonObject, read_json
+from slm_exp.core.documents import read_json
 from slm_exp.core.errors import ConfigError, PlanError
+from slm_exp.core.files import JsonObject
 from slm_exp.core.types import Group, MergePlan
 from slm_exp.models.layouts import FAMILIES
 from slm_exp.runs.record import read_run
@@ -123,7 +124,7 @@ def _members(plan: MergePlan) -> dict[str, Callable[[Group], int]]:
 
 
 def _slices(plan: MergePlan, model: str, place: Callable[[Group], int]) -> list[JsonObject]:
-    """Runs of neighbouring layers that are treated alike."""
+    """Runs of neighbouring layers that are treated in the same way."""
     removed = {(part.layer, part.kind) for part in plan.sublayers}
     runs: list[tuple[int, int, Any]] = []
     for slot, scale in zip(plan.slots, plan.scales, strict=True):

@@ -17,9 +17,9 @@ from typing import Self
 from slm_exp import __version__
 from slm_exp.core.cache.code import PACKAGE, package_digest
 from slm_exp.core.cache.store import library_versions
-from slm_exp.core.documents import JsonObject, read_json
+from slm_exp.core.documents import read_json
 from slm_exp.core.errors import ConfigError, PlanError, SlmError
-from slm_exp.core.files import digest, write_json
+from slm_exp.core.files import JsonObject, digest, write_json
 from slm_exp.core.format import printable
 from slm_exp.core.types import LayerSimilarity, MergePlan
 from slm_exp.runs.files import CHECKPOINT, Problem, problems
@@ -46,7 +46,7 @@ class Run:
     def __init__(self, folder: Path, record: Record, verify: bool = False, on_disk: bool = True) -> None:
         self.folder, self.record, self.verify, self.on_disk = folder, record, verify, on_disk
         self.unreadable: list[Problem] = []
-        """Files that could not be read when they were asked for."""
+        """Files that could not be read when they were wanted."""
 
     @classmethod
     def read(cls, folder: Path, verify: bool = False) -> Self:

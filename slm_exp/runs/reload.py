@@ -13,37 +13,12 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 NEW_TOKENS = 4
 
-
-class Expectation(TypedDict):
-    """expected.json: what a reloaded model must show."""
-
-    folder: str
-    tensors: dict[str, str]
-    tied: bool
-    tokenizer: bool
-    tokens: list[list[int]]
-    device: str
-    threads: int
-    deterministic: bool
-    exact: bool
-    own_code: bool
-    tolerance: float
-    kv_tolerance: float
-
-
-class Verified(TypedDict, total=False):
-    """result.json, and what it was held to."""
-
-    error: str | None
-    tensors: int
-    logits_off: float
-    kv_cache_off: float
-    tolerance: float
-    device: str
+Json = dict[str, Any]
+"""Contents of expected.json and result.json."""
 
 
 def tensor_digests(model: Any) -> dict[str, str]:
@@ -65,7 +40,7 @@ def first_then_one_by_one(tokens_NT: Any) -> list[Any]:
     return [tokens_NT[:, :prompt], *tokens_NT[:, prompt:].split(1, dim=1)]
 
 
-def check(expected: Expectation, logits_NTV: Any) -> Verified:
+def check(expected: Json, logits_NTV: Any) -> Json:
     """Compare; returns what was measured, with the first difference under `error`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -104,7 +79,7 @@ def check(expected: Expectation, logits_NTV: Any) -> Verified:
     with torch.inference_mode():
         whole_NTV = model(tokens_NT, use_cache=False).logits.float().cpu()
     off = float((whole_NTV - torch.from_numpy(logits_NTV)).abs().max())
-    result: Verified = {"error": None, "tensors": len(found), "logits_off": off}
+    result: Json = {"error": None, "tensors": len(found), "logits_off": off}
     if not off <= expected["tolerance"]:
         return {**result, "error": f"logits differ by {off:.3g}"}
 

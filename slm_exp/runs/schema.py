@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from slm_exp.core.documents import JsonObject, Section, parse
+from slm_exp.core.documents import Section, parse
+from slm_exp.core.files import JsonObject
 
 Scores = dict[str, int | float | str | None]
 """A task's entry: {acc, acc_stderr, acc_norm, acc_norm_stderr, n}, or a task's own metrics."""

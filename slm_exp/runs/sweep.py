@@ -14,14 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from filelock import Timeout
 
 from slm_exp import __version__
 from slm_exp.core.documents import Section, parse, read_json
 from slm_exp.core.errors import ConfigError
-from slm_exp.core.files import write_json
+from slm_exp.core.files import JsonObject, write_json
 from slm_exp.core.format import printable
 from slm_exp.core.locks import Lock
 from slm_exp.runs.record import read_run, write_record
@@ -81,7 +80,7 @@ class Cell:
         error = (self.error or "").strip().splitlines()
         return ": ".join([*([f"stage {self.stage}"] if self.stage else []), *error[:1]])
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """A row of index.json and of `slm sweep status --json`."""
         return {
             "run_id": self.job.run_id,

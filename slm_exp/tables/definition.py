@@ -25,7 +25,9 @@ from slm_exp.tables.quantities import check_quantity, default_label
 MODELS = "_models"
 """The file beside the tables that says what `$sizes` and its like are for each model."""
 Texts = list[str]
-Each = dict[str, Any]
+Params = dict[str, Any]
+"""A table's parameters: what `$name` stands for."""
+Each = Params
 """Parameter -> a list of values, or `$name` of one."""
 
 
@@ -72,7 +74,7 @@ class TableText(Document):
 
     title: str | None = None
     notes: Texts = []
-    params: dict[str, Any] = {}
+    params: Params = {}
     runs: Texts = []
     over: Each = {}
     blocks: Annotated[list[BlockText], Field(min_length=1)] = [BlockText()]
@@ -193,7 +195,7 @@ def together(*parts: Sequence[str]) -> list[str]:
     return list({override.partition("=")[0]: override for override in itertools.chain(*parts)}.values())
 
 
-def model_facts(model: str) -> tuple[dict[str, Any], set[str]]:
+def model_facts(model: str) -> tuple[Params, set[str]]:
     """What `_models.yaml` says of a model, on top of what it says of all; and the names it knows for any model."""
     models = read_yaml(conf_dir() / "table" / f"{MODELS}.yaml")
     return {**models["all"], **models.get(model, {})}, {key for facts in models.values() for key in facts}
@@ -206,7 +208,7 @@ class _Reader:
         self._path, self._text = path, text
         self._known_facts: set[str] = set()
 
-    def table(self, name: str, given: dict[str, Any]) -> Table:
+    def table(self, name: str, given: Params) -> Table:
         text, own = self._text, self._text.params
         model = str(given.get("model", own.get("model", "")))
         if model:
@@ -239,16 +241,16 @@ class _Reader:
             self._runs(text.runs, params, "runs"),
             tuple(itertools.product(*(values for values in over if values))), blocks, columns, params)
 
-    def _blocks(self, text: BlockText, params: dict[str, Any], where: str) -> Iterator[Block]:
+    def _blocks(self, text: BlockText, params: Params, where: str) -> Iterator[Block]:
         for inner in self._each(text.each, params, where):
             rows = tuple(r for i, row in enumerate(self._text.rows) for r in self._rows(row, inner, f"rows[{i}]"))
             yield Block(str(self._fill(text.label, inner, where)), rows)
 
-    def _rows(self, text: RowText, params: dict[str, Any], where: str) -> Iterator[Row]:
+    def _rows(self, text: RowText, params: Params, where: str) -> Iterator[Row]:
         for inner in self._each(text.each, params, where):
             yield Row(str(self._fill(text.label, inner, where)), self._runs(text.runs, inner, where), text.which)
 
-    def _columns(self, text: ColumnText, params: dict[str, Any], where: str) -> Iterator[Column]:
+    def _columns(self, text: ColumnText, params: Params, where: str) -> Iterator[Column]:
         for inner in self._each(text.each, params, where):
             show = str(self._fill(text.show, inner, where))
             for name in SEVEN if show == "tasks" else (show,):
@@ -257,20 +259,20 @@ class _Reader:
                 runs = self._runs(text.runs, inner, where)
                 yield Column(str(self._fill(label, inner, where)), name, runs, text.digits)
 
-    def _each(self, each: Each, params: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    def _each(self, each: Each, params: Params, where: str) -> Iterator[Params]:
         """The parameters once for every combination of the `each` values; a size brings its shares along."""
         for values in itertools.product(*self._values(each, params, f"{where}.each").values()):
             inner = params | dict(zip(each, values, strict=True))
             yield inner | (_shares(inner) if "size" in each else {})
 
-    def _values(self, each: Each, params: dict[str, Any], where: str) -> dict[str, list[Any]]:
+    def _values(self, each: Each, params: Params, where: str) -> dict[str, list[Any]]:
         filled = {key: self._fill(values, params, f"{where}.{key}") for key, values in each.items()}
         for key, values in filled.items():
             if not isinstance(values, list):
                 raise ConfigError(f"{self._path}: {where}.{key} = {values!r}; expected a list.")
         return filled
 
-    def _runs(self, texts: Texts, params: dict[str, Any], where: str) -> tuple[str, ...]:
+    def _runs(self, texts: Texts, params: Params, where: str) -> tuple[str, ...]:
         runs: list[str] = []
         for text in texts:
             filled = self._fill(text, params, where)  # a parameter can be a list of overrides
@@ -304,7 +306,7 @@ class _Reader:
             raise ConfigError(f"{self._path}: {where} = {value!r}: {error}; a plain dollar sign is $$.") from None
 
 
-def _shares(params: Mapping[str, Any]) -> dict[str, Any]:
+def _shares(params: Mapping[str, Any]) -> Params:
     """What leaving `$size` layers removes: `$share` of the parameters, `$percent`, `$width_ratio` of the layers'."""
     try:
         layers, per_layer, parameters = (int(params[key]) for key in ("layers", "per_layer", "parameters"))

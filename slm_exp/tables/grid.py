@@ -210,9 +210,9 @@ def _one_protocol(table: Table, kinds: Sequence[Quantity], placed: dict[tuple[in
     """Columns whose numbers were measured by different protocols, with what differs; refused unless `allowed`."""
     out: dict[int, str] = {}
     for k, column in enumerate(table.columns):
-        told = [(f"{_label(table, i, j)} (run {m.name})", kinds[k].protocol(m))
-                for (i, j, at), models in placed.items() if at == k for m in models]
-        reason = mixed(told)
+        measured = [(f"{_label(table, i, j)} (run {m.name})", kinds[k].protocol(m))
+                    for (i, j, at), models in placed.items() if at == k for m in models]
+        reason = mixed(measured)
         if reason and not allowed:
             raise ProtocolError(f"column {column.label}: {reason}. Their numbers do not belong in one table: run them "
                                 "with the same evaluation, or say --mixed-protocols to see them side by side.")
@@ -286,23 +286,23 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity],
                   placed: dict[tuple[int, int, int], list[Measured]]) -> list[str]:
     """What a reader has to know to read the numbers."""
     out: list[str] = []
-    halves = {kinds[k].spread for _, rows in grid.blocks for _, line in rows for k, e in enumerate(line)
+    spreads = {kinds[k].spread for _, rows in grid.blocks for _, line in rows for k, e in enumerate(line)
               if e.half is not None}
     dense = any(row.which == "dense" for block in table.blocks for row in block.rows)
     if len(table.over) > 1:
         out.append(f"± is the 95 % interval of the mean over {len(table.over)} runs a cell "
                    f"({table.over[0][0].partition('=')[0]})"
                    f"{'; for the dense model the standard error over documents' if dense else ''}.")
-    elif "error" in halves:
+    elif "error" in spreads:
         out.append("± is the standard error over documents.")
-    if "quartiles" in halves:
+    if "quartiles" in spreads:
         out.append("Speeds are medians; ± is half the distance of the quartiles.")
     used = {e.mark for e in grid.entries()} - {""}
     if grid.tested:
         test = ("paired bootstrap over documents and Student's paired test over seeds, the larger p" if
                 len(table.over) > 1 else "exact McNemar test per task, paired bootstrap for the average")
-        told = "; ".join(f"{mark}: {MARKS[mark]}" for mark in MARKS if mark in used) or "no row is marked"
-        out.append(f"Marks: {told}. {test[0].upper()}{test[1:]}, Holm's correction over all pairs of a block and "
+        marks = "; ".join(f"{mark}: {MARKS[mark]}" for mark in MARKS if mark in used) or "no row is marked"
+        out.append(f"Marks: {marks}. {test[0].upper()}{test[1:]}, Holm's correction over all pairs of a block and "
                    f"column, level {LEVEL:g}.{' The dense model takes no part.' if dense else ''}")
     return [*out, *provenance([m for found in placed.values() for m in found])]
 
@@ -315,9 +315,9 @@ def provenance(runs: Sequence[Measured]) -> list[str]:
     if versions:
         out.append(f"{len(records)} runs, by {', '.join(versions)}.")
     out += [f"Model: {note}." for note in sorted({m.record.model.note for m in runs} - {""})]
-    asked = {p.get("hash"): p.get("fields") or {} for m in runs if (p := m.evaluation.protocol)}
-    if len(asked) == 1:
-        [(name, fields)] = asked.items()
+    protocols = {p.get("hash"): p.get("fields") or {} for m in runs if (p := m.evaluation.protocol)}
+    if len(protocols) == 1:
+        [(name, fields)] = protocols.items()
         limit = "every document" if fields.get("limit") is None else f"the first {fields['limit']} documents a task"
         dtype = f", {fields['dtype']}" if fields.get("dtype") else ""
         if fields.get("tasks"):

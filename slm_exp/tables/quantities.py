@@ -64,7 +64,7 @@ def _protocol(m: Measured) -> Stored:
 
 
 def _speed(name: str, case: str = "1x12x128") -> Quantity:
-    """Medians; the dense model's speedup over itself is not told."""
+    """Medians; the dense model's speedup over itself is left out."""
     label, factor, digits = TIMED[name]
 
     def found(m: Measured) -> Quartiles | int | float | None:
@@ -175,7 +175,7 @@ def check_quantity(name: str, where: str, more: Iterable[str] = ()) -> None:
         more: other names that would do at this place.
 
     Raises:
-        ConfigError: names it, where it was asked, and the closest that exists.
+        ConfigError: names it, where it was named, and the closest that exists.
     """
     family, _, rest = name.partition(".")
     known = family in FAMILIES and bool(rest) and (family != "speed" or rest.partition(".")[0] in TIMED)

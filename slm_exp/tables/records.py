@@ -10,9 +10,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from slm_exp.core.documents import JsonObject
 from slm_exp.core.errors import ConfigError, SlmError
-from slm_exp.core.files import plain
+from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.format import printable
 from slm_exp.core.registry import GROUPS, available
 from slm_exp.launch.compose import compose_run
@@ -91,7 +90,7 @@ class Finder:
             return None
         try:
             wanted = _wanted(tuple(overrides))
-        except ConfigError:  # a file of theirs may be elsewhere: then those runs that were asked in the same words
+        except ConfigError:  # a file of theirs may be elsewhere: then those runs with the same overrides
             same = [m for m in left if _said(m.record.overrides) == _said(overrides)]
             if not same:
                 raise

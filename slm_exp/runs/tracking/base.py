@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from slm_exp.core.files import plain
+from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.registry import Component
 
 Scalar = str | int | float | bool
@@ -21,7 +21,7 @@ class Tracker(Protocol):
     No method raises because the place that is written to fails: a mirror that breaks costs a warning, not the run.
     """
 
-    def log(self, section: dict[str, Any]) -> None:
+    def log(self, section: JsonObject) -> None:
         """Part of the record (nested); numbers become metrics named by record path with `/`."""
 
     def image(self, name: str, path: Path) -> None:
@@ -34,7 +34,7 @@ class Tracker(Protocol):
 class Silent:
     """The tracker that keeps nothing."""
 
-    def log(self, section: dict[str, Any]) -> None:
+    def log(self, section: JsonObject) -> None:
         """Nothing."""
 
     def image(self, name: str, path: Path) -> None:
@@ -53,7 +53,7 @@ class Tracking(Component, ABC):
 
     @abstractmethod
     @contextlib.contextmanager
-    def session(self, record: dict[str, Any], folder: Path) -> Iterator[Tracker]:
+    def session(self, record: JsonObject, folder: Path) -> Iterator[Tracker]:
         """Open before weights load, with the running record (run_id, config, overrides, group); always close.
 
         Leaves with the exit code that fits: 0, or 1 when an exception passes through.
@@ -64,7 +64,7 @@ class Tracking(Component, ABC):
         yield  # type: ignore[misc]
 
 
-def flat(section: dict[str, Any]) -> dict[str, Scalar]:
+def flat(section: JsonObject) -> dict[str, Scalar]:
     """Every scalar of a part of the record by its path, `eval/compressed/tasks/piqa/acc`.
 
     A list of named dicts is walked by name (`stages/plan/seconds`). Other lists have no place in a metric and are

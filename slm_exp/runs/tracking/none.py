@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from slm_exp.core.files import JsonObject
 from slm_exp.core.registry import register
 from slm_exp.runs.tracking.base import Silent, Tracker, Tracking
 
@@ -18,5 +18,5 @@ class NoTracking(Tracking):
     """Nothing is tracked."""
 
     @contextlib.contextmanager
-    def session(self, record: dict[str, Any], folder: Path) -> Iterator[Tracker]:
+    def session(self, record: JsonObject, folder: Path) -> Iterator[Tracker]:
         yield Silent()

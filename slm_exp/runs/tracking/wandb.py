@@ -1,4 +1,4 @@
-"""Weights & Biases: one W&B run per experiment, complete on disk at every moment, offline unless told otherwise."""
+"""Weights & Biases: one W&B run per experiment, complete on disk at every moment, offline by default."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.core.errors import ConfigError, StageError, require_one_of
-from slm_exp.core.files import plain
+from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.registry import register
 from slm_exp.runs.tracking.base import Silent, Tracker, Tracking, flat
 
@@ -65,15 +65,15 @@ class WandbTracking(Tracking):
         """
         if self.mode is not None:
             return self.mode
-        asked = os.environ.get("WANDB_MODE")
-        if not asked:
+        requested = os.environ.get("WANDB_MODE")
+        if not requested:
             return "online" if under_agent() else "offline"
-        mode = ALIASES.get(asked, asked)
+        mode = ALIASES.get(requested, requested)
         require_one_of("WANDB_MODE", mode, MODES)
         return mode
 
     @contextlib.contextmanager
-    def session(self, record: dict[str, Any], folder: Path) -> Iterator[Tracker]:
+    def session(self, record: JsonObject, folder: Path) -> Iterator[Tracker]:
         mode = self.resolved_mode()
         if mode == "disabled":
             yield Silent()
@@ -89,7 +89,7 @@ class WandbTracking(Tracking):
                 raise
             tracker.close(exit_code=0)
 
-    def _start(self, record: dict[str, Any], folder: Path, mode: str) -> wandb.Run:
+    def _start(self, record: JsonObject, folder: Path, mode: str) -> wandb.Run:
         """Open the W&B run.
 
         Raises:
@@ -141,7 +141,7 @@ class _WandbTracker:
     def __init__(self, run: wandb.Run) -> None:
         self._run = run
 
-    def log(self, section: dict[str, Any]) -> None:
+    def log(self, section: JsonObject) -> None:
         """One history row of the numbers (they enter the summary too); text and flags go to the summary alone."""
         scalars = flat(section)
         texts = {k: v for k, v in scalars.items() if isinstance(v, (str, bool))}
@@ -202,13 +202,13 @@ def _wandb_files_in(folder: Path) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def slug(config: dict[str, Any]) -> str:
-    """A readable name of a run from its resolved config: model, method, rule, size asked, and what is unusual.
+def slug(config: JsonObject) -> str:
+    """A readable name of a run from its resolved config: model, method, rule, size requested, and what is unusual.
 
     `smollm2_135m-slm-top_layer-0.9`, `Llama-2-7b-hf-slm-mean-25layers-cka_rbf-lora`.
     """
 
-    def node(group: str) -> dict[str, Any]:
+    def node(group: str) -> JsonObject:
         return config.get(group) or {}
 
     def name(group: str) -> str:
