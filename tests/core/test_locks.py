@@ -64,8 +64,8 @@ def test_what_a_killed_holder_left_stops_nobody(system: int | None, tmp_path: Pa
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"Not a directory|File exists"):
-        (tmp_path / "file").touch()
         Lock(tmp_path / "file" / ".lock").acquire(timeout=0)
 
 
