@@ -69,6 +69,9 @@ def test_memory_below_what_the_default_run_takes_is_off(monkeypatch):
     (off,) = found(doctor.memory())
     assert off.level == doctor.OFF
     assert "1.0 GB by the control group" in off.found
+    monkeypatch.undo()
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1000")
+    assert doctor.memory_limit() == (1000 * 2**20, "Slurm (SLURM_MEM_PER_NODE)")
 
 
 def test_more_threads_than_cores_is_off(monkeypatch):

@@ -35,6 +35,8 @@ class Calibration(Component, ABC):
     def check(self) -> None:
         require(self.n_samples >= 1, "calibration.n_samples", self.n_samples, "a whole number >= 1")
         require(self.seq_len >= 2, "calibration.seq_len", self.seq_len, "a whole number >= 2")
+        require(self.seed is None or 0 <= self.seed < 2**63, "calibration.seed", self.seed,
+                "null or a whole number >= 0 and < 2^63")
 
     reads_ids: ClassVar[bool] = False
     """Whether the tokens are read from a file as they are, which takes no tokenizer."""

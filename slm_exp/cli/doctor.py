@@ -24,7 +24,6 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import click
-import psutil
 from filelock import Timeout
 from packaging.requirements import Requirement
 
@@ -35,7 +34,7 @@ from slm_exp.core.cache.folder import default_cache_dir, find_entries, find_stal
 from slm_exp.core.errors import SlmError
 from slm_exp.core.locks import Lock
 from slm_exp.launch.compose import conf_dir
-from slm_exp.launch.workers import cores, visible_gpus
+from slm_exp.launch.workers import available_memory, cores, visible_gpus
 from slm_exp.models.smollm2_135m import GGUF
 from slm_exp.runs.offline import check_reachable, find_offline_runs
 
@@ -234,22 +233,9 @@ def entries(cache: Path, full: bool) -> Iterator[Finding]:
                      "every entry is as it was written", "slm cache verify --repair")  # fmt: skip
 
 
-def control_group_files(v2: str, v1: str) -> list[Path]:
-    """This process's control group's file of a name, and those of the groups above it."""
-    root = Path("/sys/fs/cgroup")
-    out = [root / v2, root / v1]
-    with contextlib.suppress(OSError, IndexError):
-        group = root / re.findall(r"^0::/?(.*)$", Path("/proc/self/cgroup").read_text(), re.M)[0]
-        out += [g / v2 for g in (group, *group.parents) if root in g.parents]
-    return [p for p in out if p.is_file()]
-
-
 def memory_limit() -> tuple[float, str]:
-    """Bytes this process may have, and who says so: the least of machine, control group, ulimit and Slurm."""
-    limits = [(float(psutil.virtual_memory().total), "the machine")]
-    for path in control_group_files("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-            limits.append((float(path.read_text()), f"the control group ({path})"))
+    """Bytes that a run may take, and who says so: the least of what is free here, of ulimit's and of Slurm's."""
+    limits = [(float(available_memory()), "the machine and its control group")]
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
     limits += [(float(soft), "ulimit -v")] * (soft != resource.RLIM_INFINITY)
     with contextlib.suppress(KeyError, ValueError):
@@ -260,61 +246,39 @@ def memory_limit() -> tuple[float, str]:
 def memory() -> Iterator[Finding]:
     """Memory against what the default run takes."""
     limit, who = memory_limit()
-    free = psutil.virtual_memory().available
-    if limit < NEEDED:
-        yield Finding("memory", OFF, f"{human(limit)} by {who}; the default run takes {human(NEEDED)}",
-                      "slm plan shows what a run takes. On Slurm: hydra.launcher.mem_gb=8; elsewhere raise the limit")
-    else:
-        yield judged("memory", free >= NEEDED, f"{human(limit)} by {who}, {human(free)} free now",
-                     f"the default run takes {human(NEEDED)}; wait, or end what else runs", NOTE)  # fmt: skip
+    yield judged("memory", limit >= NEEDED, f"{human(limit)} by {who}; the default run takes {human(NEEDED)}",
+                 "end what else runs, or raise the limit; on Slurm: hydra.launcher.mem_gb=8. slm plan shows what a run "
+                 "takes")  # fmt: skip
 
 
 def threads() -> Iterator[Finding]:
-    """CPU threads against the cores there are."""
-    n, given, quota = cores(), os.environ.get("OMP_NUM_THREADS"), cpu_quota()
+    """CPU threads against the cores there are, and those that the control group grants."""
+    n, given = cores(), os.environ.get("OMP_NUM_THREADS")
+    granted = float(n)
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no quota ("max")
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        granted = min(granted, float(quota) / float(period))
     if given and not given.isdigit():
         yield Finding("threads", OFF, f"OMP_NUM_THREADS = {given!r} is no number", "unset OMP_NUM_THREADS")
     elif given:
         yield judged("threads", int(given) <= n, f"OMP_NUM_THREADS = {given}, {n} cores",
                      f"export OMP_NUM_THREADS={n}")  # fmt: skip
     else:
-        granted = f", a quota of {quota:.1f}" if quota else ""
-        yield judged("threads", not quota or quota >= 0.75 * n, f"{n} cores{granted}",
-                     f"torch would start {n} threads: export OMP_NUM_THREADS={max(1, round(quota or n))}    "
-                     "(or runtime.threads=...)", NOTE)  # fmt: skip
-
-
-def cpu_quota() -> float | None:
-    """Cores that the control group grants, or None."""
-    for path in control_group_files("cpu.max", "cpu/cpu.cfs_quota_us"):
-        with contextlib.suppress(OSError, ValueError):
-            quota, *period = path.read_text().split()
-            each = float(period[0] if period else path.with_name("cpu.cfs_period_us").read_text())
-            if quota != "max" and float(quota) > 0:
-                return float(quota) / each
-    return None
+        yield judged("threads", granted >= 0.75 * n, f"{n} cores, {granted:g} of them granted",
+                     f"export OMP_NUM_THREADS={max(1, round(granted))}    (torch would start {n} threads)", NOTE)
 
 
 def hub() -> Iterator[Finding]:
-    """The Hugging Face cache, and which presets have their data in it."""
-    from slm_exp.evaluation.documents import out_of_reach
-    from slm_exp.evaluation.perplexity import HUB_SETS
-
+    """The Hugging Face cache, and which model presets have their weights in it."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     offline = [n for n in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
                if os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE")]  # fmt: skip
-    missing = {}
-    for preset in sorted((conf_dir() / "model").glob("*.yaml")):
-        for repo in re.findall(r"^path: (\S+)", preset.read_text(), re.M):
-            if not (cached / f"models--{repo.replace('/', '--')}").is_dir():
-                missing[f"model={preset.stem}"] = repo
-    for name, about in HUB_SETS.items():
-        repo = about["load"]["path"]
-        there = (cached / f"datasets--{repo.replace('/', '--')}").is_dir() or (offline and not out_of_reach(repo))
-        missing |= {} if there else {f"corpus {name}": f"{repo} --repo-type dataset"}
+    missing = {f"model={preset.stem}": repo for preset in sorted((conf_dir() / "model").glob("*.yaml"))
+               for repo in re.findall(r"^path: (\S+)", preset.read_text(), re.M)
+               if not (cached / f"models--{repo.replace('/', '--')}").is_dir()}  # fmt: skip
     state = f"{cached}: {', '.join(offline) + ' set' if offline else 'online allowed'}; "
-    state += f"not there: {', '.join(missing)}" if missing else "every preset's data is there"
+    state += f"not there: {', '.join(missing)}" if missing else "every preset's weights are there"
     yield judged("hub", not missing, state,
                  f"hf download {next(iter(missing.values()), '')}    (where there is network; then copy the folder). "
                  "The defaults need none of it.", NOTE)  # fmt: skip

@@ -5,13 +5,8 @@ Writes path.json, path.png and path.md. A killed path resumes: every score it ha
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from slm_exp.cli.command import command, overrides_argument
 from slm_exp.core.errors import ConfigError
@@ -19,11 +14,6 @@ from slm_exp.core.files import digest
 from slm_exp.launch.compose import compose_run
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.runs.record import check_writable
-
-if TYPE_CHECKING:
-    from slm_exp.search.path import Branch
-
-log = logging.getLogger(__name__)
 
 
 @command(
@@ -48,129 +38,13 @@ def main(overrides: Sequence[str]) -> int:
         raise ConfigError(f"method = {cfg.method.name}; expected slm: only it decides by a threshold.")
     out = Path(folder) if folder else Path("outputs/path") / path_id(cfg)
     check_writable(out)
+    from slm_exp.cli.follow import follow_and_write  # torch: a wrong call is refused without
+
     return follow_and_write(cfg, out)
 
 
 def path_id(cfg: RunConfig) -> str:
     """16 hex digits over what decides the path."""
+    range_ = [float(x) for x in cfg.method.threshold_range]  # type: ignore[attr-defined]
     science = {k: v for k, v in cfg.science().items() if k in ("model", "calibration", "seed")}
-    return digest(science | cfg.plan_identity() | {"path": _range(cfg)})
-
-
-def _range(cfg: RunConfig) -> list[float]:
-    return [float(x) for x in cfg.method.threshold_range]  # type: ignore[attr-defined]
-
-
-def follow_and_write(cfg: RunConfig, out: Path) -> int:
-    """Follow the path of a config's model and write it into a folder. Returns main's exit status."""
-    from slm_exp.core.cache.store import StageStore
-    from slm_exp.core.files import write_json, write_text
-    from slm_exp.methods.slm import SLM
-    from slm_exp.reporting.staircase import draw_staircase
-    from slm_exp.search.cost import sizes
-    from slm_exp.search.path import follow
-    from slm_exp.search.scoring import ScoringEngine
-    from slm_exp.search.task import PlanTask
-
-    method = cfg.method
-    assert isinstance(method, SLM)
-    low, high = _range(cfg)
-    device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
-    dense = cfg.model.open(device, Path(cfg.cache.dir))
-    tokens = cfg.calibration.draw(dense, cfg.seed)
-    store = StageStore(Path(cfg.cache.dir) if cfg.cache.enabled else None)
-    task = PlanTask(dense, tokens, cfg.similarity, cfg.kernel, cfg.merge_rule, None, store, cfg.seed)
-    start = method.start(dense.n_layers)
-    scorer = ScoringEngine(task, top=start.high)
-    with watching(low, high, "path") as show:
-        path = follow(scorer, start, dense.n_layers, low, high, method.commit_open_window, method.max_evaluations,
-                      show=show)
-
-    seq_len = int(tokens.tokens_NT.shape[1])
-    result = {
-        "range": [low, high],
-        "plans": [plan.to_json() for plan in path.plans],
-        "unknown": [list(interval) for interval in path.unknown],
-        "evaluations": path.evaluations,
-        "block_forwards": scorer.block_forwards,
-        "sizes": [dataclasses.asdict(size) for size in sizes(dense, cfg.merge_rule, path.plans, seq_len)],
-        "seq_len": seq_len,
-        "model": {"name": dense.name, "note": dense.note, "digest": dense.digest, "n_layers": dense.n_layers},
-        "calibration": tokens.describe(),
-        "config": cfg.resolved(),
-        "device": cfg.runtime.describe(device),
-    }
-    write_json(out / "path.json", result)
-    tokens.save(out)
-    draw_staircase(result, out / "path.png")
-    page = table(result)
-    write_text(out / "path.md", page)
-    print(page)
-    print(f"{out / 'path.json'}\n{out / 'path.png'}")
-    if path.unknown:
-        print(f"method.max_evaluations = {method.max_evaluations} ended the path; unknown: "
-              + ", ".join(f"[{a:.4f}, {b:.4f})" for a, b in path.unknown)
-              + ". The same command with a larger one goes on from here.", file=sys.stderr)
-        return 1
-    return 0
-
-
-class watching:  # noqa: N801 - reads as a verb in `with watching(...)`
-    """Show how much of a threshold range is decided: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, low: float, high: float, what: str) -> None:
-        self.low, self.high, self.what = low, high, what
-
-    def __enter__(self) -> Callable[[Branch, int], None]:
-        from tqdm import tqdm
-
-        from slm_exp.engine.progress import LOG_EVERY_S
-
-        form = "{desc}: {percentage:3.0f}% of thresholds |{bar}| {elapsed}{postfix}"
-        self.bar = tqdm(total=self.high - self.low, desc=self.what, bar_format=form, disable=not sys.stderr.isatty())
-        self.logged, self.every = time.monotonic(), LOG_EVERY_S
-        return self._show
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
-    def _show(self, branch: Branch, scored: int) -> None:
-        # from the highest threshold down, so what lies above the branch is decided
-        about = f"{scored} candidates scored, below {branch.high:.4f} to do"
-        self.bar.n = self.high - branch.high
-        self.bar.set_postfix_str(about, refresh=True)
-        if self.bar.disable and time.monotonic() - self.logged > self.every:
-            self.logged = time.monotonic()
-            log.info("%s: %s", self.what, about)
-
-
-def table(result: dict[str, Any]) -> str:
-    """The path as Markdown: every plan, then every size."""
-    dense = result["model"]["n_layers"]
-    lines = [
-        f"{result['model']['name']}: {len(result['plans'])} plans for thresholds {result['range'][0]:g} to "
-        f"{result['range'][1]:g}; {result['evaluations']} candidates scored, "
-        f"{result['block_forwards']} block forwards.",
-        *([f"({result['model']['note']})"] if result["model"]["note"] else []),
-        "",
-        "| threshold from | below | layers | merged | final score |",
-        "|---:|---:|---:|---|---:|",
-    ]
-    for plan in result["plans"]:
-        merged = " ".join(f"{a}-{b - 1}" for a, b in plan["groups"]) or "nothing"
-        lines.append(f"| {plan['threshold_low']:.5f} | {plan['threshold_high']:.5f} | {plan['n_layers']} | {merged} "
-                     f"| {plan['final_score']:.4f} |")
-    lines += [
-        "",
-        f"The best plan of every size; latency is the median of a prefill over {result['seq_len']} tokens "
-        f"({result['device']['name'] or result['device']['type']}, {result['device']['threads']} threads).",
-        "",
-        "| layers | parameters removed | GFLOP per token | latency, ms | best final score | threshold |",
-        "|---:|---:|---:|---:|---:|---|",
-    ]
-    for size in reversed(result["sizes"]):
-        of = f"{size['n_layers']} of {dense}"
-        lines.append(f"| {of} | {size['ratio_removed']:.1%} | {size['flops_per_token'] / 1e9:.3g} "
-                     f"| {1e3 * size['latency_s']:.1f} | {size['best_final_score']:.4f} "
-                     f"| [{size['threshold'][0]:.5f}, {size['threshold'][1]:.5f}) |")
-    return "\n".join(lines) + "\n"
+    return digest(science | cfg.plan_identity() | {"path": range_})

@@ -12,15 +12,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from slm_exp.core.errors import ConfigError, SlmError
+from slm_exp.core.errors import ConfigError, SlmError, did_you_mean
 from slm_exp.core.logs import mask_logs
 from slm_exp.core.runtime import rank, world
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import compose_raw, conf_dir, open_mappings, prepare_hydra
-from slm_exp.launch.hydra_compat import is_sweep, parse_arguments
+from slm_exp.launch.hydra_compat import is_sweep, parse_arguments, words
 from slm_exp.launch.jobs import check_all, fields_of_swept_groups, split_sweep
 from slm_exp.launch.plugins import register_plugins
 from slm_exp.pipeline.config import to_run_config
+
+OPTIONS = ("--multirun", "--cfg", "--resolve", "--package", "--config-dir", "--help", "--hydra-help", "--info")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +50,10 @@ def _check_command(argv: list[str]) -> list[str]:
         raise ConfigError(f"-m; expected a single run where a launcher started {world()} processes to train together.")
     if args.config_name or args.config_path or args.help or args.hydra_help or args.shell_completion or args.info:
         return argv
+    for option in overrides:
+        if option.startswith("-"):
+            raise ConfigError(f"{option}; expected overrides (group=member, group.field=value) or one of "
+                              f"{', '.join(OPTIONS)}. {did_you_mean(option, OPTIONS)}".rstrip())
     search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
     if not args.cfg:
         check_all([*overrides, *search], multirun=args.multirun)
@@ -76,7 +82,7 @@ def _job(cfg: DictConfig) -> None:
         take_part(run_cfg, folder)
         return
     try:
-        record = run(run_cfg, folder, list(hydra_cfg.overrides.task), group)
+        record = run(run_cfg, folder, words(hydra_cfg.overrides.task), group)
     except SystemExit as error:
         if multirun:  # it would end the whole sweep
             raise SlmError(f"run {run_cfg.run_id} called sys.exit({error.code})") from error

@@ -71,20 +71,25 @@ def taken_from(sweep: SweepFolder, extra: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: names the first that a file must not give. Nothing is ever executed because a file says so.
     """
-    named = {o.partition("=")[0] for o in extra}
+    named = {o.partition("=")[0] for o in extra if not o.startswith(CODE)}
     argv = [o for o in sweep.argv if o.partition("=")[0].lstrip("+") not in named]
     for given in (*argv, *(o for job in sweep.jobs for o in job.overrides)):
         key, _, value = given.partition("=")
         key = key.lstrip("+")
         head = key.partition(".")[0]
         unsafe = key == CODE and value.lower() != "false" and f"{CODE}=true" not in extra
-        fields = head in EXPERIMENT and re.fullmatch(r"[\w.]+", key) and not unsafe
-        plain = re.fullmatch(r"[\w.,:+*%@()\[\]{}' $-]*", value)  # no path, no line of its own in a batch script
-        is_value = fields and ("." in key or head in PLAIN_FIELDS)
-        if not (is_value or ((fields or key in SETTINGS_OF_A_SWEEP) and plain)):
-            why = "it lets the model's folder run code" if unsafe else "a file gives groups, fields and the launcher's"
-            raise ConfigError(f"{sweep.path / 'sweep.json'}: {given}; {why}. If you mean it, name it again: "
-                              f"slm sweep resume {sweep.path} {given}")
+        fields = head in EXPERIMENT and re.fullmatch(r"[\w.]+", key)
+        if "." in key or head in PLAIN_FIELDS:
+            # of the launcher's, no path and no line of its own in a batch script
+            setting = key in SETTINGS_OF_A_SWEEP and re.fullmatch(r"[\w.,:+*%@()[\]' $-]*", value)
+            good = not unsafe if fields else setting
+        else:
+            good = (fields or key in SETTINGS_OF_A_SWEEP) and re.fullmatch(r"[\w.,()* -]*", value)
+        if not good:
+            why = "it lets the model's folder run code" if unsafe else (
+                "the file may hold groups, fields of the experiment and the launcher's own settings")
+            raise ConfigError(f"{sweep.path / 'sweep.json'}: {given!r}; {why}. If you mean it, give it again on the "
+                              "command line.")
     return argv
 
 

@@ -146,6 +146,9 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         parts.append(str(seen))
         seen = seen.__cause__
     text = "\n".join(parts)
+    if isinstance(error, (yaml.YAMLError, UnicodeDecodeError, RecursionError)):
+        why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(text.split())
+        return f"a config file among {' '.join(overrides)}: {why}; expected plain YAML in UTF-8."
     if found := re.search(r"(?:Could not find|Could not load|In '[^']*': Could not find) '([\w/]+)/([\w.-]+)'", text):
         group, name = found.groups()
         extra = next((e for e in ("joblib", "submitit") if e in name), None)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from functools import cache
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -22,7 +23,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.config_source import ConfigSource
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 HYDRA = ("hydra.", "hydra/")
@@ -91,14 +92,16 @@ def axes(overrides: Sequence[str]) -> dict[str, Override]:
 
 
 def count(axis: Override) -> int:
-    """How many values one override names, without listing a range."""
+    """How many values one override names, without listing a long range."""
     if not axis.is_sweep_override():
         return 1
     if isinstance(values := axis.value(), RangeSweep):
         start, stop, step = (Decimal(x) for x in (values.start or 0, values.stop or 0, values.step))
         if not step:
             raise HydraException(f"{axis.input_line}: a step of 0")
-        return max(0, math.ceil((stop - start) / step))
+        n = max(0, math.ceil((stop - start) / step))
+        if n > 10**5:  # fewer are listed below, with Hydra's own rounding
+            return n
     return sum(1 for _ in axis.sweep_string_iterator())
 
 
@@ -113,6 +116,11 @@ def grid(axes: dict[str, Override]) -> list[list[str]]:
 def override(key: str, value: object) -> str:
     """`key='value'`, quoted for Hydra whatever the value holds."""
     return f"{key}={QuotedString(text=str(value), quote=Quote.single).with_quotes()}"
+
+
+def words(overrides: Any) -> list[str]:
+    """A config's own list of overrides (a ListConfig) as they were typed: `${oc.env:NAME}` stays a name."""
+    return list(OmegaConf.to_container(overrides, resolve=False))  # type: ignore[arg-type]
 
 
 def is_multirun(hydra: DictConfig) -> bool:

@@ -25,6 +25,7 @@ from slm_exp.launch.hydra_compat import (
     is_sweep,
     session,
     without_hydra,
+    words,
 )
 from slm_exp.launch.workers import Worker, cores, make_workers, visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
@@ -104,8 +105,8 @@ def command_jobs(
         cells = split_sweep(task, params, whole.hydra.sweeper.get("max_jobs"))
     made: dict[str, tuple[Job, RunConfig]] = {}
     composer = JobComposer(whole.hydra, folder, identify)
-    for words in cells:
-        job, cfg = composer.job([o for o in words if not o.startswith(HYDRA)])
+    for cell in cells:
+        job, cfg = composer.job([o for o in cell if not o.startswith(HYDRA)])
         made.setdefault(job.run_id or " ".join(job.overrides), (job, cfg))
     if not made:
         raise ConfigError("no job is left: the grid is empty.")
@@ -125,7 +126,7 @@ class JobComposer:
         self, hydra: DictConfig, folder: Path, identify: Callable[[RunConfig], str] = lambda cfg: cfg.run_id
     ) -> None:
         self.folder, self.identify = folder, identify
-        self.settings = [str(o) for o in hydra.overrides.hydra]
+        self.settings = words(hydra.overrides.hydra)
         self.by_run_id = OmegaConf.to_container(hydra.sweep, resolve=False)["subdir"] == "${run_id:}"  # type: ignore[index, call-overload]
         self.composer = Composer([o for o in self.settings if o.startswith("hydra.searchpath=")])
 
@@ -135,17 +136,17 @@ class JobComposer:
         Raises:
             ConfigError: names the job and the first bad field.
         """
-        words = tuple(overrides)
+        task = tuple(overrides)
         try:
-            cfg = _composed.get(words) or self.composer.run_config(words)
+            cfg = _composed.get(task) or self.composer.run_config(task)
             run_id = self.identify(cfg)
         except ConfigError as error:
-            raise ConfigError(f"job {' '.join(words)}: {error}") from None
-        _composed[words] = cfg
+            raise ConfigError(f"job {' '.join(task)}: {error}") from None
+        _composed[task] = cfg
         subdir = run_id
         if not self.by_run_id:
-            subdir = str(compose_raw([*self.settings, *words], with_hydra=True).hydra.sweep.subdir)
-        return Job(run_id, words, self.folder / subdir, masked(slug(cfg.resolved())), bool(cfg.save_model)), cfg
+            subdir = str(compose_raw([*self.settings, *task], with_hydra=True).hydra.sweep.subdir)
+        return Job(run_id, task, self.folder / subdir, masked(slug(cfg.resolved())), bool(cfg.save_model)), cfg
 
 
 def check_all(overrides: Sequence[str], multirun: bool) -> CommandJobs:
@@ -171,14 +172,14 @@ def split_sweep(overrides: Sequence[str], params: dict[str, str], limit: int | N
         ConfigError: an override that cannot be parsed; more than `limit` jobs, counted before any is made.
     """
     given = {o.partition("=")[0] for o in overrides}
-    words = [f"{k}={v}" for k, v in params.items() if k not in given] + list(overrides)
+    swept = [f"{k}={v}" for k, v in params.items() if k not in given] + list(overrides)
     prepare_hydra()
     try:
         with session(str(conf_dir())):
-            of = axes(words)
+            of = axes(swept)
             if limit is not None and (jobs := math.prod(map(count, of.values()))) > limit:
-                swept = ", ".join(f"{key} ({n})" for key, axis in of.items() if (n := count(axis)) > 1)
-                raise ConfigError(f"{jobs} jobs: {swept}; expected at most hydra.sweeper.max_jobs = {limit}. If all of "
+                sizes = ", ".join(f"{key} ({n})" for key, axis in of.items() if (n := count(axis)) > 1)
+                raise ConfigError(f"{jobs} jobs: {sizes}; expected at most hydra.sweeper.max_jobs = {limit}. If all of "
                                   f"them are meant: hydra.sweeper.max_jobs={jobs}")
             if limit is not None and jobs >= MANY:
                 print(f"{jobs} jobs to compose and check", file=sys.stderr)

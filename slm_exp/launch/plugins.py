@@ -24,7 +24,7 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from slm_exp.core.errors import SlmError, require, require_one_of
 from slm_exp.core.secrets import masked
-from slm_exp.launch.hydra_compat import override, register_plugin
+from slm_exp.launch.hydra_compat import override, register_plugin, words
 from slm_exp.launch.jobs import JobComposer, pool_workers, split_sweep
 from slm_exp.launch.pool import Interrupted, Pool
 from slm_exp.launch.queued import every_job_answers
@@ -111,7 +111,7 @@ class GridSweeper(Sweeper):
 
     def _jobs(self, sweep: SweepFolder, arguments: list[str]) -> list[Job]:
         """The jobs this call is about, on disk as the sweep's definition."""
-        hydra = [o for o in self._config.hydra.overrides.hydra if not o.startswith(OF_THIS_CALL)]
+        hydra = [o for o in words(self._config.hydra.overrides.hydra) if not o.startswith(OF_THIS_CALL)]
         argv = [*arguments, *hydra] if self.select is None else SweepFolder.read(sweep.path).argv
         composer = JobComposer(self._config.hydra, self.path)
         jobs: dict[str, Job] = {}
@@ -204,7 +204,7 @@ class ProcessLauncher(Launcher):
 
     def _command(self, job: Job, batch_size: int | None) -> list[str]:
         assert self.config is not None
-        inherited = [o for o in self.config.hydra.overrides.hydra if not o.startswith(OURS)]
+        inherited = [o for o in words(self.config.hydra.overrides.hydra) if not o.startswith(OURS)]
         return [
             sys.executable,
             "-m",

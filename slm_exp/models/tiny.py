@@ -44,11 +44,15 @@ class Tiny(ModelSource):
     def check(self) -> None:
         super().check()
         require_one_of("model.family", self.family, FAMILIES)
-        require(self.layers >= 1, "model.layers", self.layers, "a whole number >= 1")
+        require(1 <= self.layers <= 1000, "model.layers", self.layers, "a whole number from 1 to 1000")
         require(1 <= self.kv_heads <= self.heads and self.heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads,
                 f"a divisor of model.heads = {self.heads}")
         require(self.hidden >= 1 and self.hidden % (2 * self.heads) == 0, "model.hidden", self.hidden,
                 f"a multiple of 2 x model.heads = {2 * self.heads}", "RoPE turns pairs of channels.")
+        gigabytes = self.weights_bytes() / 1e9
+        require(gigabytes <= 8, "model=tiny", f"{gigabytes:.3g} GB of random weights", "at most 8 GB",
+                "Lower model.layers, model.hidden or model.vocab.")
+        require(0 <= self.seed < 2**63, "model.seed", self.seed, "a whole number from 0 to 2^63 - 1")
         require(self.vocab >= N_BYTES + len(SPECIALS), "model.vocab", self.vocab, "a whole number >= 258")
         require(self.sliding_window is None or (self.family != "llama" and self.sliding_window >= 1),
                 "model.sliding_window", self.sliding_window, "null, or a number >= 1 with a family other than llama")

@@ -62,7 +62,7 @@ class RunConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "a whole number >= 0")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "a whole number >= 0 and < 2^63, as torch takes")
         remember_in(Path(self.cache.dir))
         require_one_of("cache.accept", self.cache.accept, ("version", "exact"))
         self.merge_rule = self.method.merge_rule(self.merge_rule)
@@ -147,7 +147,8 @@ def to_run_config(cfg: Any) -> RunConfig:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ConfigError):
             cause = cause.__cause__ or cause.__context__
-        raise (cause or ConfigError(str(error).splitlines()[0])) from None
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise (cause or ConfigError(where + str(error).splitlines()[0])) from None
     assert isinstance(run_config, RunConfig)
     return run_config
 

@@ -1,0 +1,82 @@
+"""What is masked in messages and records, and what is left as it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from slm_exp.core import secrets
+from slm_exp.core.errors import StageError
+from slm_exp.core.secrets import masked
+from slm_exp.launch.compose import compose_run
+from slm_exp.pipeline import run as pipeline
+
+QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=2",
+         "calibration.seq_len=16"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "_taken", {})
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("https://user:pass@host/x is not there", "https://***@host/x is not there"),
+    ("a 'https://token@host' and s3://k:s@b/c", "a 'https://***@host' and s3://***@b/c"),
+    ("https://host/a@b", "https://host/a@b"),
+    ("mail me@host, evaluation@v2", "mail me@host, evaluation@v2"),
+    ("no secrets", "no secrets"),
+])  # fmt: skip
+def test_credentials_of_addresses_are_masked(text: str, shown: str) -> None:
+    assert masked(text) == shown
+    assert masked({"a": [text, 1, None], "b": (text,)}) == {"a": [shown, 1, None], "b": [shown]}
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "MY_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD",
+                                  "DB_PASSWD", "SERVICE_CREDENTIALS", "KEY", "token"])  # fmt: skip
+def test_secret_variables_that_reached_a_config_are_masked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "opensesame")
+    assert masked("opensesame") == "opensesame"  # it is in no config
+    cfg = compose_run([*QUICK, f"calibration.field=${{oc.env:{name}}}"])
+    assert cfg.calibration.field == "opensesame"
+    assert masked("field opensesame is missing") == "field *** is missing"
+
+
+@pytest.mark.parametrize("name", ["SCRATCH", "TOKENIZERS_PARALLELISM", "MONKEY", "KEYBOARD", "HOME_DIR"])
+def test_other_variables_stay_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "/scratch/me")
+    compose_run([*QUICK, f"calibration.field=${{oc.env:{name}}}/models"])
+    assert masked("/scratch/me/models") == "/scratch/me/models"
+
+
+def test_a_short_secret_masks_itself_and_no_part_of_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "text")
+    compose_run([*QUICK, "calibration.field=${oc.env:MY_KEY}"])
+    assert masked(["text", "textual context"]) == ["***", "textual context"]
+
+
+def test_a_default_is_no_secret_and_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_TOKEN", raising=False)
+    assert compose_run([*QUICK, "calibration.field=${oc.env:NO_TOKEN,body}"]).calibration.field == "body"
+    assert masked("body") == "body"
+    with pytest.raises(Exception, match=r"calibration.field: .*NO_TOKEN"):
+        compose_run([*QUICK, "calibration.field=${oc.env:NO_TOKEN}"])
+
+
+def test_no_file_of_a_run_holds_the_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "opensesame")
+    (tmp_path / "opensesame.jsonl").write_text('{"text": "too short"}\n')
+    overrides = [*QUICK, "calibration=jsonl", f"calibration.path={tmp_path}/${{oc.env:MY_TOKEN}}.jsonl"]
+    cfg = compose_run([*overrides, f"cache.dir={tmp_path}/cache"])
+    with pytest.raises(StageError), caplog.at_level(logging.INFO):
+        pipeline.run(cfg, tmp_path / "run", overrides)
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["config"]["calibration"]["path"] == f"{tmp_path}/***.jsonl"
+    assert record["overrides"] == overrides  # the name, with which the command can be repeated
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or b"opensesame" not in path.read_bytes(), path
