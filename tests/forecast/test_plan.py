@@ -17,17 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["model=tiny", "model.layers=5", "calibration.n_samples=2", "calibration.seq_len=32", "tracking=none"]
 NO_TORCH = """
 import sys
-<<<<<<< HEAD:tests/forecast/test_plan.py
-opened = []
-sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 from slm_exp.cli.plan import main
 assert main([*sys.argv[2:], "model=tiny", "--tflops", "1"]) == 0
 assert main([*sys.argv[2:], "model=hf", "model.path=" + sys.argv[1], "--tflops", "1"]) == 0
-=======
-from slm_exp.cli import plan
-assert plan.main([*sys.argv[2:], "model=tiny", "--tflops", "1"]) == 0
-assert plan.main([*sys.argv[2:], "model=hf", "model.path=" + sys.argv[1], "--tflops", "1"]) == 0
->>>>>>> wt-e:tests/planning/test_plan.py
 print([m for m in ("torch", "transformers", "datasets", "wandb", "lm_eval", "matplotlib") if m in sys.modules])
 """
 

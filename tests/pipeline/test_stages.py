@@ -1,4 +1,4 @@
-"""Stages are declared once: their keys cover what they read and the code that computes them; the forecast walks them."""
+"""Stages are declared once: their keys cover what they read and what computes them; the forecast walks them."""
 
 import json
 import subprocess
