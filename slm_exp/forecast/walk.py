@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from slm_exp.core.cache import journal
-from slm_exp.core.cache.store import StageStore
+from slm_exp.core.cache.store import Inputs, StageStore
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import digest, plain
 from slm_exp.core.types import CalibrationTokens, MergePlan
@@ -39,9 +39,9 @@ class Lookup:
     def __init__(self, folder: Path | None) -> None:
         self.store = StageStore(folder)
         self.coming: set[str] = set()
-        self._entries: dict[str, list[dict[str, Any]]] = {}
+        self._entries: dict[str, list[Inputs]] = {}
 
-    def state(self, stage: Stage[Any], x: Experiment, inputs: dict[str, Any]) -> tuple[str, Path | None]:
+    def state(self, stage: Stage[Any], x: Experiment, inputs: Inputs) -> tuple[str, Path | None]:
         """CACHED with the entry's folder, SHARED, COMPUTE or MAYBE; a result that is to come is remembered."""
         folder = self.store.folder
         name = digest({"stage": stage.folder, "inputs": inputs})
@@ -57,15 +57,15 @@ class Lookup:
         self.coming.add(name)
         return (MAYBE if open_ended and self._could_be(stage, x, inputs) else COMPUTE), None
 
-    def _could_be(self, stage: Stage[Any], x: Experiment, inputs: dict[str, Any]) -> bool:
+    def _could_be(self, stage: Stage[Any], x: Experiment, inputs: Inputs) -> bool:
         """Whether some current entry agrees with every input that is known."""
         told = {k: plain(v) for k, v in inputs.items() if not isinstance(v, Unknown)}
         return any(all(entry.get(k) == v for k, v in told.items()) for entry in self._current(stage, x))
 
-    def _current(self, stage: Stage[Any], x: Experiment) -> list[dict[str, Any]]:
+    def _current(self, stage: Stage[Any], x: Experiment) -> list[Inputs]:
         """Inputs of the entries that today's code and libraries would use."""
         if stage.folder not in self._entries:
-            current: list[dict[str, Any]] = []
+            current: list[Inputs] = []
             for manifest in (self.store.folder or Path()).glob(f"{stage.folder}/[!.]*/manifest.json"):
                 try:
                     inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from slm_exp.core.cache.code import package_digest
 from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import SlmError, StageError
-from slm_exp.core.files import write_json, write_text
+from slm_exp.core.files import JsonObject, write_json, write_text
 from slm_exp.core.locks import Lock
 from slm_exp.core.secrets import masked
 from slm_exp.evaluation.base import EvalReport
@@ -48,7 +48,7 @@ PICTURE = "similarity.png"
 class Observer:
     """Hears what happens in a run; by default it does nothing about it."""
 
-    def noted(self, sections: dict[str, Any]) -> None:
+    def noted(self, sections: JsonObject) -> None:
         """Parts of the record have changed."""
 
     def kept(self, stage: str, x: Experiment) -> None:
@@ -64,7 +64,7 @@ class Mirror(Observer):
     def __init__(self, track: Tracker, folder: Path) -> None:
         self.track, self.folder = track, folder
 
-    def noted(self, sections: dict[str, Any]) -> None:
+    def noted(self, sections: JsonObject) -> None:
         self.track.log(sections)
 
     def kept(self, stage: str, x: Experiment) -> None:
@@ -110,7 +110,7 @@ class Recorder:
     folder: Path
     overrides: Sequence[str] = ()
     group: str | None = None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: JsonObject = field(default_factory=dict)
     finished: bool = False
     observers: list[Observer] = field(default_factory=list)
     _started: float = 0.0
@@ -283,7 +283,7 @@ class Recorder:
         self.note(plan=plan.to_json())
         self.warn(*(plan.width.notes if plan.width else ()))
 
-    def done(self) -> dict[str, Any]:
+    def done(self) -> JsonObject:
         """Mark the run finished, with size and digest of every file that is its result. Nothing may fail after this."""
         self.record["files"] = result_files(self.folder, with_model=bool(self.cfg.save_model))
         self.record["status"] = "finished"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from slm_exp.core.cache.code import PACKAGE, Code, code_files
-from slm_exp.core.cache.store import StageStore
-from slm_exp.core.files import digest
+from slm_exp.core.cache.store import Inputs, StageStore
+from slm_exp.core.files import JsonObject, digest
 from slm_exp.core.registry import Component
 from slm_exp.core.runtime import world
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity, MergePlan
@@ -43,7 +43,7 @@ class Experiment:
     training: Path | None = None
     """Where a training keeps its checkpoints; null is the run's folder."""
     track: Tracker | None = None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: JsonObject = field(default_factory=dict)
     """The run's record, as far as it is known."""
 
     dense: ModelHandle = field(init=False)
@@ -58,7 +58,7 @@ class Experiment:
     narrowed: NarrowedScore = field(init=False)
     recovery: RecoveryResult = field(init=False)
     report: EvalReport = field(init=False)
-    speed: dict[str, Any] = field(init=False)
+    speed: JsonObject = field(init=False)
     saved: None = None
     reported: None = None
 
@@ -79,7 +79,7 @@ class Experiment:
         """Share of the decoder layers' parameters for the width pruner to remove."""
         return known(self.cfg.width.ratio_for, self.cfg.method, self.dense, self.model)
 
-    def on(self, model: ModelHandle) -> dict[str, Any]:
+    def on(self, model: ModelHandle) -> Inputs:
         """What the result of running a model depends on."""
         return {"model": model.digest, "dtype": self.cfg.model.dtype, "device": self.dense.device.type}
 
@@ -117,7 +117,7 @@ class Stage(Generic[T]):
     compute: Callable[[Experiment], T]
     kind: type[T] | None = None
     """How the stage cache keeps the value; null: every run computes it."""
-    inputs: Callable[[Experiment], dict[str, Any] | None] = _none
+    inputs: Callable[[Experiment], Inputs | None] = _none
     """All that the value depends on, besides the code and the libraries; null: this time it is not kept."""
     code: Callable[[Experiment], tuple[str, ...]] = lambda x: ()
     """Files and folders of the package that compute the value."""
@@ -150,7 +150,7 @@ class Stage(Generic[T]):
         """The code and the libraries in the value's key."""
         return Code(self.code(x), self.libraries)
 
-    def key(self, x: Experiment, inputs: dict[str, Any]) -> str:
+    def key(self, x: Experiment, inputs: Inputs) -> str:
         """Of the value in the cache."""
         return x.store.key(self.folder, inputs, self.made_by(x))
 
@@ -248,7 +248,7 @@ EVALUATE_DENSE = Stage(
 # --- width: of the dense model before the plan, or of the merged one
 
 
-def _width_inputs(x: Experiment) -> dict[str, Any] | None:
+def _width_inputs(x: Experiment) -> Inputs | None:
     if not x.cfg.width.prunes:
         return None
     return {**x.on(x.model), "tokens": x.tokens.digest, "width": x.cfg.width.identity(), "ratio": x.width_ratio,
@@ -333,12 +333,12 @@ RESCORE_NARROWED = replace(RESCORE, when=lambda x: x.width is not None)
 # --- recover
 
 
-def _recovery_identity(x: Experiment) -> dict[str, Any]:
+def _recovery_identity(x: Experiment) -> Inputs:
     return {"recovery": x.cfg.recovery.identity(), "tokens": x.tokens.digest,
             "samples": known(digest, known(list, x.tokens.sample_ids)), "seed": x.cfg.seed}
 
 
-def _recover_inputs(x: Experiment) -> dict[str, Any] | None:
+def _recover_inputs(x: Experiment) -> Inputs | None:
     if not x.cfg.recovery.stored() or world() > 1:  # of several processes, one must not find what another computes
         return None
     return {**_recovery_identity(x), "model": x.model.digest, "dense": x.dense.digest, "plan": x.plan.effect(),
