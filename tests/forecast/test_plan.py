@@ -208,7 +208,7 @@ def test_a_table_that_is_not_there_is_refused():
 
 
 def test_scores_of_another_similarity_do_not_tell_a_plan(call):
-    """After a run by token_cosine, the forecast of the run that scores refitted candidates must not quote its scores."""
+    """After a run by token_cosine, the forecast of one that scores refitted candidates must not quote its scores."""
     run(call, "similarity=token_cosine")
     refit = ["similarity=token_cosine", "similarity.after=reconstruct", "similarity.fit_samples=4",
              "similarity.fit_seq_len=32"]  # fmt: skip

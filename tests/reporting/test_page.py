@@ -19,7 +19,7 @@ from pages import Page, table
 from slm_exp.cli import report
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import write_json
-from slm_exp.core.text import duration
+from slm_exp.core.format import duration
 from slm_exp.core.types import Group, MergePlan, Trial
 from slm_exp.reporting import charts, svg
 from slm_exp.reporting.page import signed, size_change, write_report

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_exp.core.text import printable
+from slm_exp.core.format import printable
 from slm_exp.tables.formats import FORMATS, _csv, _md, _tex
 from slm_exp.tables.grid import Entry, Gap, Grid
 
