@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from slm_exp.core.errors import PlanError
-from slm_exp.core.files import write_json, writing
+from slm_exp.core.files import plain, write_json, writing
 from slm_exp.core.widths import WidthDecision
 
 if TYPE_CHECKING:
@@ -267,7 +267,8 @@ class MergePlan:
         out = dataclasses.asdict(self) | {"width": self.width and self.width.to_json()}
         if self.target is not None:
             out["target"] = {name: value for name, value in out["target"].items() if value is not None}
-        return {name: _listed(value) for name, value in out.items()}
+        contents: dict[str, Any] = plain(out)
+        return contents
 
     @classmethod
     def from_json(cls, data: Any, bare: bool = False) -> MergePlan:
@@ -303,13 +304,6 @@ class MergePlan:
     @classmethod
     def load(cls, folder: Path) -> MergePlan:
         return cls.from_json(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
-
-
-def _listed(value: Any) -> Any:
-    """Tuples as lists, as JSON has them."""
-    if isinstance(value, (list, tuple)):
-        return [_listed(part) for part in value]
-    return {k: _listed(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)

@@ -123,13 +123,11 @@ class SearchState:
 
         Either way every layer below the window is in question once; what passes shortens the candidates that follow.
         """
-        most = least = 0
-        state = self
-        while candidate := state.candidate:
-            least += candidate.blocks(n_layers)
-            state = state.accept()
-        state = self
-        while candidate := state.candidate:
-            most += candidate.blocks(n_layers)
-            state = state.reject()
-        return least, most
+        spent = []
+        for verdict in (SearchState.accept, SearchState.reject):
+            state, blocks = self, 0
+            while candidate := state.candidate:
+                blocks += candidate.blocks(n_layers)
+                state = verdict(state)
+            spent.append(blocks)
+        return spent[0], spent[1]
