@@ -73,9 +73,8 @@ def gather(rows: Sequence[Row]) -> Atlas:
     apart = [name for name in Made._fields[1:] if len({getattr(made, name) for made, _ in found}) > 1]
     sheets = []
     for (made, values), (similarity, some) in found.items():
-        apart_in = (f"{name.replace('_', ' ')} {value}" for name in apart
-                    if (value := getattr(made, name)) is not None)
-        name = ", ".join([f"{made.kernel} kernel", *apart_in])
+        others = {name: value for name in apart if (value := getattr(made, name)) is not None}
+        name = ", ".join([f"{made.kernel} kernel", *(f"{k.replace('_', ' ')} {v}" for k, v in others.items())])
         drawn = [s for s in shapes if s.plan.n_layers == len(similarity.matrix_LL) and _same_model(s, some)]
         sheets.append(Sheet(name, similarity, tuple(some), picture(name, similarity.matrix_LL, drawn),
                             base64.b64encode(values).decode()))

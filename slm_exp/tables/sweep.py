@@ -36,8 +36,8 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
     names = [m.name if often[m.name] == 1 else str(m.run.folder) for m in runs]
     reason = mixed((f"run {name}", m.evaluation.protocol) for name, m in zip(names, runs, strict=True))
     if reason and not mixed_protocols:
-        raise ProtocolError(f"{reason}. Their numbers do not belong in one table: give folders measured by one "
-                            "protocol, or say --mixed-protocols to see them side by side.")
+        raise ProtocolError(f"{reason}. Their numbers do not belong in one table: give folders of one protocol, or say "
+                            "--mixed-protocols to see them side by side.")
     settings = {**SETTINGS, **_others(runs)}
     tasks = list(dict.fromkeys(task for m in runs for task in m.evaluation.tasks))
     tasks = [t for t in SEVEN if t in tasks] + sorted(t for t in tasks if t not in SEVEN)
