@@ -91,7 +91,8 @@ def command_jobs(
         where = str(OmegaConf.to_container(whole.hydra.run, resolve=False)["dir"])  # type: ignore[index, call-overload]
         with open_dict(whole.hydra):
             whole.hydra.run.dir = where.replace("${run_id:}", run_id or "RUN_ID")
-        job = Job(run_id, tuple(task), Path(str(whole.hydra.run.dir)), "", cfg.save_model is not False)
+        job = Job(run_id, tuple(task), Path(str(whole.hydra.run.dir)), "", cfg.save_model is not False,
+                  cfg.cache.accept == "exact")
         return CommandJobs(job.folder, False, [(job, cfg)], whole.hydra)
     with open_dict(whole.hydra):
         whole.hydra.overrides.task = task  # a sweep's default name hashes what is swept too
@@ -146,7 +147,8 @@ class JobComposer:
         subdir = run_id
         if not self.by_run_id:
             subdir = str(compose_raw([*self.settings, *task], with_hydra=True).hydra.sweep.subdir)
-        return Job(run_id, task, self.folder / subdir, masked(slug(cfg.resolved())), bool(cfg.save_model)), cfg
+        name = masked(slug(cfg.resolved()))
+        return Job(run_id, task, self.folder / subdir, name, bool(cfg.save_model), cfg.cache.accept == "exact"), cfg
 
 
 def check_all(overrides: Sequence[str], multirun: bool) -> CommandJobs:
