@@ -20,7 +20,7 @@ from slm_exp.models.base import ModelHandle
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.stages import CALIBRATE, LOAD, PLAN, Experiment, Stage, Unknown, steps
-from slm_exp.search.inputs import journal_inputs
+from slm_exp.search.inputs import journal_inputs, journal_of
 
 CACHED, SHARED, COMPUTE, MAYBE, NOTHING = "cached", "shared", "compute", "unknown", "-"
 STATES = {
@@ -157,6 +157,6 @@ def _plan(x: Experiment) -> tuple[MergePlan | None, str]:
         return None, ""
     inputs = journal_inputs("score", model=x.model.digest, device=x.model.device.type, tokens=x.tokens.digest,
                             similarity=cfg.similarity, kernel=cfg.kernel, rule=cfg.merge_rule, fit=None)  # fmt: skip
-    scores, _ = journal.read(x.store.folder / "scores" / x.store.key("scores", inputs))
+    scores, _ = journal.read(journal_of(x.store, inputs) or Path())
     plan = method.plan_from_scores(x.model.n_layers, scores, cfg.merge_rule.name)
     return plan, "from scores in the cache" if plan else ""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from slm_exp.core.cache.store import StageStore
+from slm_exp.core.cache.code import Code
+from slm_exp.core.cache.store import Inputs, StageStore
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity
 from slm_exp.kernels.base import Kernel
 from slm_exp.merging.rules.base import MergeRule
@@ -27,11 +28,21 @@ class SearchInputs:
     seed: int = 0
 
 
+SCORED_BY = Code(("core/types.py", "core/widths.py", "models", "merging", "search", "engine", "similarity", "kernels",
+                  "calibration/fit.py"))
+"""What computes the values of trial models."""
+
+
+def journal_of(store: StageStore, inputs: Inputs) -> Path | None:
+    """The folder of the journal with these inputs; None where nothing is kept."""
+    return store.entry("scores", inputs, SCORED_BY) if store.folder else None
+
+
 def journal_inputs(
     value: str, *, model: str, device: str, tokens: str, similarity: Similarity, kernel: Kernel,
     rule: MergeRule | None, fit: str | None, dtype: str | None = None,
-) -> dict[str, Any]:
-    """The key, for `StageStore.key("scores", ...)`, of the journal of one kind of value. Needs no weights.
+) -> Inputs:
+    """What the journal of one kind of value depends on (see `journal_of`). Needs no weights.
 
     Args:
         value: `score` (by the similarity), `loss`, or another name.
@@ -42,7 +53,7 @@ def journal_inputs(
     """
     if (similarity.after is None) != (fit is None):
         raise ValueError(f"similarity.after = {similarity.after}, and the digest of the tokens of the fit is {fit}.")
-    out: dict[str, Any] = {"value": value, "model": model, "device": device, "tokens": tokens, "computed_in": dtype,
+    out: Inputs = {"value": value, "model": model, "device": device, "tokens": tokens, "computed_in": dtype,
                            "rule": rule and rule.identity(), "after": similarity.after, "fit": fit}
     if value == "score":
         out["similarity"] = similarity.name

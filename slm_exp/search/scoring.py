@@ -22,7 +22,7 @@ from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.engine.vocabulary import PredictionDistance, mean_loss
 from slm_exp.merging.compensation import scaled_outputs
 from slm_exp.merging.rules.base import MergeRule
-from slm_exp.search.inputs import SearchInputs, journal_inputs
+from slm_exp.search.inputs import SearchInputs, journal_inputs, journal_of
 from slm_exp.search.refit import Refits, with_refits
 from slm_exp.search.state import Candidate, layers_key
 from slm_exp.similarity.base import Scorer
@@ -233,9 +233,7 @@ class ScoringEngine:
                 name, model=task.handle.digest, device=task.handle.device.type, tokens=task.tokens.digest,
                 similarity=task.similarity, kernel=task.kernel, rule=task.rule if merges else None,
                 fit=self._refits.digest, dtype=dtype)
-            folder = task.store.folder
-            journal = Journal(folder and folder / "scores" / task.store.key("scores", inputs))
-            self._journals[name, dtype, merges] = journal
+            self._journals[name, dtype, merges] = Journal(journal_of(task.store, inputs))
         return self._journals[name, dtype, merges]
 
 

@@ -19,7 +19,7 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.core.types import Group
 from slm_exp.engine.runner import BlockRunner
 from slm_exp.methods.slm import SLM
-from slm_exp.search.inputs import journal_inputs
+from slm_exp.search.inputs import journal_inputs, journal_of
 from slm_exp.search.scoring import ScoringEngine, Slots
 from slm_exp.search.state import Candidate
 from slm_exp.search.task import PlanTask
@@ -179,13 +179,13 @@ def test_a_plan_is_known_from_the_scores_of_another_threshold(commit: bool, task
     inputs = journal_inputs(
         "score", model=task.handle.digest, device="cpu", tokens=task.tokens.digest, similarity=task.similarity,
         kernel=task.kernel, rule=task.rule, fit=None)
-    kept, _ = journal.read(tmp_path / "scores" / task.store.key("scores", inputs))
+    kept, _ = journal.read(journal_of(task.store, inputs))
     assert len(kept) == every.evaluations
     best = max(t.score for t in every.trace)
     low = SLM(threshold=best - 1e-9, commit_open_window=commit)
     assert low.plan_from_scores(8, kept, "top_layer") is None  # candidates above the first group are not known yet
     plan = low.plan(task)
-    kept, _ = journal.read(tmp_path / "scores" / task.store.key("scores", inputs))
+    kept, _ = journal.read(journal_of(task.store, inputs))
     known = low.plan_from_scores(8, kept, "top_layer")
     assert known is not None
     assert known.effect() == plan.effect()

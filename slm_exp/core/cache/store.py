@@ -30,20 +30,8 @@ Inputs = dict[str, Any]
 
 log = logging.getLogger(__name__)
 
-BUILT = ("core/types.py", "core/widths.py", "models", "merging")
-"""What a compressed model is built by: the result of any stage that looks at one depends on it."""
-REFIT = ("calibration/fit.py", "engine/ridge.py")
-"""What similarity.after=reconstruct scores candidates by."""
-CODE = {  # what computes each stage, where the caller does not say so itself
-    "model": Code(("models/gguf.py",)),
-    "calibrate": Code(("calibration", "core/types.py", "core/text.py"), ("transformers",)),
-    "similarity": Code(("similarity", "kernels", "engine", "models/layouts.py")),
-    "plan": Code((*BUILT, "methods", "search", "engine", "similarity", "kernels", *REFIT, "calibration")),
-    "scores": Code((*BUILT, "search", "engine", "similarity", "kernels", *REFIT)),
-    "width": Code((*BUILT, "width", "search", "engine", "similarity", "kernels")),
-    "recover": Code((*BUILT, "recovery", "calibration", "engine"), ("torch", "transformers", "peft")),
-    "evaluate": Code((*BUILT, "evaluation", "engine/fused.py"), ("torch", "transformers", "lm_eval")),
-}
+NO_CODE = Code((), ())
+"""Of a value that no code of this package computes."""
 
 
 class Storable(Protocol):
@@ -66,19 +54,16 @@ class StageStore:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def key(self, stage: str, inputs: Inputs, code: Code | None = None) -> str:
+    def key(self, stage: str, inputs: Inputs, code: Code = NO_CODE) -> str:
         """Digest of a stage's inputs, code and libraries.
 
-        Args:
-            code: what computes the stage; None takes what CODE says of it.
         """
-        code = code or CODE[stage]
         return digest({
             "stage": stage, "inputs": inputs, "code": code_digest(code.files),
             "libraries": library_versions(code.libraries),
         })
 
-    def entry(self, stage: str, inputs: Inputs, code: Code | None = None) -> Path:
+    def entry(self, stage: str, inputs: Inputs, code: Code = NO_CODE) -> Path:
         """The folder of an entry, there or not.
 
         Raises:
@@ -89,7 +74,7 @@ class StageStore:
         return self.folder / stage / self.key(stage, inputs, code)
 
     def cached(
-        self, stage: str, inputs: Inputs, kind: type[S], compute: Callable[[], S], code: Code | None = None
+        self, stage: str, inputs: Inputs, kind: type[S], compute: Callable[[], S], code: Code = NO_CODE
     ) -> tuple[S, bool]:
         """The stored result for these inputs, or a computed one, stored. Returns (value, whether it was stored).
 
@@ -114,7 +99,7 @@ class StageStore:
             return value, False
 
     def entry_folder(
-        self, stage: str, inputs: Inputs, build: Callable[[Path], None], code: Code | None = None
+        self, stage: str, inputs: Inputs, build: Callable[[Path], None], code: Code = NO_CODE
     ) -> Path:
         """A stored folder used in place (e.g. converted weights): built once by `build(folder)`.
 
