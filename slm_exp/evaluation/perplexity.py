@@ -167,7 +167,7 @@ def missing_corpora(corpora: dict[str, str], random_model: bool = False) -> str 
             return (f"evaluation.corpora.{name} = {where}: not on this machine, which is offline. "
                     f"Give a file instead: 'evaluation.corpora={{{name}: path/to/{where}.txt}}'")
         if where in HELD_OUT and documents.assets_folder() is None and not random_model:
-            return (f"evaluation.corpora.{name} = {where}: its text comes with the assets. Install them: {documents.ASSETS} "
+            return (f"evaluation.corpora.{name} = {where}: its text comes with the assets. Install: {documents.ASSETS} "
                     f"(or leave it out: '~evaluation.corpora.{name}').")
     return None
 

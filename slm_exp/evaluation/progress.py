@@ -39,7 +39,8 @@ def progress(what: str, total: int, unit: str, disable: bool = False) -> Iterato
                 announced = True
                 if whole >= LONG_S:
                     log.info("%s: %d %ss, about %s", what, total, unit, duration(whole))
-            tick(f"about {duration(max(0.0, whole - elapsed))} left", at=done)
+            left = f"about {duration(whole - elapsed)} left" if done < total else f"done in {duration(elapsed)}"
+            tick(left, at=done)
 
         yield advance
 

@@ -48,6 +48,10 @@ def test_a_long_one_says_how_long_and_how_far(clock: Clock, caplog: pytest.LogCa
     assert 5 <= len(others) <= 10  # one in 20 to 30 seconds
 
 
+def test_the_last_line_says_how_long_it_took(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    assert lines(clock, caplog, step_s=2.0, steps=11)[-1] == "perplexity news: 44 of 44 chunks, done in 22 s"
+
+
 def test_a_short_one_says_nothing(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     assert lines(clock, caplog, step_s=0.1, steps=100) == []
 
