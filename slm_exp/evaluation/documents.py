@@ -11,7 +11,7 @@ import gzip
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -97,6 +97,19 @@ def missing_documents(tasks: Iterable[str], random_model: bool = False) -> str |
     reasons = [f" Of {task}, {why}." for task, why in ELSEWHERE.items() if here and any(task in m for m in missing)]
     return (f"evaluation.tasks: no documents of {', '.join(missing)} on this machine, which is offline."
             f"{''.join(reasons)} {remedy(m.partition(' ')[0] for m in missing)}")
+
+
+def missing_examples(fewshot: Mapping[str, int]) -> str | None:
+    """Why a task cannot have so many examples before each question; or None.
+
+    They come from another split than the questions, which the assets hold for mmlu alone: five a subject.
+    """
+    for task, n in fewshot.items():
+        most = 5 if task.startswith("mmlu") else 0 if task in SPLIT and assets_folder() is not None else n
+        if n > most:
+            why = "it has five examples a subject" if most else "the assets hold no training split to take them from"
+            return f"evaluation.fewshot.{task} = {n}; expected at most {most}: {why}."
+    return None
 
 
 def hub_set(task: str) -> str | None:

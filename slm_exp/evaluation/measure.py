@@ -24,17 +24,19 @@ def measure(cfg: Settings, handle: ModelHandle) -> EvalReport:
             be read, NaN or infinite logits.
     """
     corpora = load_corpora(cfg.wanted_corpora(), handle, cfg.ppl_seq_len, cfg.ppl_bos)
-    results = None
+    loaded = results = None
     if cfg.tasks:
         from slm_exp.evaluation.backends.harness import load_tasks, run_tasks  # lm-eval takes seconds to import
 
         if handle.tokenizer is None:
             raise DataError(f"{handle.name} has no tokenizer, and tasks are text. Use evaluation=none, or corpora of "
                             "token files.")
-        loaded = load_tasks(cfg.tasks, cfg.limit, handle.random)  # missing documents stop before weights load
-        results = run_tasks(handle.model, handle.tokenizer, loaded, cfg.limit, cfg.batch_size, cfg.add_bos, cfg.backend)
+        # before weights load, so that missing documents stop early
+        loaded = load_tasks(cfg.tasks, cfg.limit, handle.random, cfg.fewshot)
     values = {name: perplexity(handle.model, corpus.tokens_NT, cfg.batch_size, name)
               for name, corpus in corpora.items()}
+    if loaded is not None and handle.tokenizer is not None:
+        results = run_tasks(handle.model, handle.tokenizer, loaded, cfg.limit, cfg.batch_size, cfg.add_bos, cfg.backend)
     fields: dict[str, Any] = {
         "lm_eval": version("lm-eval"),
         "tasks": {name: asdict(task) for name, task in results.protocol.items()} if results else {},

@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from slm_exp.calibration.bundled import held_out_prose
+from slm_exp.calibration.heldout import DOMAINS, RULE, TOKENS
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, did_you_mean
 from slm_exp.core.text import SUFFIXES, kind_of, read_field, read_lines, slices
-from slm_exp.evaluation.documents import out_of_reach
+from slm_exp.evaluation import documents
+from slm_exp.evaluation.progress import progress
+from slm_exp.evaluation.tiny_documents import made_up_prose
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +36,8 @@ BOS_TOO = "_bos"
 """Added to a corpus's name for its perplexity with BOS before every chunk (`ppl_bos=both`)."""
 FILES = (*SUFFIXES, ".npy")
 LONG = 2**22  # characters tokenised at a time: above every published corpus here, so those are in one piece
+HELD_OUT = {f"heldout:{domain}": domain for domain in DOMAINS}
+"""Bundled prose that nothing else uses: the first TOKENS tokens of each domain."""
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 4096}  # tokens per forward pass: logits of 1024 x 49152 are 200 MB in float32
 
 
@@ -62,13 +68,12 @@ def perplexity(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | 
     """
     import torch
     from torch.nn.functional import cross_entropy
-    from tqdm import tqdm
 
     n, t = tokens_NT.shape
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
     batch = batch_size or max(1, CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"]) // t)
     total = 0.0
-    with torch.inference_mode(), tqdm(total=n, desc=f"perplexity {name}".strip(), unit="chunk") as bar:
+    with torch.inference_mode(), progress(f"perplexity {name}".strip(), n, "chunk") as advance:
         for start in range(0, n, batch):
             ids_BT = torch.as_tensor(tokens_NT[start : start + batch], dtype=torch.long, device=device)
             logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
@@ -78,7 +83,7 @@ def perplexity(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | 
             if not math.isfinite(total):
                 raise DataError(f"the model gives NaN or infinite logits on {name or 'the text'}, so it has no "
                                 "perplexity. Try model.dtype=float32 or bfloat16 (float16 overflows easily).")
-            bar.update(len(ids_BT))
+            advance(len(ids_BT))
     mean = total / (n * (t - 1))
     return math.exp(mean) if mean < 700 else math.inf
 
@@ -102,7 +107,7 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
     dropped.
 
     Args:
-        where: path ending in one of FILES, or one of HUB_SETS. A .npy file holds [N, T] ids, taken as they
+        where: path ending in one of FILES, or one of HUB_SETS or HELD_OUT. A .npy file holds [N, T] ids, taken as they
             are: `seq_len` and `bos` do not apply.
         seq_len: tokens per chunk.
         bos: `once` puts BOS before the text, `every_chunk` before each chunk (then of seq_len + 1 tokens), or
@@ -127,6 +132,8 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
     parts = [np.asarray(tokenizer(part, add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
              for part in slices("\n\n".join(_rows(where)), LONG)]
     ids = np.concatenate([[tokenizer.bos_token_id] * (bos == "once"), *parts]).astype(np.int64)
+    if where in HELD_OUT:
+        ids = ids[:TOKENS]
     n = len(ids) // seq_len
     if n == 0:
         raise DataError(f"{where} has {len(ids)} tokens; expected at least one chunk of {seq_len}. Use a longer text "
@@ -138,7 +145,9 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
 
 
 def corpus_identity(where: str) -> str:
-    """A digest of a file's contents, or the name of a hub set."""
+    """A digest of a file's contents, or the name of a hub set or of bundled text and the rule that chose it."""
+    if where in HELD_OUT:
+        return f"{where}, {RULE if documents.assets_folder() else 'packaged'}"
     return content_digest(Path(where)) if where.endswith(FILES) and Path(where).is_file() else where
 
 
@@ -146,24 +155,30 @@ def unknown_corpus(where: str) -> str | None:
     """Why `where` names no corpus, or None. Looks at names only."""
     if where.endswith(FILES):
         return None if Path(where).is_file() else "there is no such file."
-    if where in HUB_SETS:
+    names = (*HUB_SETS, *HELD_OUT)
+    if where in names:
         return None
-    return (f"expected a file ending in {', '.join(FILES)}, or one of {', '.join(HUB_SETS)}. "
-            f"{did_you_mean(where, HUB_SETS)}")
+    return f"expected a file ending in {', '.join(FILES)}, or one of {', '.join(names)}. {did_you_mean(where, names)}"
 
 
-def missing_corpora(corpora: dict[str, str]) -> str | None:
-    """Which hub sets cannot be had here, as far as that is known without network; or None."""
+def missing_corpora(corpora: dict[str, str], random_model: bool = False) -> str | None:
+    """Which hub sets or bundled texts cannot be had here, as far as that is known without network; or None."""
     for name, where in corpora.items():
-        if where in HUB_SETS and out_of_reach(HUB_SETS[where]["load"]["path"]):
+        if where in HUB_SETS and documents.out_of_reach(HUB_SETS[where]["load"]["path"]):
             return (f"evaluation.corpora.{name} = {where}: not on this machine, which is offline. "
                     f"Give a file instead: 'evaluation.corpora={{{name}: path/to/{where}.txt}}'")
+        if where in HELD_OUT and documents.assets_folder() is None and not random_model:
+            return (f"evaluation.corpora.{name} = {where}: its text comes with the assets. Install: {documents.ASSETS} "
+                    f"(or leave it out: '~evaluation.corpora.{name}').")
     return None
 
 
 def _rows(where: str) -> Iterator[str]:
     if where in HUB_SETS:
         yield from _hub_rows(where)
+        return
+    if where in HELD_OUT:  # a random model without the assets reads made-up text: its numbers mean nothing either way
+        yield from made_up_prose() if documents.assets_folder() is None else held_out_prose(HELD_OUT[where])
         return
     file = Path(where)
     if kind_of(file) == ".txt":

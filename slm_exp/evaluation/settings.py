@@ -33,8 +33,10 @@ PAPERS = Case(1, 12, 128)
 class Settings(Component):
     """Fields of the group `evaluation`."""
 
-    tasks: list[str] = field(default_factory=list)
-    """lm-eval task names; documents of the seven come with the assets, others must be at hand or downloadable."""
+    tasks: Any = field(default_factory=list)
+    """lm-eval task names, one or a list; documents of the seven come with the assets, others from the hub."""
+    fewshot: dict[str, int] = field(default_factory=dict)
+    """Examples before each question, e.g. {mmlu: 5}; a task that is not named has what lm-eval defines, mostly none."""
     limit: int | None = None
     """The first N documents of each task; null takes all."""
     batch_size: int | None = knob(None)
@@ -44,7 +46,8 @@ class Settings(Component):
     add_bos: bool | None = None
     """Start every request with BOS; null leaves it to the tokenizer, as stock lm-eval does."""
     corpora: dict[str, str] = field(default_factory=dict)
-    """Perplexity: name -> .txt or .jsonl text, .npy token file, or hub set (wikitext2, ptb, c4)."""
+    """Perplexity: name -> .txt or .jsonl text, .npy token file, hub set (wikitext2, ptb, c4), or bundled prose that
+    nothing else uses (heldout:children, heldout:news, heldout:encyclopaedia)."""
     ppl_seq_len: int = 128
     """Tokens per chunk for perplexity."""
     ppl_bos: str = "once"
@@ -72,7 +75,16 @@ class Settings(Component):
     Keys: `average`, a task (per cent, by the metric that counts for it) or a corpus (perplexity).
     """
 
+    def __post_init__(self) -> None:
+        several = isinstance(self.tasks, (list, tuple))
+        self.tasks = list(self.tasks) if several else [] if self.tasks is None else [self.tasks]
+        super().__post_init__()
+
     def check(self) -> None:
+        require(all(isinstance(task, str) for task in self.tasks), "evaluation.tasks", self.tasks, "names of tasks")
+        for name, n in self.fewshot.items():
+            require(name in self.tasks, f"evaluation.fewshot.{name}", n, "a task or group of evaluation.tasks")
+            require(n >= 0, f"evaluation.fewshot.{name}", n, "a number >= 0")
         require(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, "null or a number >= 1")
         require(self.batch_size is None or self.batch_size >= 1, "evaluation.batch_size", self.batch_size,
                 "null or a number >= 1")

@@ -21,6 +21,12 @@ THINGS = (  # (thing, what it does, where it is found)
 )  # fmt: skip
 
 
+def made_up_prose() -> list[str]:
+    """Paragraphs of the same kind."""
+    return [f"The {thing} {work}. It stands in the {place}, and whoever needs one looks for it there." for
+            thing, work, place in THINGS]  # fmt: skip
+
+
 def made_up(task: str) -> list[Row]:
     """Twenty documents of one of the seven tasks; the same ones every time, right answers in turning places."""
     return [_document(task, i) for i in range(len(THINGS))]

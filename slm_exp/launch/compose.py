@@ -62,7 +62,7 @@ def _sweep_name(*, _root_: DictConfig) -> str:
 
 def open_mappings(overrides: Sequence[str]) -> list[str]:
     """Let `evaluation.corpora.NAME=FILE` and `evaluation.corpora={NAME:FILE}` add names without Hydra's plus sign."""
-    open_ended = ("evaluation.corpora", "evaluation.dense_range")
+    open_ended = ("evaluation.corpora", "evaluation.dense_range", "evaluation.fewshot")
     return [f"++{o}" if o.startswith(open_ended) else o for o in overrides]
 
 

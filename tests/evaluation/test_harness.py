@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from slm_exp.core.errors import DataError
 from slm_exp.evaluation import documents, task_index
-from slm_exp.evaluation.backends.harness import TaskResults, load_tasks, run_tasks
+from slm_exp.evaluation.backends.harness import LoadedTasks, TaskResults, load_tasks, run_tasks
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
 from slm_exp.evaluation.protocol import Protocol
 from slm_exp.evaluation.task_index import quiet
@@ -242,6 +243,14 @@ def test_mmlu_is_its_subjects_and_their_mean() -> None:
         assert len(task.fewshot_docs()) == 5
 
 
+def contexts(loaded: LoadedTasks) -> dict[str, list[str]]:
+    """Task -> the context of every request."""
+    with quiet():
+        for task in loaded.objects["tasks"].values():
+            task.build_all_requests(limit=2)
+    return {name: [i.args[0] for i in task.instances] for name, task in loaded.objects["tasks"].items()}
+
+
 def test_errors_without_closed_form_are_lm_evals_own(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.api import metrics
 
@@ -293,3 +302,53 @@ def test_the_seven_tasks_need_no_index(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_lm_evals_index_has_the_seven() -> None:
     assert set(SEVEN) <= task_index.task_names()
+
+
+@needs_assets
+class TestFewShot:
+    def test_examples_stand_before_the_question(self) -> None:
+        """mmlu's five come from its `dev` split, in order, as lm-eval takes them."""
+        plain, three = (load_tasks(["mmlu_virology", "piqa"], 2, fewshot=n) for n in (None, {"mmlu_virology": 3}))
+        zero, some = contexts(plain), contexts(three)
+        assert some["piqa"] == zero["piqa"]
+        examples = documents.local_documents("mmlu_virology", 2)
+        assert examples is not None
+        for before, after in zip(zero["mmlu_virology"], some["mmlu_virology"], strict=True):
+            question = before.partition("\n\n")[2]
+            assert after.endswith(question)
+            shots = [after.index(row["question"].strip()) for row in examples.others["dev"][:3]]
+            assert shots == sorted(shots)
+            assert examples.others["dev"][3]["question"].strip() not in after
+
+    def test_they_are_part_of_the_protocol(self, tiny_handle: ModelHandle) -> None:
+        settings = {"tasks": ["mmlu_virology"], "limit": 1}
+        zero, two = (Evaluation(**settings, fewshot=n) for n in ({}, {"mmlu_virology": 2}))  # type: ignore[arg-type]
+        assert "fewshot" not in zero.identity()
+        assert two.identity()["fewshot"] == {"mmlu_virology": 2}
+        asked_for = [e.run(tiny_handle).protocol.fields["tasks"]["mmlu_virology"]["num_fewshot"] for e in (zero, two)]
+        assert asked_for == [0, 2]
+
+    def test_a_group_gives_them_to_every_subject(self) -> None:
+        loaded = load_tasks(["mmlu_stem"], 1, fewshot={"mmlu_stem": 5})
+        assert {task.get_config("num_fewshot") for task in loaded.objects["tasks"].values()} == {5}
+
+    @pytest.mark.parametrize(("task", "n", "reason"), [
+        ("piqa", 1, "no training split"), ("mmlu", 6, "five examples a subject"),
+    ])
+    def test_what_the_assets_cannot_give_is_refused(self, task: str, n: int, reason: str) -> None:
+        assert reason in str(Evaluation(tasks=[task], fewshot={task: n}).refuses())
+        assert Evaluation(tasks=[task], fewshot={task: 0}).refuses() is None
+
+
+@pytest.mark.usefixtures("no_assets")
+@pytest.mark.parametrize("name", ["fast", "hflm"])
+def test_the_log_says_what_is_to_come(
+    tiny_handle: ModelHandle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("slm_exp.evaluation.progress.MEASURED_S", 0.0)
+    monkeypatch.setattr("slm_exp.evaluation.progress.LONG_S", 0.0)
+    with caplog.at_level(logging.INFO, logger="slm_exp"):
+        asked(tiny_handle, ["boolq", "piqa"], 3, random=True, backend=name)
+    unit = {"fast": "token", "hflm": "sequence"}[name]
+    assert "2 tasks, 6 questions" in caplog.text
+    assert re.search(rf"log-likelihoods of 12 requests: \d+ {unit}s, about \d+ s", caplog.text)

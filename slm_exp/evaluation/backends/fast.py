@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from slm_exp.core.errors import ArchitectureError, DataError
@@ -32,6 +31,7 @@ from slm_exp.engine.fused import fused_layer, supported
 from slm_exp.evaluation.backends.decoding import Prompt, agrees, continue_greedily, stop_ids, unusual
 from slm_exp.evaluation.backends.hflm import CheckedHFLM, out_of_memory, refuse_broken
 from slm_exp.evaluation.backends.trees import Request, Tree, common_prefix, grow
+from slm_exp.evaluation.progress import progress
 from slm_exp.models.layouts import layout_for
 
 log = logging.getLogger(__name__)
@@ -114,14 +114,12 @@ class FastLM(CheckedHFLM):
             self._choose_forward(trees)
         if self._falls_back is None:
             self.warn_of_cuts(requests)
-            batches = self._scores(trees)
+            batches = self._scores(trees, f"log-likelihoods of {len(out)} requests", disable_tqdm)
         else:
-            batches = self._plain_scores(sequences, requests)
-        with tqdm(total=len(out), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
-            for scores in batches:
-                for owner, score in scores:
-                    out[owner] = score
-                bar.update(len(scores))
+            batches = self._plain_scores(sequences, requests, disable_tqdm)
+        for scores in batches:
+            for owner, score in scores:
+                out[owner] = score
         for (text, *_), score in zip(requests, out, strict=True):
             if text is not None:  # None: a window of a rolling likelihood
                 self.cache_hook.add_partial("loglikelihood", text, score)
@@ -197,7 +195,7 @@ class FastLM(CheckedHFLM):
         left = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].prompt.tokens))
         most = self.trees_per_batch or ROWS_AT_ONCE
         out: list[list[int]] = [[]] * len(prompts)
-        with tqdm(total=len(prompts), desc="Running generate_until requests", disable=disable_tqdm) as bar:
+        with progress("greedy answers", len(prompts), "prompt", disable_tqdm) as advance:
             while left:
                 longest = max(len(prompts[i].prompt.tokens) + prompts[i].prompt.room for i in left[:most])
                 some = left[: max(1, min(most, CACHED_AT_ONCE.get(self.device.type, 8192) // longest))]
@@ -220,15 +218,17 @@ class FastLM(CheckedHFLM):
                         raise RuntimeError("what it generates by its cache is not what it finds most likely without")
                 for i, answer in zip(some, answers, strict=True):
                     out[i] = answer
-                bar.update(len(some))
+                advance(len(some))
                 left = left[len(some) :]
         return iter(out)
 
-    def _plain_scores(self, sequences: Sequence[Request], requests: Sequence[Any]) -> Iterator[list[tuple[int, Score]]]:
+    def _plain_scores(
+        self, sequences: Sequence[Request], requests: Sequence[Any], disable: bool
+    ) -> Iterator[list[tuple[int, Score]]]:
         """HFLM's own, for models that do not take trees."""
         log.warning("evaluation.backend=fast falls back to HFLM: %s.", self._falls_back)
         plain = [(None, requests[r.owner][1] or [self.prefix_token_id], requests[r.owner][2]) for r in sequences]
-        scores = super()._loglikelihood_tokens(plain, disable_tqdm=True)
+        scores = super()._loglikelihood_tokens(plain, disable_tqdm=disable)
         yield [(r.owner, Score(*score)) for r, score in zip(sequences, scores, strict=True)]
 
     def _request(self, owner: int, text: Any, context: list[int], continuation: list[int]) -> Request:
@@ -268,11 +268,12 @@ class FastLM(CheckedHFLM):
         return [self._model_call(torch.tensor([r.tokens], device=self.device))[0, -len(r.targets) :].float()
                 for r in tree.requests]  # fmt: skip
 
-    def _scores(self, trees: list[Tree]) -> Iterator[list[tuple[int, Score]]]:
+    def _scores(self, trees: list[Tree], what: str, disable: bool) -> Iterator[list[tuple[int, Score]]]:
         """Scores of a batch at a time; longest trees first, so memory runs out at once or never."""
         assert self._forward is not None
         left = deque(trees)
-        with torch.inference_mode(), self._forward.ready():
+        tokens = sum(map(len, trees))
+        with torch.inference_mode(), self._forward.ready(), progress(what, tokens, "token", disable) as advance:
             while left:
                 batch = self._next(left)
                 try:
@@ -282,6 +283,7 @@ class FastLM(CheckedHFLM):
                         raise
                     left.extendleft(reversed(self._smaller(batch, error)))
                     continue
+                advance(sum(map(len, batch)))
                 yield scores
 
     def _next(self, left: deque[Tree]) -> list[Tree]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ from slm_exp.evaluation.documents import (
 from slm_exp.evaluation.protocol import TaskProtocol
 from slm_exp.evaluation.report import SEVEN, Row, TaskScore
 from slm_exp.evaluation.task_index import quiet
+
+log = logging.getLogger(__name__)
 
 LOCAL = "local_"
 """Names of the groups that only carry other data to lm-eval's loader begin with it."""
@@ -72,6 +75,9 @@ def run_tasks(
     Cost: on two CPU cores about as long as the requests' tokens take forwards; building them is milliseconds.
     """
     lm = language_model(model, tokenizer, batch_size, add_bos, backend)
+    tasks = loaded.objects["tasks"].values()
+    questions = sum(min(limit or len(task.eval_docs), len(task.eval_docs)) for task in tasks)
+    log.info("%d tasks, %d questions", len(tasks), questions)
     results = evaluate(lm, loaded.objects, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
     assert results is not None  # None is for the other ranks of a distributed run
     samples = {name: [_row(loaded.objects["tasks"][name], example) for example in examples]
@@ -95,8 +101,13 @@ def language_model(
 
 
 @quiet()
-def load_tasks(tasks: list[str], limit: int | None, random_model: bool = False) -> LoadedTasks:
-    """Build lm-eval's task objects, zero-shot unless they say otherwise, with the documents of the evaluated split.
+def load_tasks(
+    tasks: Sequence[str], limit: int | None, random_model: bool = False, fewshot: Mapping[str, int] | None = None
+) -> LoadedTasks:
+    """Build lm-eval's task objects with the documents of the evaluated split.
+
+    Args:
+        fewshot: task or group -> examples before each question; others have what lm-eval defines, none by default.
 
     Raises:
         DataError: lm-eval could not find the data of a task.
@@ -117,6 +128,9 @@ def load_tasks(tasks: list[str], limit: int | None, random_model: bool = False) 
         loaded["tasks"].update(got["tasks"])
         loaded["groups"].update({k: v for k, v in got.get("groups", {}).items() if not k.startswith(LOCAL)})
         sources.update(dict.fromkeys(got["tasks"], source))
+        if fewshot and task in fewshot:
+            for task_object in got["tasks"].values():
+                task_object.set_config("num_fewshot", fewshot[task])
     for task_object in loaded["tasks"].values():
         if task_object.get_config("num_fewshot") is None:
             task_object.set_config("num_fewshot", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from slm_exp.core.errors import DataError
+from slm_exp.evaluation.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +34,23 @@ class CheckedHFLM(HFLM):  # type: ignore[misc]
             batch_size=batch_size or default_batch_size(model.device),
             add_bos_token=add_bos,
         )
+        self._advance: Callable[[int], None] = lambda rows: None
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         logits: Tensor = super()._model_call(inps, *args, **kwargs)
         refuse_broken(logits.amax())
+        self._advance(len(inps))
         return logits
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
         refuse = LogitsProcessorList([_RefuseBroken()])
         return super()._model_generate(*args, **kwargs, logits_processor=refuse)  # type: ignore[no-any-return]
 
-    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
         self.warn_of_cuts(requests)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        rows = len({(*context, *answer[:-1]) for _, context, answer in requests})
+        with progress(f"log-likelihoods of {len(requests)} requests", rows, "sequence", disable_tqdm) as self._advance:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
 
     def warn_of_cuts(self, requests: Any) -> None:
         """Say how many (text, context tokens, continuation tokens) do not fit into the model."""

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from slm_exp.core.errors import DataError
 from slm_exp.evaluation.backends.hflm import out_of_memory, refuse_broken
+from slm_exp.evaluation.progress import progress
 from slm_exp.evaluation.settings import Case, Settings
 from slm_exp.models.base import ModelHandle
 
@@ -199,12 +199,14 @@ def _time(case: Case, handles: Mapping[str, ModelHandle], runs: int, discard: in
             with _peak(handle.model.device) as peak:
                 _generate(handle.model, ids_BT, case.new, seed=0)
             grown[which] = peak()
-        for run in tqdm(range(runs), desc=f"speed {case.name}", unit="run"):
-            turns = list(handles.items())
-            for which, handle in turns if run % 2 == 0 else reversed(turns):
-                took = _generate(handle.model, ids_BT, case.new, seed=run)
-                if run >= discard:
-                    seconds[which].append(took)
+        with progress(f"speed {case.name}", runs, "run") as advance:
+            for run in range(runs):
+                turns = list(handles.items())
+                for which, handle in turns if run % 2 == 0 else reversed(turns):
+                    took = _generate(handle.model, ids_BT, case.new, seed=run)
+                    if run >= discard:
+                        seconds[which].append(took)
+                advance(1)
 
     def timing(which: str) -> Timing:
         latencies, firsts = zip(*seconds[which], strict=True)
