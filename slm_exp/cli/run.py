@@ -12,12 +12,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from slm_exp.cli.command import run_command
 from slm_exp.core.errors import ConfigError, SlmError, did_you_mean
 from slm_exp.core.logs import mask_logs
+from slm_exp.core.registry import GROUPS
 from slm_exp.core.runtime import rank, world
 from slm_exp.core.secrets import masked
-from slm_exp.launch.compose import compose_raw, conf_dir, open_mappings, prepare_hydra
-from slm_exp.launch.hydra_compat import is_sweep, parse_arguments, words
+from slm_exp.launch.compose import choices, compose_raw, conf_dir, open_mappings, prepare_hydra
+from slm_exp.launch.hydra_compat import help_text, is_sweep, parse_arguments, words
 from slm_exp.launch.jobs import check_all, fields_of_swept_groups, split_sweep
 from slm_exp.launch.plugins import register_plugins
 from slm_exp.pipeline.config import to_run_config
@@ -29,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 all finished, 1 a job failed, 2 the config is wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        if parse_arguments(argv)[0].help:
+            return run_command(_help, argv)
         argv = _check_command(argv)
         argv = fields_of_swept_groups(open_mappings(argv))
     except SlmError as error:
@@ -43,12 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _help(argv: Sequence[str]) -> int:
+    groups = "".join(f"{group}: {', '.join(choices(group))}\n" for group in (*GROUPS, "experiment", "sweep"))
+    print(help_text(compose_raw([], with_hydra=True).hydra.help.template, groups))
+    return 0
+
+
 def _check_command(argv: list[str]) -> list[str]:
     """Check what the command line requests, with this package's messages, before Hydra takes over; what to give it."""
     args, overrides = parse_arguments(argv)
     if args.multirun and world() > 1:
         raise ConfigError(f"-m; expected a single run where a launcher started {world()} processes to train together.")
-    if args.config_name or args.config_path or args.help or args.hydra_help or args.shell_completion or args.info:
+    if args.config_name or args.config_path or args.hydra_help or args.shell_completion or args.info:
         return argv
     for option in overrides:
         if option.startswith("-"):

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import math
 import re
+import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
@@ -14,6 +15,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -132,6 +134,12 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     """Hydra's own options of a command line, and its overrides."""
     args, unknown = get_args_parser().parse_known_args(list(argv))
     return args, [*args.overrides, *unknown]
+
+
+def help_text(template: str, groups: str) -> str:
+    """A help template filled in as Hydra does, which takes 2.5 s over listing the groups itself."""
+    flags = Hydra.format_args_help(get_args_parser())
+    return string.Template(template).safe_substitute(APP_CONFIG_GROUPS=groups, FLAGS_HELP=flags)
 
 
 def store(group: str, name: str, node: type) -> None:
