@@ -214,7 +214,7 @@ LOAD = Stage("load", "dense", _load, then=_loaded)
 CALIBRATE = Stage(
     "calibrate", "tokens", lambda x: x.cfg.calibration.draw(x.dense, x.cfg.seed), CalibrationTokens,
     lambda x: {"source": x.cfg.calibration.identity(), "seed": x.cfg.seed, "tokenizer": x.dense.digest},
-    code=lambda x: ("calibration", "core/types.py"), libraries=("transformers",), small=True,
+    code=lambda x: ("calibration", "core/types.py", "core/text.py", "models"), libraries=("transformers",), small=True,
 )  # fmt: skip
 
 
@@ -227,10 +227,10 @@ def _similarity(x: Experiment) -> LayerSimilarity:
 SIMILARITY = Stage(
     "similarity", "similarity", _similarity, LayerSimilarity,
     lambda x: {**x.on(x.dense), "tokens": x.tokens.digest, **x.cfg.matrix_identity()},
-    code=lambda x: ("similarity", "kernels", "engine", "models/layouts.py"),
+    code=lambda x: ("core/types.py", "similarity", "kernels", "engine", "models"),
 )  # fmt: skip
 
-BUILT = ("core/types.py", "models", "merging")
+BUILT = ("core/types.py", "core/widths.py", "models", "merging")
 """What a compressed model is built by: the result of any stage that looks at one depends on it."""
 
 
@@ -299,7 +299,8 @@ PLAN = Stage(
     MergePlan,
     lambda x: {**x.on(x.model), "tokens": x.tokens.digest, **x.cfg.plan_identity(),
                "method": _depth_method(x).identity(), "seed": x.cfg.seed},
-    code=lambda x: (*BUILT, *code_of(x.cfg.method), "search", "engine", "similarity", "kernels", "calibration"),
+    code=lambda x: (*BUILT, *code_of(x.cfg.method, x.cfg.width), "search", "engine", "similarity", "kernels",
+                    "calibration"),
     then=_decided, small=True,
 )  # fmt: skip
 

@@ -55,7 +55,7 @@ def _speed(cell: SpeedCase) -> str:
 
 def _sizes(target: SizeTarget) -> list[str]:
     """What the search for a size found: the size requested and those beside it, with what they cost to run."""
-    if not target.sizes or target.layers is None or len(target.threshold) != 2:
+    if not target.sizes or target.layers is None or not isinstance(target.threshold, list) or len(target.threshold) != 2:
         return []
     low, high = target.threshold
     budget = "" if target.complete else "; the budget ended the search (method.max_evaluations)"

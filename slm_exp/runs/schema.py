@@ -116,7 +116,8 @@ class SizeFound(Section):
 class SizeTarget(Section):
     complete: bool = True
     layers: int | None = None
-    threshold: list[float] = []
+    threshold: float | list[float] = []
+    """That reaches the size, or the interval of those that do."""
     sizes: list[SizeFound] = []
 
 
