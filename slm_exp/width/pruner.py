@@ -15,6 +15,7 @@ from slm_exp.core.types import Group, MergePlan, Target
 from slm_exp.core.widths import InputMeans, KeptUnits, WidthDecision, WidthSizes, pack_indices
 from slm_exp.merging import sizes
 from slm_exp.merging.sizes import Costs, Kept, LayerScores, Shape
+from slm_exp.merging.width import narrower_config
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
 from slm_exp.width.base import M, Width, WidthTask
@@ -185,8 +186,6 @@ class Pruner(Width):
 
     def _outline(self, method: DepthMethod, dense: ModelHandle) -> ModelHandle:
         """The narrower model as far as shapes go: its sizes are right, its weights are not."""
-        from slm_exp.merging.width import narrower_config
-
         slots = MergePlan(dense.n_layers).slots
         shapes = self._plan_sizes(dense, slots, len(slots), self.ratio_for(method, dense, dense))
         config = narrower_config(dense.config, dense.layout.family, self._sizes(shapes or [], dense), self.adds_biases)
