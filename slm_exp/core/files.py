@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import os
 import uuid
@@ -67,20 +66,6 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, 16 hex digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
-
-
-def no_link(path: str, flags: int) -> int:
-    """An `opener` for files that are appended to: a link in the file's place is removed, never written through."""
-    if os.path.islink(path):
-        os.unlink(path)
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
-class RunLog(logging.FileHandler):
-    """The handler of run.log, see `no_link`."""
-
-    def _open(self) -> Any:
-        return open(self.baseFilename, self.mode, encoding="utf-8", errors="replace", opener=no_link)
 
 
 def honour_umask(folder: Path) -> None:

@@ -18,7 +18,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from slm_exp.core.files import no_link
 from slm_exp.launch.screen import Screen
 from slm_exp.launch.workers import Worker
 from slm_exp.runs.sweep import FAILED, FINISHED, LOG, Cell, Job, note_death, read_cell
@@ -118,7 +117,7 @@ class Pool:
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
-            with open(job.folder / LOG, "ab", buffering=0, opener=no_link) as out:
+            with open(job.folder / LOG, "ab", buffering=0) as out:
                 out.write(f"--- {now} attempt {attempt.number} on {worker.name}: {shlex.join(argv)}\n".encode())
                 attempt.process = subprocess.Popen(
                     argv,

@@ -292,19 +292,6 @@ def test_temporary_files_of_killed_processes_go_with_the_next_run(run: Path, mad
     assert (run / f".plan.json.{os.getpid()}.abc123.tmp").exists()  # a file this process may be writing
 
 
-def test_a_log_is_not_written_through_a_link(tmp_path: Path) -> None:
-    from slm_exp.core.files import RunLog
-
-    target = tmp_path / "precious"
-    target.write_text("mine")
-    (tmp_path / "run.log").symlink_to(target)
-    handler = RunLog(str(tmp_path / "run.log"))
-    handler.emit(logging.LogRecord("x", logging.INFO, "", 0, "a line", None, None))
-    handler.close()
-    assert target.read_text() == "mine"
-    assert (tmp_path / "run.log").read_text() == "a line\n"
-
-
 def test_a_death_is_noted_in_a_record_that_still_checks(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(json.dumps({"run_id": "a", "status": "running", "stage": "plan"}))
     note_death(Job("a", (), tmp_path), "killed by SIGKILL")
