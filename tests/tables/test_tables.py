@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -144,7 +145,8 @@ def test_numbers_are_shown_without_exponent_or_minus_zero(value: float, digits: 
 def jobs_of(command: str) -> list[frozenset[str]]:
     words = shlex.split(command)
     assert words[:4] == ["python", "-m", "slm_exp", "-m"]
-    return [frozenset(o for o in job if not o.startswith("hydra.")) for job in split_sweep(words[4:], {})]
+    return [frozenset(re.sub(r"=(True|False)$", lambda found: found[0].lower(), o)  # as Hydra writes them anew
+                      for o in job if not o.startswith("hydra.")) for job in split_sweep(words[4:], {})]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", table_names())
@@ -153,7 +155,7 @@ def test_missing_commands_are_few_and_run_exactly_the_jobs(name: str) -> None:
     told = commands(jobs, name)
     ran = [job for command in told for job in jobs_of(command)]
     assert sorted(map(sorted, ran)) == sorted(map(sorted, jobs))
-    assert len(told) <= 4
+    assert len(told) <= 6
     assert len(products(jobs)) == len(told)
 
 
