@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from slm_exp.core.errors import ConfigError, SlmError, did_you_mean
-from slm_exp.core.logs import mask_logs
+from slm_exp.core.logs import mask_logs, print_anything
 from slm_exp.core.runtime import rank, world
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import compose_raw, conf_dir, open_mappings, prepare_hydra
@@ -27,6 +27,7 @@ OPTIONS = ("--multirun", "--cfg", "--resolve", "--package", "--config-dir", "--h
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 all finished, 1 a job failed, 2 the config is wrong."""
+    print_anything()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         argv = _check_command(argv)
