@@ -21,6 +21,8 @@ FULL = os.environ.get("SLM_EXP_FAULTS", "") not in ("", "small")
 """`make test-faults`: the sizes of docs/reliability.md instead of those of the default suite."""
 SHARE = float(os.environ["SLM_EXP_FAULTS"].removeprefix("full") or 1) if FULL else 0.0
 """`SLM_EXP_FAULTS=full0.1` runs a tenth of it."""
+EVALUATION = ("evaluation.tasks=[piqa]", "evaluation.limit=2") if FULL else ("evaluation=none",)
+"""Of runs that are attacked."""
 LIMIT_S = 5.0
 PACKAGE = Path(slm_exp.__file__).parent
 

@@ -104,17 +104,29 @@ def _carry_out(request: dict[str, Any]) -> Ended:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
     import torch
 
     import slm_exp.pipeline.run
     import slm_exp.reporting.summary
     import slm_exp.reporting.sweep
-    import slm_exp.tables.build  # noqa: F401
+    import slm_exp.tables.build
     from slm_exp.cli import cache, compare, export, main, plan, report, run, sweep, tables  # noqa: F401
     from slm_exp.launch.compose import prepare_hydra
+    from slm_exp.models.tiny import Tiny
+
+    if os.environ.get("SLM_EXP_FAULTS"):  # runs that are attacked evaluate
+        import lm_eval  # noqa: F401
+
+        import slm_exp.evaluation.measure  # noqa: F401
 
     torch.set_num_threads(1)
     prepare_hydra()
+    plt.figure().canvas.draw()
+    _ = Tiny().open(torch.device("cpu"), Path("unused")).model  # what a run imports late
     with open(0, encoding="utf-8") as requests:
         for line in requests:
             answers.write(json.dumps(_carry_out(json.loads(line))) + "\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import attack
 import pytest
-from attack import FULL, SHARE
+from attack import EVALUATION, FULL, SHARE
 from server import Server
 
 from slm_exp.core.cache.folder import find_entries, problem
@@ -21,7 +21,7 @@ from slm_exp.runs.record import Run
 from slm_exp.runs.state import FINISHED
 
 PAGE = 4096
-RUN = ("model=tiny", "tracking=none", "evaluation.tasks=[piqa]", "evaluation.limit=2", "save_model=false",
+RUN = ("model=tiny", "tracking=none", *EVALUATION, "save_model=false",
        "calibration.n_samples=2", "calibration.seq_len=16", "method.threshold=0.6")
 
 
@@ -55,7 +55,7 @@ def test_full_at_every_write(where: str, disk: Path, server: Server, tmp_path: P
     expected = json.loads((whole / "record.json").read_text())
     here = where == "the run's folder"
     most = 2 * pages(whole if here else cache)
-    step = max(1, round(1 / SHARE)) if FULL else most // 3
+    step = max(1, round(1 / SHARE)) if FULL else most - 2
     ways: Counter[str] = Counter()
     for n in range(2, most + step, step):
         mount(disk, f"size={n * PAGE}")

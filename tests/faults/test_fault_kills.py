@@ -10,7 +10,7 @@ from typing import Any
 
 import attack
 import pytest
-from attack import size
+from attack import EVALUATION, size
 from server import Server
 
 from slm_exp.core.cache.folder import find_entries, problem
@@ -19,7 +19,7 @@ from slm_exp.runs.record import Run
 from slm_exp.runs.state import FINISHED, RUNNING
 
 CELLS = 3
-SWEEP = ("-m", "model=tiny", "tracking=none", "evaluation.tasks=[piqa]", "evaluation.limit=2", "save_model=false",
+SWEEP = ("-m", "model=tiny", "tracking=none", *EVALUATION, "save_model=false",
          "calibration.n_samples=2", "calibration.seq_len=16", "method.threshold=0.5,0.7,0.9", "hydra/launcher=basic")
 """In one process, so that a kill meets a run at work and not the start of an interpreter."""
 
@@ -44,7 +44,7 @@ def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tup
 def test_kills_of_a_sweep(server: Server, undisturbed: tuple[dict[str, Any], float], tmp_path: Path) -> None:
     expected, seconds = undisturbed
     chance = random.Random(None if attack.FULL else 7)
-    wanted, kills, completed, round_ = size(3, 100), 0, 0, 0
+    wanted, kills, completed, round_ = size(2, 100), 0, 0, 0
     states: Counter[str] = Counter()
     stages: Counter[str] = Counter()
     while kills < wanted or round_ > completed:
