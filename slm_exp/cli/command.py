@@ -14,6 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from slm_exp.core.errors import SlmError, did_you_mean
+from slm_exp.core.logs import print_anything
 from slm_exp.core.secrets import masked
 
 FOLDER = click.Path(path_type=Path)  # type: ignore[type-var]  # click's stubs want bytes or str
@@ -134,6 +135,7 @@ def status_of(of: click.Command, argv: Sequence[str], called: str) -> int:
 
 def run_command(of: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Call a command, showing its own errors as one line; its exit status."""
+    print_anything()
     try:
         status = of(argv)
         sys.stdout.flush()

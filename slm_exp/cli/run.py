@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from slm_exp.cli.command import run_command
 from slm_exp.core.errors import ConfigError, SlmError, did_you_mean
-from slm_exp.core.logs import mask_logs
+from slm_exp.core.logs import mask_logs, print_anything
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.runtime import rank, world
 from slm_exp.core.secrets import masked
@@ -29,6 +29,7 @@ OPTIONS = ("--multirun", "--cfg", "--resolve", "--package", "--config-dir", "--h
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 all finished, 1 a job failed, 2 the config is wrong."""
+    print_anything()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if parse_arguments(argv)[0].help:

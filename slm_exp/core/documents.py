@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,19 +80,6 @@ def read_document(kind: type[D], path: Path) -> D:
         return parse(kind, read_yaml(path))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file, with or without a byte order mark.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or nested too deeply.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 WANTED = {"model_type": "a mapping", "dict_type": "a mapping", "list_type": "a list", "string_type": "text",

@@ -81,19 +81,23 @@ def honour_umask(folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+    """The value in a JSON file, with or without a byte order mark.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: no JSON, a key twice, NaN or an infinity, nested deeper than MAX_DEPTH, or over MAX_BYTES.
+        ValueError: no JSON, a key twice, NaN or an infinity, half a surrogate pair (no text that can be written),
+            nested deeper than MAX_DEPTH, or over MAX_BYTES.
     """
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_not_finite)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     _check_depth(value, MAX_DEPTH)
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but tab and newline (terminals obey them), and changes of the direction of writing."""
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tab and newline (terminals obey them), changes of the direction of writing, and what no
+encoding has: bytes of a file name that are not UTF-8."""
 
 
 def printable(text: object) -> str:

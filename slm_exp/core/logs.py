@@ -1,4 +1,4 @@
-"""Log files that are never written through a link, and log records without secrets."""
+"""Log files that are never written through a link, log records without secrets, output in any encoding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ class LogFile(logging.FileHandler):
 
     def _open(self) -> Any:
         return io.TextIOWrapper(open_log(Path(self.baseFilename)), encoding="utf-8", line_buffering=True)
+
+
+def print_anything() -> None:
+    """Have stdout write out what its encoding has no character for (LANG=C, a file name that is not UTF-8)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def mask_logs() -> None:

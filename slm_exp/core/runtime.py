@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 
+MOST_THREADS = 4096
+"""Thread pools of many more end the process without a word."""
+
+
 def world() -> int:
     """How many processes train together; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
@@ -47,7 +51,8 @@ class Runtime(Component):
     def check(self) -> None:
         require(self.device == "auto" or self.device.split(":")[0] in ("cpu", "cuda"), "runtime.device", self.device,
                 "auto, cpu, cuda or cuda:N")
-        require(self.threads is None or self.threads >= 1, "runtime.threads", self.threads, "null or a number >= 1")
+        require(self.threads is None or 1 <= self.threads <= MOST_THREADS, "runtime.threads", self.threads,
+                f"null or a number from 1 to {MOST_THREADS}")
 
     def prepare(self, seed: int, device: str | None = None) -> torch.device:
         """Set threads, determinism and every seed; return the device (`device` overrides this config's).

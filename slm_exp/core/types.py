@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from slm_exp.core.errors import PlanError
-from slm_exp.core.files import plain, write_json, writing
+from slm_exp.core.files import MAX_BYTES, plain, write_json, writing
 from slm_exp.core.widths import WidthDecision
 
 if TYPE_CHECKING:
@@ -372,5 +373,9 @@ class LayerSimilarity:
     def load(cls, folder: Path) -> LayerSimilarity:
         import numpy as np
 
-        with np.load(folder / "similarity.npz", allow_pickle=False) as z:
+        path = folder / "similarity.npz"
+        with zipfile.ZipFile(path) as packed:
+            if (size := sum(part.file_size for part in packed.infolist())) > MAX_BYTES:
+                raise ValueError(f"it would unpack to {size:,} bytes")
+        with np.load(path, allow_pickle=False) as z:
             return cls(z["matrix"], str(z["kernel"]), str(z["estimator"]), bool(z["skip_first_token"]), int(z["batch"]))

@@ -130,7 +130,7 @@ def check_header(folder: Path, name: str) -> None:
     try:
         tensors = [about for key, about in json.loads(header).items() if key != "__metadata__"]
         ends = max((int(about["data_offsets"][1]) for about in tensors), default=0)
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as cause:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as cause:
         raise ConfigError(f"{where} has no safetensors header; it is damaged or something else. Download it "
                           "again.") from cause
     if size != 8 + length + ends:

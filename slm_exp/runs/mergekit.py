@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import yaml
 
 from slm_exp import __version__
-from slm_exp.core.documents import read_json
 from slm_exp.core.errors import ConfigError, PlanError
-from slm_exp.core.files import JsonObject
+from slm_exp.core.files import JsonObject, read_json
 from slm_exp.core.types import Group, MergePlan
+from slm_exp.models.config_file import read_config_file
 from slm_exp.models.layouts import FAMILIES
 from slm_exp.runs.record import read_run
 from slm_exp.runs.schema import Record
@@ -103,8 +102,9 @@ def check(plan: MergePlan, model: str) -> None:
     if plan.groups and plan.rule not in WEIGHTS:
         raise PlanError(f"rule = {plan.rule!r}: expected one of {', '.join(WEIGHTS)} where layers are merged.")
     path = Path(model).expanduser() / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    kinds = sorted(set(config.get("layer_types") or ()))
+    config = read_config_file(path.parent) if path.is_file() else {}
+    kinds = config.get("layer_types")
+    kinds = sorted(set(map(str, kinds))) if isinstance(kinds, list) else []
     if len(kinds) > 1:
         raise PlanError(f"layer_types = {', '.join(kinds)}: mergekit does not move a layer's attention kind with it.")
     count = config.get("num_hidden_layers", plan.n_layers)

@@ -7,8 +7,6 @@ import os
 import platform
 import shlex
 import subprocess
-import zipfile
-import zlib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +15,8 @@ from typing import Self
 from slm_exp import __version__
 from slm_exp.core.cache.code import PACKAGE, package_digest
 from slm_exp.core.cache.store import library_versions
-from slm_exp.core.documents import read_json
 from slm_exp.core.errors import ConfigError, PlanError, SlmError
-from slm_exp.core.files import JsonObject, digest, write_json
+from slm_exp.core.files import JsonObject, digest, read_json, write_json
 from slm_exp.core.format import printable
 from slm_exp.core.types import LayerSimilarity, MergePlan
 from slm_exp.runs.files import CHECKPOINT, Problem, problems
@@ -135,7 +132,7 @@ class Run:
             if loaded.matrix_LL.ndim != 2 or len(set(loaded.matrix_LL.shape)) != 1 or not loaded.matrix_LL.size:
                 raise ValueError(f"a matrix of shape {loaded.matrix_LL.shape}")
             return loaded
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds, MemoryError among them
             self.unreadable.append(Problem(path.name, f"cannot be read ({type(error).__name__}: {error})"))
             return None
 

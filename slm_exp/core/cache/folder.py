@@ -228,7 +228,7 @@ def stored_files(entry: Path) -> dict[str, tuple[int, str]]:
     try:
         about = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))["files"]
         files = {str(name): (int(f["bytes"]), str(f["digest"])) for name, f in about.items()}
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{entry}: not a manifest ({type(error).__name__}: {error})") from error
     if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files):
         raise ValueError(f"{entry}: names files outside")

@@ -71,7 +71,7 @@ def read(folder: Path) -> tuple[Entries, int]:
                 raise ValueError("checksum")
             key, value = json.loads(text)
             entries[key] = value
-        except ValueError:
+        except (ValueError, TypeError, RecursionError):
             damaged += 1
     return entries, damaged
 
