@@ -55,9 +55,10 @@ def _speed(cell: SpeedCase) -> str:
 
 def _sizes(target: SizeTarget) -> list[str]:
     """What the search for a size found: the size requested and those beside it, with what they cost to run."""
-    if not target.sizes or target.layers is None or not isinstance(target.threshold, list) or len(target.threshold) != 2:
+    interval = target.threshold if isinstance(target.threshold, list) else []
+    if not target.sizes or target.layers is None or len(interval) != 2:
         return []
-    low, high = target.threshold
+    low, high = interval
     budget = "" if target.complete else "; the budget ended the search (method.max_evaluations)"
     lines = [f"  size       {target.layers} layers for thresholds from {low:.5f} to below {high:.5f}{budget}"]
     sizes = sorted(target.sizes, key=lambda size: -size.n_layers)
