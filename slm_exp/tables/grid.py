@@ -105,7 +105,7 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
     found = {(i, j, k): [finder.find(overrides) for overrides in table.cell(row, column)]
              for i, block in enumerate(table.blocks) for j, row in enumerate(block.rows)
              for k, column in enumerate(table.columns)}
-    grid = Grid(table.name, table.title, [column.label for column in table.columns], notes=list(table.notes))
+    grid = Grid(table.name, table.title, [column.heading for column in table.columns], notes=list(table.notes))
     gaps: dict[tuple[tuple[str, ...], ...], Gap] = {}
     placed: dict[tuple[int, int, int], list[Measured]] = {}
     for i, block in enumerate(table.blocks):
@@ -114,7 +114,7 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
             line = []
             for k, column in enumerate(table.columns):
                 if row.which == "dense":
-                    dense = _dense(found, i, k, f"{block.label} {column.label}".strip())
+                    dense = _dense(found, i, k, f"{block.label} {column.heading}".strip())
                     models, gap = ([dense] if dense else []), None
                 else:
                     models = [m for m in found[i, j, k] if _finished(m)]  # type: ignore[misc]
@@ -214,10 +214,10 @@ def _one_protocol(table: Table, kinds: Sequence[Quantity], placed: dict[tuple[in
                     for (i, j, at), models in placed.items() if at == k for m in models]
         reason = mixed(measured)
         if reason and not allowed:
-            raise ProtocolError(f"column {column.label}: {reason}. Their numbers do not belong in one table: run them "
+            raise ProtocolError(f"column {column.heading}: {reason}. Their numbers do not belong in one table: run them "
                                 "with the same evaluation, or say --mixed-protocols to see them side by side.")
         if reason:
-            out[k] = f"column {column.label}: {reason}"
+            out[k] = f"column {column.heading}: {reason}"
     return out
 
 
@@ -235,7 +235,7 @@ def _mark(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: dict[tupl
         some = [row.label for j, row in enumerate(table.blocks[i].rows)
                 if row.which != "dense" and 0 < len(placed[i, j, k]) < len(table.over)]
         if some:
-            grid.notes.append(f"column {table.columns[k].label}: no marks, for {', '.join(some)} has only some of "
+            grid.notes.append(f"column {table.columns[k].heading}: no marks, for {', '.join(some)} has only some of "
                               "its runs.")
             continue
         rows = {j: placed[i, j, k] for j, row in enumerate(table.blocks[i].rows)
@@ -244,7 +244,7 @@ def _mark(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: dict[tupl
         values = {j: float(grid.blocks[i][1][j][1][k].value or 0) for j in rows}
         marks = marked(values, partial(_p_value, rows, kinds[k]))
         if marks is None and len(rows) > 1:
-            grid.notes.append(f"column {table.columns[k].label}: no marks, for want of results on the same documents "
+            grid.notes.append(f"column {table.columns[k].heading}: no marks, for want of results on the same documents "
                               "in samples/.")
         grid.tested |= bool(marks is not None and len(rows) > 1)
         for j, mark in (marks or {}).items():
