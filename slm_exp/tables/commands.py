@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Sequence
@@ -33,16 +34,10 @@ def products(jobs: Sequence[Sequence[str]]) -> list[Product]:
     for job in jobs:
         pairs = (override.partition("=") for override in job)
         out.append({key: (value,) for key, _, value in pairs})
-    merged = True
-    while merged:
-        merged = False
-        for i, a in enumerate(out):
-            j = next((j for j in range(i + 1, len(out)) if _differ_in(a, out[j]) is not None), None)
-            if j is not None:
-                key = _differ_in(a, b := out.pop(j)) or ""
-                out[i] = a | {key: (*a[key], *b[key])}
-                merged = True
-                break
+    while alike := next(((i, j, key) for i, j in itertools.combinations(range(len(out)), 2)
+                         if (key := _differ_in(out[i], out[j])) is not None), None):
+        i, j, key = alike
+        out[i] = out[i] | {key: (*out[i][key], *out.pop(j)[key])}
     return out
 
 

@@ -20,7 +20,7 @@ from slm_exp.core.documents import Document, read_document, read_yaml
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.launch.compose import check_key, conf_dir
-from slm_exp.tables.quantities import check_quantity, default_label
+from slm_exp.tables.quantities import check_quantity, quantity
 
 MODELS = "_models"
 """The file beside the tables that says what `$sizes` and its like are for each model."""
@@ -42,7 +42,7 @@ class Column(Document):
 
     @property
     def heading(self) -> str:
-        return default_label(self.show) if self.label is None else self.label
+        return quantity(self.show).label if self.label is None else self.label
 
     @model_validator(mode="before")
     @classmethod

@@ -145,10 +145,10 @@ def _dense(found: Mapping[tuple[int, int, int], Sequence[Measured | None]], bloc
     Raises:
         ConfigError: they began with different models.
     """
-    there = {at: models for at, models in found.items() if at[2] == column}
-    here = [m for at, models in there.items() if at[0] == block for m in models if _finished(m)]
-    models = here or [m for models in there.values() for m in models if _finished(m)]
-    digests = {m.record.model.digest: m.name for m in models if m is not None}
+    there = [(at[0], m) for at, models in found.items() if at[2] == column for m in models if m and _finished(m)]
+    here = [m for at, m in there if at == block]
+    models = here or [m for _, m in there]
+    digests = {m.record.model.digest: m.name for m in models}
     if len(digests) < 2:
         return dense_of(models)
     if not here:
@@ -158,10 +158,9 @@ def _dense(found: Mapping[tuple[int, int, int], Sequence[Measured | None]], bloc
                       "every model a block of its own (each: {model: [...]}).")
 
 
-def dense_of(models: Iterable[Measured | None]) -> Measured | None:
+def dense_of(models: Iterable[Measured]) -> Measured | None:
     """The dense model as a run of the table measured it: of the first by run_id, so always the same."""
-    with_dense = [m for m in models if m is not None and _finished(m)]
-    first = min(with_dense, key=lambda m: m.record.run_id, default=None)
+    first = min(filter(_finished, models), key=lambda m: m.record.run_id, default=None)
     return replace(first, which="dense") if first else None
 
 
@@ -212,10 +211,9 @@ def _one_protocol(table: Table, kinds: Sequence[Quantity], placed: dict[tuple[in
     for k, column in enumerate(table.columns):
         measured = [(f"{_label(table, i, j)} (run {m.name})", kinds[k].protocol(m))
                     for (i, j, at), models in placed.items() if at == k for m in models]
-        reason = mixed(measured)
-        if reason and not allowed:
-            raise ProtocolError(f"column {column.heading}: {reason}. Their numbers do not belong in one table: run them "
-                                "with the same evaluation, or say --mixed-protocols to see them side by side.")
+        if (reason := mixed(measured)) and not allowed:
+            raise ProtocolError(f"column {column.heading}: {reason}. Their numbers do not belong in one table: run "
+                                "them with the same evaluation, or say --mixed-protocols to see them side by side.")
         if reason:
             out[k] = f"column {column.heading}: {reason}"
     return out
@@ -242,7 +240,7 @@ def _mark(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: dict[tupl
                 if row.which != "dense" and len(placed[i, j, k]) == len(table.over)
                 and grid.blocks[i][1][j][1][k].value is not None}
         values = {j: float(grid.blocks[i][1][j][1][k].value or 0) for j in rows}
-        marks = marked(values, partial(_p_value, rows, kinds[k]))
+        marks = marked(values, partial(_p_value, rows, kinds[k].tasks))
         if marks is None and len(rows) > 1:
             grid.notes.append(f"column {table.columns[k].heading}: no marks, for want of results on the same documents "
                               "in samples/.")
@@ -252,9 +250,9 @@ def _mark(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: dict[tupl
             line[k] = replace(line[k], mark=mark)
 
 
-def _p_value(rows: Mapping[int, Sequence[Measured]], kind: Quantity, a: int, b: int) -> float | None:
-    found = difference(rows[a], rows[b], kind.tasks, interval=False)
-    return None if found is None else found.p
+def _p_value(rows: Mapping[int, Sequence[Measured]], tasks: Sequence[str], a: int, b: int) -> float | None:
+    found = difference(rows[a], rows[b], tasks, interval=False)
+    return found.p if found else None
 
 
 def marked(values: dict[int, float], p_value: Callable[[int, int], float | None]) -> dict[int, str] | None:
@@ -311,8 +309,7 @@ def provenance(runs: Sequence[Measured]) -> list[str]:
     """How many runs, by which commit, of which model, by which protocol; and whether they could be checked."""
     out: list[str] = []
     records = {m.record.run_id: m.record for m in runs}.values()
-    versions = sorted({f"slm_exp {r.versions.get('slm_exp')}{_commit(r)}" for r in records})
-    if versions:
+    if versions := sorted({f"slm_exp {r.versions.get('slm_exp')}{_commit(r)}" for r in records}):
         out.append(f"{len(records)} runs, by {', '.join(versions)}.")
     out += [f"Model: {note}." for note in sorted({m.record.model.note for m in runs} - {""})]
     protocols = {p.get("hash"): p.get("fields") or {} for m in runs if (p := m.evaluation.protocol)}

@@ -53,15 +53,16 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
         columns = {name: columns.get(name, name) for name in wanted}
     kinds = {label: quantity(show) for label, show in columns.items()}
     rows, damaged = [], []
-    if dense := None if reason else one_dense(runs):
+    one_model = len({m.record.model.digest for m in runs}) == 1
+    if dense := dense_of(runs) if one_model and not reason else None:
         line = [Entry(kind.value(dense), kind.stderr(dense), kind.digits) for kind in kinds.values()]
         rows.append(("dense", [Entry() if label in settings else e for label, e in zip(kinds, line, strict=True)]))
     shown = sorted(zip(names, runs, strict=True),
                    key=lambda at: [_order(quantity(show).value(at[1])) for show in settings.values()])
     for name, m in shown:
         line = [Entry(kind.value(m), kind.stderr(m), kind.digits) for kind in kinds.values()]
-        line = [replace(e, value=f"{e.value:g}") if label == "threshold" and isinstance(e.value, (int, float)) else e
-                for label, e in zip(kinds, line, strict=True)]
+        if "threshold" in kinds and isinstance(value := line[at := list(kinds).index("threshold")].value, (int, float)):
+            line[at] = replace(line[at], value=f"{value:g}")
         if m.run.state == DAMAGED:
             line[-1] = replace(line[-1], note=f"{DAMAGED}: {'; '.join(map(str, m.run.problems))}")
             damaged.append(f"{name} is damaged: {m.run.damage}")
@@ -76,20 +77,12 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
                 [*notes, *([reason] if reason else []), *provenance(runs), *damaged], row_heads=("", "run"))
 
 
-def one_dense(runs: Sequence[Measured]) -> Measured | None:
-    """The dense model, where all runs began with the same one; as the first by run_id measured it."""
-    if len({m.record.model.digest for m in runs}) != 1:
-        return None
-    return dense_of(runs)
-
-
 def _others(runs: Sequence[Measured]) -> dict[str, str]:
     """heading -> quantity of every setting in which the runs differ and that has no column yet.
 
     A field that only some members of a group have counts where its values differ: the member's name tells the rest.
     """
-    configs = [{path.replace("/", "."): value for path, value in flat(m.record.config).items()}
-               for m in runs]
+    configs = [{path.replace("/", "."): value for path, value in flat(m.record.config).items()} for m in runs]
     paths = dict.fromkeys(path for config in configs for path in config)
     wanted = [path for path in paths if not path.startswith(NEVER) and f"config.{path}" not in SETTINGS.values()
               and len({repr(config[path]) for config in configs if path in config}) > 1]
