@@ -107,13 +107,10 @@ def read_rows(folder: Path, verify: bool = False) -> tuple[SweepFolder | None, l
     except ConfigError:
         sweep = None
     cells = {cell.job.folder.resolve(): cell for cell in (sweep.cells() if sweep else ())}
-    here = {path.parent.resolve(): path.parent for path in folder.glob("*/record.json")}
-    rows = []
-    for where in sorted({*cells, *here}):
-        cell = cells.get(where)
-        at = here.get(where) or cells[where].job.folder
-        rows.append(_row(at, quote(os.path.relpath(at, folder)), cell, verify))
-    return sweep, rows
+    folders = {where: cell.job.folder for where, cell in cells.items()}
+    folders |= {path.parent.resolve(): path.parent for path in folder.glob("*/record.json")}
+    return sweep, [_row(at, quote(os.path.relpath(at, folder)), cells.get(where), verify)
+                   for where, at in sorted(folders.items())]
 
 
 def _row(folder: Path, address: str, cell: Cell | None, verify: bool) -> Row:
