@@ -99,13 +99,13 @@ def sync(folders: Sequence[Path], dry_run: bool = False, verify: bool = False) -
     found = find_offline_runs(folders)
     waiting = [run for run in found if not run.sent]
     busy = [run for run in waiting if in_use(run.run_folder)]
-    damage = {run: read.damage for run in waiting if run not in busy and (read := _read(run.run_folder, verify))}
-    due = [run for run in waiting if run not in busy and not damage.get(run)]
+    reads = {run: _read(run.run_folder, verify) for run in waiting if run not in busy}
+    damage = {run: read.damage for run, read in reads.items() if read and read.damage}
+    due = [run for run in reads if run not in damage]
     for run in busy:
         print(f"still running, left for later: {run.run_folder}")
     for run, what in damage.items():
-        if what:
-            print(printable(f"slm sync: {run.run_folder} is damaged and is not sent: {what}"), file=sys.stderr)
+        print(printable(f"slm sync: {run.run_folder} is damaged and is not sent: {what}"), file=sys.stderr)
     if dry_run:
         for run in due:
             print(f"would send {run.folder}")
@@ -115,11 +115,11 @@ def sync(folders: Sequence[Path], dry_run: bool = False, verify: bool = False) -
         except SlmError as error:
             print(f"slm sync: {error}", file=sys.stderr)
             return 1
-    if unverified := say_unverified(read for run in due if (read := _read(run.run_folder))):
+    if unverified := say_unverified(read for run in due if (read := reads[run])):
         print(unverified)
     print(f"{len(due)} {'to send' if dry_run else 'sent'}, {len(found) - len(waiting)} sent before, {len(busy)} still "
           "running.")
-    return int(any(damage.values()))
+    return int(bool(damage))
 
 
 def _read(folder: Path, verify: bool = False) -> Run | None:
