@@ -22,7 +22,6 @@ from slm_exp.reporting import atlas, charts, measures, svg, sweep_charts
 from slm_exp.reporting.page import advice, environment, write_report
 from slm_exp.reporting.rows import Row, facets, in_order, order, read_rows, with_results
 from slm_exp.runs.record import Run, say_unverified
-from slm_exp.runs.schema import StageTime
 from slm_exp.runs.state import DAMAGED, DIED, FAILED, LOG, RUNNING, STATES, WAITING, last_lines
 from slm_exp.runs.sweep import SweepFolder
 
@@ -139,20 +138,17 @@ def resume_command(folder: Path, sweep: SweepFolder | None) -> str | None:
     if sweep is None:
         return None
     inside = sweep.cwd and folder.resolve().is_relative_to(sweep.cwd)
-    where = os.path.relpath(folder.resolve(), sweep.cwd) if inside else str(folder)
-    return f"slm sweep resume {shlex.quote(where)}"
+    return f"slm sweep resume {shlex.quote(os.path.relpath(folder.resolve(), sweep.cwd) if inside else str(folder))}"
 
 
 def stage_costs(rows: list[Row]) -> list[StageCost]:
     """Every stage in the order of the first run that has it: how often computed, how often from the cache."""
-    stages: dict[str, list[StageTime]] = {}
-    for row in sorted(rows, key=lambda row: -len(row.record.stages)):
-        for stage in row.record.stages:
-            stages.setdefault(stage.name, []).append(stage)
+    every = [stage for row in sorted(rows, key=lambda row: -len(row.record.stages)) for stage in row.record.stages]
     out = []
-    for name, some in stages.items():
-        took = [stage.seconds for stage in some if not stage.cached]
-        out.append(StageCost(name, len(took), len(some) - len(took), sum(took), median(took) if took else None))
+    for name in dict.fromkeys(stage.name for stage in every):
+        took = [stage.seconds for stage in every if stage.name == name and not stage.cached]
+        cached = sum(stage.cached for stage in every if stage.name == name)
+        out.append(StageCost(name, len(took), cached, sum(took), median(took) if took else None))
     return out
 
 

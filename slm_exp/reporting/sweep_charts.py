@@ -22,15 +22,10 @@ from slm_exp.reporting.rows import Row, facets
 from slm_exp.reporting.svg import Axis, gridline, tag
 
 HEIGHT = 270.0
-SHAPES = (
-    '<circle r="5"/>',
-    '<path d="M0-6.5 6.5 0 0 6.5-6.5 0Z"/>',
-    '<path d="M0-6.2 6 4.6H-6Z"/>',
-    '<path d="M-4.8-4.8H4.8V4.8H-4.8Z"/>',
-    '<path d="M0 6.2 6-4.6H-6Z"/>',
-    '<path d="M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z"/>',
-)
-"""So many values of a setting have marks of their own, title apart by shape as well as by colour."""
+SHAPES = ('<circle r="5"/>', *(f'<path d="{d}"/>' for d in (
+    "M0-6.5 6.5 0 0 6.5-6.5 0Z", "M0-6.2 6 4.6H-6Z", "M-4.8-4.8H4.8V4.8H-4.8Z", "M0 6.2 6-4.6H-6Z",
+    "M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z")))
+"""So many values of a setting have marks of their own, told apart by shape as well as by colour."""
 FEW = 24
 """Up to so many marks show their intervals all the time; of more, only the one pointed at."""
 
@@ -42,7 +37,7 @@ class Shades:
     path: str | None
     values: tuple[Any, ...]
     choices: dict[str, tuple[Any, ...]]
-    """Settings by which the marks can be title apart, and their values."""
+    """Settings by which the marks can be told apart, and their values."""
 
     def of(self, row: Row) -> int:
         """Number of the mark."""

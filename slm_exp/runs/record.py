@@ -10,6 +10,7 @@ import subprocess
 import zipfile
 import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -34,19 +35,18 @@ DECISIVE = ("slm_exp", "torch", "transformers", "lm_eval")
 """Versions that a finished record is compared by; others change no number that is known of."""
 
 
+@dataclass(eq=False)
 class Run:
-    """One run, read once.
+    """One run, read once."""
 
-    Args:
-        record: if it is not the one on disk, or not yet.
-        verify: check the digests of large files too.
-        on_disk: False for the record of a run that goes on, which cannot be checked yet.
-    """
-
-    def __init__(self, folder: Path, record: Record, verify: bool = False, on_disk: bool = True) -> None:
-        self.folder, self.record, self.verify, self.on_disk = folder, record, verify, on_disk
-        self.unreadable: list[Problem] = []
-        """Files that could not be read when they were wanted."""
+    folder: Path
+    record: Record
+    verify: bool = False
+    """Check the digests of large files too."""
+    on_disk: bool = True
+    """False for the record of a run that goes on, which cannot be checked yet."""
+    unreadable: list[Problem] = field(default_factory=list)
+    """Files that could not be read when they were wanted."""
 
     @classmethod
     def read(cls, folder: Path, verify: bool = False) -> Self:

@@ -93,8 +93,8 @@ def read_cell(job: Job) -> Cell:
     if run is None:
         if in_use(job.folder):
             return Cell(job, RUNNING)
-        last = last_lines(job.folder / LOG, 1)
-        return Cell(job, DIED if last else WAITING, error=last[0].strip() if last else None)
+        last = "".join(last_lines(job.folder / LOG, 1)).strip()
+        return Cell(job, DIED if last else WAITING, error=last or None)
     record = run.record
     is_result = run.is_result_of(job.run_id, job.save_model)
     other = run.made_otherwise() if is_result else ""

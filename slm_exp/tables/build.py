@@ -70,10 +70,9 @@ def _with_columns(table: Table, columns: str | None) -> Table:
 
 def _formats(formats: str, out: Path | None) -> list[str]:
     names = formats.split(",")
-    for name in names:
-        if name not in FORMATS:
-            raise ConfigError(f"--format {formats}; expected some of {', '.join(FORMATS)}. "
-                              f"{did_you_mean(name, FORMATS)}".rstrip())
+    if unknown := [name for name in names if name not in FORMATS]:
+        raise ConfigError(f"--format {formats}; expected some of {', '.join(FORMATS)}. "
+                          f"{did_you_mean(unknown[0], FORMATS)}".rstrip())
     if len(names) > 1 and out is None:
         raise ConfigError(f"--format {formats}: several formats need --out DIR.")
     return names

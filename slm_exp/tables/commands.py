@@ -7,6 +7,8 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from slm_exp.launch.hydra_compat import override
+
 Product = dict[str, tuple[str, ...]]
 """key -> values: every combination is a job."""
 
@@ -20,8 +22,6 @@ def commands(jobs: Sequence[Sequence[str]], name: str) -> list[str]:
     """
     folder = f"hydra.sweep.dir=outputs/multirun/{name}"
     if not re.fullmatch(r"[\w.-]+", name, re.ASCII):  # Hydra's grammar, besides the shell's
-        from slm_exp.launch.hydra_compat import override
-
         folder = override("hydra.sweep.dir", f"outputs/multirun/{name}")
     head = ["python", "-m", "slm_exp", "-m", folder]
     return [shlex.join([*head, *(f"{key}={','.join(values)}" for key, values in product.items())])

@@ -103,8 +103,8 @@ def _idle(m: Measured) -> float | None:
 
 
 def _threshold(m: Measured) -> Value:
-    found = m.record.plan.threshold
-    return found if found is not None else m.record.setting("method.threshold")
+    planned: Value = m.record.plan.threshold
+    return m.record.setting("method.threshold") if planned is None else planned
 
 
 NAMED = {

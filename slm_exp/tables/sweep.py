@@ -14,7 +14,7 @@ from slm_exp.runs.state import DAMAGED, FINISHED
 from slm_exp.runs.statistics.runs import Measured
 from slm_exp.runs.tracking.base import flat
 from slm_exp.tables.grid import Entry, Grid, dense_of, provenance
-from slm_exp.tables.quantities import check_quantity, quantity
+from slm_exp.tables.quantities import Quantity, check_quantity, quantity
 
 SETTINGS = {"threshold": "threshold", "rule": "config.merge_rule.name", "similarity": "config.similarity.name",
             "kernel": "config.kernel.name"}
@@ -55,12 +55,11 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
     rows, damaged = [], []
     one_model = len({m.record.model.digest for m in runs}) == 1
     if dense := dense_of(runs) if one_model and not reason else None:
-        line = [Entry(kind.value(dense), kind.stderr(dense), kind.digits) for kind in kinds.values()]
-        rows.append(("dense", [Entry() if label in settings else e for label, e in zip(kinds, line, strict=True)]))
+        rows.append(("dense", [Entry() if label in settings else _entry(kind, dense) for label, kind in kinds.items()]))
     shown = sorted(zip(names, runs, strict=True),
                    key=lambda at: [_order(quantity(show).value(at[1])) for show in settings.values()])
     for name, m in shown:
-        line = [Entry(kind.value(m), kind.stderr(m), kind.digits) for kind in kinds.values()]
+        line = [_entry(kind, m) for kind in kinds.values()]
         if "threshold" in kinds and isinstance(value := line[at := list(kinds).index("threshold")].value, (int, float)):
             line[at] = replace(line[at], value=f"{value:g}")
         if m.run.state == DAMAGED:
@@ -75,6 +74,10 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
              "Runs differ in size, so none is marked as best: slm compare RUN RUN tests a difference."]
     return Grid("sweep", f"{len(runs)} runs", list(columns), [("", rows)],
                 [*notes, *([reason] if reason else []), *provenance(runs), *damaged], row_heads=("", "run"))
+
+
+def _entry(kind: Quantity, m: Measured) -> Entry:
+    return Entry(kind.value(m), kind.stderr(m), kind.digits)
 
 
 def _others(runs: Sequence[Measured]) -> dict[str, str]:

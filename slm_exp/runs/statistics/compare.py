@@ -104,7 +104,7 @@ def shown(rows: Sequence[Compared], models: Sequence[Measured] = ()) -> str:
                   f"{'95 % interval':>17} {'p':>8} {'corrected':>9}"]
         lines += [*(_line(row) for row in rows if (row.first, row.second) == (first, second)), ""]
     names = {"mcnemar": "exact McNemar", "bootstrap": "paired bootstrap"}
-    used = list(dict.fromkeys(names[row.test] for row in rows))
+    used = dict.fromkeys(names[row.test] for row in rows)
     lines.append(f"Holm's correction over {len(rows)} tests; * counts at 0.05. Tests: {', '.join(used)}; see slm "
                  "compare --help.")
     if unverified := say_unverified({m.run.folder: m.run for m in models}.values()):
