@@ -69,13 +69,15 @@ def gather(rows: Sequence[Row]) -> Atlas:
             made = Made(similarity.kernel, similarity.estimator, similarity.batch,
                         "left out" if similarity.skip_first_token else "included", _of(row, "model"),
                         _of(row, "calibration"))
-            found.setdefault((made, _bytes(similarity.matrix_LL)), (similarity, []))[1].append(row)
+            found.setdefault((made, svg.levels(similarity.matrix_LL).tobytes()), (similarity, []))[1].append(row)
     apart = [name for name in Made._fields[1:] if len({getattr(made, name) for made, _ in found}) > 1]
     sheets = []
     for (made, values), (similarity, some) in found.items():
         others = {name: value for name in apart if (value := getattr(made, name)) is not None}
         name = ", ".join([f"{made.kernel} kernel", *(f"{k.replace('_', ' ')} {v}" for k, v in others.items())])
-        drawn = [s for s in shapes if s.plan.n_layers == len(similarity.matrix_LL) and _same_model(s, some)]
+        models = {_of(row, "model") for row in some}
+        drawn = [s for s in shapes if s.plan.n_layers == len(similarity.matrix_LL)
+                 and models & {_of(row, "model") for row in s.rows}]
         sheets.append(Sheet(name, similarity, tuple(some), picture(name, similarity.matrix_LL, drawn),
                             base64.b64encode(values).decode()))
     return Atlas(tuple(sorted(sheets, key=lambda sheet: sheet.name)), shapes)
@@ -129,16 +131,8 @@ def _shapes(rows: Sequence[Row]) -> tuple[Shape, ...]:
     return tuple(Shape(f"p{number}", plan, tuple(some)) for number, (plan, some) in enumerate(ordered, start=1))
 
 
-def _same_model(shape: Shape, rows: Sequence[Row]) -> bool:
-    return bool({_of(row, "model") for row in shape.rows} & {_of(row, "model") for row in rows})
-
-
 def _of(row: Row, section: str) -> str | None:
     """Name and digest of a row's model or calibration."""
     about = row.record.model if section == "model" else row.record.calibration
     name = row.record.model.name if section == "model" else ""
     return f"{name} {str(about.digest)[:6]}".strip() if about else None
-
-
-def _bytes(matrix_LL: np.ndarray) -> bytes:
-    return bytes((np.clip(np.nan_to_num(matrix_LL), 0, 1) * 255).round().astype("uint8").tobytes())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -20,12 +22,10 @@ def describe(plan: MergePlan) -> str:
     if plan.groups:
         each = " each" if len(plan.groups) > 1 else ""
         done.append("layers " + ", ".join(span(g) for g in plan.groups) + f" merged into one{each}")
-    if plan.dropped:
-        done.append(f"{_layers(plan.dropped)} removed")
-    for kind in ("attention", "mlp"):
-        layers = [s.layer for s in plan.sublayers if s.kind == kind]
-        if layers:
-            done.append(f"{kind} of {_layers(layers)} removed")
+    gone = {"": plan.dropped, **{f"{kind} of ": [s.layer for s in plan.sublayers if s.kind == kind]
+                                 for kind in ("attention", "mlp")}}
+    done += [f"{what}layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))} removed"
+             for what, layers in gone.items() if layers]
     if plan.width:
         share = plan.width.ratio if plan.width.reached is None else plan.width.reached
         of = f" by {100 * share:.1f} % of their parameters" if share is not None else ""
@@ -51,24 +51,21 @@ def stack(plan: MergePlan) -> Markup:
         return top + (plan.n_layers - 1 - layer) * pitch
 
     removed = {(s.layer, s.kind) for s in plan.sublayers}
-    dense = _Labels(left - 8, "end")
-    compressed = _Labels(right + width + 8, "")
+    dense: list[Label] = []
+    compressed: list[Label] = []
     drawn = []
     for slot, group in enumerate(plan.slots):
         merged = group.stop - group.start > 1
         kind = "merged" if merged else "kept"
         title = f"layers {span(group)} merged by {plan.rule}" if merged else f"layer {group.start} kept"
         title += "".join(f" without its {part.kind}" for part in plan.sublayers if part.layer == group.start)
-        drawn.append(tag(
-            "g",
-            tag("title", f"compressed layer {slot}: {title}"),
-            tag("path", class_=f"ribbon {kind}", d=_ribbon(
-                left + width + 2, y(group.stop - 1), y(group.start) + bar, right - 2, y(slot), y(slot) + bar)),
-            tag("rect", x=right + (width / 2 if (group.start, "attention") in removed else 0), y=y(slot),
-                width=width / 2 if any(layer == group.start for layer, _ in removed) else width, height=bar, rx=2,
-                class_=f"box {kind}"),
-        ))
-        compressed.want(span(group), y(slot) + bar / 2, rank=0 if merged else 1 + slot % 5, strong=merged)
+        ribbon = _ribbon(left + width + 2, y(group.stop - 1), y(group.start) + bar, right - 2, y(slot), y(slot) + bar)
+        box = tag("rect", x=right + (width / 2 if (group.start, "attention") in removed else 0), y=y(slot),
+                  width=width / 2 if any(layer == group.start for layer, _ in removed) else width, height=bar, rx=2,
+                  class_=f"box {kind}")
+        drawn.append(tag("g", tag("title", f"compressed layer {slot}: {title}"),
+                         tag("path", class_=f"ribbon {kind}", d=ribbon), box))
+        compressed.append(Label(0 if merged else 1 + slot % 5, y(slot) + bar / 2, span(group), merged))
     ends = {end for g in plan.groups for end in (g.start, g.stop - 1)}
     in_group = {i for g in plan.groups for i in range(g.start, g.stop)}
     for layer in range(plan.n_layers):
@@ -83,36 +80,35 @@ def stack(plan: MergePlan) -> Markup:
                                  class_="box dropped"))
         if kind == "dropped":
             parts.append(tag("text", "removed", x=left + width + 8, y=middle, dy="0.35em", class_="gone"))
-        dense.want(str(layer), middle, rank=0 if kind == "dropped" or layer in ends else 1 + layer % 5)
+        dense.append(Label(0 if kind == "dropped" or layer in ends else 1 + layer % 5, middle, str(layer)))
         drawn.append(tag("g", tag("title", f"layer {layer}: {title}"), *parts))
     heads = [tag("text", f"dense, {plan.n_layers}", x=left, y=16, class_="head"),
              tag("text", f"compressed, {plan.n_layers_out}", x=right, y=16, class_="head")]
     hatch = tag("defs", tag("pattern", tag("path", d="M-1 1 l2 -2 M0 6 l6 -6 M5 7 l2 -2", class_="hatch"),
                             id="hatch", width=6, height=6, patternUnits="userSpaceOnUse"))
-    return tag("svg", hatch, *heads, *drawn, *dense.placed(), *compressed.placed(), role="img", class_="stack",
+    return tag("svg", hatch, *heads, *drawn, *_placed(dense, left - 8, "end"),
+               *_placed(compressed, right + width + 8, ""), role="img", class_="stack",
                viewBox=f"0 0 420 {top + plan.n_layers * pitch + 6:g}",
                aria_label=f"{plan.n_layers} layers on the left, {plan.n_layers_out} on the right. {describe(plan)}")
 
 
-class _Labels:
-    """A column of labels; where they would touch, the lower rank wins."""
+class Label(NamedTuple):
+    """In a column."""
 
-    def __init__(self, x: float, class_: str) -> None:
-        self._x, self._class = x, class_
-        self._wanted: list[tuple[int, float, str, bool]] = []
+    rank: int
+    y: float
+    text: str
+    strong: bool = False
 
-    def want(self, text: str, y: float, rank: int, strong: bool = False) -> None:
-        self._wanted.append((rank, y, text, strong))
 
-    def placed(self, room: float = 12.0) -> list[Markup]:
-        taken: list[float] = []
-        out = []
-        for _, y, text, strong in sorted(self._wanted):
-            if all(abs(y - other) >= room for other in taken):
-                taken.append(y)
-                class_ = f"{self._class} strong" if strong else self._class
-                out.append(tag("text", text, x=self._x, y=y, dy="0.35em", class_=class_))
-        return out
+def _placed(column: Sequence[Label], x: float, class_: str, room: float = 12.0) -> list[Markup]:
+    """The labels of a column that do not touch; where they would, the lower rank wins."""
+    taken: list[Label] = []
+    for label in sorted(column):
+        if all(abs(label.y - other.y) >= room for other in taken):
+            taken.append(label)
+    return [tag("text", label.text, x=x, y=label.y, dy="0.35em", class_=f"{class_} strong" if label.strong else class_)
+            for label in taken]
 
 
 def _ribbon(x0: float, top0: float, bottom0: float, x1: float, top1: float, bottom1: float) -> str:
@@ -122,20 +118,14 @@ def _ribbon(x0: float, top0: float, bottom0: float, x1: float, top1: float, bott
             f"V{bottom1:g} C{middle:g} {bottom1:g} {middle:g} {bottom0:g} {x0:g} {bottom0:g} Z")
 
 
-def _layers(numbers: Sequence[int]) -> str:
-    return f"layer{'s' if len(numbers) > 1 else ''} " + ", ".join(map(str, numbers))
-
-
 def heatmap(matrix_LL: np.ndarray, plan: MergePlan | None) -> Markup:
     """A run's layer similarity matrix with what its plan does."""
-    frames = []
-    if plan:
-        frames += [svg.Frame(g, False, f"layers {span(g)} are merged") for g in plan.groups]
-        frames += [svg.Frame(Group(i, i + 1), True, f"layer {i} is removed") for i in plan.dropped]
-    low, high = float(matrix_LL.min()), float(matrix_LL.max())
-    framed = f" Framed: merged layers {', '.join(span(g) for g in plan.groups)}." if plan and plan.groups else ""
-    return svg.heatmap(matrix_LL, frames, f"Similarity of every pair of {len(matrix_LL)} layers, from {low:.2f} to "
-                                          f"{high:.2f}.{framed}")
+    groups, dropped = (plan.groups, plan.dropped) if plan else ((), ())
+    frames = [*(svg.Frame(g, False, f"layers {span(g)} are merged") for g in groups),
+              *(svg.Frame(Group(i, i + 1), True, f"layer {i} is removed") for i in dropped)]
+    framed = f" Framed: merged layers {', '.join(map(span, groups))}." if groups else ""
+    return svg.heatmap(matrix_LL, frames, f"Similarity of every pair of {len(matrix_LL)} layers, from "
+                                          f"{float(matrix_LL.min()):.2f} to {float(matrix_LL.max()):.2f}.{framed}")
 
 
 def candidates(plan: MergePlan) -> Markup:
@@ -143,12 +133,10 @@ def candidates(plan: MergePlan) -> Markup:
     scores = [t.score for t in plan.trace]
     marks = [*scores, plan.threshold] if plan.threshold is not None else scores
     up, height, count = Axis(marks), 260.0, len(scores)
+    y = partial(up.down, height=height)
 
     def x(number: int) -> str:
         return f"{100 * (number - 0.5) / count:.2f}%"
-
-    def y(score: float) -> float:
-        return up.down(score, height)
 
     parts = [gridline(y(tick), up.label(tick)) for tick in up.ticks]
     shown = [n for n in ticks(1, count, whole=True) if 1 <= n <= count]
@@ -205,11 +193,7 @@ def losses(training: Sequence[Sequence[float]], held_out: Sequence[Sequence[floa
     both = [(float(step), float(loss)) for step, loss in (*training, *held_out)]
     across = Axis([0, *(step for step, _ in both)], whole=True)
     up, height = Axis([loss for _, loss in both]), 220.0
-    x = across.across
-
-    def y(loss: float) -> float:
-        return up.down(loss, height)
-
+    x, y = across.across, partial(up.down, height=height)
     parts = [gridline(y(tick), up.label(tick)) for tick in up.ticks]
     parts += [tag("text", f"{t:g}", x=x(t), y=height + 20, class_="mid") for t in across.ticks]
     for series, class_ in ((training, None), (held_out, "held")):

@@ -62,7 +62,9 @@ def draw_heatmap(similarity: LayerSimilarity, plan: MergePlan | None, path_png: 
         _draw_plan(axes, plan)
     fontsize = 13 * min(1, 62 / max(1, len(title)))  # a long repo id still fits
     figure.text(0.09, 0.957, title, fontsize=fontsize, fontweight="bold", color=INK)
-    lines = [_estimate(similarity), *([_effect(plan)] if plan is not None else [])]
+    estimate = (f"CKA of layer outputs, {similarity.kernel} kernel, {similarity.estimator}, first tokens "
+                f"{'left out' if similarity.skip_first_token else 'kept'}")
+    lines = [estimate, *([_effect(plan)] if plan is not None else [])]
     figure.text(0.09, 0.945, "\n".join(lines), fontsize=9, color=SOFT, va="top", linespacing=1.45)
     with writing(path_png) as tmp:
         figure.savefig(tmp, format="png")
@@ -89,11 +91,6 @@ def _draw_plan(axes: Axes, plan: MergePlan) -> None:
                       (group.start + group.stop - 1) / 2), xytext=(-6 if left else 6, 0), textcoords="offset points",
                       ha="right" if left else "left", va="center", fontsize=9, fontweight="bold", color=INK,
                       path_effects=halo(2.5), zorder=4)
-
-
-def _estimate(similarity: LayerSimilarity) -> str:
-    tokens = "first tokens left out" if similarity.skip_first_token else "first tokens kept"
-    return f"CKA of layer outputs, {similarity.kernel} kernel, {similarity.estimator}, {tokens}"
 
 
 def _effect(plan: MergePlan) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from slm_exp.core.documents import Section, parse
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import JsonObject, read_json
-from slm_exp.reporting.results import Comparison
 from slm_exp.reporting.rows import Row
 from slm_exp.runs.schema import Calibration, Model
 from slm_exp.runs.statistics.scores import Estimate
@@ -63,64 +62,51 @@ class Measure:
 def measure(rows: Sequence[Row]) -> list[Measure]:
     """Every measure that the finished runs allow: the seven-task average (else each task), perplexities, similarity."""
     done = [row for row in rows if row.finished and row.params]
-    out = []
+    tasks = {task: (f"task-{task}", task) for row in done for task in (c.task for c in row.tasks)}
     if any(row.average for row in done):
-        out.append(_measure("average", "Seven-task average", "per cent", 1, True, done, [
-            (row, _accuracy(row.average)) for row in done]))
-    else:
-        out += [_measure(f"task-{task}", task, "per cent", 1, True, done, [
-            (row, _accuracy(row.compared(task))) for row in done])
-            for task in dict.fromkeys(c.task for row in done for c in row.tasks)]
+        tasks = {"average": ("average", "Seven-task average")}
+    out = [_measure(key, name, "per cent", 1, True, [
+        (row, _percent(c.dense if c else None), _percent(c.compressed if c else None))
+        for row in done for c in [row.compared(task)]])
+        for task, (key, name) in tasks.items()]
     texts = dict.fromkeys(c for row in done for c in row.measured.compressed.perplexity)
-    out += [_measure(f"perplexity-{corpus}", f"Perplexity, {corpus}", "lower is better", 2, False, done, [
-        (row, _plain(row.perplexity(corpus, "dense"), row.perplexity(corpus))) for row in done]) for corpus in texts]
+    out += [_measure(f"perplexity-{corpus}", f"Perplexity, {corpus}", "lower is better", 2, False, [
+        (row, _exact(row.perplexity(corpus, "dense")), _exact(row.perplexity(corpus))) for row in done])
+        for corpus in texts]
     for kind in sorted({row.record.plan.similarity for row in done if row.score is not None}):
-        of = [row for row in done if row.score is not None and row.record.plan.similarity == kind]
-        out.append(_measure(f"score-{kind}", f"Similarity to dense, {kind}", "1 is identical", 4, True, of, [
-            (row, _plain(1.0, row.score)) for row in of]))
+        out.append(_measure(f"score-{kind}", f"Similarity to dense, {kind}", "1 is identical", 4, True, [
+            (row, _exact(1.0), _exact(row.score)) for row in done
+            if row.score is not None and row.record.plan.similarity == kind]))
     return [m for m in out if m.points]
-
-
-Sides = tuple[Estimate | None, Estimate | None]
-"""Dense and compressed."""
-
-
-def _accuracy(row: Comparison | None) -> Sides:
-    dense, compressed = ((row.dense, row.compressed) if row else (None, None))
-    return _percent(dense), _percent(compressed)
 
 
 def _percent(e: Estimate | None) -> Estimate | None:
     return None if e is None else Estimate(100 * e.value, None if e.stderr is None else 100 * e.stderr)
 
 
-def _plain(dense: float | None, compressed: float | None) -> Sides:
-    return None if dense is None else Estimate(dense, None), None if compressed is None else Estimate(compressed, None)
+def _exact(value: float | None) -> Estimate | None:
+    return None if value is None else Estimate(value, None)
 
 
-def _measure(key: str, name: str, unit: str, digits: int, higher: bool, done: Sequence[Row],
-             found: Sequence[tuple[Row, Sides]]) -> Measure:
-    dense = {(row.params.before, side.value, side.stderr) for row, (side, _) in found if side and row.params.before}
-    points = [Point(None, params, value, stderr) for params, value, stderr in
-              sorted(dense, key=lambda d: (d[0], d[1], d[2] or 0.0))]
-    points += [Point(row, row.params.after - row.params.zeroed, side.value, side.stderr) for row, (_, side) in found
-               if side and math.isfinite(side.value) and row.params.after is not None]
-    if all(p.row is None for p in points):
-        points = []
-    here = sum(p.row is not None for p in points)
-    return Measure(key, name, unit, digits, higher, _with_front(points, higher), len(done) - here)
+def _measure(key: str, name: str, unit: str, digits: int, higher: bool,
+             found: Sequence[tuple[Row, Estimate | None, Estimate | None]]) -> Measure:
+    """From every run's dense and compressed model."""
+    dense = {(row.params.before, side.value, side.stderr) for row, side, _ in found if side and row.params.before}
+    runs = [Point(row, row.params.after - row.params.zeroed, side.value, side.stderr) for row, _, side in found
+            if side and math.isfinite(side.value) and row.params.after is not None]
+    points = [*(Point(None, *values) for values in sorted(dense, key=lambda d: (d[0], d[1], d[2] or 0.0))), *runs]
+    return Measure(key, name, unit, digits, higher, _with_front(points if runs else [], higher), len(found) - len(runs))
 
 
 def _with_front(points: Sequence[Point], higher: bool) -> tuple[Point, ...]:
     """Points with their `front`: for every size upwards, those better than all smaller ones."""
-    best: float | None = None
+    best, sign = -math.inf, 1 if higher else -1
     good: set[tuple[int, float]] = set()
     for params in sorted({p.params for p in points}):
-        here = [p.value for p in points if p.params == params]
-        value = max(here) if higher else min(here)
-        if best is None or (value > best if higher else value < best):
+        value = max(sign * p.value for p in points if p.params == params)
+        if value > best:
             best = value
-            good.add((params, value))
+            good.add((params, sign * value))
     return tuple(replace(p, front=(p.params, p.value) in good) for p in points)
 
 
@@ -163,12 +149,11 @@ def read_paths(folder: Path, given: Sequence[Path] = ()) -> list[ThresholdPath]:
     out = []
     for path in dict.fromkeys([*found, *wanted]):
         try:
-            data: JsonObject = dict(read_json(path))
             source = path.name if path.parent == folder else f"{path.parent.name}/{path.name}"
-            out.append(parse(ThresholdPath, data | {"source": source}))
-            if not out[-1].plans or any(len(ends) != 2 for ends in out[-1].unknown):
-                del out[-1]
+            read = parse(ThresholdPath, {**read_json(path), "source": source})
+            if not read.plans or any(len(ends) != 2 for ends in read.unknown):
                 raise ValueError("it has no plans")
+            out.append(read)
         except (OSError, ValueError, TypeError) as error:
             if path in wanted:
                 raise SlmError(f"{path} is no threshold path ({type(error).__name__}: {error}); expected the path.json "

@@ -14,7 +14,7 @@ from slm_exp.core.format import duration
 from slm_exp.reporting import charts, results, svg
 from slm_exp.reporting.rows import setting
 from slm_exp.runs.record import Run, say_unverified
-from slm_exp.runs.schema import Record, WidthSizes
+from slm_exp.runs.schema import Record
 
 
 def write_report(folder: Path, record: JsonObject | None = None, verify: bool = False, run: Run | None = None) -> Path:
@@ -31,25 +31,17 @@ def write_report(folder: Path, record: JsonObject | None = None, verify: bool = 
     """
     if run is None:
         run = Run.read(folder, verify) if record is None else Run(folder, Record.of(plain(record)), on_disk=False)
-    shown, plan, matrix, measured = run.record, run.plan, run.similarity, run.record.eval
-    rows = results.compare(run)
+    shown, measured, rows = run.record, run.record.eval, results.compare(run)
+    sizes = shown.plan.width.sizes
+    widths = {"Heads": sizes.heads, "Key-value heads": sizes.kv_heads, "MLP channels": sizes.channels}
     text = environment().get_template("run.html.j2").render(
-        run=run,
-        record=shown,
-        plan=plan,
-        charts=charts,
-        svg=svg,
-        matrix=matrix,
-        widths=_widths(shown.plan.width.sizes),
-        advice=advice(shown),
+        run=run, record=shown, plan=run.plan, charts=charts, svg=svg, matrix=run.similarity, advice=advice(shown),
+        widths={name: column for name, column in widths.items() if column},  # empty where layers kept theirs
         config_yaml=run.config_yaml or json.dumps(shown.config, indent=1, ensure_ascii=False),  # YAML holds JSON
-        unverified=say_unverified([run]),
-        rows=rows,
-        average=results.average(measured, rows),
+        unverified=say_unverified([run]), rows=rows, average=results.average(measured, rows),
         perplexity={corpus: [side.perplexity.get(corpus) for side in measured.both]
                     for corpus in {**measured.dense.perplexity, **measured.compressed.perplexity}},
-        protocol=measured.compressed.protocol or measured.dense.protocol,
-    )
+        protocol=measured.compressed.protocol or measured.dense.protocol)
     path = folder / "report.html"
     write_text(path, text)
     return path
@@ -97,24 +89,10 @@ def advice(record: Record) -> list[str]:
         out.append("Free disk space, or write elsewhere: hydra.run.dir=FOLDER, cache.dir=FOLDER.")
     elif error.type == "KeyboardInterrupt":
         out.append("The run was interrupted from outside.")
-    elif error.type.endswith("Error") and error.type in _named_errors():
+    elif error.type in {cls.__name__ for cls in SlmError.__subclasses__()}:
         out.append("The message above names the setting and the remedy.")
     else:
         out.append("This is not a mistake in the settings that slm_exp knows. The traceback is at the end of run.log.")
-    done = [stage.name for stage in record.stages]
-    if done:
-        out.append(f"Then repeat the command: {', '.join(done)} finished, and what the cache holds of them is not "
-                   "computed again.")
-    else:
-        out.append("Then repeat the command.")
-    return out
-
-
-def _named_errors() -> set[str]:
-    return {cls.__name__ for cls in SlmError.__subclasses__()}
-
-
-def _widths(sizes: WidthSizes) -> dict[str, list[int]]:
-    """What is left of every layer, by what it counts; empty where layers kept their width."""
-    counts = {"Heads": sizes.heads, "Key-value heads": sizes.kv_heads, "MLP channels": sizes.channels}
-    return {name: column for name, column in counts.items() if column}
+    done = ", ".join(stage.name for stage in record.stages)
+    rest = f": {done} finished, and what the cache holds of them is not computed again." if done else "."
+    return [*out, f"Then repeat the command{rest}"]

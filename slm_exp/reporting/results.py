@@ -9,14 +9,7 @@ from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import mixed
 from slm_exp.runs.record import Run
 from slm_exp.runs.schema import Measurements
-from slm_exp.runs.statistics.scores import (
-    Estimate,
-    by_document,
-    estimate,
-    metric_of,
-    standard_error,
-    stderr_of_mean,
-)
+from slm_exp.runs.statistics.scores import Estimate, by_document, estimate, metric_of, standard_error, stderr_of_mean
 
 
 @dataclass(frozen=True)
@@ -57,13 +50,10 @@ def average(measured: Measurements, rows: list[Comparison]) -> Comparison | None
     seven = [row for row in rows if row.task in SEVEN]
     if dense is None or compressed is None or len(seven) != len(SEVEN) or protocols_differ(measured):
         return None
-    return Comparison(
-        "average", "seven-task mean", None,
-        Estimate(dense, stderr_of_mean([row.dense for row in seven])),
-        Estimate(compressed, stderr_of_mean([row.compressed for row in seven])),
-        Estimate(compressed - dense, stderr_of_mean([row.difference for row in seven])),
-        all(row.paired for row in seven),
-    )
+    return Comparison("average", "seven-task mean", None, Estimate(dense, stderr_of_mean(row.dense for row in seven)),
+                      Estimate(compressed, stderr_of_mean(row.compressed for row in seven)),
+                      Estimate(compressed - dense, stderr_of_mean(row.difference for row in seven)),
+                      all(row.paired for row in seven))
 
 
 def _compare_task(run: Run, task: str) -> Comparison:
@@ -72,14 +62,14 @@ def _compare_task(run: Run, task: str) -> Comparison:
     before, after = estimate(dense, metric), estimate(compressed, metric)
     documents = (compressed or dense).get("n")
     n = documents if isinstance(documents, int) else None
-    difference = None
-    if before and after:
-        difference = _paired(run, task, metric)
-        if difference is None or not math.isclose(difference.value, after.value - before.value, abs_tol=1e-6):
-            known = before.stderr is not None and after.stderr is not None
-            stderr = math.hypot(before.stderr or 0, after.stderr or 0) if known else None
-            return Comparison(task, metric, n, before, after, Estimate(after.value - before.value, stderr))
-    return Comparison(task, metric, n, before, after, difference, paired=difference is not None)
+    if not before or not after:
+        return Comparison(task, metric, n, before, after, None)
+    paired = _paired(run, task, metric)
+    if paired and math.isclose(paired.value, after.value - before.value, abs_tol=1e-6):
+        return Comparison(task, metric, n, before, after, paired, paired=True)
+    known = before.stderr is not None and after.stderr is not None
+    stderr = math.hypot(before.stderr or 0, after.stderr or 0) if known else None
+    return Comparison(task, metric, n, before, after, Estimate(after.value - before.value, stderr))
 
 
 def _paired(run: Run, task: str, metric: str) -> Estimate | None:

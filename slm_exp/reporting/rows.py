@@ -107,13 +107,10 @@ def read_rows(folder: Path, verify: bool = False) -> tuple[SweepFolder | None, l
     except ConfigError:
         sweep = None
     cells = {cell.job.folder.resolve(): cell for cell in (sweep.cells() if sweep else ())}
-    here = {path.parent.resolve(): path.parent for path in folder.glob("*/record.json")}
-    rows = []
-    for where in sorted({*cells, *here}):
-        cell = cells.get(where)
-        at = here.get(where) or cells[where].job.folder
-        rows.append(_row(at, quote(os.path.relpath(at, folder)), cell, verify))
-    return sweep, rows
+    folders = {where: cell.job.folder for where, cell in cells.items()}
+    folders |= {path.parent.resolve(): path.parent for path in folder.glob("*/record.json")}
+    return sweep, [_row(at, quote(os.path.relpath(at, folder)), cells.get(where), verify)
+                   for where, at in sorted(folders.items())]
 
 
 def _row(folder: Path, address: str, cell: Cell | None, verify: bool) -> Row:
@@ -169,21 +166,15 @@ def order(value: Any) -> tuple[bool, float, str]:
 
 def _given(overrides: Sequence[str], path: str) -> Any:
     """A setting of a run that has not started, from its overrides."""
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        if key == setting(path):
-            try:
-                return float(value) if "." in value or "e" in value else int(value)
-            except ValueError:
-                return value
-    return None
+    given = {key: value for key, _, value in (o.lstrip("+~").partition("=") for o in reversed(overrides))}
+    value = given.get(setting(path))
+    try:
+        return value if value is None else float(value) if "." in value or "e" in value else int(value)
+    except ValueError:
+        return value
 
 
 def facets(rows: list[Row]) -> dict[str, list[Any]]:
     """Settings with few values, and the values: what the table is filtered by."""
-    out = {}
-    for path in rows[0].settings if rows else ():
-        values = sorted({row.settings[path] for row in rows if row.settings[path] is not None}, key=order)
-        if len(values) in FACETS:
-            out[path] = values
-    return out
+    found = {path: {row.settings[path] for row in rows} - {None} for path in (rows[0].settings if rows else ())}
+    return {path: sorted(values, key=order) for path, values in found.items() if len(values) in FACETS}

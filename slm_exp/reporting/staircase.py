@@ -11,7 +11,6 @@ def draw_staircase(result: JsonObject, path: Path) -> None:
     """Draw the contents of path.json: a staircase of layers, final scores on the same threshold axis. Writes a PNG."""
     from matplotlib.figure import Figure
 
-
     plans = result["plans"]
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     layers, scores = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])

@@ -55,19 +55,17 @@ def _speed(cell: SpeedCase) -> str:
 
 def _sizes(target: SizeTarget) -> list[str]:
     """What the search for a size found: the size requested and those beside it, with what they cost to run."""
-    interval = target.threshold if isinstance(target.threshold, list) else []
-    if not target.sizes or target.layers is None or len(interval) != 2:
+    ends = target.threshold if isinstance(target.threshold, list) else []
+    if not target.sizes or target.layers is None or len(ends) != 2:
         return []
-    low, high = interval
+    low, high = ends
     budget = "" if target.complete else "; the budget ended the search (method.max_evaluations)"
     lines = [f"  size       {target.layers} layers for thresholds from {low:.5f} to below {high:.5f}{budget}"]
-    sizes = sorted(target.sizes, key=lambda size: -size.n_layers)
+    near = [size for size in target.sizes if abs(size.n_layers - target.layers) <= 2]
     return [*lines, *(
         f"  {'->' if s.n_layers == target.layers else '  '} {s.n_layers:>4} layers: "
         f"score {s.best_final_score or 0:.4f}, {(s.flops_per_token or 0) / 1e9:.3g} GFLOP a token, "
-        f"{1e3 * (s.latency_s or 0):.0f} ms a prefill"
-        for s in sizes if abs(s.n_layers - target.layers) <= 2
-    )]
+        f"{1e3 * (s.latency_s or 0):.0f} ms a prefill" for s in sorted(near, key=lambda size: -size.n_layers))]
 
 
 def _percent(value: float | None) -> str:

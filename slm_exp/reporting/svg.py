@@ -54,12 +54,10 @@ class Axis:
             first = max(i for i, t in enumerate(self.ticks) if t <= low * (1 + 1e-9))
             last = min((i for i, t in enumerate(self.ticks) if t >= high * (1 - 1e-9)), default=len(self.ticks) - 1)
             self.ticks = self.ticks[first : last + 1]
-            if len(self.ticks) > 8:
-                self.ticks = self.ticks[:: math.ceil(len(self.ticks) / 8)]
-            self.low, self.high = min(self.ticks[0], low), max(self.ticks[-1], high)
+            self.ticks = self.ticks[:: math.ceil(len(self.ticks) / 8)]
         else:
             self.ticks = ticks(low, high, whole)
-            self.low, self.high = min(self.ticks[0], low), max(self.ticks[-1], high)
+        self.low, self.high = min(self.ticks[0], low), max(self.ticks[-1], high)
 
     def at(self, value: float) -> float:
         """0 at the lower end, 1 at the upper; values beyond an end are put there."""
@@ -159,13 +157,18 @@ def colour_bar() -> Markup:
                   '<i style="background:linear-gradient(90deg, {})"></i><span>1</span></div>').format(stops)
 
 
+def levels(matrix_LL: np.ndarray) -> np.ndarray:
+    """Scores as bytes, 255 for 1."""
+    found: np.ndarray = (np.clip(np.nan_to_num(matrix_LL), 0, 1) * 255).round().astype("uint8")
+    return found
+
+
 def pixels(matrix_LL: np.ndarray, x: float, y: float, size: float) -> Markup:
     """A matrix of scores as an embedded picture, layer 0 below left; a byte a pair before compression.
 
     Scores below 0 (the unbiased estimator goes there) and those that are not finite take the colour of 0.
     """
-    levels = (np.clip(np.nan_to_num(matrix_LL[::-1]), 0, 1) * 255).round().astype("uint8")
-    picture = base64.b64encode(_png(levels, _palette())).decode()
+    picture = base64.b64encode(_png(levels(matrix_LL[::-1]), _palette())).decode()
     return tag("image", href=f"data:image/png;base64,{picture}", x=x, y=y, width=size, height=size,
                preserveAspectRatio="none", class_="pixels")
 

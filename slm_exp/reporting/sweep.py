@@ -10,9 +10,9 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import write_text
@@ -22,7 +22,6 @@ from slm_exp.reporting import atlas, charts, measures, svg, sweep_charts
 from slm_exp.reporting.page import advice, environment, write_report
 from slm_exp.reporting.rows import Row, facets, in_order, order, read_rows, with_results
 from slm_exp.runs.record import Run, say_unverified
-from slm_exp.runs.schema import StageTime
 from slm_exp.runs.state import DAMAGED, DIED, FAILED, LOG, RUNNING, STATES, WAITING, last_lines
 from slm_exp.runs.sweep import SweepFolder
 
@@ -30,8 +29,7 @@ LOG_LINES = 25
 """Shown of the log of a run that failed or died."""
 
 
-@dataclass(frozen=True)
-class Trouble:
+class Trouble(NamedTuple):
     """Incomplete or damaged runs, for one reason."""
 
     state: str
@@ -43,17 +41,14 @@ class Trouble:
     """The end of the first one's log."""
 
 
-@dataclass(frozen=True)
-class StageCost:
-    """What one stage took over the whole sweep."""
+class StageCost(NamedTuple):
+    """What one stage took over the whole sweep: seconds of the runs that computed it, together and the median."""
 
     name: str
     computed: int
     cached: int
     seconds: float
-    """Of those computed, together."""
     median: float | None
-    """Of those computed."""
 
 
 def is_sweep(folder: Path) -> bool:
@@ -66,20 +61,18 @@ def write_reports(folders: Sequence[Path], mixed_protocols: bool, paths: Sequenc
     """`slm report`: a page for every folder, its path on stdout; 1 where one has none, or a run is damaged."""
     status = 0
     for folder in folders:
+        wrong = ""
         try:
-            damaged = ""
             if is_sweep(folder):
-                page = write_sweep_report(folder, mixed_protocols, paths, verify)
+                print(write_sweep_report(folder, mixed_protocols, paths, verify))
             else:
                 run = Run.read(folder, verify)
-                page, damaged = write_report(folder, run=run), run.damage
-            print(page)
+                print(write_report(folder, run=run))
+                wrong = run.damage and f"{folder} is damaged: {run.damage}"
         except SlmError as error:
-            print(printable(f"slm report: {error}"), file=sys.stderr)
-            status = 1
-            continue
-        if damaged:
-            print(printable(f"slm report: {folder} is damaged: {damaged}"), file=sys.stderr)
+            wrong = str(error)
+        if wrong:
+            print(printable(f"slm report: {wrong}"), file=sys.stderr)
             status = 1
     return status
 
@@ -113,23 +106,17 @@ def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Seque
         counts={state: n for state in STATES if (n := sum(row.state == state for row in rows))},
         refused=refused, plots=[(m, sweep_charts.scatter(m, shades)) for m in quality], shades=shades,
         shape=sweep_charts.shape, shapes=sweep_charts.shapes(), unit_of=sweep_charts.unit_of, facets=facets(rows),
-        staircase=staircase,
-        atlas=atlas.gather(rows), strip=atlas.strip, bar=sweep_charts.interval,
+        staircase=staircase, atlas=atlas.gather(rows), strip=atlas.strip, bar=sweep_charts.interval,
         reach=sweep_charts.reach(rows), tasks=list(dict.fromkeys(c.task for row in rows for c in row.tasks)),
-        corpora=corpora(rows), troubles=troubles(rows), resume=resume_command(folder, sweep),
+        corpora=list(dict.fromkeys(c for row in rows for side in row.measured.both for c in side.perplexity)),
+        troubles=troubles(rows), resume=resume_command(folder, sweep),
         stages=stage_costs(rows), warnings=warnings(rows), origin=origin(rows),
         command=shlex.join(["python", "-m", "slm_exp", "-m", *sweep.argv]) if sweep else "", about=about(rows),
         bound=sweep_charts.bound, zeroed=any(row.params.zeroed for row in rows),
-        unverified=say_unverified(row.run for row in rows if row.run),
-    )
+        unverified=say_unverified(row.run for row in rows if row.run))
     path = folder / "report.html"
     write_text(path, page)
     return path
-
-
-def corpora(rows: list[Row]) -> list[str]:
-    """Every text that some run has a perplexity on."""
-    return list(dict.fromkeys(c for row in rows for side in row.measured.both for c in side.perplexity))
 
 
 def troubles(rows: list[Row]) -> list[Trouble]:
@@ -151,20 +138,17 @@ def resume_command(folder: Path, sweep: SweepFolder | None) -> str | None:
     if sweep is None:
         return None
     inside = sweep.cwd and folder.resolve().is_relative_to(sweep.cwd)
-    where = os.path.relpath(folder.resolve(), sweep.cwd) if inside else str(folder)
-    return f"slm sweep resume {shlex.quote(where)}"
+    return f"slm sweep resume {shlex.quote(os.path.relpath(folder.resolve(), sweep.cwd) if inside else str(folder))}"
 
 
 def stage_costs(rows: list[Row]) -> list[StageCost]:
     """Every stage in the order of the first run that has it: how often computed, how often from the cache."""
-    stages: dict[str, list[StageTime]] = {}
-    for row in sorted(rows, key=lambda row: -len(row.record.stages)):
-        for stage in row.record.stages:
-            stages.setdefault(stage.name, []).append(stage)
+    every = [stage for row in sorted(rows, key=lambda row: -len(row.record.stages)) for stage in row.record.stages]
     out = []
-    for name, some in stages.items():
-        took = [stage.seconds for stage in some if not stage.cached]
-        out.append(StageCost(name, len(took), len(some) - len(took), sum(took), median(took) if took else None))
+    for name in dict.fromkeys(stage.name for stage in every):
+        took = [stage.seconds for stage in every if stage.name == name and not stage.cached]
+        cached = sum(stage.cached for stage in every if stage.name == name)
+        out.append(StageCost(name, len(took), cached, sum(took), median(took) if took else None))
     return out
 
 
@@ -180,33 +164,24 @@ def warnings(rows: list[Row]) -> list[tuple[str, list[Row]]]:
 def origin(rows: list[Row]) -> dict[str, list[str]]:
     """What made the runs; more than one value of a thing may be why numbers differ."""
     packages = ("slm_exp", "torch", "transformers", "lm_eval")
-    out: dict[str, list[str]] = {name: [] for name in ("code", "device", *packages)}
-    for row in rows:
-        git, device = row.record.git, row.record.device
-        if git:
-            out["code"].append(f"{git.commit[:12]}{' with uncommitted changes' if git.dirty else ''}")
-        if device:
-            out["device"].append(device.name or device.type)
-        for package in packages:
-            if version := row.record.versions.get(package):
-                out[package].append(version)
-    return {name: sorted(set(values)) for name, values in out.items() if values}
+    records = [row.record for row in rows]
+    out = {"code": {r.git.commit[:12] + (" with uncommitted changes" if r.git.dirty else "") for r in records if r.git},
+           "device": {r.device.name or r.device.type for r in records if r.device},
+           **{name: {version for r in records if (version := r.versions.get(name))} for name in packages}}
+    return {name: sorted(values) for name, values in out.items() if values}
 
 
-@dataclass(frozen=True)
-class About:
-    """What the runs have in common or not."""
+class About(NamedTuple):
+    """What the runs have in common or not: models with their notes, limits, calibrations."""
 
     models: list[tuple[str, str]]
-    """Names with their notes."""
     limits: list[int | None]
     calibrations: list[str]
 
 
 def about(rows: list[Row]) -> About:
-    """Models with their notes, limits, calibrations."""
     records = [row.record for row in rows if row.record]
     models = {record.model.name: record.model.note for record in records if record.model}
     limits = {record.member("evaluation").get("limit") for record in records}
-    drawn = {f"{c.source}, {c.size} tokens" for record in records if (c := record.calibration)}
+    drawn = {f"{c.source}, {c.size} tokens" for c in (record.calibration for record in records) if c}
     return About(sorted(models.items()), sorted(limits, key=order), sorted(drawn))

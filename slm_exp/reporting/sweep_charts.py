@@ -10,25 +10,22 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
 
-from slm_exp.reporting.measures import Z95, Measure, Point, ThresholdPath
+from slm_exp.reporting.measures import Z95, Measure, PathPlan, Point, ThresholdPath
+from slm_exp.reporting.page import size_change
 from slm_exp.reporting.results import Comparison
 from slm_exp.reporting.rows import Row, facets
 from slm_exp.reporting.svg import Axis, gridline, tag
 
 HEIGHT = 270.0
-SHAPES = (
-    '<circle r="5"/>',
-    '<path d="M0-6.5 6.5 0 0 6.5-6.5 0Z"/>',
-    '<path d="M0-6.2 6 4.6H-6Z"/>',
-    '<path d="M-4.8-4.8H4.8V4.8H-4.8Z"/>',
-    '<path d="M0 6.2 6-4.6H-6Z"/>',
-    '<path d="M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z"/>',
-)
-"""So many values of a setting have marks of their own, title apart by shape as well as by colour."""
+SHAPES = ('<circle r="5"/>', *(f'<path d="{d}"/>' for d in (
+    "M0-6.5 6.5 0 0 6.5-6.5 0Z", "M0-6.2 6 4.6H-6Z", "M-4.8-4.8H4.8V4.8H-4.8Z", "M0 6.2 6-4.6H-6Z",
+    "M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z")))
+"""So many values of a setting have marks of their own, told apart by shape as well as by colour."""
 FEW = 24
 """Up to so many marks show their intervals all the time; of more, only the one pointed at."""
 
@@ -40,7 +37,7 @@ class Shades:
     path: str | None
     values: tuple[Any, ...]
     choices: dict[str, tuple[Any, ...]]
-    """Settings by which the marks can be title apart, and their values."""
+    """Settings by which the marks can be told apart, and their values."""
 
     def of(self, row: Row) -> int:
         """Number of the mark."""
@@ -79,11 +76,10 @@ def scatter(measure: Measure, shades: Shades) -> Markup:
         shown += [end for p in points for end in p.interval or ()]
     up = Axis(shown, log=not measure.higher_is_better)
 
+    y = partial(up.down, height=HEIGHT)
+
     def x(params: float) -> str:
         return across.across(params / factor)
-
-    def y(value: float) -> float:
-        return up.down(value, HEIGHT)
 
     parts = [gridline(y(tick), up.label(tick)) for tick in up.ticks]
     dense = {p.params for p in points if p.row is None}
@@ -97,9 +93,9 @@ def scatter(measure: Measure, shades: Shades) -> Markup:
             parts.append(tag("text", text, x=at, y=HEIGHT + 33, class_="mid second"))
     front = measure.front
     for here, after in itertools.pairwise(front):  # a staircase: the smaller model is the best up to there
-        step = (x(here.params), x(after.params), y(here.value), y(after.value))
-        parts.append(tag("line", x1=step[0], x2=step[1], y1=step[2], y2=step[2], class_="front"))
-        parts.append(tag("line", x1=step[1], x2=step[1], y1=step[2], y2=step[3], class_="front"))
+        x1, x2, y1, y2 = x(here.params), x(after.params), y(here.value), y(after.value)
+        parts.append(tag("line", x1=x1, x2=x2, y1=y1, y2=y1, class_="front"))
+        parts.append(tag("line", x1=x2, x2=x2, y1=y1, y2=y2, class_="front"))
     parts += [_mark(point, measure, shades, x(point.params), y, few=len(points) <= FEW)
               for point in sorted(points, key=lambda p: (p.row is not None, p.params, p.value))]
     label = (f"{measure.name} ({measure.unit}) over parameters: {sum(p.row is not None for p in points)} runs, "
@@ -121,28 +117,25 @@ def _mark(point: Point, measure: Measure, shades: Shades, x: str, y: Callable[[f
         spread = f" (95 % interval {' to '.join(measure.show(v) for v in point.interval)})"
         parts.append(tag("line", x1=x, x2=x, y1=y(point.interval[0]), y2=y(point.interval[1]),
                          class_="whisker" if few else "whisker rare"))
-    value = f"{measure.name} {measure.show(point.value)}{spread}"
+    value, (_, size) = f"{measure.name} {measure.show(point.value)}{spread}", size_change(point.params, point.params)
     if point.row is None:
-        title = f"dense model: {value}; {_count(point.params)} parameters"
+        title = f"dense model: {value}; {size} parameters"
         mark = tag("circle", cx=x, cy=y(point.value), r=5.5, class_="dense")
         return tag("g", tag("title", title), *parts, mark, class_="point", role="img", aria_label=title)
     row = point.row
     layers = row.record.layers.after
-    title = (f"{row.title}: {value}; {_count(point.params)} parameters, {100 * (row.removed or 0):.1f} % removed"
+    title = (f"{row.title}: {value}; {size} parameters, {100 * (row.removed or 0):.1f} % removed"
             f"{f', {layers} layers' if layers else ''}{'; on the front' if point.front else ''}")
     k = shades.of(row)
     if point.front:
         parts.append(tag("circle", cx=x, cy=y(point.value), r=9.5, class_="ring"))
     parts.append(tag("use", href=f"#shape-{k}", x=x, y=y(point.value), class_="mark"))
-    return tag("a", tag("title", title), *parts, href=f"{row.address}/report.html", class_=f"point s{k}",
+    return _link(row, title, parts, k)
+
+
+def _link(row: Row, title: str, marks: Sequence[Markup], k: int) -> Markup:
+    return tag("a", tag("title", title), *marks, href=f"{row.address}/report.html", class_=f"point s{k}",
                data_run=row.name)
-
-
-def _count(params: int) -> str:
-    for unit, factor, digits in (("B", 1e9, 2), ("M", 1e6, 1), ("k", 1e3, 1)):
-        if params >= factor:
-            return f"{params / factor:.{digits}f} {unit}"
-    return str(params)
 
 
 @dataclass(frozen=True)
@@ -161,9 +154,9 @@ class Step:
 @dataclass(frozen=True)
 class Staircase:
     chart: Markup
-    steps: tuple[Step, ...]
-    paths: tuple[ThresholdPath, ...]
-    notes: tuple[str, ...]
+    steps: Sequence[Step]
+    paths: Sequence[ThresholdPath]
+    notes: Sequence[str]
     """What sets a path apart from the runs."""
 
 
@@ -202,21 +195,19 @@ def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shade
     for path in drawn:
         parts.append(tag("g", tag("title", f"{path.source}: {len(path.plans)} plans, {path.member('merge_rule')} by "
                                               f"{path.member('similarity')}"),
-                         *_stairs([(p.threshold_low, p.threshold_high, p.n_layers) for p in path.plans], x, y),
-                         class_="exact"))
+                         *_stairs(path.plans, x, y), class_="exact"))
         parts += [tag("rect", x=x(a), y=0, height=HEIGHT, class_="unknown",
                       width=f"{100 * (across.at(b) - across.at(a)):.2f}%") for a, b in path.unknown]
     for step in steps:
         k, at = shades.of(step.row), y(step.n_layers, step.series)
         title = (f"{step.row.title}: {step.n_layers} layers; the same for every threshold from {bound(step.low)} to "
                 f"{bound(step.high)}")
-        line = tag("line", x1=x(step.low), x2=x(step.high), y1=at, y2=at, class_="tread")
-        mark = tag("use", href=f"#shape-{k}", x=x(step.threshold), y=at, class_="mark")
-        parts.append(tag("a", tag("title", title), line, mark, href=f"{step.row.address}/report.html",
-                         class_=f"point s{k}", data_run=step.row.name))
+        marks = (tag("line", x1=x(step.low), x2=x(step.high), y1=at, y2=at, class_="tread"),
+                 tag("use", href=f"#shape-{k}", x=x(step.threshold), y=at, class_="mark"))
+        parts.append(_link(step.row, title, marks, k))
     label = f"Layers over threshold: {len(steps)} runs" + (f" and {len(drawn)} exact paths." if drawn else ".")
     chart = tag("svg", *parts, width="100%", height=HEIGHT, role="group", class_="chart points", aria_label=label)
-    return Staircase(chart, tuple(steps), tuple(drawn), tuple(notes))
+    return Staircase(chart, steps, drawn, notes)
 
 
 def _steps(rows: Sequence[Row]) -> list[Step]:
@@ -237,13 +228,11 @@ def _steps(rows: Sequence[Row]) -> list[Step]:
     return sorted(out, key=lambda s: (s.series, s.threshold))
 
 
-def _stairs(
-    plans: Sequence[tuple[float, float, int]], x: Callable[[float], str], y: Callable[[float], float]
-) -> list[Markup]:
-    parts = [tag("line", x1=x(low), x2=x(high), y1=y(n), y2=y(n)) for low, high, n in plans]
-    parts += [tag("line", x1=x(b[0]), x2=x(b[0]), y1=y(a[2]), y2=y(b[2]))
-              for a, b in itertools.pairwise(plans) if a[1] == b[0]]
-    return parts
+def _stairs(plans: Sequence[PathPlan], x: Callable[[float], str], y: Callable[[float], float]) -> list[Markup]:
+    treads = [tag("line", x1=x(p.threshold_low), x2=x(p.threshold_high), y1=y(p.n_layers), y2=y(p.n_layers))
+              for p in plans]
+    return treads + [tag("line", x1=x(b.threshold_low), x2=x(b.threshold_low), y1=y(a.n_layers), y2=y(b.n_layers))
+                     for a, b in itertools.pairwise(plans) if a.threshold_high == b.threshold_low]
 
 
 def bound(threshold: float) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
 from slm_exp.core.errors import CheckpointError
@@ -31,16 +32,34 @@ from slm_exp.runs.schema import Record
 from slm_exp.runs.state import remove_stale
 
 ROWS, LENGTH = 2, 32  # tokens whose logits are compared
+CARD = """\
+---
+{front}
+---
+
+# {base}, {after} of {before} layers
+
+Made from **{base}**{note} by merging decoder layers.
+
+{facts}
+
+{run}## Licence
+
+These weights derive from {base}; its licence and terms of use hold for them too.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({load})
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
 
 
-def save_checkpoint(
-    compressed: ModelHandle,
-    folder: Path,
-    plan: MergePlan,
-    tokens: CalibrationTokens | None = None,
-    record: Json | None = None,
-    max_shard_size: str = "5GB",
-) -> Json:
+def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, tokens: CalibrationTokens | None = None,
+                    record: Json | None = None, max_shard_size: str = "5GB") -> Json:
     """Write a model to `folder`: safetensors, config, generation config, tokenizer, plan.json and a model card.
 
     Everything goes to a temporary folder beside it, is reloaded there by a fresh process (see
@@ -76,13 +95,9 @@ def save_checkpoint(
         verified = verify_checkpoint(tmp, compressed, tokens)
         _flush(tmp)
         _replace(tmp, folder)
-    except Exception as cause:
-        if isinstance(cause, OSError) or type(cause).__name__ == "SafetensorError":  # the latter is Rust's I/O error
-            raise CheckpointError(
-                f"{folder} could not be written ({cause}). Free space there, choose another "
-                "hydra.run.dir, or set save_model=false."
-            ) from cause
-        raise
+    except (OSError, SafetensorError) as cause:  # the latter is Rust's I/O error
+        raise CheckpointError(f"{folder} could not be written ({cause}). Free space there, choose another "
+                              "hydra.run.dir, or set save_model=false.") from cause
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return verified
@@ -107,19 +122,14 @@ def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: Calibration
         ran = subprocess.run(
             [sys.executable, "-P", str(script), where],  # -P: the script's folder stays off the import path
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_MODULES_CACHE": where},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+            capture_output=True, text=True, check=False)
         try:
             result = json.loads((Path(where) / "result.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             last = ran.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise CheckpointError(
-                f"the process that reloads {folder} ended with status {ran.returncode}: {last[0]}"
-            ) from None
-    error = result.pop("error")
-    if error:
+            raise CheckpointError(f"the process that reloads {folder} ended with status {ran.returncode}: "
+                                  f"{last[0]}") from None
+    if error := result.pop("error"):
         raise CheckpointError(f"the checkpoint does not reload as the model in memory: {error}.")
     return {**result, "tolerance": expected["tolerance"], "device": expected["device"]}
 
@@ -138,15 +148,10 @@ def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens
     exact = same and model.dtype == torch.float32
     scale = max(1.0, float(logits_NTV.abs().max()))
     expected = {
-        "folder": str(folder.resolve()),
-        "tensors": tensor_digests(model),
-        "tied": embedding.data_ptr() == head.data_ptr(),
-        "tokenizer": compressed.tokenizer is not None,
-        "tokens": np.asarray(ids).tolist(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "exact": exact,
+        "folder": str(folder.resolve()), "tensors": tensor_digests(model),
+        "tied": embedding.data_ptr() == head.data_ptr(), "tokenizer": compressed.tokenizer is not None,
+        "tokens": np.asarray(ids).tolist(), "device": device, "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(), "exact": exact,
         "own_code": has_own_code(compressed.config),
         "tolerance": 1e-5 if exact else (1e-3 if same else 5e-2) * scale,
         "kv_tolerance": (1e-3 if exact else 5e-2) * scale,
@@ -182,10 +187,10 @@ def _savable(generation: GenerationConfig | None) -> Iterator[None]:
         return
     before = generation.do_sample
     try:
-        generation.validate(strict=True)
-    except ValueError:
-        generation.do_sample = True
-    try:
+        try:
+            generation.validate(strict=True)
+        except ValueError:
+            generation.do_sample = True
         yield
     finally:
         generation.do_sample = before
@@ -203,11 +208,9 @@ def _flush(folder: Path) -> None:
 
 def _replace(new: Path, folder: Path) -> None:
     """Give `new` the name `folder`; what had it before disappears afterwards."""
-    if not folder.exists():
-        os.replace(new, folder)
-        return
     old = new.with_suffix(".old")
-    os.replace(folder, old)
+    if folder.exists():
+        os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -215,11 +218,9 @@ def _replace(new: Path, folder: Path) -> None:
 def model_card(compressed: ModelHandle, plan: MergePlan, record: Record) -> str:
     """README.md of a checkpoint: what it was made from and how, sizes, licence, how to load it."""
     base = compressed.lineage.get("base", compressed.name)
-    front = ["library_name: transformers", "tags: [layer-merging, depth-pruning]"]
-    if "/" in base:
-        front.append(f"base_model: {base}")
-    before = record.params.before
-    after = compressed.n_params
+    front = ["library_name: transformers", "tags: [layer-merging, depth-pruning]",
+             *([f"base_model: {base}"] if "/" in base else [])]
+    before, after = record.params.before, compressed.n_params
     size = f"{after:,} parameters" + (f", {before:,} before ({1 - after / before:.1%} removed)" if before else "")
     merged = ", ".join(f"{g.start}..{g.stop - 1}" for g in plan.groups) or "none"
     dropped = ", ".join(map(str, plan.dropped)) or "none"
@@ -228,58 +229,32 @@ def model_card(compressed: ModelHandle, plan: MergePlan, record: Record) -> str:
     threshold = "" if plan.threshold is None else f", threshold {plan.threshold:g}"
     own_code = has_own_code(compressed.config)
     load = '"path/to/this/folder", trust_remote_code=True' if own_code else '"path/to/this/folder"'
-    lines = [
-        "---",
-        *front,
-        "---",
-        "",
-        f"# {base}, {plan.n_layers_out} of {plan.n_layers} layers",
-        "",
-        f"Made from **{base}**{f' ({compressed.note})' if compressed.note else ''} by merging decoder layers.",
-        "",
-        f"- Size: {size}.",
-        f"- Layers merged into one: {merged}. Layers removed: {dropped}.",
-        *([f"- Sublayers whose output is zero (of the original layers): {zeros}. The checkpoint holds them; an engine "
+    facts = [
+        f"Size: {size}.", f"Layers merged into one: {merged}. Layers removed: {dropped}.",
+        *([f"Sublayers whose output is zero (of the original layers): {zeros}. The checkpoint holds them; an engine "
            "that skips them could leave them out."] if plan.sublayers else []),
-        f"- Method {plan.method or 'given plan'}, merge rule {plan.rule or 'none'}, similarity "
+        f"Method {plan.method or 'given plan'}, merge rule {plan.rule or 'none'}, similarity "
         f"{plan.similarity or 'none'}{threshold}{score}.",
-        *(["- The residual stream after every cut is rescaled (magnitude compensation, arXiv:2507.18212)."]
+        *(["The residual stream after every cut is rescaled (magnitude compensation, arXiv:2507.18212)."]
           if "compensation" in plan.effect() else []),
-        *_width_lines(plan.width, own_code),
-        *([f"- Recovered by {recovered['name']}."] if (recovered := compressed.lineage.get("recovery")) else []),
-        "- The whole decision is in `plan.json`.",
-        "",
+        *_width_facts(plan.width, own_code),
+        *([f"Recovered by {recovered['name']}."] if (recovered := compressed.lineage.get("recovery")) else []),
+        "The whole decision is in `plan.json`.",
     ]
-    if record.run_id:
-        command = shlex.join(["python", "-m", "slm_exp", *record.overrides])
-        lines += [f"Run {record.run_id}:", "", "```sh", command, "```", ""]
-    lines += [
-        "## Licence",
-        "",
-        f"These weights derive from {base}; its licence and terms of use hold for them too.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained({load})",
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    command = shlex.join(["python", "-m", "slm_exp", *record.overrides])
+    return CARD.format(
+        front="\n".join(front), base=base, after=plan.n_layers_out, before=plan.n_layers, load=load,
+        note=f" ({compressed.note})" if compressed.note else "", facts="\n".join(f"- {fact}" for fact in facts),
+        run=f"Run {record.run_id}:\n\n```sh\n{command}\n```\n\n" if record.run_id else "")
 
 
-def _width_lines(width: WidthDecision | None, own_code: bool) -> list[str]:
+def _width_facts(width: WidthDecision | None, own_code: bool) -> list[str]:
     """What the card says of narrowed layers; nothing where there are none."""
     if not width:
         return []
     share = "" if width.reached is None else f"{width.reached:.1%} of the decoder layers' parameters, "
-    lines = [f"- Width pruned by {width.method or 'hand'}, {width.order} the layers: {share}whole attention heads and "
-             "MLP channels."]
-    if own_code:
-        lines.append("- **Layers have widths of their own**, which no ordinary config describes. The folder brings the "
-                     "code that builds them (`modeling_layerwise.py`): load it with `trust_remote_code=True`, or with "
-                     "`model=hf model.path=...` of slm_exp, which has that code itself.")
-    return lines
+    own = ("**Layers have widths of their own**, which no ordinary config describes. The folder brings the code that "
+           "builds them (`modeling_layerwise.py`): load it with `trust_remote_code=True`, or with `model=hf "
+           "model.path=...` of slm_exp, which has that code itself.")
+    return [f"Width pruned by {width.method or 'hand'}, {width.order} the layers: {share}whole attention heads and MLP "
+            "channels.", *([own] if own_code else [])]

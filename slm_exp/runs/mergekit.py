@@ -73,24 +73,21 @@ def mergekit(plan: MergePlan, model: str, dtype: str | None, source: str = "") -
         PlanError: what cannot be expressed, by name.
     """
     check(plan, model)
-    members = _members(plan)
     head = {"dtype": dtype} if dtype else {}
-    parts = {
-        name: {"name": name, "merge_method": "passthrough", **head, "slices": _slices(plan, model, place)}
-        for name, place in members.items()
-    }
+    parts = {name: {"merge_method": "passthrough", **head, "slices": _slices(plan, model, place)}
+             for name, place in _members(plan).items()}
     if len(parts) == 1:
-        (document,) = parts.values()
-        documents = [{k: v for k, v in document.items() if k != "name"}]
+        documents = [*parts.values()]
         command = "mergekit-yaml FILE FOLDER"
     else:
         mixed = [{"model": name, "parameters": {"weight": _weights(plan, at)}} for at, name in enumerate(parts)]
-        documents = [*parts.values(), {"merge_method": "linear", **head, "models": mixed}]
+        documents = [*({"name": name, **part} for name, part in parts.items()),
+                     {"merge_method": "linear", **head, "models": mixed}]
         # its model card asks the hub for the documents' names
         command = "mergekit-multi FILE -I SCRATCH --out-path FOLDER --no-write-model-card"
-    title = f"# {command}\n# slm export {source} (slm_exp {__version__}): {plan.n_layers_out} of {plan.n_layers} layers"
-    groups = "1 group" if len(plan.groups) == 1 else f"{len(plan.groups)} groups"
-    title += (f", {groups} merged by {plan.rule}" if plan.groups else "") + "\n"
+    merged = f", {len(plan.groups)} group{'s' if len(plan.groups) > 1 else ''} merged by {plan.rule}"
+    title = (f"# {command}\n# slm export {source} (slm_exp {__version__}): {plan.n_layers_out} of {plan.n_layers} "
+             f"layers{merged if plan.groups else ''}\n")
     written = (yaml.safe_dump(d, sort_keys=False, default_flow_style=None, width=112) for d in documents)
     return title + "---\n".join(written)
 
@@ -107,8 +104,7 @@ def check(plan: MergePlan, model: str) -> None:
     kinds = sorted(set(map(str, kinds))) if isinstance(kinds, list) else []
     if len(kinds) > 1:
         raise PlanError(f"layer_types = {', '.join(kinds)}: mergekit does not move a layer's attention kind with it.")
-    count = config.get("num_hidden_layers", plan.n_layers)
-    if count != plan.n_layers:
+    if (count := config.get("num_hidden_layers", plan.n_layers)) != plan.n_layers:
         raise PlanError(f"the plan is for {plan.n_layers} layers; {model} has {count}.")
 
 
@@ -131,10 +127,8 @@ def _slices(plan: MergePlan, model: str, place: Callable[[Group], int]) -> list[
         at = place(slot)
         factors = {m: 0.0 if (slot.start, kind) in removed else scale for kind, names in OUTPUTS.items() for m in names}
         scaled = {m: f for m, f in factors.items() if f != 1}
-        if runs and runs[-1][1] == at and runs[-1][2] == scaled:
-            runs[-1] = (runs[-1][0], at + 1, scaled)
-        else:
-            runs.append((at, at + 1, scaled))
+        extends = runs and runs[-1][1:] == (at, scaled)
+        runs.append((runs.pop()[0] if extends else at, at + 1, scaled))
     out = []
     for start, stop, scaled in runs:
         source: JsonObject = {"model": model, "layer_range": [start, stop]}
@@ -150,10 +144,7 @@ def _weights(plan: MergePlan, member: int) -> list[JsonObject]:
     lowest = 1.0 if member == 0 else 0.0
     out: list[JsonObject] = [{"filter": "norm", "value": lowest}, {"filter": "bias", "value": lowest}]
     for at, slot in enumerate(plan.slots):
-        k = slot.stop - slot.start
-        if k == 1:
-            continue
-        weights = WEIGHTS[plan.rule](k)
-        mine = weights.get(k - 1 if plan.rule == "top_layer" and member else member, 0.0)
-        out.append({"filter": f"layers.{at}.", "value": mine})
+        if (k := slot.stop - slot.start) > 1:
+            mine = WEIGHTS[plan.rule](k).get(k - 1 if plan.rule == "top_layer" and member else member, 0.0)
+            out.append({"filter": f"layers.{at}.", "value": mine})
     return [*out, {"value": lowest}]

@@ -9,8 +9,8 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from slm_exp.core.errors import SlmError
 from slm_exp.core.format import printable
@@ -18,12 +18,10 @@ from slm_exp.runs.record import Run, say_unverified
 from slm_exp.runs.state import in_use
 
 
-@dataclass(frozen=True)
-class OfflineRun:
-    """One `wandb/offline-run-<stamp>-<id>/` folder."""
+class OfflineRun(NamedTuple):
+    """One `wandb/offline-run-<stamp>-<id>/` folder, by its transaction log `run-<id>.wandb`."""
 
     log: Path
-    """Its transaction log, `run-<id>.wandb`."""
 
     @property
     def folder(self) -> Path:
@@ -31,18 +29,13 @@ class OfflineRun:
 
     @property
     def run_folder(self) -> Path:
-        """The experiment's folder, which holds `wandb/`."""
+        """The experiment's folder, which holds `wandb/`, and the lock of a process that still writes it."""
         return self.folder.parent.parent
 
     @property
     def sent(self) -> bool:
         """W&B's own marker, so that `wandb sync` and `wandb clean` agree with us."""
         return self.log.with_suffix(".wandb.synced").exists()
-
-    @property
-    def in_progress(self) -> bool:
-        """Whether a process is still writing it: that process holds the run folder's lock."""
-        return in_use(self.run_folder)
 
 
 def find_offline_runs(folders: Sequence[Path]) -> list[OfflineRun]:
@@ -55,9 +48,9 @@ def find_offline_runs(folders: Sequence[Path]) -> list[OfflineRun]:
             if log.parent.name.startswith("offline-run-")}
     newest: dict[tuple[Path, str], OfflineRun] = {}
     for log in sorted(logs, key=lambda p: (p.parent.name[:27], p.stat().st_mtime_ns)):  # offline-run-YYYYMMDD_HHMMSS
-        run = OfflineRun(log)
-        newest.pop((run.run_folder, log.name), None)
-        newest[run.run_folder, log.name] = run
+        at = (log.parents[2], log.name)
+        newest.pop(at, None)
+        newest[at] = OfflineRun(log)
     return list(newest.values())
 
 
@@ -96,26 +89,23 @@ def send(runs: Sequence[OfflineRun]) -> None:
         subprocess.run(command, cwd=scratch, check=False,
                        env={**os.environ, "WANDB_DIR": scratch, "WANDB_BASE_URL": url},
                        stdin=subprocess.DEVNULL)  # never ask for a key: say what is missing instead
-    left = [run for run in runs if not run.sent]
-    if left:
-        raise SlmError(
-            f"{len(left)} of {len(runs)} runs not sent, the first {left[0].folder}; W&B's reason is above. "
-            "Without a key: `wandb login`, or WANDB_API_KEY. Run the same command again to send the rest."
-        )
+    if left := [run for run in runs if not run.sent]:
+        raise SlmError(f"{len(left)} of {len(runs)} runs not sent, the first {left[0].folder}; W&B's reason is above. "
+                       "Without a key: `wandb login`, or WANDB_API_KEY. Run the same command again to send the rest.")
 
 
 def sync(folders: Sequence[Path], dry_run: bool = False, verify: bool = False) -> int:
     """`slm sync`: send what was not sent, but runs that go on and damaged ones. 1 where a run was not sent."""
     found = find_offline_runs(folders)
     waiting = [run for run in found if not run.sent]
-    busy = [run for run in waiting if run.in_progress]
-    damage = {run: read.damage for run in waiting if run not in busy and (read := _read(run.run_folder, verify))}
-    due = [run for run in waiting if run not in busy and not damage.get(run)]
+    busy = [run for run in waiting if in_use(run.run_folder)]
+    reads = {run: _read(run.run_folder, verify) for run in waiting if run not in busy}
+    damage = {run: read.damage for run, read in reads.items() if read and read.damage}
+    due = [run for run in reads if run not in damage]
     for run in busy:
         print(f"still running, left for later: {run.run_folder}")
     for run, what in damage.items():
-        if what:
-            print(printable(f"slm sync: {run.run_folder} is damaged and is not sent: {what}"), file=sys.stderr)
+        print(printable(f"slm sync: {run.run_folder} is damaged and is not sent: {what}"), file=sys.stderr)
     if dry_run:
         for run in due:
             print(f"would send {run.folder}")
@@ -125,11 +115,11 @@ def sync(folders: Sequence[Path], dry_run: bool = False, verify: bool = False) -
         except SlmError as error:
             print(f"slm sync: {error}", file=sys.stderr)
             return 1
-    if unverified := say_unverified(read for run in due if (read := _read(run.run_folder))):
+    if unverified := say_unverified(read for run in due if (read := reads[run])):
         print(unverified)
     print(f"{len(due)} {'to send' if dry_run else 'sent'}, {len(found) - len(waiting)} sent before, {len(busy)} still "
           "running.")
-    return int(any(damage.values()))
+    return int(bool(damage))
 
 
 def _read(folder: Path, verify: bool = False) -> Run | None:

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -31,19 +32,18 @@ DECISIVE = ("slm_exp", "torch", "transformers", "lm_eval")
 """Versions that a finished record is compared by; others change no number that is known of."""
 
 
+@dataclass(eq=False)
 class Run:
-    """One run, read once.
+    """One run, read once."""
 
-    Args:
-        record: if it is not the one on disk, or not yet.
-        verify: check the digests of large files too.
-        on_disk: False for the record of a run that goes on, which cannot be checked yet.
-    """
-
-    def __init__(self, folder: Path, record: Record, verify: bool = False, on_disk: bool = True) -> None:
-        self.folder, self.record, self.verify, self.on_disk = folder, record, verify, on_disk
-        self.unreadable: list[Problem] = []
-        """Files that could not be read when they were wanted."""
+    folder: Path
+    record: Record
+    verify: bool = False
+    """Check the digests of large files too."""
+    on_disk: bool = True
+    """False for the record of a run that goes on, which cannot be checked yet."""
+    unreadable: list[Problem] = field(default_factory=list)
+    """Files that could not be read when they were wanted."""
 
     @classmethod
     def read(cls, folder: Path, verify: bool = False) -> Self:
@@ -57,9 +57,7 @@ class Run:
             return cls(folder, Record.of(read_json(path)), verify)
         except FileNotFoundError:
             raise SlmError(f"{folder} holds no record.json; give the folder of a run, e.g. outputs/<run_id>.") from None
-        except OSError as error:
-            raise SlmError(f"{path} cannot be read: {error}. Run the experiment again.") from None
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise SlmError(f"{path} cannot be read: {str(error).rstrip('.')}. Run the experiment again.") from None
 
     @property
@@ -69,15 +67,16 @@ class Run:
     @cached_property
     def problems(self) -> tuple[Problem, ...]:
         """In what record and files differ from what was written; small files are read."""
-        record, found = self.record, []
+        record = self.record
         if not self.on_disk:
             return ()
-        if record.digest is not None:
-            if record.digest != record_digest(record.raw):
-                found.append(Problem(FILE, "was changed after it was written: its digest is not that of its contents"))
-        elif record.files:
-            found.append(Problem(FILE, "lists files and has no digest of its own"))
-        return (*found, *problems(self.folder, record.files, self.verify))
+        wrong = ""
+        if record.digest is None and record.files:
+            wrong = "lists files and has no digest of its own"
+        elif record.digest is not None and record.digest != record_digest(record.raw):
+            wrong = "was changed after it was written: its digest is not that of its contents"
+        own = [Problem(FILE, wrong)] if wrong else []
+        return (*own, *problems(self.folder, record.files, self.verify))
 
     @property
     def unverified(self) -> bool:
@@ -97,9 +96,7 @@ class Run:
     @property
     def damage(self) -> str:
         """What differs, and the command that computes it again; empty where nothing does."""
-        if not self.problems:
-            return ""
-        return f"{'; '.join(map(str, self.problems))}. Computed again by: {self.again}"
+        return f"{'; '.join(map(str, self.problems))}. Computed again by: {self.again}" if self.problems else ""
 
     @property
     def again(self) -> str:
@@ -129,8 +126,9 @@ class Run:
             return None
         try:
             loaded = LayerSimilarity.load(self.folder)
-            if loaded.matrix_LL.ndim != 2 or len(set(loaded.matrix_LL.shape)) != 1 or not loaded.matrix_LL.size:
-                raise ValueError(f"a matrix of shape {loaded.matrix_LL.shape}")
+            shape = loaded.matrix_LL.shape
+            if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
+                raise ValueError(f"a matrix of shape {shape}")
             return loaded
         except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds, MemoryError among them
             self.unreadable.append(Problem(path.name, f"cannot be read ({type(error).__name__}: {error})"))
@@ -148,16 +146,11 @@ class Run:
         """The file of one model's answers to a task, document by document."""
         return self.folder / "samples" / which / f"{task}.jsonl.gz"
 
-    @property
-    def checkpoint(self) -> Path | None:
-        """The saved model's folder; None where there is none."""
-        return folder if ((folder := self.folder / CHECKPOINT) / "config.json").is_file() else None
-
     def is_result_of(self, run_id: str, with_model: bool = False) -> bool:
         """Whether this is the finished result of a run of this package version, whole (and with its checkpoint)."""
         return (self.state == FINISHED and self.record.run_id == run_id
                 and self.record.versions.get("slm_exp") == __version__
-                and (self.checkpoint is not None or not with_model))
+                and (not with_model or (self.folder / CHECKPOINT / "config.json").is_file()))
 
     def made_otherwise(self) -> str:
         """How code and versions that made it differ from those here: `torch 2.12.0 (here 2.13.0)`; else empty."""
@@ -185,12 +178,10 @@ def finished_run(folder: Path, run_id: str, with_model: bool = False, exact: boo
             (`cache.accept=exact`); else a difference is said in one line.
     """
     run = read_run(folder)
-    if run is None:
-        return None
-    if run.state == DAMAGED:
+    if run and run.state == DAMAGED:
         log.warning("the result in %s is damaged and is computed again: %s", folder,
                     printable("; ".join(map(str, run.problems))))
-    if not run.is_result_of(run_id, with_model):
+    if run is None or not run.is_result_of(run_id, with_model):
         return None
     other = run.made_otherwise() or ("the record of an older version does not say" if exact and run.unverified else "")
     if other and exact:
@@ -220,11 +211,10 @@ def write_record(folder: Path, record: JsonObject) -> None:
 
 def say_unverified(runs: Iterable[Run]) -> str | None:
     """One line about finished runs of which nothing can be checked; None where there are none."""
-    count = sum(run.unverified for run in runs)
-    if not count:
+    if not (count := sum(run.unverified for run in runs)):
         return None
-    return (f"Unverified: {count} run{'s' if count > 1 else ''} of an older version, whose record"
-            f"{'s list' if count > 1 else ' lists'} neither files nor digests.")
+    some, they = ("run", "record lists") if count == 1 else ("runs", "records list")
+    return f"Unverified: {count} {some} of an older version, whose {they} neither files nor digests."
 
 
 def versions() -> dict[str, str | None]:
@@ -262,7 +252,6 @@ def check_writable(folder: Path) -> None:
         for path in made:  # leave no trace of the check
             path.rmdir()
     except OSError as error:
-        raise ConfigError(
-            f"hydra.run.dir / hydra.sweep.dir = {folder}; expected a folder that can be written ({error.strerror}). "
-            "Choose another with hydra.run.dir=FOLDER (single run) or hydra.sweep.dir=FOLDER (multirun)."
-        ) from None
+        raise ConfigError(f"hydra.run.dir / hydra.sweep.dir = {folder}; expected a folder that can be written "
+                          f"({error.strerror}). Choose another with hydra.run.dir=FOLDER (single run) or "
+                          "hydra.sweep.dir=FOLDER (multirun).") from None

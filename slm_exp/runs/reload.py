@@ -27,17 +27,10 @@ def tensor_digests(model: Any) -> dict[str, str]:
 
     out = {}
     for name, tensor in model.state_dict().items():
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(flat.numpy())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         out[name] = found.hexdigest()[:16]
     return out
-
-
-def first_then_one_by_one(tokens_NT: Any) -> list[Any]:
-    """Tokens as generation feeds them: a prompt at once, then `NEW_TOKENS` singly."""
-    prompt = max(1, tokens_NT.shape[1] - NEW_TOKENS)
-    return [tokens_NT[:, :prompt], *tokens_NT[:, prompt:].split(1, dim=1)]
 
 
 def check(expected: Json, logits_NTV: Any) -> Json:
@@ -49,14 +42,8 @@ def check(expected: Json, logits_NTV: Any) -> Json:
     torch.set_num_threads(expected["threads"])
     torch.set_deterministic_debug_mode("error" if expected["deterministic"] else "default")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto",
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=expected["own_code"],
-        output_loading_info=True,
-        device_map="auto" if device == "auto" else None,
-    )
+        folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=expected["own_code"],
+        output_loading_info=True, device_map="auto" if device == "auto" else None)
     model, info = loaded
     if device != "auto":
         model.to(device)
@@ -84,8 +71,9 @@ def check(expected: Json, logits_NTV: Any) -> Json:
         return {**result, "error": f"logits differ by {off:.3g}"}
 
     cached_NTV, cache = [], None
+    prompt = max(1, tokens_NT.shape[1] - NEW_TOKENS)
     with torch.inference_mode():
-        for some_NT in first_then_one_by_one(tokens_NT):
+        for some_NT in (tokens_NT[:, :prompt], *tokens_NT[:, prompt:].split(1, dim=1)):  # as generation feeds them
             out = model(some_NT, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             cached_NTV.append(out.logits.float().cpu())
@@ -93,18 +81,8 @@ def check(expected: Json, logits_NTV: Any) -> Json:
     result["kv_cache_off"] = off
     if not off <= expected["kv_tolerance"]:
         return {**result, "error": f"logits with the KV cache differ by {off:.3g}"}
-    texts = [
-        model.generate(
-            tokens_NT[:1],
-            attention_mask=torch.ones_like(tokens_NT[:1]),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=NEW_TOKENS,
-            use_cache=cached,
-            pad_token_id=0,
-        )
-        for cached in (True, False)
-    ]
+    texts = [model.generate(tokens_NT[:1], attention_mask=torch.ones_like(tokens_NT[:1]), do_sample=False, num_beams=1,
+                            max_new_tokens=NEW_TOKENS, use_cache=cached, pad_token_id=0) for cached in (True, False)]
     if expected["exact"] and not torch.equal(*texts):
         return {**result, "error": "generated text with and without the KV cache differs"}
     if "slm_exp" in sys.modules:

@@ -222,7 +222,7 @@ class Recovery(Section):
 
     @field_validator("examples", "layers", mode="before")
     @classmethod
-    def _otherwise_told(cls, value: Any) -> Any:
+    def _count_alone(cls, value: Any) -> Any:
         """Some recoveries say only how many."""
         return value if isinstance(value, dict | list) else None if value is None else {}
 

@@ -82,17 +82,9 @@ class Cell:
 
     def to_json(self) -> JsonObject:
         """A row of index.json and of `slm sweep status --json`."""
-        return {
-            "run_id": self.job.run_id,
-            "slug": self.job.slug,
-            "state": self.state,
-            "stage": self.stage,
-            "error": self.error,
-            "seconds": self.seconds,
-            "from_cache": self.from_cache,
-            "overrides": list(self.job.overrides),
-            "folder": str(self.job.folder),
-        }
+        return {"run_id": self.job.run_id, "slug": self.job.slug, "state": self.state, "stage": self.stage,
+                "error": self.error, "seconds": self.seconds, "from_cache": self.from_cache,
+                "overrides": list(self.job.overrides), "folder": str(self.job.folder)}
 
 
 def read_cell(job: Job) -> Cell:
@@ -101,11 +93,12 @@ def read_cell(job: Job) -> Cell:
     if run is None:
         if in_use(job.folder):
             return Cell(job, RUNNING)
-        last = last_lines(job.folder / LOG, 1)
-        return Cell(job, DIED if last else WAITING, error=last[0].strip() if last else None)
+        last = "".join(last_lines(job.folder / LOG, 1)).strip()
+        return Cell(job, DIED if last else WAITING, error=last or None)
     record = run.record
-    other = run.made_otherwise() if run.is_result_of(job.run_id, job.save_model) else ""
-    if run.is_result_of(job.run_id, job.save_model) and not (job.exact and other):
+    is_result = run.is_result_of(job.run_id, job.save_model)
+    other = run.made_otherwise() if is_result else ""
+    if is_result and not (job.exact and other):
         cached = {stage.name: stage.cached for stage in record.stages}
         return Cell(job, FINISHED, seconds=record.seconds, made_otherwise=other,
                     from_cache=all(cached.get(name, False) for name in CACHEABLE))
@@ -136,19 +129,16 @@ def note_death(job: Job, message: str) -> None:
 
 
 class StoredJob(Section):
-    """A job in sweep.json."""
+    """A job in sweep.json; its folder from the sweep's."""
 
     run_id: str
     overrides: list[str]
     folder: str
-    """From the sweep's."""
     slug: str
     save_model: bool
 
 
 class StoredSweep(Section):
-    """sweep.json."""
-
     argv: list[str]
     cwd: str
     jobs: list[StoredJob]
@@ -156,7 +146,7 @@ class StoredSweep(Section):
 
 @dataclass
 class SweepFolder:
-    """A sweep's folder on disk."""
+    """A sweep's folder on disk, and its sweep.json."""
 
     path: Path
     argv: list[str] = field(default_factory=list)
@@ -175,10 +165,9 @@ class SweepFolder:
         try:
             stored = parse(StoredSweep, read_json(path / "sweep.json"))
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{path} is not the folder of a sweep: sweep.json cannot be read ({type(error).__name__}: {error}). "
-                "Multiruns lie in outputs/multirun/NAME unless hydra.sweep.dir said otherwise."
-            ) from None
+            raise ConfigError(f"{path} is not the folder of a sweep: sweep.json cannot be read "
+                              f"({type(error).__name__}: {error}). Multiruns lie in outputs/multirun/NAME unless "
+                              "hydra.sweep.dir said otherwise.") from None
         return cls(path, stored.argv, stored.cwd, [
             Job(j.run_id, tuple(j.overrides), path / j.folder, j.slug, j.save_model) for j in stored.jobs])
 
@@ -205,12 +194,8 @@ class SweepFolder:
             old = {}
         for job in list(old.values()):
             if meant.get(job.overrides, job.run_id) != job.run_id:
-                log.warning(
-                    "[%s] means run %s now; it was %s when the sweep began.",
-                    " ".join(job.overrides),
-                    meant[job.overrides],
-                    job.run_id,
-                )
+                log.warning("[%s] means run %s now; it was %s when the sweep began.", " ".join(job.overrides),
+                            meant[job.overrides], job.run_id)
                 del old[job.run_id]
         self.jobs = list((old | new).values())
         self.write()
@@ -230,11 +215,10 @@ class SweepFolder:
             owner: dict[str, object] = {}
             with contextlib.suppress(OSError, ValueError):
                 owner = dict(read_json(about))
-            raise ConfigError(
-                f"hydra.sweep.dir = {self.path}; the launcher with pid {owner.get('pid', '?')} on host "
-                f"{owner.get('host', '?')} is at work there since {owner.get('since', '?')}. Wait for it "
-                f"(slm sweep status {self.path}), or choose another folder with hydra.sweep.dir=FOLDER."
-            ) from None
+            pid, host, since = (owner.get(key, "?") for key in ("pid", "host", "since"))
+            raise ConfigError(f"hydra.sweep.dir = {self.path}; the launcher with pid {pid} on host {host} is at work "
+                              f"there since {since}. Wait for it (slm sweep status {self.path}), or choose another "
+                              "folder with hydra.sweep.dir=FOLDER.") from None
         try:
             write_json(about, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
             yield
@@ -248,9 +232,8 @@ class SweepFolder:
 
     def write_index(self, cells: Sequence[Cell], already: frozenset[str] = frozenset()) -> None:
         """index.json: every cell, and which were finished before this launch."""
-        counts = {state: sum(c.state == state for c in cells) for state in STATES}
-        if not counts[DAMAGED]:  # an index of an older version has no such state
-            del counts[DAMAGED]
+        counts = {state: n for state in STATES  # an index of an older version has no state of damage
+                  if (n := sum(c.state == state for c in cells)) or state != DAMAGED}
         rows = [c.to_json() | {"already_finished": c.job.run_id in already} for c in cells]
         write_json(self.path / "index.json", {"name": self.path.name, "counts": counts, "jobs": rows})
 
@@ -283,12 +266,9 @@ def complaints(cells: Sequence[Cell]) -> str:
     """Every incomplete job with its error and where to look; empty when all are finished."""
     apart = differing([c.job for c in cells])
     lines = []
-    for cell in cells:
-        if cell.state != FINISHED:
-            lines.append(printable(
-                f"run {cell.job.run_id} ({apart[cell.job.run_id]}) {cell.state}" + (cell.why and f": {cell.why}")))
-            log_file = cell.job.folder / LOG
-            lines.append(f"  {log_file if log_file.exists() else cell.job.folder}")
+    for job, cell in ((cell.job, cell) for cell in cells if cell.state != FINISHED):
+        lines.append(printable(f"run {job.run_id} ({apart[job.run_id]}) {cell.state}" + (cell.why and f": {cell.why}")))
+        lines.append(f"  {job.folder / LOG if (job.folder / LOG).exists() else job.folder}")
     return "\n".join(lines)
 
 

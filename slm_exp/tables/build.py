@@ -15,7 +15,7 @@ from slm_exp.evaluation.base import SEVEN
 from slm_exp.tables.definition import Column, Params, Table, read_table
 from slm_exp.tables.formats import FORMATS
 from slm_exp.tables.grid import fill, missing_commands
-from slm_exp.tables.quantities import check_quantity, default_label
+from slm_exp.tables.quantities import check_quantity
 from slm_exp.tables.records import find_runs
 from slm_exp.tables.reference import reference_grid
 from slm_exp.tables.sweep import sweep_grid
@@ -60,20 +60,19 @@ def _with_columns(table: Table, columns: str | None) -> Table:
     """The table with other columns: its own by heading, or any quantity."""
     if columns is None:
         return table
-    own = {name: column for column in table.columns for name in (column.label, column.show)}
+    own = {name: column for column in table.columns for name in (column.heading, column.show)}
     names = [n for name in columns.split(",") for n in (SEVEN if name == "tasks" else [name])]
     for name in names:
         if name not in own:
             check_quantity(name, "--columns", own)
-    return dataclasses.replace(table, columns=tuple(own.get(n) or Column(default_label(n), n) for n in names))
+    return dataclasses.replace(table, columns=tuple(own.get(n) or Column(show=n) for n in names))
 
 
 def _formats(formats: str, out: Path | None) -> list[str]:
     names = formats.split(",")
-    for name in names:
-        if name not in FORMATS:
-            raise ConfigError(f"--format {formats}; expected some of {', '.join(FORMATS)}. "
-                              f"{did_you_mean(name, FORMATS)}".rstrip())
+    if unknown := [name for name in names if name not in FORMATS]:
+        raise ConfigError(f"--format {formats}; expected some of {', '.join(FORMATS)}. "
+                          f"{did_you_mean(unknown[0], FORMATS)}".rstrip())
     if len(names) > 1 and out is None:
         raise ConfigError(f"--format {formats}: several formats need --out DIR.")
     return names

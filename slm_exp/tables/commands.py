@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Sequence
+
+from slm_exp.launch.hydra_compat import override
 
 Product = dict[str, tuple[str, ...]]
 """key -> values: every combination is a job."""
@@ -19,8 +22,6 @@ def commands(jobs: Sequence[Sequence[str]], name: str) -> list[str]:
     """
     folder = f"hydra.sweep.dir=outputs/multirun/{name}"
     if not re.fullmatch(r"[\w.-]+", name, re.ASCII):  # Hydra's grammar, besides the shell's
-        from slm_exp.launch.hydra_compat import override
-
         folder = override("hydra.sweep.dir", f"outputs/multirun/{name}")
     head = ["python", "-m", "slm_exp", "-m", folder]
     return [shlex.join([*head, *(f"{key}={','.join(values)}" for key, values in product.items())])
@@ -33,16 +34,10 @@ def products(jobs: Sequence[Sequence[str]]) -> list[Product]:
     for job in jobs:
         pairs = (override.partition("=") for override in job)
         out.append({key: (value,) for key, _, value in pairs})
-    merged = True
-    while merged:
-        merged = False
-        for i, a in enumerate(out):
-            j = next((j for j in range(i + 1, len(out)) if _differ_in(a, out[j]) is not None), None)
-            if j is not None:
-                key = _differ_in(a, b := out.pop(j)) or ""
-                out[i] = a | {key: (*a[key], *b[key])}
-                merged = True
-                break
+    while alike := next(((i, j, key) for i, j in itertools.combinations(range(len(out)), 2)
+                         if (key := _differ_in(out[i], out[j])) is not None), None):
+        i, j, key = alike
+        out[i] = out[i] | {key: (*out[i][key], *out.pop(j)[key])}
     return out
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -20,25 +20,29 @@ from slm_exp.core.documents import Document, read_document, read_yaml
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.launch.compose import check_key, conf_dir
-from slm_exp.tables.quantities import check_quantity, default_label
+from slm_exp.tables.quantities import check_quantity, quantity
 
 MODELS = "_models"
 """The file beside the tables that says what `$sizes` and its like are for each model."""
-Texts = list[str]
 Params = dict[str, Any]
-"""A table's parameters: what `$name` stands for."""
-Each = Params
-"""Parameter -> a list of values, or `$name` of one."""
+"""A table's parameters: what `$name` stands for; of an `each`: parameter -> a list of values, or `$name` of one."""
 
 
-class ColumnText(Document):
-    """A column as the file has it; a string is its `show`."""
+class Column(Document):
+    """One number of every row; a string is its `show`."""
 
     show: str
-    each: Each = {}
+    """A quantity, see quantities.py; in a file also `tasks`, the seven."""
+    each: Params = {}
     label: str | None = None
-    runs: Texts = []
+    """None is the quantity's own."""
+    runs: list[str] = []
     digits: Annotated[int, Field(ge=0)] | None = None
+    """Decimals; None is the quantity's own."""
+
+    @property
+    def heading(self) -> str:
+        return quantity(self.show).label if self.label is None else self.label
 
     @model_validator(mode="before")
     @classmethod
@@ -46,13 +50,14 @@ class ColumnText(Document):
         return {"show": data} if isinstance(data, str) else data
 
 
-class RowText(Document):
-    """A row as the file has it."""
+class Row(Document):
+    """One thing that is compared with the other rows of its block."""
 
     label: str
-    each: Each = {}
-    runs: Texts = []
+    each: Params = {}
+    runs: list[str] = []
     which: Literal["compressed", "dense"] = "compressed"
+    """`dense`: the dense model, which every run of the table has measured."""
 
     @model_validator(mode="after")
     def _dense_has_no_runs(self) -> Self:
@@ -65,7 +70,7 @@ class RowText(Document):
 class BlockText(Document):
     """A block as the file has it."""
 
-    each: Each = {}
+    each: Params = {}
     label: str = ""
 
 
@@ -73,39 +78,16 @@ class TableText(Document):
     """A table as its file has it."""
 
     title: str | None = None
-    notes: Texts = []
+    notes: list[str] = []
     params: Params = {}
-    runs: Texts = []
-    over: Each = {}
+    runs: list[str] = []
+    over: Params = {}
     blocks: Annotated[list[BlockText], Field(min_length=1)] = [BlockText()]
-    rows: Annotated[list[RowText], Field(min_length=1)]
-    columns: Annotated[list[ColumnText], Field(min_length=1)]
+    rows: Annotated[list[Row], Field(min_length=1)]
+    columns: Annotated[list[Column], Field(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Column:
-    """One number of every row."""
-
-    label: str
-    show: str
-    """A quantity, see quantities.py."""
-    runs: tuple[str, ...] = ()
-    digits: int | None = None
-    """Decimals; None is the quantity's own."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One thing that is compared with the other rows of its block."""
-
-    label: str
-    runs: tuple[str, ...]
-    which: str = "compressed"
-    """Or `dense`: the dense model, which every run of the table has measured."""
-
-
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Rows under one heading."""
 
     label: str
@@ -118,10 +100,10 @@ class Table:
 
     name: str
     title: str
-    notes: tuple[str, ...]
-    runs: tuple[str, ...]
+    notes: list[str]
+    runs: list[str]
     """Overrides of every cell."""
-    over: tuple[tuple[str, ...], ...]
+    over: list[tuple[str, ...]]
     """Overrides that a cell is repeated with (seeds): its value is their mean. One empty tuple: a single run."""
     blocks: tuple[Block, ...]
     columns: tuple[Column, ...]
@@ -135,9 +117,9 @@ class Table:
 
     def cells(self) -> list[list[str]]:
         """The overrides of every run of the table, each once, in reading order."""
-        every = (tuple(overrides) for block in self.blocks for row in block.rows for column in self.columns
+        every = (overrides for block in self.blocks for row in block.rows for column in self.columns
                  for overrides in self.cell(row, column))
-        return [list(overrides) for overrides in dict.fromkeys(every)]
+        return list({tuple(overrides): overrides for overrides in every}.values())
 
 
 def cells(table_name: str, params: Mapping[str, Any] | None = None) -> list[list[str]]:
@@ -158,15 +140,10 @@ def table_names() -> list[str]:
     return sorted(p.stem for p in (conf_dir() / "table").glob("*.yaml") if not p.stem.startswith("_"))
 
 
-def table_path(name: str) -> Path:
-    """The file of a table, whether it is there or not."""
-    return Path(name) if name.endswith((".yaml", ".yml")) else conf_dir() / "table" / f"{name}.yaml"
-
-
 def read_table(name: str, params: Mapping[str, Any] | None = None) -> Table:
     """A table by name or by the path of its file; see `cells` for arguments and errors."""
     path = _found(name)
-    return _Reader(path, read_document(TableText, path)).table(path.stem, dict(params or {}))
+    return _Reader(path, read_document(TableText, path)).table(dict(params or {}))
 
 
 def parameters(name: str) -> set[str]:
@@ -177,12 +154,12 @@ def parameters(name: str) -> set[str]:
 def summaries() -> Iterator[tuple[str, str, list[str]]]:
     """Name, title and own parameters of every declared table."""
     for name in table_names():
-        text = read_document(TableText, table_path(name))
+        text = read_document(TableText, _found(name))
         yield name, (text.title or "").replace(", $model", ""), list(text.params)
 
 
 def _found(name: str) -> Path:
-    path = table_path(name)
+    path = Path(name) if name.endswith((".yaml", ".yml")) else conf_dir() / "table" / f"{name}.yaml"
     if not path.is_file():
         names = ["sweep", *table_names()]
         raise ConfigError(f"table = {name}; expected one of {', '.join(names)}, or an existing .yaml file. "
@@ -201,14 +178,15 @@ def model_facts(model: str) -> tuple[Params, set[str]]:
     return {**models["all"], **models.get(model, {})}, {key for facts in models.values() for key in facts}
 
 
+@dataclass
 class _Reader:
     """Fills the parameters of one file into a Table; knows the file's name for every complaint."""
 
-    def __init__(self, path: Path, text: TableText) -> None:
-        self._path, self._text = path, text
-        self._known_facts: set[str] = set()
+    _path: Path
+    _text: TableText
+    _known_facts: set[str] = field(default_factory=set)
 
-    def table(self, name: str, given: Params) -> Table:
+    def table(self, given: Params) -> Table:
         text, own = self._text, self._text.params
         model = str(given.get("model", own.get("model", "")))
         if model:
@@ -235,44 +213,44 @@ class _Reader:
             raise ConfigError(f"{self._path}: no run fills this table, because nothing is known for model = "
                               f"{params.get('model')} of {', '.join(empty) or 'its rows'}. Say it: "
                               f"{empty[0] if empty else 'PARAMETER'}=[...].")
-        return Table(
-            name, str(self._fill(text.title or name, params, "title")),
-            tuple(str(self._fill(note, params, "notes")) for note in text.notes),
-            self._runs(text.runs, params, "runs"),
-            tuple(itertools.product(*(values for values in over if values))), blocks, columns, params)
+        name = self._path.stem
+        return Table(name, str(self._fill(text.title or name, params, "title")),
+                     [str(self._fill(note, params, "notes")) for note in text.notes],
+                     self._runs(text.runs, params, "runs"), list(itertools.product(*filter(None, over))), blocks,
+                     columns, params)
 
     def _blocks(self, text: BlockText, params: Params, where: str) -> Iterator[Block]:
         for inner in self._each(text.each, params, where):
             rows = tuple(r for i, row in enumerate(self._text.rows) for r in self._rows(row, inner, f"rows[{i}]"))
             yield Block(str(self._fill(text.label, inner, where)), rows)
 
-    def _rows(self, text: RowText, params: Params, where: str) -> Iterator[Row]:
+    def _rows(self, text: Row, params: Params, where: str) -> Iterator[Row]:
         for inner in self._each(text.each, params, where):
-            yield Row(str(self._fill(text.label, inner, where)), self._runs(text.runs, inner, where), text.which)
+            label, runs = str(self._fill(text.label, inner, where)), self._runs(text.runs, inner, where)
+            yield Row(label=label, runs=runs, which=text.which)
 
-    def _columns(self, text: ColumnText, params: Params, where: str) -> Iterator[Column]:
+    def _columns(self, text: Column, params: Params, where: str) -> Iterator[Column]:
         for inner in self._each(text.each, params, where):
-            show = str(self._fill(text.show, inner, where))
+            show, runs = str(self._fill(text.show, inner, where)), self._runs(text.runs, inner, where)
             for name in SEVEN if show == "tasks" else (show,):
                 check_quantity(name, f"{self._path}: {where}.show")
-                label = text.label if text.label is not None else default_label(name)
-                runs = self._runs(text.runs, inner, where)
-                yield Column(str(self._fill(label, inner, where)), name, runs, text.digits)
+                label = None if text.label is None else str(self._fill(text.label, inner, where))
+                yield Column(show=name, label=label, runs=runs, digits=text.digits)
 
-    def _each(self, each: Each, params: Params, where: str) -> Iterator[Params]:
+    def _each(self, each: Params, params: Params, where: str) -> Iterator[Params]:
         """The parameters once for every combination of the `each` values; a size brings its shares along."""
         for values in itertools.product(*self._values(each, params, f"{where}.each").values()):
             inner = params | dict(zip(each, values, strict=True))
             yield inner | (_shares(inner) if "size" in each else {})
 
-    def _values(self, each: Each, params: Params, where: str) -> dict[str, list[Any]]:
+    def _values(self, each: Params, params: Params, where: str) -> dict[str, list[Any]]:
         filled = {key: self._fill(values, params, f"{where}.{key}") for key, values in each.items()}
         for key, values in filled.items():
             if not isinstance(values, list):
                 raise ConfigError(f"{self._path}: {where}.{key} = {values!r}; expected a list.")
         return filled
 
-    def _runs(self, texts: Texts, params: Params, where: str) -> tuple[str, ...]:
+    def _runs(self, texts: Sequence[str], params: Params, where: str) -> list[str]:
         runs: list[str] = []
         for text in texts:
             filled = self._fill(text, params, where)  # a parameter can be a list of overrides
@@ -284,7 +262,7 @@ class _Reader:
                 check_key(override)
             except ConfigError as error:
                 raise ConfigError(f"{self._path}: {where}: {error}") from None
-        return tuple(runs)
+        return runs
 
     def _fill(self, value: Any, params: Mapping[str, Any], where: str) -> Any:
         """`$name` by its value: the value itself where nothing stands around it, else as text."""

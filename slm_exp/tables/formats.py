@@ -11,7 +11,7 @@ import io
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from markupsafe import escape
 
@@ -24,38 +24,38 @@ LEGEND = {BEST: "bold", SECOND: "underlined", TIED: "°"}
 Escape = Callable[[str], str]
 
 
-@dataclass(frozen=True)
-class Place:
-    """What stands at one place, escaped."""
+class Style(NamedTuple):
+    """How a format writes texts and commands, and what stands around numbers by mark, plus-minus and gaps."""
 
-    text: str
+    escape: Escape
+    code: Escape
+    marks: dict[str, str]
     half: str
-    mark: str
-    note: str
-    gap: int | None
+    gap: str = "[{}]"
+    empty: str = EMPTY
 
-    def around(self, text: str, half: str, gap: str) -> str:
+    def place(self, entry: Entry) -> str:
         """Value, plus-minus, note, number of the gap."""
-        out = text + (half if self.text and self.half else "")
-        return out + (f" ({self.note})" if self.note else "") + (" " + gap.format(self.gap) if self.gap else "")
+        text = self.escape(entry.text)
+        out = self.marks.get(entry.mark, "{}").format(text) if text else self.empty
+        out += self.half.format(self.escape(entry.half_text)) if text and entry.half is not None else ""
+        out += f" ({self.escape(entry.note)})" if entry.note else ""
+        return out + (f" {self.gap.format(entry.missing)}" if entry.missing else "")
 
 
 class Drawn:
     """A grid, every text of it escaped."""
 
-    def __init__(self, grid: Grid, escape: Escape, code: Escape | None = None) -> None:
+    def __init__(self, grid: Grid, style: Style) -> None:
+        escape = style.escape
         used = {e.mark for e in grid.entries()} - {""}
         legend = ", ".join(f"{mark} {LEGEND[mark]}" for mark in LEGEND if mark in used)
         self.title, self.columns = escape(grid.title), [escape(c) for c in (grid.row_heads[1], *grid.columns)]
         self.notes = [escape(note) for note in [*grid.notes, *([f"Shown as: {legend}."] if legend else [])]]
-        self.blocks = [(escape(label), [(escape(name), [_place(e, escape) for e in row]) for name, row in rows])
+        self.blocks = [(escape(label), [(escape(name), list(map(style.place, row))) for name, row in rows])
                        for label, rows in grid.blocks]
-        self.gaps = [(gap.number, escape(gap.label), escape(gap.why), (code or escape)(command))
+        self.gaps = [f"[{gap.number}] {escape(gap.label)} ({escape(gap.why)}): {style.code(command)}"
                      for gap in grid.gaps for command in commands(gap.jobs, grid.name)]
-
-
-def _place(entry: Entry, escape: Escape) -> Place:
-    return Place(escape(entry.text), escape(entry.half_text), entry.mark, escape(entry.note), entry.missing)
 
 
 def _line(text: str) -> str:
@@ -64,17 +64,16 @@ def _line(text: str) -> str:
 
 def markdown(grid: Grid) -> str:
     """A pipe table a block, then notes and the commands of what is missing."""
-    drawn = Drawn(grid, _md, _md_code)
+    drawn = Drawn(grid, Style(_md, _md_code, {BEST: "**{}**", SECOND: "<u>{}</u>", TIED: "{}°"}, " ± {}"))
     lines = [f"## {drawn.title}"]
     for label, rows in drawn.blocks:
         lines += ["", *([f"**{label}**", ""] if label else [])]
         lines.append("| " + " | ".join(drawn.columns) + " |")
         lines.append("|---|" + "---:|" * len(grid.columns))
-        lines += ["| " + " | ".join([name, *map(_md_place, row)]) + " |" for name, row in rows]
+        lines += ["| " + " | ".join([name, *row]) + " |" for name, row in rows]
     lines += ["", *(f"- {note}" for note in drawn.notes)]
     if drawn.gaps:
-        lines += ["", "Missing:", ""]
-        lines += [f"- [{number}] {label} ({why}): {command}" for number, label, why, command in drawn.gaps]
+        lines += ["", "Missing:", "", *(f"- {gap}" for gap in drawn.gaps)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -92,14 +91,10 @@ def _md_code(text: str) -> str:
     return f"{'`' * (longest + 1)}{pad}{_line(text)}{pad}{'`' * (longest + 1)}"
 
 
-def _md_place(place: Place) -> str:
-    text = {BEST: f"**{place.text}**", SECOND: f"<u>{place.text}</u>", TIED: f"{place.text}°"}
-    return place.around(text.get(place.mark, place.text) if place.text else EMPTY, f" ± {place.half}", "[{}]")
-
-
 def latex(grid: Grid) -> str:
     """A booktabs table to \\input; needs \\usepackage{booktabs} alone. Missing runs are comments behind it."""
-    drawn = Drawn(grid, _tex)
+    marks = {BEST: "\\textbf{{{}}}", SECOND: "\\underline{{{}}}", TIED: "{}$^{{\\circ}}$"}
+    drawn = Drawn(grid, Style(_tex, _line, marks, "{{\\tiny$\\pm${}}}", "$^{{[{}]}}$", "--"))
     width = len(drawn.columns)
     lines = ["% needs \\usepackage{booktabs}", "\\begin{table}",
              "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}", f"\\caption{{{drawn.title}}}",
@@ -108,11 +103,12 @@ def latex(grid: Grid) -> str:
         lines.append("\\midrule")
         if label:
             lines += [f"\\multicolumn{{{width}}}{{l}}{{\\textit{{{label}}}}} \\\\", "\\midrule"]
-        lines += [" & ".join([_tex_head(name), *map(_tex_place, row)]) + " \\\\" for name, row in rows]
+        lines += [" & ".join([_tex_head(name), *row]) + " \\\\" for name, row in rows]
     lines += ["\\bottomrule", "\\end{tabular}", ""]
     lines += [f"\\par\\raggedright {' '.join(drawn.notes)}"] if drawn.notes else []
     lines.append("\\end{table}")
-    lines += [f"% [{number}] {label} ({why}): {command}" for number, label, why, command in Drawn(grid, _line).gaps]
+    lines += [f"% [{gap.number}] {_line(gap.label)} ({_line(gap.why)}): {_line(command)}"
+              for gap in grid.gaps for command in commands(gap.jobs, grid.name)]
     return "\n".join(line for line in lines if line) + "\n"
 
 
@@ -135,15 +131,10 @@ def _tex_head(text: str) -> str:
     return ("{}" if text[:1] in ("[", "*") else "") + text
 
 
-def _tex_place(place: Place) -> str:
-    text = {BEST: f"\\textbf{{{place.text}}}", SECOND: f"\\underline{{{place.text}}}",
-            TIED: f"{place.text}$^{{\\circ}}$"}.get(place.mark, place.text)
-    return place.around(text if place.text else "--", f"{{\\tiny$\\pm${place.half}}}", "$^{{[{}]}}$")
-
-
 def html(grid: Grid) -> str:
     """One self-contained page."""
-    drawn = Drawn(grid, _html)
+    marks = {BEST: "<b>{}</b>", SECOND: "<u>{}</u>", TIED: "{}°"}
+    drawn = Drawn(grid, Style(_html, lambda command: f"<code>{_html(command)}</code>", marks, " <small>± {}</small>"))
     heads = "".join(f'<th scope="col">{c}</th>' for c in drawn.columns)
     parts = [f"<h1>{drawn.title}</h1>", "<table>", f"<thead><tr>{heads}</tr></thead>"]
     for label, rows in drawn.blocks:
@@ -151,14 +142,12 @@ def html(grid: Grid) -> str:
         if label:
             parts.append(f'<tr><th scope="rowgroup" colspan="{len(drawn.columns)}">{label}</th></tr>')
         for name, row in rows:
-            cells = "".join(f"<td>{_html_place(place)}</td>" for place in row)
+            cells = "".join(f"<td>{cell}</td>" for cell in row)
             parts.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
         parts.append("</tbody>")
     parts += ["</table>", "<ul>" + "".join(f"<li>{note}</li>" for note in drawn.notes) + "</ul>"]
     if drawn.gaps:
-        gaps = "".join(f"<li>[{number}] {label} ({why}): <code>{command}</code></li>"
-                       for number, label, why, command in drawn.gaps)
-        parts.append(f"<h2>Missing</h2><ul>{gaps}</ul>")
+        parts.append(f"<h2>Missing</h2><ul>{''.join(f'<li>{gap}</li>' for gap in drawn.gaps)}</ul>")
     body = "\n".join(parts)
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{drawn.title}</title>\n'
             f"<style>{CSS}</style></head><body>\n{body}\n</body></html>\n")
@@ -178,12 +167,6 @@ th[scope=row], th[scope=rowgroup], th:first-child { text-align: left }
 thead { border-top: 2px solid; border-bottom: 1px solid } tbody { border-bottom: 1px solid }
 th[scope=rowgroup] { font-style: italic } b { font-weight: 700 } small { opacity: .75 } code { white-space: pre-wrap }
 """
-
-
-def _html_place(place: Place) -> str:
-    text = {BEST: f"<b>{place.text}</b>", SECOND: f"<u>{place.text}</u>", TIED: f"{place.text}°"}
-    return place.around(text.get(place.mark, place.text) if place.text else EMPTY, f" <small>± {place.half}</small>",
-                        "[{}]")
 
 
 def csv_text(grid: Grid) -> str:

@@ -21,6 +21,9 @@ from slm_exp.tables.definition import Column, Row, Table
 from slm_exp.tables.quantities import Quantity, Value, quantity
 from slm_exp.tables.records import Finder
 
+Placed = dict[tuple[int, int, int], list[Measured]]
+"""(block, row, column) -> the finished runs of that place."""
+Jobs = tuple[tuple[str, ...], ...]
 BEST, SECOND, TIED = "best", "second", "tied"
 MARKS = {
     BEST: "better than every other row of its block that is there",
@@ -58,7 +61,7 @@ class Gap:
     """Runs that are missing, of one or more places."""
 
     number: int
-    jobs: tuple[tuple[str, ...], ...]
+    jobs: Jobs
     label: str
     why: str
     """`not run`, or how it failed."""
@@ -105,20 +108,18 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
     found = {(i, j, k): [finder.find(overrides) for overrides in table.cell(row, column)]
              for i, block in enumerate(table.blocks) for j, row in enumerate(block.rows)
              for k, column in enumerate(table.columns)}
-    grid = Grid(table.name, table.title, [column.label for column in table.columns], notes=list(table.notes))
-    gaps: dict[tuple[tuple[str, ...], ...], Gap] = {}
-    placed: dict[tuple[int, int, int], list[Measured]] = {}
+    grid = Grid(table.name, table.title, [column.heading for column in table.columns], notes=list(table.notes))
+    gaps: dict[Jobs, Gap] = {}
+    placed: Placed = {}
     for i, block in enumerate(table.blocks):
         rows = []
         for j, row in enumerate(block.rows):
             line = []
             for k, column in enumerate(table.columns):
-                if row.which == "dense":
-                    dense = _dense(found, i, k, f"{block.label} {column.label}".strip())
-                    models, gap = ([dense] if dense else []), None
-                else:
-                    models = [m for m in found[i, j, k] if _finished(m)]  # type: ignore[misc]
-                    gap = _gap(table, row, column, found[i, j, k], gaps, block.label)
+                here = found[i, j, k] if row.which != "dense" else [
+                    _dense(found, i, k, f"{block.label} {column.heading}".strip())]
+                models = [m for m in here if m and _finished(m)]
+                gap = None if row.which == "dense" else _gap(table, row, column, here, gaps, block.label)
                 digits = kinds[k].digits if column.digits is None else column.digits
                 entry = _entry(models, kinds[k], digits, len(table.over))
                 line.append(replace(entry, missing=gap.number if gap else None))
@@ -145,10 +146,10 @@ def _dense(found: Mapping[tuple[int, int, int], Sequence[Measured | None]], bloc
     Raises:
         ConfigError: they began with different models.
     """
-    there = {at: models for at, models in found.items() if at[2] == column}
-    here = [m for at, models in there.items() if at[0] == block for m in models if _finished(m)]
-    models = here or [m for models in there.values() for m in models if _finished(m)]
-    digests = {m.record.model.digest: m.name for m in models if m is not None}
+    there = [(at[0], m) for at, models in found.items() if at[2] == column for m in models if m and _finished(m)]
+    here = [m for at, m in there if at == block]
+    models = here or [m for _, m in there]
+    digests = {m.record.model.digest: m.name for m in models}
     if len(digests) < 2:
         return dense_of(models)
     if not here:
@@ -158,22 +159,21 @@ def _dense(found: Mapping[tuple[int, int, int], Sequence[Measured | None]], bloc
                       "every model a block of its own (each: {model: [...]}).")
 
 
-def dense_of(models: Iterable[Measured | None]) -> Measured | None:
+def dense_of(models: Iterable[Measured]) -> Measured | None:
     """The dense model as a run of the table measured it: of the first by run_id, so always the same."""
-    with_dense = [m for m in models if m is not None and _finished(m)]
-    first = min(with_dense, key=lambda m: m.record.run_id, default=None)
+    first = min(filter(_finished, models), key=lambda m: m.record.run_id, default=None)
     return replace(first, which="dense") if first else None
 
 
-def _gap(table: Table, row: Row, column: Column, models: Sequence[Measured | None],
-         gaps: dict[tuple[tuple[str, ...], ...], Gap], block: str) -> Gap | None:
+def _gap(table: Table, row: Row, column: Column, models: Sequence[Measured | None], gaps: dict[Jobs, Gap],
+         block: str) -> Gap | None:
     """The missing runs of a cell; those of several columns are one gap."""
     left = [(tuple(job), m) for job, m in zip(table.cell(row, column), models, strict=True) if not _finished(m)]
     if not left:
         return None
     jobs = tuple(job for job, _ in left)
     if jobs not in gaps:
-        why = next((reason for _, m in left if m is not None and (reason := _reason(m))), "not run")
+        why = next((_reason(m) for _, m in left if m is not None), "not run")
         gaps[jobs] = Gap(len(gaps) + 1, jobs, ", ".join(filter(None, (block, row.label))), why)
     return gaps[jobs]
 
@@ -205,19 +205,17 @@ def _entry(models: Sequence[Measured], kind: Quantity, digits: int, wanted: int)
     return Entry(found.mean, found.half, max(digits, 1), note=note)
 
 
-def _one_protocol(table: Table, kinds: Sequence[Quantity], placed: dict[tuple[int, int, int], list[Measured]],
-                  allowed: bool) -> dict[int, str]:
+def _one_protocol(table: Table, kinds: Sequence[Quantity], placed: Placed, allowed: bool) -> dict[int, str]:
     """Columns whose numbers were measured by different protocols, with what differs; refused unless `allowed`."""
     out: dict[int, str] = {}
     for k, column in enumerate(table.columns):
         measured = [(f"{_label(table, i, j)} (run {m.name})", kinds[k].protocol(m))
                     for (i, j, at), models in placed.items() if at == k for m in models]
-        reason = mixed(measured)
-        if reason and not allowed:
-            raise ProtocolError(f"column {column.label}: {reason}. Their numbers do not belong in one table: run them "
-                                "with the same evaluation, or say --mixed-protocols to see them side by side.")
+        if (reason := mixed(measured)) and not allowed:
+            raise ProtocolError(f"column {column.heading}: {reason}. Their numbers do not belong in one table: run "
+                                "them with the same evaluation, or say --mixed-protocols to see them side by side.")
         if reason:
-            out[k] = f"column {column.label}: {reason}"
+            out[k] = f"column {column.heading}: {reason}"
     return out
 
 
@@ -225,36 +223,32 @@ def _label(table: Table, i: int, j: int) -> str:
     return ", ".join(filter(None, (table.blocks[i].label, table.blocks[i].rows[j].label)))
 
 
-def _mark(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: dict[tuple[int, int, int], list[Measured]],
-          other_protocols: dict[int, str]) -> None:
+def _mark(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: Placed, other_protocols: dict[int, str]) -> None:
     """Best, second and tied of every column of every block, where the paired test says so."""
     grid.notes += other_protocols.values()
     for i, k in itertools.product(range(len(table.blocks)), range(len(table.columns))):
         if not kinds[k].tasks or k in other_protocols:
             continue
-        some = [row.label for j, row in enumerate(table.blocks[i].rows)
-                if row.which != "dense" and 0 < len(placed[i, j, k]) < len(table.over)]
+        head, lines = f"column {table.columns[k].heading}: no marks", [line for _, line in grid.blocks[i][1]]
+        there = {j: placed[i, j, k] for j, row in enumerate(table.blocks[i].rows) if row.which != "dense"}
+        some = [table.blocks[i].rows[j].label for j, models in there.items() if 0 < len(models) < len(table.over)]
         if some:
-            grid.notes.append(f"column {table.columns[k].label}: no marks, for {', '.join(some)} has only some of "
-                              "its runs.")
+            grid.notes.append(f"{head}, for {', '.join(some)} has only some of its runs.")
             continue
-        rows = {j: placed[i, j, k] for j, row in enumerate(table.blocks[i].rows)
-                if row.which != "dense" and len(placed[i, j, k]) == len(table.over)
-                and grid.blocks[i][1][j][1][k].value is not None}
-        values = {j: float(grid.blocks[i][1][j][1][k].value or 0) for j in rows}
-        marks = marked(values, partial(_p_value, rows, kinds[k]))
+        rows = {j: models for j, models in there.items()
+                if len(models) == len(table.over) and lines[j][k].value is not None}
+        values = {j: float(lines[j][k].value or 0) for j in rows}
+        marks = marked(values, partial(_p_value, rows, kinds[k].tasks))
         if marks is None and len(rows) > 1:
-            grid.notes.append(f"column {table.columns[k].label}: no marks, for want of results on the same documents "
-                              "in samples/.")
+            grid.notes.append(f"{head}, for want of results on the same documents in samples/.")
         grid.tested |= bool(marks is not None and len(rows) > 1)
         for j, mark in (marks or {}).items():
-            line = grid.blocks[i][1][j][1]
-            line[k] = replace(line[k], mark=mark)
+            lines[j][k] = replace(lines[j][k], mark=mark)
 
 
-def _p_value(rows: Mapping[int, Sequence[Measured]], kind: Quantity, a: int, b: int) -> float | None:
-    found = difference(rows[a], rows[b], kind.tasks, interval=False)
-    return None if found is None else found.p
+def _p_value(rows: Mapping[int, Sequence[Measured]], tasks: Sequence[str], a: int, b: int) -> float | None:
+    found = difference(rows[a], rows[b], tasks, interval=False)
+    return found.p if found else None
 
 
 def marked(values: dict[int, float], p_value: Callable[[int, int], float | None]) -> dict[int, str] | None:
@@ -282,10 +276,9 @@ def marked(values: dict[int, float], p_value: Callable[[int, int], float | None]
     return {order[0]: BEST} | ({order[1]: SECOND} if first_of(order[1:]) else {})
 
 
-def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity],
-                  placed: dict[tuple[int, int, int], list[Measured]]) -> list[str]:
+def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: Placed) -> list[str]:
     """What a reader has to know to read the numbers."""
-    out: list[str] = []
+    out = []
     spreads = {kinds[k].spread for _, rows in grid.blocks for _, line in rows for k, e in enumerate(line)
               if e.half is not None}
     dense = any(row.which == "dense" for block in table.blocks for row in block.rows)
@@ -309,10 +302,9 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity],
 
 def provenance(runs: Sequence[Measured]) -> list[str]:
     """How many runs, by which commit, of which model, by which protocol; and whether they could be checked."""
-    out: list[str] = []
+    out = []
     records = {m.record.run_id: m.record for m in runs}.values()
-    versions = sorted({f"slm_exp {r.versions.get('slm_exp')}{_commit(r)}" for r in records})
-    if versions:
+    if versions := sorted({f"slm_exp {r.versions.get('slm_exp')}{_commit(r)}" for r in records}):
         out.append(f"{len(records)} runs, by {', '.join(versions)}.")
     out += [f"Model: {note}." for note in sorted({m.record.model.note for m in runs} - {""})]
     protocols = {p.get("hash"): p.get("fields") or {} for m in runs if (p := m.evaluation.protocol)}

@@ -49,14 +49,10 @@ def _compressed(value: Callable[[Measured], Value]) -> Callable[[Measured], Valu
 def _task(name: str) -> Quantity:
     def stderr(m: Measured) -> float | None:
         found = estimate(m.scores(name), metric_of(name, m.scores(name)) or "")
-        return None if found is None or found.stderr is None else 100 * found.stderr
+        return found.stderr if found else None
 
-    return Quantity(name, _scaled(lambda m: main_score(name, m.scores(name)), 100), 2, stderr, (name,), _protocol)
-
-
-def _average_stderr(m: Measured) -> float | None:
-    found = stderr_of_mean(estimate(m.scores(task), metric) for task, metric in SEVEN.items())
-    return None if found is None else 100 * found
+    value = _scaled(lambda m: main_score(name, m.scores(name)), 100)
+    return Quantity(name, value, 2, _scaled(stderr, 100), (name,), _protocol)
 
 
 def _protocol(m: Measured) -> Stored:
@@ -107,8 +103,8 @@ def _idle(m: Measured) -> float | None:
 
 
 def _threshold(m: Measured) -> Value:
-    found = m.record.plan.threshold
-    return found if found is not None else m.record.setting("method.threshold")
+    planned: Value = m.record.plan.threshold
+    return m.record.setting("method.threshold") if planned is None else planned
 
 
 NAMED = {
@@ -124,8 +120,9 @@ NAMED = {
     "evaluations": Quantity("candidates", _compressed(lambda m: m.record.plan.evaluations)),
     "block_forwards": Quantity("block forwards", _compressed(lambda m: m.record.plan.block_forwards)),
     "seconds": Quantity("seconds", lambda m: m.record.seconds),
-    "average": Quantity("average", _scaled(lambda m: m.evaluation.average, 100), 2, _average_stderr, tuple(SEVEN),
-                        _protocol),
+    "average": Quantity("average", _scaled(lambda m: m.evaluation.average, 100), 2, _scaled(
+        lambda m: stderr_of_mean(estimate(m.scores(task), metric) for task, metric in SEVEN.items()), 100),
+        tuple(SEVEN), _protocol),
     **{name: _task(name) for name in SEVEN},
 }
 PAPERS_CASE = "1x12x128"
@@ -151,21 +148,11 @@ def quantity(name: str) -> Quantity:
     if family == "task":
         return _task(rest)
     if family == "perplexity":
-        return Quantity(f"ppl {rest}", lambda m: m.evaluation.perplexity.get(rest), 2,
-                        protocol=_protocol)
+        return Quantity(f"ppl {rest}", lambda m: m.evaluation.perplexity.get(rest), 2, protocol=_protocol)
     if family == "speed":
         return _speed(*rest.split(".", 1))
-    return Quantity(rest.removesuffix(".name"), _compressed(_setting(rest)))
-
-
-def _setting(path: str) -> Callable[[Measured], Value]:
-    return lambda m: (value if isinstance(value := m.record.setting(path), (float, int, str, type(None)))
-                      else str(value))
-
-
-def default_label(name: str) -> str:
-    """The heading of a column that gives none."""
-    return quantity(name).label
+    return Quantity(rest.removesuffix(".name"), _compressed(
+        lambda m: value if isinstance(value := m.record.setting(rest), float | int | str | None) else str(value)))
 
 
 def check_quantity(name: str, where: str, more: Iterable[str] = ()) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,10 @@ def find_runs(folders: Sequence[Path], may_be_empty: bool = False, verify: bool 
     Raises:
         ConfigError: no such folder, or no record in any of them.
     """
-    found: list[Measured] = []
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"DIR = {folder}; expected a folder with runs (outputs/multirun/NAME, outputs).")
+    found = []
     for at in run_folders(folders):
         try:
             found.append(Measured(Run.read(at, verify)))
@@ -80,28 +80,24 @@ class Finder:
         """A finished run before one that failed, a later one before an earlier; None where there is none."""
         key = tuple(overrides)
         if key not in self._found:
-            self._found[key] = self._search(overrides)
+            same = self._same(key)
+            self._found[key] = max(same, key=lambda m: (m.run.state == FINISHED, m.record.created), default=None)
         return self._found[key]
 
-    def _search(self, overrides: Sequence[str]) -> Measured | None:
+    def _same(self, overrides: tuple[str, ...]) -> list[Measured]:
         """Composing costs 0.1 s, so only where a record is left that the overrides do not contradict."""
         left = [m for m in self._runs if not _contradicts(m.record, overrides)]
         if not left:
-            return None
+            return []
         try:
-            wanted = _wanted(tuple(overrides))
+            run_id, wanted = _composed(overrides)
         except ConfigError:  # a file of theirs may be elsewhere: then those runs with the same overrides
             same = [m for m in left if _said(m.record.overrides) == _said(overrides)]
             if not same:
                 raise
-            return self._best(same)
-        same = [m for m in left if m.record.run_id == wanted.run_id] or [
-            m for m in left if science(m.record.config) == wanted.science]
-        return self._best(same)
-
-    @staticmethod
-    def _best(same: Sequence[Measured]) -> Measured | None:
-        return max(same, key=lambda m: (m.run.state == FINISHED, m.record.created), default=None)
+            return same
+        return [m for m in left if m.record.run_id == run_id] or [
+            m for m in left if science(m.record.config) == wanted]
 
 
 def _said(overrides: Iterable[str]) -> set[str]:
@@ -110,27 +106,14 @@ def _said(overrides: Iterable[str]) -> set[str]:
 
 
 @lru_cache(maxsize=4096)
-def _wanted(overrides: tuple[str, ...]) -> _Wanted:
-    return _Wanted(overrides)
-
-
-class _Wanted:
-    """What overrides compose to."""
-
-    def __init__(self, overrides: Sequence[str]) -> None:
-        self._cfg = compose_run(overrides)
-
-    @cached_property
-    def run_id(self) -> str | None:
-        """None where this machine lacks a file that the run_id depends on."""
-        try:
-            return self._cfg.run_id
-        except (ConfigError, OSError):
-            return None
-
-    @cached_property
-    def science(self) -> JsonObject | None:
-        return science(plain(self._cfg.resolved()))
+def _composed(overrides: tuple[str, ...]) -> tuple[str | None, JsonObject | None]:
+    """run_id (None where this machine lacks a file that it depends on) and scientific config of overrides."""
+    cfg = compose_run(overrides)
+    try:
+        run_id = cfg.run_id
+    except (ConfigError, OSError):
+        run_id = None
+    return run_id, science(plain(cfg.resolved()))
 
 
 def science(config: JsonObject) -> JsonObject | None:
@@ -142,8 +125,8 @@ def science(config: JsonObject) -> JsonObject | None:
         if not isinstance(settings, dict) or cls is None:
             return None
         if group not in UNSCIENTIFIC:
-            decides = {f.name for f in fields(cls) if f.metadata.get("science", True)}
-            out[group] = {key: value for key, value in settings.items() if key == "name" or key in decides}
+            decides = {"name", *(f.name for f in fields(cls) if f.metadata.get("science", True))}
+            out[group] = {key: value for key, value in settings.items() if key in decides}
     return {**out, "seed": config.get("seed")}
 
 

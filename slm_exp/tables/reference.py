@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pydantic import field_validator
@@ -15,7 +13,7 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.launch.compose import conf_dir
 from slm_exp.runs.statistics.runs import Measured
 from slm_exp.tables.definition import Row, Table
-from slm_exp.tables.grid import Entry, Gap, Grid, fill
+from slm_exp.tables.grid import Entry, Grid, fill
 from slm_exp.tables.quantities import check_quantity, quantity
 
 
@@ -32,10 +30,13 @@ class EntryText(Document):
     """An entry as the file has it."""
 
     model: str
+    """A member of the model group, or another name where there is none."""
     what: str
     values: dict[str, float]
+    """Quantity -> number, accuracies in per cent."""
     which: Literal["compressed", "dense"] = "compressed"
     runs: list[str] = []
+    """The overrides that repeat it, of the groups that decide; `which: dense` has none."""
 
     @field_validator("values")
     @classmethod
@@ -67,22 +68,13 @@ DECIDES = ("method", "merge_rule", "width", "recovery")
 UNSET = ("recovery=none", "width=none", "method=slm", "merge_rule=top_layer")
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(EntryText):
     """One row of somebody's table."""
 
     file: str
     source: str
     protocol: str
     tolerance: Tolerance
-    model: str
-    """A member of the model group, or another name where there is none."""
-    what: str
-    which: str
-    runs: frozenset[str]
-    """The overrides that repeat it, of the groups that decide; `which: dense` has none."""
-    values: dict[str, float]
-    """Quantity -> number, accuracies in per cent."""
 
 
 def published() -> list[Published]:
@@ -91,9 +83,8 @@ def published() -> list[Published]:
     Raises:
         ConfigError: a wrong key or quantity, by file and entry.
     """
-    return [Published(path.stem, one.source, one.protocol, one.tolerance, entry.model, entry.what, entry.which,
-                      frozenset(entry.runs), entry.values)
-            for path, one in _files().items() for entry in one.entries]
+    return [Published(file=file, source=one.source, protocol=one.protocol, tolerance=one.tolerance, **dict(entry))
+            for file, one in _files().items() for entry in one.entries]
 
 
 def claims(model: str) -> list[str]:
@@ -102,8 +93,9 @@ def claims(model: str) -> list[str]:
             if claim.model == model]
 
 
-def _files() -> dict[Path, ReferenceText]:
-    return {path: read_document(ReferenceText, path) for path in sorted((conf_dir() / "reference").glob("*.yaml"))}
+def _files() -> dict[str, ReferenceText]:
+    return {path.stem: read_document(ReferenceText, path)
+            for path in sorted((conf_dir() / "reference").glob("*.yaml"))}
 
 
 def matches(entry: Published, table: Table, row: Row) -> bool:
@@ -113,7 +105,7 @@ def matches(entry: Published, table: Table, row: Row) -> bool:
     if row.which == "dense":
         return True
     decides = {o for o in (*table.runs, *row.runs) if o.partition("=")[0].partition(".")[0] in DECIDES}
-    return decides - set(UNSET) == entry.runs - set(UNSET)
+    return decides - set(UNSET) == set(entry.runs) - set(UNSET)
 
 
 def reference_grid(table: Table, runs: Sequence[Measured]) -> Grid:
@@ -147,7 +139,7 @@ def reference_grid(table: Table, runs: Sequence[Measured]) -> Grid:
         raise ConfigError(f"table = {table.name}: no number of it has been published for model = {model} with a source "
                           f"known here (conf/reference). There is: {', '.join(have)}.")
     numbers = {cell.missing for _, rows in grid.blocks for _, line in rows for cell in line}
-    grid.gaps = [Gap(gap.number, gap.jobs, gap.label, gap.why) for gap in ours.gaps if gap.number in numbers]
+    grid.gaps = [gap for gap in ours.gaps if gap.number in numbers]
     grid.notes += [f"{e.file}: {e.source}. Protocol: {e.protocol}. Agrees: within {e.tolerance.points:g} points of "
                    f"accuracy, {100 * e.tolerance.share:g} % of other numbers." for e in used.values()]
     grid.notes += [note for note in ours.notes if note.startswith(("Protocol", "Model"))]
@@ -157,13 +149,11 @@ def reference_grid(table: Table, runs: Sequence[Measured]) -> Grid:
 
 
 def _compared(entry: Published, show: str, ours: Entry) -> list[Entry]:
-    kind = quantity(show)
-    theirs = float(entry.values[show])
-    if not isinstance(ours.value, (int, float)):
-        return [Entry(show), Entry(missing=ours.missing), Entry(theirs, digits=kind.digits), Entry(), Entry("not run"),
-                Entry(entry.file)]
-    apart = ours.value - theirs
-    allowed = entry.tolerance.points if kind.tasks else entry.tolerance.share * abs(theirs)
-    return [Entry(show), Entry(ours.value, ours.half, kind.digits), Entry(theirs, digits=kind.digits),
-            Entry(f"{apart:+.{kind.digits}f}"), Entry("agrees" if abs(apart) <= allowed else "differs"),
-            Entry(entry.file)]
+    kind, theirs = quantity(show), entry.values[show]
+    mine, apart, verdict = Entry(missing=ours.missing), Entry(), "not run"
+    if isinstance(ours.value, (int, float)):
+        off = ours.value - theirs
+        allowed = entry.tolerance.points if kind.tasks else entry.tolerance.share * abs(theirs)
+        mine, apart = Entry(ours.value, ours.half, kind.digits), Entry(f"{off:+.{kind.digits}f}")
+        verdict = "agrees" if abs(off) <= allowed else "differs"
+    return [Entry(show), mine, Entry(theirs, digits=kind.digits), apart, Entry(verdict), Entry(entry.file)]

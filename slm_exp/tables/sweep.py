@@ -14,7 +14,7 @@ from slm_exp.runs.state import DAMAGED, FINISHED
 from slm_exp.runs.statistics.runs import Measured
 from slm_exp.runs.tracking.base import flat
 from slm_exp.tables.grid import Entry, Grid, dense_of, provenance
-from slm_exp.tables.quantities import check_quantity, quantity
+from slm_exp.tables.quantities import Quantity, check_quantity, quantity
 
 SETTINGS = {"threshold": "threshold", "rule": "config.merge_rule.name", "similarity": "config.similarity.name",
             "kernel": "config.kernel.name"}
@@ -53,15 +53,15 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
         columns = {name: columns.get(name, name) for name in wanted}
     kinds = {label: quantity(show) for label, show in columns.items()}
     rows, damaged = [], []
-    if dense := None if reason else one_dense(runs):
-        line = [Entry(kind.value(dense), kind.stderr(dense), kind.digits) for kind in kinds.values()]
-        rows.append(("dense", [Entry() if label in settings else e for label, e in zip(kinds, line, strict=True)]))
+    one_model = len({m.record.model.digest for m in runs}) == 1
+    if dense := dense_of(runs) if one_model and not reason else None:
+        rows.append(("dense", [Entry() if label in settings else _entry(kind, dense) for label, kind in kinds.items()]))
     shown = sorted(zip(names, runs, strict=True),
                    key=lambda at: [_order(quantity(show).value(at[1])) for show in settings.values()])
     for name, m in shown:
-        line = [Entry(kind.value(m), kind.stderr(m), kind.digits) for kind in kinds.values()]
-        line = [replace(e, value=f"{e.value:g}") if label == "threshold" and isinstance(e.value, (int, float)) else e
-                for label, e in zip(kinds, line, strict=True)]
+        line = [_entry(kind, m) for kind in kinds.values()]
+        if "threshold" in kinds and isinstance(value := line[at := list(kinds).index("threshold")].value, (int, float)):
+            line[at] = replace(line[at], value=f"{value:g}")
         if m.run.state == DAMAGED:
             line[-1] = replace(line[-1], note=f"{DAMAGED}: {'; '.join(map(str, m.run.problems))}")
             damaged.append(f"{name} is damaged: {m.run.damage}")
@@ -76,11 +76,8 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
                 [*notes, *([reason] if reason else []), *provenance(runs), *damaged], row_heads=("", "run"))
 
 
-def one_dense(runs: Sequence[Measured]) -> Measured | None:
-    """The dense model, where all runs began with the same one; as the first by run_id measured it."""
-    if len({m.record.model.digest for m in runs}) != 1:
-        return None
-    return dense_of(runs)
+def _entry(kind: Quantity, m: Measured) -> Entry:
+    return Entry(kind.value(m), kind.stderr(m), kind.digits)
 
 
 def _others(runs: Sequence[Measured]) -> dict[str, str]:
@@ -88,8 +85,7 @@ def _others(runs: Sequence[Measured]) -> dict[str, str]:
 
     A field that only some members of a group have counts where its values differ: the member's name tells the rest.
     """
-    configs = [{path.replace("/", "."): value for path, value in flat(m.record.config).items()}
-               for m in runs]
+    configs = [{path.replace("/", "."): value for path, value in flat(m.record.config).items()} for m in runs]
     paths = dict.fromkeys(path for config in configs for path in config)
     wanted = [path for path in paths if not path.startswith(NEVER) and f"config.{path}" not in SETTINGS.values()
               and len({repr(config[path]) for config in configs if path in config}) > 1]

@@ -72,7 +72,7 @@ def test_spread_moves_with_its_values(values: list[int], shift: int) -> None:
     assert a.half is not None
     assert b.half == pytest.approx(a.half, abs=1e-9)
     assert b.mean == pytest.approx(a.mean + shift)
-    assert (a.deviation == 0) == (len(set(values)) == 1)
+    assert (a.half == 0) == (len(set(values)) == 1)
     assert spread(values[:1]).half is None
 
 

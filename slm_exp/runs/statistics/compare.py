@@ -97,15 +97,14 @@ def compare(models: Sequence[Measured]) -> list[Compared]:
 
 def shown(rows: Sequence[Compared], models: Sequence[Measured] = ()) -> str:
     """Aligned text, one block per pair of runs."""
-    lines: list[str] = []
+    lines = []
     for first, second in dict.fromkeys((row.first, row.second) for row in rows):
         lines += [f"first   {first}", f"second  {second}",
                   f"{'task':<14} {'metric':<13} {'n':>6} {'first':>6} {'second':>6} {'difference':>16} "
                   f"{'95 % interval':>17} {'p':>8} {'corrected':>9}"]
-        lines += [_line(row) for row in rows if (row.first, row.second) == (first, second)]
-        lines.append("")
+        lines += [*(_line(row) for row in rows if (row.first, row.second) == (first, second)), ""]
     names = {"mcnemar": "exact McNemar", "bootstrap": "paired bootstrap"}
-    used = list(dict.fromkeys(names[row.test] for row in rows))
+    used = dict.fromkeys(names[row.test] for row in rows)
     lines.append(f"Holm's correction over {len(rows)} tests; * counts at 0.05. Tests: {', '.join(used)}; see slm "
                  "compare --help.")
     if unverified := say_unverified({m.run.folder: m.run for m in models}.values()):
@@ -114,8 +113,7 @@ def shown(rows: Sequence[Compared], models: Sequence[Measured] = ()) -> str:
 
 
 def _line(row: Compared) -> str:
-    difference = f"{100 * row.difference:+.2f}"
-    difference += "" if row.stderr is None else f" ± {100 * row.stderr:.2f}"
+    difference = f"{100 * row.difference:+.2f}" + ("" if row.stderr is None else f" ± {100 * row.stderr:.2f}")
     low, high = row.interval
     interval = "" if low is None or high is None else f"[{100 * low:+.2f}, {100 * high:+.2f}]"
     return (f"{row.task:<14} {row.metric:<13} {row.n:>6} {100 * (row.first_score or 0):>6.2f} "

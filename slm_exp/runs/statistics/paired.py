@@ -80,9 +80,9 @@ def bootstrap(differences: Sequence[np.ndarray], draws: int = DRAWS, seed: int =
     far = int((np.abs(means_R - value) >= abs(value) - 1e-12).sum())
     p = max((1 + far) / (draws + 1), min(1.0, 2.0 ** (1 - differing)))
     low, high = np.quantile(means_R, (0.025, 0.975))
-    known = all(at_SN.shape[1] > 1 for at_SN in differences)
-    return Difference(value, float(means_R.std()) if known else None, float(low) if known else None,
-                      float(high) if known else None, p, "bootstrap")
+    if any(at_SN.shape[1] < 2 for at_SN in differences):
+        return Difference(value, None, None, None, p, "bootstrap")
+    return Difference(value, float(means_R.std()), float(low), float(high), p, "bootstrap")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -58,9 +58,8 @@ def difference(first: Sequence[Measured], second: Sequence[Measured], tasks: Seq
         run each: exact McNemar test. Otherwise the paired bootstrap over documents; with several seeds the larger
         p-value of that and of Student's paired test over the seeds, so that both documents and seeds have to agree.
     """
-    at_task = [_paired(first, second, task) for task in tasks]
-    paired = [at for at in at_task if at is not None]
-    if not paired or len(paired) < len(at_task):
+    paired = [at for task in tasks if (at := _paired(first, second, task)) is not None]
+    if not paired or len(paired) < len(tasks):
         return None
     apart = [b_SN - a_SN for a_SN, b_SN in paired]
     a_SN, b_SN = paired[0]
@@ -80,14 +79,13 @@ def _paired(first: Sequence[Measured], second: Sequence[Measured],
     """Scores [S, N] of both sides on the same documents; None where there is no such pairing."""
     if len(first) != len(second) or not first:
         return None
-    sides = [[_documents(m.run.samples(m.which, task), metric_of(task, scores := m.scores(task)),
-                         main_score(task, scores)) for m in side] for side in (first, second)]
-    if any(scores is None for side in sides for scores in side):
+    found = [_documents(m.run.samples(m.which, task), metric_of(task, m.scores(task)), main_score(task, m.scores(task)))
+             for m in (*first, *second)]
+    known = [scores for scores in found if scores]
+    if len(known) < len(found) or len({documents for documents, _ in known}) > 1:
         return None
-    if len({scores[0] for side in sides for scores in side if scores}) > 1:
-        return None
-    a_SN, b_SN = (np.array([scores[1] for scores in side if scores]) for side in sides)
-    return a_SN, b_SN
+    scores_SN = np.array([scores_N for _, scores_N in known])
+    return scores_SN[: len(first)], scores_SN[len(first) :]
 
 
 @lru_cache(maxsize=4096)

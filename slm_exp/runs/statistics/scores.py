@@ -59,9 +59,9 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 def stderr_of_mean(parts: Iterable[Estimate | None]) -> float | None:
     """Standard error of the unweighted mean of independent parts; None where one of them has none."""
-    errors = [part.stderr if part is not None else None for part in parts]
-    known = [e for e in errors if e is not None]
-    return math.sqrt(math.fsum(e * e for e in known)) / len(errors) if errors and len(known) == len(errors) else None
+    parts = list(parts)
+    known = [part.stderr for part in parts if part is not None and part.stderr is not None]
+    return math.sqrt(math.fsum(e * e for e in known)) / len(known) if known and len(known) == len(parts) else None
 
 
 def by_document(path: Path, metric: str) -> dict[tuple[object, object], float]:
@@ -76,6 +76,6 @@ def by_document(path: Path, metric: str) -> dict[tuple[object, object], float]:
         with gzip.open(path, "rt", encoding="utf-8") as f:
             rows = [json.loads(line) for line in f]
         return {(row.get("doc_id"), row.get("doc_hash")): float(row[name]) for row in rows
-                if row.get("filter", "") == chosen}  # fmt: skip
+                if row.get("filter", "") == chosen}
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error):
         return {}

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from slm_exp.runs.statistics.scores import standard_error
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """Values of runs that differ in their seed alone."""
 
     mean: float
     half: float | None
     """Half the width of the 95 % interval of the mean; None for one value."""
-    deviation: float | None
-    """Standard deviation between seeds; None for one value."""
-    n: int
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean, 95 % interval and standard deviation of at least one value."""
-    n, mean, stderr = len(values), math.fsum(values) / len(values), standard_error(values)
-    if stderr is None:
-        return Spread(mean, None, None, n)
-    return Spread(mean, student_quantile(0.975, n - 1) * stderr, stderr * math.sqrt(n), n)
+    """Mean and 95 % interval of at least one value."""
+    stderr = standard_error(values)
+    half = None if stderr is None else student_quantile(0.975, len(values) - 1) * stderr
+    return Spread(math.fsum(values) / len(values), half)
 
 
 def student_two_sided(t: float, freedom: int) -> float:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.registry import Component
@@ -15,8 +15,9 @@ from slm_exp.core.registry import Component
 Scalar = str | int | float | bool
 
 
-class Tracker(Protocol):
-    """What the pipeline tells a tracker; the record on disk is the truth, this is a mirror.
+class Tracker:
+    """What the pipeline tells a tracker, and the one that keeps nothing; the record on disk is the truth, this is a
+    mirror.
 
     No method raises because the place that is written to fails: a mirror that breaks costs a warning, not the run.
     """
@@ -29,19 +30,6 @@ class Tracker(Protocol):
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """A table, e.g. the plan or the trace."""
-
-
-class Silent:
-    """The tracker that keeps nothing."""
-
-    def log(self, section: JsonObject) -> None:
-        """Nothing."""
-
-    def image(self, name: str, path: Path) -> None:
-        """Nothing."""
-
-    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        """Nothing."""
 
 
 @dataclass

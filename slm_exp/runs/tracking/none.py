@@ -9,7 +9,7 @@ from pathlib import Path
 
 from slm_exp.core.files import JsonObject
 from slm_exp.core.registry import register
-from slm_exp.runs.tracking.base import Silent, Tracker, Tracking
+from slm_exp.runs.tracking.base import Tracker, Tracking
 
 
 @register("tracking", "none")
@@ -19,4 +19,4 @@ class NoTracking(Tracking):
 
     @contextlib.contextmanager
     def session(self, record: JsonObject, folder: Path) -> Iterator[Tracker]:
-        yield Silent()
+        yield Tracker()

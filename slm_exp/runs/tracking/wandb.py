@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slm_exp.core.errors import ConfigError, StageError, require_one_of
 from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.registry import register
-from slm_exp.runs.tracking.base import Silent, Tracker, Tracking, flat
+from slm_exp.runs.tracking.base import Tracker, Tracking, flat
 
 if TYPE_CHECKING:
     import wandb
@@ -65,9 +65,7 @@ class WandbTracking(Tracking):
         """
         if self.mode is not None:
             return self.mode
-        requested = os.environ.get("WANDB_MODE")
-        if not requested:
-            return "online" if under_agent() else "offline"
+        requested = os.environ.get("WANDB_MODE") or ("online" if under_agent() else "offline")
         mode = ALIASES.get(requested, requested)
         require_one_of("WANDB_MODE", mode, MODES)
         return mode
@@ -76,7 +74,7 @@ class WandbTracking(Tracking):
     def session(self, record: JsonObject, folder: Path) -> Iterator[Tracker]:
         mode = self.resolved_mode()
         if mode == "disabled":
-            yield Silent()
+            yield Tracker()
             return
         with _wandb_files_in(folder.resolve() / "wandb"):
             run = self._start(record, folder, mode)
@@ -98,34 +96,21 @@ class WandbTracking(Tracking):
         try:
             import wandb
         except ImportError as error:
-            raise ConfigError(
-                f"tracking = wandb; the package cannot be imported ({error}). pip install wandb, or use tracking=none."
-            ) from None
+            raise ConfigError(f"tracking = wandb; the package cannot be imported ({error}). pip install wandb, or use "
+                              "tracking=none.") from None
         folder.mkdir(parents=True, exist_ok=True)
-        agent = under_agent()
-        name = self.run_name or slug(record["config"])
+        ours = {} if under_agent() else {"id": record["run_id"], "project": self.project, "entity": self.entity}
         config = plain({**record["config"], **{k: record[k] for k in PROVENANCE if k in record}})
         try:
             run = wandb.init(
-                id=None if agent else record["run_id"],
-                project=None if agent else self.project,
-                entity=None if agent else self.entity,
-                group=self.group or record.get("group"),
-                name=name,
-                tags=self.tags,
-                mode=mode,  # type: ignore[arg-type]
-                dir=folder,
-                config=config,
+                **ours, group=self.group or record.get("group"), name=self.run_name or slug(record["config"]),
+                tags=self.tags, mode=mode, dir=folder, config=config,  # type: ignore[arg-type]
                 reinit="finish_previous",  # else a second run in one process would be handed the first one
                 settings=wandb.Settings(
                     x_transaction_log_flush_interval=1,  # 15 by default: a kill would lose config and first stages
-                    init_timeout=60,
-                    silent=True,
+                    init_timeout=60, silent=True,
                     console="off",  # run.log in the folder has the output
-                    disable_git=True,  # the record's own git state is in the config
-                    disable_code=True,
-                ),
-            )
+                    disable_git=True, disable_code=True))  # the record's own git state is in the config
         except Exception as error:
             words = " ".join(str(error).split()) or type(error).__name__
             reason = words.partition(" Consider increasing")[0].rstrip(".")
@@ -135,8 +120,8 @@ class WandbTracking(Tracking):
         return run
 
 
-class _WandbTracker:
-    """Mirrors to one open W&B run. See `Tracker`."""
+class _WandbTracker(Tracker):
+    """Mirrors to one open W&B run."""
 
     def __init__(self, run: wandb.Run) -> None:
         self._run = run
@@ -145,8 +130,7 @@ class _WandbTracker:
         """One history row of the numbers (they enter the summary too); text and flags go to the summary alone."""
         scalars = flat(section)
         texts = {k: v for k, v in scalars.items() if isinstance(v, (str, bool))}
-        numbers = {k: v for k, v in scalars.items() if k not in texts}
-        if numbers:
+        if numbers := {k: v for k, v in scalars.items() if k not in texts}:
             self._mirror(lambda: self._run.log(numbers))
         if texts:
             self._mirror(lambda: self._run.summary.update(texts))
@@ -211,13 +195,12 @@ def slug(config: JsonObject) -> str:
     def node(group: str) -> JsonObject:
         return config.get(group) or {}
 
-    def name(group: str) -> str:
+    def name(group: str, usual: str = "") -> str:
         """The member's name, or nothing where it is the usual one."""
-        usual = {"similarity": "flat_cosine", "width": "none", "recovery": "none"}.get(group)
         chosen = str(node(group).get("name", ""))
         return "" if chosen == usual else chosen
 
-    model, similarity, width = name("model"), name("similarity"), name("width")
+    model, similarity, width = name("model"), name("similarity", "flat_cosine"), name("width", "none")
     sizes = {"threshold": "{:g}", "target_layers": "{}layers", "target_ratio": "{:g}less",
              "target_sublayers": "less{}halves"}
     parts = [
@@ -227,7 +210,7 @@ def slug(config: JsonObject) -> str:
         *(form.format(node("method")[key]) for key, form in sizes.items() if node("method").get(key) is not None),
         f"cka_{name('kernel')}" if similarity == "cka" else similarity,
         f"{width}{node('width').get('ratio') or ''}" if width else "",
-        name("recovery"),
+        name("recovery", "none"),
         f"seed{config['seed']}" if config.get("seed") else "",
     ]
     return "-".join(part for part in parts if part)
