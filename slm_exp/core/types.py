@@ -10,18 +10,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
+from slm_exp.core.documents import StrictValue, parse
 from slm_exp.core.errors import PlanError
 from slm_exp.core.files import plain, write_json, writing
 from slm_exp.core.widths import WidthDecision
 
-if TYPE_CHECKING:
-    import numpy as np
-
-
-STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
-"""How `reading.parsed` reads a dataclass whose `__pydantic_config__` this is."""
 MAX_LAYERS = 10_000
 """Of any model a plan may be for."""
 Kind = Literal["attention", "mlp"]
@@ -39,10 +36,8 @@ class Group(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(StrictValue):
     """One scored candidate of a search: layers low..high (positions at that moment, inclusive)."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     low: int
     high: int
@@ -51,20 +46,16 @@ class Trial:
 
 
 @dataclass(frozen=True, order=True)
-class Sublayer:
+class Sublayer(StrictValue):
     """The attention or the MLP of an original layer, with its norm."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     layer: int
     kind: Kind
 
 
 @dataclass(frozen=True)
-class Cut:
+class Cut(StrictValue):
     """Original layers [start, stop) that were removed or merged, or lost a sublayer."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     start: int
     stop: int
@@ -73,10 +64,8 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Compensation:
+class Compensation(StrictValue):
     """How the residual stream is rescaled after cuts: see merging/compensation.py."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     kind: Literal["magnitude"]
     cuts: tuple[Cut, ...]
@@ -84,10 +73,8 @@ class Compensation:
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbour(StrictValue):
     """What a threshold just outside the chosen interval gives."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     threshold: float
     n_layers: int
@@ -95,10 +82,8 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
-class SizeCost:
+class SizeCost(StrictValue):
     """What a size among a path's plans costs to run, by its best plan."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     n_layers: int
     params: int
@@ -110,10 +95,8 @@ class SizeCost:
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(StrictValue):
     """The size that was requested of a plan; what does not apply is None and left out of the JSON."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     asked: int | float
     """Layers, sublayers, or a share of the parameters."""
@@ -134,7 +117,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class MergePlan:
+class MergePlan(StrictValue):
     """Which layers of a model are merged or removed, and how that was decided. Touches no weights.
 
     A layer in no group and not dropped is kept as it is.
@@ -142,8 +125,6 @@ class MergePlan:
     Raises:
         PlanError: entries contradict each other or the number of layers.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     n_layers: int
     """Layers of the dense model."""
@@ -280,18 +261,15 @@ class MergePlan:
         Raises:
             PlanError: names the field that is wrong or unknown, its value, and what was expected.
         """
-        from slm_exp.core.reading import parsed
-
         fill = bare and isinstance(data, dict) and data.get("n_layers") is None
-        width = None
         if isinstance(data, dict):
             data = {name: value for name, value in data.items() if value is not None}
-            width = WidthDecision.from_json(data.pop("width")) if "width" in data else None
+            data = {"n_layers": MAX_LAYERS, **data} if fill else data
         try:
-            plan = dataclasses.replace(parsed(cls, {"n_layers": MAX_LAYERS, **data} if fill else data), width=width)
+            width = WidthDecision.from_json(data.pop("width")) if isinstance(data, dict) and "width" in data else None
+            plan = dataclasses.replace(parse(cls, data), width=width)
         except ValueError as error:
-            known = ", ".join(sorted(f.name for f in dataclasses.fields(cls)))
-            raise PlanError(f"plan: {error}{f'; known: {known}' if 'unknown' in str(error) else ''}.") from None
+            raise PlanError(f"plan: {error}") from None
         if not fill:
             return plan
         ends = [*(g.stop for g in plan.groups), *(i + 1 for i in (*plan.dropped, *(s.layer for s in plan.sublayers)))]
@@ -320,8 +298,6 @@ class CalibrationTokens:
     @property
     def digest(self) -> str:
         """sha256 over shape and ids, 16 hex digits."""
-        import numpy as np
-
         ids = np.ascontiguousarray(self.tokens_NT, dtype="<i4")
         return hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()[:16]
 
@@ -332,8 +308,6 @@ class CalibrationTokens:
 
     def save(self, folder: Path) -> None:
         """Write calibration_tokens.npy (ids) and calibration.json (source, sample ids, digest)."""
-        import numpy as np
-
         with writing(folder / "calibration_tokens.npy") as tmp:
             with open(tmp, "wb") as f:
                 np.save(f, self.tokens_NT.astype("<i4"), allow_pickle=False)
@@ -341,8 +315,6 @@ class CalibrationTokens:
 
     @classmethod
     def load(cls, folder: Path) -> CalibrationTokens:
-        import numpy as np
-
         about = json.loads((folder / "calibration.json").read_text())
         ids = np.load(folder / "calibration_tokens.npy", allow_pickle=False)
         return cls(ids, about["source"], tuple(about["sample_ids"]))
@@ -361,8 +333,6 @@ class LayerSimilarity:
 
     def save(self, folder: Path) -> None:
         """Write similarity.npz."""
-        import numpy as np
-
         with writing(folder / "similarity.npz") as tmp:
             with open(tmp, "wb") as f:
                 np.savez(f, matrix=self.matrix_LL.astype("float32"), kernel=self.kernel, estimator=self.estimator,
@@ -370,7 +340,5 @@ class LayerSimilarity:
 
     @classmethod
     def load(cls, folder: Path) -> LayerSimilarity:
-        import numpy as np
-
         with np.load(folder / "similarity.npz", allow_pickle=False) as z:
             return cls(z["matrix"], str(z["kernel"]), str(z["estimator"]), bool(z["skip_first_token"]), int(z["batch"]))

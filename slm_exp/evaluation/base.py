@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slm_exp.core.cost import Work
 from slm_exp.core.errors import DataError, did_you_mean, require
@@ -18,10 +18,8 @@ from slm_exp.evaluation.perplexity import FILES, corpus_identity, load_corpora, 
 from slm_exp.evaluation.protocol import read_protocol, require_same
 from slm_exp.evaluation.report import SEVEN, EvalReport
 from slm_exp.evaluation.settings import Settings
+from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
 
 __all__ = ["SEVEN", "EvalReport", "Evaluation"]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from slm_exp.calibration.heldout import TOKENS
 from slm_exp.core.cost import Work
 from slm_exp.evaluation.perplexity import HELD_OUT
@@ -96,8 +98,6 @@ def _corpus_tokens(where: str, seq_len: int, per_token: float) -> tuple[float, f
     """Tokens, and tokens of a chunk; None where the file cannot be read."""
     try:
         if where.endswith(".npy"):
-            import numpy as np  # a table of results that imports this package reads no array
-
             n, t = np.load(where, mmap_mode="r", allow_pickle=False).shape
             return n * t, t
         if where in HELD_OUT:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slm_exp.core.errors import DataError
 from slm_exp.evaluation.perplexity import load_corpora, perplexity
 from slm_exp.evaluation.protocol import Protocol
 from slm_exp.evaluation.report import EvalReport, average
 from slm_exp.evaluation.settings import Settings
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
+from slm_exp.models.base import ModelHandle
 
 
 def measure(cfg: Settings, handle: ModelHandle) -> EvalReport:

@@ -7,20 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from slm_exp.calibration.bundled import held_out_prose
 from slm_exp.calibration.heldout import DOMAINS, RULE, TOKENS
+from slm_exp.calibration.tokens import read_ids
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, did_you_mean
 from slm_exp.core.text import SUFFIXES, kind_of, read_field, read_lines, slices
 from slm_exp.evaluation import documents
 from slm_exp.evaluation.progress import progress
 from slm_exp.evaluation.tiny_documents import made_up_prose
+from slm_exp.models.base import ModelHandle
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedModel
-
-    from slm_exp.models.base import ModelHandle
 
 HUB_SETS: dict[str, dict[str, Any]] = {  # arguments of datasets.load_dataset, the text field, how many rows
     "wikitext2": {"load": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"},
@@ -116,10 +117,8 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
     Raises:
         DataError: missing, malformed or shorter than a chunk; ids outside the vocabulary; no tokenizer or no BOS.
     """
-    import numpy as np
-
     if where.endswith(".npy"):
-        ids_NT = _token_file(Path(where), int(handle.config.vocab_size))
+        ids_NT = read_ids(Path(where), handle, where).astype(np.int64)
         about = {"source": corpus_identity(where), "seq_len": ids_NT.shape[1], "bos": "as given"}
         return Corpus(ids_NT, about | {"chunks": len(ids_NT)})
     tokenizer = handle.tokenizer
@@ -197,20 +196,3 @@ def _hub_rows(name: str) -> list[str]:
         raise DataError(f"{name} ({about['load']['path']}) cannot be loaded: {type(error).__name__}: {error}. "
                         f"Give a file instead: 'evaluation.corpora={{{name}: path/to/{name}.txt}}'") from error
     return list(rows[: about["rows"]][about["field"]])
-
-
-def _token_file(path: Path, vocab: int) -> np.ndarray:
-    import numpy as np
-
-    try:
-        ids_NT = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
-        raise DataError(f"{path} is no readable .npy file: {error}") from error
-    if not isinstance(ids_NT, np.ndarray):
-        raise DataError(f"{path} is an archive of arrays; expected one array of integers [N, T].")
-    if ids_NT.ndim != 2 or ids_NT.dtype.kind not in "iu" or ids_NT.shape[0] < 1 or ids_NT.shape[1] < 2:
-        raise DataError(f"{path} holds {ids_NT.dtype} {list(ids_NT.shape)}; expected integers [N, T], N >= 1, T >= 2.")
-    if ids_NT.min() < 0 or ids_NT.max() >= vocab:
-        raise DataError(f"{path} holds ids {ids_NT.min()}..{ids_NT.max()}; the model's vocabulary has {vocab}. "
-                        "Was it made with another tokenizer?")
-    return np.asarray(ids_NT, dtype=np.int64)

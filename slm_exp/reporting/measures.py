@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slm_exp.core.documents import Section, parse, read_json
+from slm_exp.core.documents import Section, parse
 from slm_exp.core.errors import SlmError
-from slm_exp.core.files import JsonObject
+from slm_exp.core.files import JsonObject, read_json
 from slm_exp.reporting.results import Comparison
 from slm_exp.reporting.rows import Row
 from slm_exp.runs.schema import Calibration, Model

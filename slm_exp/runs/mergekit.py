@@ -10,9 +10,8 @@ from typing import Any
 import yaml
 
 from slm_exp import __version__
-from slm_exp.core.documents import read_json
 from slm_exp.core.errors import ConfigError, PlanError
-from slm_exp.core.files import JsonObject
+from slm_exp.core.files import JsonObject, read_json
 from slm_exp.core.types import Group, MergePlan
 from slm_exp.models.layouts import FAMILIES
 from slm_exp.runs.record import read_run

@@ -17,9 +17,8 @@ from typing import Self
 from slm_exp import __version__
 from slm_exp.core.cache.code import PACKAGE, package_digest
 from slm_exp.core.cache.store import library_versions
-from slm_exp.core.documents import read_json
 from slm_exp.core.errors import ConfigError, PlanError, SlmError
-from slm_exp.core.files import JsonObject, digest, write_json
+from slm_exp.core.files import JsonObject, digest, read_json, write_json
 from slm_exp.core.format import printable
 from slm_exp.core.types import LayerSimilarity, MergePlan
 from slm_exp.runs.files import CHECKPOINT, Problem, problems

@@ -18,9 +18,9 @@ from pathlib import Path
 from filelock import Timeout
 
 from slm_exp import __version__
-from slm_exp.core.documents import Section, parse, read_json
+from slm_exp.core.documents import Section, parse
 from slm_exp.core.errors import ConfigError
-from slm_exp.core.files import JsonObject, write_json
+from slm_exp.core.files import JsonObject, read_json, write_json
 from slm_exp.core.format import printable
 from slm_exp.core.locks import Lock
 from slm_exp.runs.record import read_run, write_record
