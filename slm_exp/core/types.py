@@ -9,6 +9,8 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import reduce
+from operator import truediv
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -222,14 +224,7 @@ class MergePlan(StrictValue):
     def scales(self) -> tuple[float, ...]:
         """For every slot, what its layer's outputs are multiplied by: 1 without a compensation."""
         cuts = self.compensation.cuts if self.compensation else ()
-        out = []
-        for slot in self.slots:
-            scale = 1.0
-            for cut in cuts:
-                if cut.stop <= slot.start:
-                    scale /= cut.alpha
-            out.append(scale)
-        return tuple(out)
+        return tuple(reduce(truediv, (cut.alpha for cut in cuts if cut.stop <= slot.start), 1.0) for slot in self.slots)
 
     @property
     def n_layers_out(self) -> int:

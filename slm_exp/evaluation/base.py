@@ -117,7 +117,7 @@ class Evaluation(Settings):
         """The record's `speed`: both models in turns, measured anew every time. See evaluation/backends/speed.py."""
         from slm_exp.evaluation.backends.speed import measure_speed
 
-        return measure_speed(self, dense, compressed).to_json()
+        return measure_speed(self, dense, compressed)
 
     def accept(self, report: EvalReport, dense: bool) -> None:
         """Refuse a report of another protocol than `protocol`, or of a dense model outside `dense_range`.

@@ -163,7 +163,7 @@ class TestTokenFiles:
 
     @pytest.mark.parametrize("bad", [-1, 258])
     def test_ids_outside_the_vocabulary(self, tiny_handle: ModelHandle, tmp_path: Path, bad: int) -> None:
-        with pytest.raises(DataError, match="outside the vocabulary .*0 to 257"):
+        with pytest.raises(DataError, match=r"outside the vocabulary .*0 to 257"):
             load_corpus(self.save(tmp_path, np.array([[0, bad]])), tiny_handle)
 
 

@@ -36,12 +36,20 @@ def code_digest(files: Sequence[str]) -> str:
         OSError: a file is not there.
         SyntaxError: it is not Python.
     """
-    return digest({path.relative_to(PACKAGE).as_posix(): _file(path) for path in _paths(files)})
+    out = {}
+    for name in code_files(files):
+        status = (PACKAGE / name).stat()
+        out[name] = _tree_digest(PACKAGE / name, status.st_mtime_ns, status.st_size)
+    return digest(out)
 
 
 def code_files(names: Sequence[str]) -> set[str]:
     """Every file that declared files and folders stand for, relative to the package."""
-    return {path.relative_to(PACKAGE).as_posix() for path in _paths(names)}
+    paths: set[Path] = set()
+    for name in names:
+        path = PACKAGE / name
+        paths |= set(path.rglob("*.py")) if path.is_dir() else {path}
+    return {path.relative_to(PACKAGE).as_posix() for path in paths}
 
 
 def package_digest() -> str:
@@ -60,19 +68,6 @@ def library_versions(names: Sequence[str] = ("torch", "transformers")) -> dict[s
     return out
 
 
-def _paths(names: Sequence[str]) -> set[Path]:
-    paths: set[Path] = set()
-    for name in names:
-        path = PACKAGE / name
-        paths |= set(path.rglob("*.py")) if path.is_dir() else {path}
-    return paths
-
-
-def _file(path: Path) -> str:
-    status = path.stat()
-    return _tree_digest(path, status.st_mtime_ns, status.st_size)
-
-
 @lru_cache(maxsize=1024)
 def _tree_digest(path: Path, mtime_ns: int, size: int) -> str:
     tree = _Computing().visit(ast.parse(path.read_bytes()))
@@ -83,10 +78,9 @@ class _Computing(ast.NodeTransformer):
     """Leaves of a syntax tree what computes: no docstrings, no statements that only log or warn."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        value = node.value
-        if isinstance(value, ast.Constant) and isinstance(value.value, str):
-            return None
-        match value:
+        match node.value:
+            case ast.Constant(value=str()):
+                return None
             case ast.Call(func=ast.Attribute(value=ast.Name(id=logger), attr=level)):
                 return None if logger in LOGGERS and level in LEVELS else node
         return node

@@ -33,7 +33,7 @@ class _Status(NamedTuple):
     inode: int
 
 
-_folder: list[Path] = []
+_folder: Path | None = None
 _seen: dict[_Status, str] = {}
 
 
@@ -42,7 +42,8 @@ def remember_in(folder: Path | None) -> None:
 
     The memory only saves time, so a process that works with several caches may find it in either.
     """
-    _folder[:] = [] if folder is None else [folder]
+    global _folder
+    _folder = folder
 
 
 def content_digest(path: Path) -> str:
@@ -52,15 +53,15 @@ def content_digest(path: Path) -> str:
         OSError: the file is not there or cannot be read.
     """
     status = _status(path)
-    value = _remembered(status)
-    if value is None:
-        value = file_digest(path)
-        if time.time_ns() - max(status.mtime_ns, status.ctime_ns) >= SETTLED_NS:
-            _seen[status] = value
-            if status.size >= SMALL:
-                with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-                    mark(_root())
-                    write_json(_memory(status), {**status._asdict(), "digest": value})
+    if (value := _remembered(status)) is not None:
+        return value
+    value = file_digest(path)
+    if time.time_ns() - max(status.mtime_ns, status.ctime_ns) >= SETTLED_NS:
+        _seen[status] = value
+        if status.size >= SMALL:
+            with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+                mark(_root())
+                write_json(_memory(status), {**status._asdict(), "digest": value})
     return value
 
 
@@ -86,7 +87,7 @@ def _status(path: Path) -> _Status:
 
 
 def _root() -> Path:
-    return _folder[0] if _folder else Path(default_cache_dir())
+    return _folder or Path(default_cache_dir())
 
 
 def _memory(status: _Status) -> Path:

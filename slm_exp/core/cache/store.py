@@ -55,13 +55,9 @@ class StageStore:
         self.folder = folder
 
     def key(self, stage: str, inputs: Inputs, code: Code = NO_CODE) -> str:
-        """Digest of a stage's inputs, code and libraries.
-
-        """
-        return digest({
-            "stage": stage, "inputs": inputs, "code": code_digest(code.files),
-            "libraries": library_versions(code.libraries),
-        })
+        """Digest of a stage's inputs, code and libraries."""
+        return digest({"stage": stage, "inputs": inputs, "code": code_digest(code.files),
+                       "libraries": library_versions(code.libraries)})
 
     def entry(self, stage: str, inputs: Inputs, code: Code = NO_CODE) -> Path:
         """The folder of an entry, there or not.
@@ -84,12 +80,10 @@ class StageStore:
         if self.folder is None:
             return compute(), False
         entry = self.entry(stage, inputs, code)
-        stored = self._read(entry, kind)
-        if stored is not None:
+        if (stored := self._read(entry, kind)) is not None:
             return stored, True
         with self._locked(entry):
-            stored = self._read(entry, kind)
-            if stored is not None:
+            if (stored := self._read(entry, kind)) is not None:
                 return stored, True
             value = compute()
             try:
@@ -98,9 +92,7 @@ class StageStore:
                 log.warning("could not store %s in the cache: %s. The run goes on.", stage, error)
             return value, False
 
-    def entry_folder(
-        self, stage: str, inputs: Inputs, build: Callable[[Path], None], code: Code = NO_CODE
-    ) -> Path:
+    def entry_folder(self, stage: str, inputs: Inputs, build: Callable[[Path], None], code: Code = NO_CODE) -> Path:
         """A stored folder used in place (e.g. converted weights): built once by `build(folder)`.
 
         Every file has the bytes that were written: its digest is compared, by memory where the file is unchanged
@@ -110,13 +102,10 @@ class StageStore:
             OSError: the cache cannot be written; a folder entry has nowhere else to live.
         """
         entry = self.entry(stage, inputs, code)
-        if self._whole(entry, content_digest):
-            with contextlib.suppress(OSError):
-                os.utime(entry)  # pruning goes by last use
-            return entry
-        with self._locked(entry):
-            if not self._whole(entry, content_digest):
-                self._build(entry, build, inputs)
+        if not self._whole(entry, content_digest):
+            with self._locked(entry):
+                if not self._whole(entry, content_digest):
+                    self._build(entry, build, inputs)
         return entry
 
     def _read(self, entry: Path, kind: type[S]) -> S | None:
@@ -128,8 +117,6 @@ class StageStore:
             log.warning("cache entry %s cannot be read (%s); recomputing.", entry, error)
             shutil.rmtree(entry, ignore_errors=True)
             return None
-        with contextlib.suppress(OSError):
-            os.utime(entry)
         return value
 
     def _build(self, entry: Path, build: Callable[[Path], None], inputs: Inputs) -> None:
@@ -137,10 +124,8 @@ class StageStore:
         tmp.mkdir(parents=True)
         try:
             build(tmp)
-            files = {
-                str(f.relative_to(tmp)): {"bytes": f.stat().st_size, "digest": file_digest(f)}
-                for f in sorted(tmp.rglob("*")) if f.is_file()
-            }
+            files = {str(f.relative_to(tmp)): {"bytes": f.stat().st_size, "digest": file_digest(f)}
+                     for f in sorted(tmp.rglob("*")) if f.is_file()}
             write_json(tmp / MANIFEST, {"inputs": inputs, "files": files, "created": time.time()})
             if entry.exists():
                 shutil.rmtree(entry)
@@ -155,7 +140,10 @@ class StageStore:
         if problem:
             log.warning("cache entry %s is damaged (%s); recomputing.", entry, problem)
             shutil.rmtree(entry, ignore_errors=True)
-        return problem is None
+            return False
+        with contextlib.suppress(OSError):
+            os.utime(entry)  # pruning goes by last use
+        return True
 
     @contextlib.contextmanager
     def _locked(self, entry: Path) -> Iterator[None]:
