@@ -6,14 +6,13 @@ maximum length, how texts are cut), and leaves out what does not (batch size, ba
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slm_exp.core.errors import ProtocolError
-from slm_exp.core.files import digest
+from slm_exp.core.files import digest, read_json
 
 Stored = Mapping[str, Any] | None
 """A protocol as it stands in a record: `{hash, fields, sources}`, of any version; None where nothing was measured."""
@@ -64,7 +63,7 @@ def read_protocol(path: Path) -> Protocol:
         ProtocolError: not there, not readable, or changed since it was written.
     """
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         fields, stated = stored["fields"], stored["hash"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ProtocolError(f"{path} is no protocol file ({type(error).__name__}: {error}); expected the {FILE} of a "

@@ -77,9 +77,8 @@ class FastLM(CheckedHFLM):
             halved when memory runs out.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, batch_size: int | None = None, add_bos: bool | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int | None = None,
+                 add_bos: bool | None = None) -> None:  # fmt: skip
         super().__init__(model, tokenizer, batch_size, add_bos)
         self.trees_per_batch = batch_size
         self.nodes_per_batch = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"])
@@ -222,9 +221,8 @@ class FastLM(CheckedHFLM):
                 left = left[len(some) :]
         return iter(out)
 
-    def _plain_scores(
-        self, sequences: Sequence[Request], requests: Sequence[Any], disable: bool
-    ) -> Iterator[list[tuple[int, Score]]]:
+    def _plain_scores(self, sequences: Sequence[Request], requests: Sequence[Any],
+                      disable: bool) -> Iterator[list[tuple[int, Score]]]:  # fmt: skip
         """HFLM's own, for models that do not take trees."""
         log.warning("evaluation.backend=fast falls back to HFLM: %s.", self._falls_back)
         plain = [(None, requests[r.owner][1] or [self.prefix_token_id], requests[r.owner][2]) for r in sequences]
@@ -243,30 +241,24 @@ class FastLM(CheckedHFLM):
 
     def _choose_forward(self, trees: list[Tree]) -> None:
         """The fastest forward pass over trees that agrees with a plain forward pass on small trees of these."""
-        probes = [(tree, self._plain_logits(tree)) for tree in _probes(trees, window_of(self.model))]
+        probes = [(tree, [self._model_call(torch.tensor([r.tokens], device=self.device))[0, -len(r.targets) :].float()
+                          for r in tree.requests]) for tree in _probes(trees, window_of(self.model))]  # fmt: skip
         reason = ""
         for fuse in (True, False):
             try:
-                with torch.inference_mode():
-                    forward = TreeForward(self.model, fuse)
-                with torch.inference_mode(), forward.ready():
+                with torch.inference_mode(), (forward := TreeForward(self.model, fuse)).ready():
                     errors = [_disagreement(forward, tree, plain) for tree, plain in probes]
             except torch.OutOfMemoryError:
                 raise
             except UNCERTAIN as problem:
-                kind = type(self.model).__name__
-                reason = f"{kind} does not take a mask per tree ({type(problem).__name__}: {problem})"
+                reason = (f"{type(self.model).__name__} does not take a mask per tree ({type(problem).__name__}: "
+                          f"{problem})")
                 continue
             if all(error <= AGREEMENT.get(self.model.dtype, 5e-2) for error in errors):
                 self._forward = forward
                 return
             reason = f"its logits differ from a plain forward pass's by {max(errors):.1e} of their spread"
         self._falls_back = reason
-
-    def _plain_logits(self, tree: Tree) -> list[Tensor]:
-        """[P, V] for each request of a tree, where it predicts, from a forward pass of its own."""
-        return [self._model_call(torch.tensor([r.tokens], device=self.device))[0, -len(r.targets) :].float()
-                for r in tree.requests]  # fmt: skip
 
     def _scores(self, trees: list[Tree], what: str, disable: bool) -> Iterator[list[tuple[int, Score]]]:
         """Scores of a batch at a time; longest trees first, so memory runs out at once or never."""
@@ -275,7 +267,8 @@ class FastLM(CheckedHFLM):
         tokens = sum(map(len, trees))
         with torch.inference_mode(), self._forward.ready(), progress(what, tokens, "token", disable) as advance:
             while left:
-                batch = self._next(left)
+                rows = max(1, self.nodes_per_batch // len(left[0]))
+                batch = [left.popleft() for _ in range(min(rows, self.trees_per_batch or rows, len(left)))]
                 try:
                     scores = _score(self._forward, batch)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -285,12 +278,6 @@ class FastLM(CheckedHFLM):
                     continue
                 advance(sum(map(len, batch)))
                 yield scores
-
-    def _next(self, left: deque[Tree]) -> list[Tree]:
-        """Take trees from the left: as many as fit, at least one."""
-        rows = max(1, self.nodes_per_batch // len(left[0]))
-        rows = min(rows, self.trees_per_batch or rows, len(left))
-        return [left.popleft() for _ in range(rows)]
 
     def _smaller(self, batch: list[Tree], error: BaseException) -> list[Tree]:
         """Halve the batch size after memory ran out; a single tree is cut into two."""
@@ -344,12 +331,9 @@ class TreeForward:
             positions_BT[row, : len(tree)] = tree.positions
             visible_BTT[row] = tree.visible(size)
         positions = torch.as_tensor(positions_BT, device=self.device)
-        return self.decoder(
-            input_ids=torch.as_tensor(ids_BT, device=self.device),
-            position_ids=positions,
-            attention_mask=self._mask(torch.as_tensor(visible_BTT, device=self.device)[:, None], positions),
-            use_cache=False,
-        ).last_hidden_state  # type: ignore[no-any-return]
+        mask = self._mask(torch.as_tensor(visible_BTT, device=self.device)[:, None], positions)
+        return self.decoder(input_ids=torch.as_tensor(ids_BT, device=self.device), position_ids=positions,
+                            attention_mask=mask, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, h_PD: Tensor) -> Tensor:
         """[P, D] -> [P, V]."""
@@ -368,8 +352,7 @@ class TreeForward:
         return {"full_attention": full, "sliding_attention": near} if len(kinds) > 1 else near
 
     def _additive(self, visible_B1TT: Tensor) -> Tensor:
-        zero = torch.zeros((), dtype=self.model.dtype, device=self.device)
-        return torch.where(visible_B1TT, zero, float("-inf"))
+        return torch.zeros((), dtype=self.model.dtype, device=self.device).where(visible_B1TT, float("-inf"))
 
 
 def _score(forward: TreeForward, trees: Sequence[Tree]) -> list[tuple[int, Score]]:
@@ -486,9 +469,9 @@ def _fused_forwards(model: PreTrainedModel) -> list[tuple[Any, Callable[..., Ten
             hook.remove()
     if not all(id(layer) in calls and supported(layer, calls[id(layer)], model.dtype) for layer in layers):
         return []
-    return [(layer, _fused_forward(layer, model.dtype)) for layer in layers]
 
+    def fused(layer: Any) -> Callable[..., Tensor]:
+        weights = dict(layer.named_parameters())
+        return lambda hidden_states, **call: fused_layer(layer, weights, call, hidden_states, model.dtype)
 
-def _fused_forward(layer: Any, dtype: torch.dtype) -> Callable[..., Tensor]:
-    weights = dict(layer.named_parameters())
-    return lambda hidden_states, **call: fused_layer(layer, weights, call, hidden_states, dtype)
+    return [(layer, fused(layer)) for layer in layers]

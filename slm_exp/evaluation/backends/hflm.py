@@ -24,16 +24,11 @@ class CheckedHFLM(HFLM):  # type: ignore[misc]
     The batch size belongs to this class: lm-eval ignores the one given to its evaluate functions.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None,
-        add_bos: bool | None = None,
-    ) -> None:
-        super().__init__(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),  # HFLM gives it a pad token, and checkpoints must not
-            batch_size=batch_size or default_batch_size(model.device),
-            add_bos_token=add_bos,
-        )
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None,
+                 add_bos: bool | None = None) -> None:  # fmt: skip
+        own = copy.deepcopy(tokenizer)  # HFLM gives it a pad token, and checkpoints must not
+        default = 16 if model.device.type == "cuda" else 4  # on a CPU padding costs more than larger batches win
+        super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size or default, add_bos_token=add_bos)
         self._advance: Callable[[int], None] = lambda rows: None
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -76,8 +71,3 @@ def refuse_broken(highest: Tensor) -> None:
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def default_batch_size(device: torch.device) -> int:
-    """Sequences per forward pass. On a CPU padding costs more than larger batches win."""
-    return 16 if device.type == "cuda" else 4
