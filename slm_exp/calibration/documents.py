@@ -39,7 +39,6 @@ def read_documents(file: Path, field: str, name: str, piece_chars: int, rows: in
     """The texts of one file: a JSON line's or parquet row's `field`, or pieces of a plain text.
 
     Names count lines from 1 and rows and pieces from 0. At most the first `rows` rows are read.
-
     Raises:
         DataError: see `core.text`; names the line.
     """

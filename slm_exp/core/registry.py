@@ -53,9 +53,7 @@ class Component:
 
 def knob(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     """A field that changes how a result is reached, never the result: left out of the run_id."""
-    if default is not dataclasses.MISSING:
-        kwargs["default"] = default
-    return dataclasses.field(metadata={"science": False}, **kwargs)
+    return dataclasses.field(default=default, metadata={"science": False}, **kwargs)
 
 
 C = TypeVar("C", bound=Component)

@@ -123,7 +123,6 @@ class MergePlan(StrictValue):
     """Which layers of a model are merged or removed, and how that was decided. Touches no weights.
 
     A layer in no group and not dropped is kept as it is.
-
     Raises:
         PlanError: entries contradict each other or the number of layers.
     """
@@ -243,8 +242,7 @@ class MergePlan(StrictValue):
         out = dataclasses.asdict(self) | {"width": self.width and self.width.to_json()}
         if self.target is not None:
             out["target"] = {name: value for name, value in out["target"].items() if value is not None}
-        contents: dict[str, Any] = plain(out)
-        return contents
+        return plain(out)  # type: ignore[no-any-return]
 
     @classmethod
     def from_json(cls, data: Any, bare: bool = False) -> MergePlan:
@@ -303,16 +301,14 @@ class CalibrationTokens:
 
     def save(self, folder: Path) -> None:
         """Write calibration_tokens.npy (ids) and calibration.json (source, sample ids, digest)."""
-        with writing(folder / "calibration_tokens.npy") as tmp:
-            with open(tmp, "wb") as f:
-                np.save(f, self.tokens_NT.astype("<i4"), allow_pickle=False)
+        with writing(folder / "calibration_tokens.npy") as tmp, open(tmp, "wb") as f:
+            np.save(f, self.tokens_NT.astype("<i4"), allow_pickle=False)
         write_json(folder / "calibration.json", self.describe())
 
     @classmethod
     def load(cls, folder: Path) -> CalibrationTokens:
         about = json.loads((folder / "calibration.json").read_text())
-        ids = np.load(folder / "calibration_tokens.npy", allow_pickle=False)
-        return cls(ids, about["source"], tuple(about["sample_ids"]))
+        return cls(np.load(folder / "calibration_tokens.npy"), about["source"], tuple(about["sample_ids"]))
 
 
 @dataclass(frozen=True)
@@ -328,10 +324,9 @@ class LayerSimilarity:
 
     def save(self, folder: Path) -> None:
         """Write similarity.npz."""
-        with writing(folder / "similarity.npz") as tmp:
-            with open(tmp, "wb") as f:
-                np.savez(f, matrix=self.matrix_LL.astype("float32"), kernel=self.kernel, estimator=self.estimator,
-                         skip_first_token=self.skip_first_token, batch=self.batch)
+        with writing(folder / "similarity.npz") as tmp, open(tmp, "wb") as f:
+            np.savez(f, matrix=self.matrix_LL.astype("float32"), kernel=self.kernel, estimator=self.estimator,
+                     skip_first_token=self.skip_first_token, batch=self.batch)
 
     @classmethod
     def load(cls, folder: Path) -> LayerSimilarity:

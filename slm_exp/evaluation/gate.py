@@ -17,7 +17,6 @@ def check_range(report: EvalReport, known: Mapping[str, Sequence[float]]) -> Non
 
     Args:
         known: `average`, a task or a corpus -> [low, high], both allowed; per cent, or perplexity for a corpus.
-
     Raises:
         ProtocolError: every value outside its range: expected, got, and what to check.
     """

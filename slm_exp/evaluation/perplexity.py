@@ -56,15 +56,12 @@ def perplexity(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | 
 
     Each of the N chunks is read alone, so the first of its T tokens only conditions. Log-probabilities are float32
     or wider, their sum is exact to double precision; logits of one batch are held at a time.
-
     Args:
         tokens_NT: [N, T] token ids.
         batch_size: chunks per forward pass; None chooses.
         name: what the progress bar says.
-
     Raises:
         DataError: the mean is NaN or infinite.
-
     Cost: one forward pass over N T tokens with all logits.
     """
     import torch
@@ -106,14 +103,12 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
     ("\\n\\n"), as hub sets are in this protocol. A .txt file is read as the hub's WikiText rows: one per line with its
     newline, "" for a blank line. Other files give one row per line or row, its field `text`. The last partial chunk is
     dropped.
-
     Args:
         where: path ending in one of FILES, or one of HUB_SETS or HELD_OUT. A .npy file holds [N, T] ids, taken as they
             are: `seq_len` and `bos` do not apply.
         seq_len: tokens per chunk.
         bos: `once` puts BOS before the text, `every_chunk` before each chunk (then of seq_len + 1 tokens), or
             `never`. A tokenizer without BOS turns `once` into `never`.
-
     Raises:
         DataError: missing, malformed or shorter than a chunk; ids outside the vocabulary; no tokenizer or no BOS.
     """

@@ -88,7 +88,6 @@ def require_same(protocols: Mapping[str, Stored], remedy: str = "") -> None:
     Args:
         protocols: whose result -> its `protocol`; None and {} (nothing measured) agree with everything.
         remedy: what to do, for the end of the message.
-
     Raises:
         ProtocolError: names two results and the fields in which they differ.
     """

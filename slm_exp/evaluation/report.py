@@ -65,10 +65,9 @@ class EvalReport:
     def save_samples(self, folder: Path) -> None:
         """One <task>.jsonl.gz per task; the same results give the same bytes."""
         for task, rows in self.samples.items():
-            with writing(folder / f"{task}.jsonl.gz") as tmp:
-                with open(tmp, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as f:
-                    for row in rows:
-                        f.write((json.dumps(plain(row), ensure_ascii=False) + "\n").encode())
+            with (writing(folder / f"{task}.jsonl.gz") as tmp, open(tmp, "wb") as raw,
+                  gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as f):  # fmt: skip
+                f.writelines((json.dumps(plain(row), ensure_ascii=False) + "\n").encode() for row in rows)
 
     def save(self, folder: Path) -> None:
         """report.json and samples/."""

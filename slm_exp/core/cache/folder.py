@@ -224,12 +224,11 @@ def stored_files(entry: Path) -> dict[str, tuple[int, str]]:
 def _within(folder: Path, tops: tuple[str, ...]) -> Iterator[tuple[Path, os.stat_result]]:
     """What lies in the named folders that are no links, with its own status (a link's, not its target's)."""
     for top in (folder / name for name in tops):
-        if _is(top, stat.S_ISDIR):
-            for path in top.iterdir():
-                try:
-                    yield path, path.lstat()
-                except OSError:  # removed while we look
-                    continue
+        for path in top.iterdir() if _is(top, stat.S_ISDIR) else ():
+            try:
+                yield path, path.lstat()
+            except OSError:  # removed while we look
+                continue
 
 
 def _is(path: Path, kind: Callable[[int], bool]) -> bool:

@@ -55,15 +55,14 @@ class Journal:
 
 def read(folder: Path) -> tuple[Entries, int]:
     """The whole entries of a journal, and how many lines are not whole. Nothing there: no entries."""
-    try:
-        lines = (folder / FILE).read_bytes().splitlines()
-    except FileNotFoundError:
-        return {}, 0
-    except OSError as error:
-        log.warning("%s cannot be read: %s", folder, error)
-        return {}, 0
     entries: Entries = {}
     damaged = 0
+    try:
+        lines = (folder / FILE).read_bytes().splitlines()
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            log.warning("%s cannot be read: %s", folder, error)
+        lines = []
     for line in filter(None, lines):
         try:
             checksum, text = line.decode().split(" ", 1)

@@ -97,7 +97,6 @@ class StageStore:
 
         Every file has the bytes that were written: its digest is compared, by memory where the file is unchanged
         since (see `digests`).
-
         Raises:
             OSError: the cache cannot be written; a folder entry has nowhere else to live.
         """

@@ -59,14 +59,11 @@ def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: s
     """The most likely token, again and again, for each prompt until one of `ends`, `ended` or `room`.
 
     Prompts are padded on the left and share each forward pass; the cache of rows that are done is dropped.
-
     Returns:
         The generated tokens of each prompt, the one that ended it included.
-
     Raises:
         DataError: NaN or infinite logits.
         NoCacheError: there is no cache to go on from.
-
     Cost: one pass over the prompts, then a forward of one token per step and row; the cache of all rows.
     """
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]

@@ -71,7 +71,6 @@ class FastLM(CheckedHFLM):
     """HFLM with the log-likelihoods computed along trees. Results in float32 differ from HFLM's by rounding.
 
     In narrower types log-probabilities are still float32 here, where HFLM rounds them to the model's type.
-
     Args:
         batch_size: trees (about: documents) per forward pass; None fills passes up to TOKENS_PER_BATCH, which is
             halved when memory runs out.
@@ -99,7 +98,6 @@ class FastLM(CheckedHFLM):
         """Log-likelihood of each continuation after its context, and whether it is what the model would say.
 
         A sequence that is too long loses its beginning, as in HFLM.
-
         Raises:
             DataError: NaN or infinite logits, a text that became no tokens, a continuation longer than the model.
         """
@@ -129,7 +127,6 @@ class FastLM(CheckedHFLM):
 
         Greedy requests run together whatever their stops; sampled ones, and models that decoding.py does not fit,
         fall back to HFLM, with one warning.
-
         Raises:
             DataError: NaN or infinite logits, or no room in the model for what is to be generated.
         """
@@ -378,7 +375,6 @@ def _log_probabilities(
     Args:
         h_PD: states that predict.
         which: for each target, the row of `h_PD` that predicts it; same length as `targets`.
-
     Raises:
         DataError: NaN or infinite logits.
     """
