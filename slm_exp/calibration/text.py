@@ -124,11 +124,7 @@ def paths_digest(path: str) -> str:
 
 
 def check_ids(tokens_NT: np.ndarray, handle: ModelHandle, where: str) -> None:
-    """Refuse ids that the model has no embedding for.
-
-    Raises:
-        DataError: names the first such id and its place.
-    """
+    """Refuse ids that the model has no embedding for. Raises DataError: names the first such id and its place."""
     vocab = int(handle.config.vocab_size)
     bad = np.argwhere((tokens_NT < 0) | (tokens_NT >= vocab))
     if len(bad):

@@ -75,11 +75,7 @@ def _reader(kind: Any) -> TypeAdapter[Any]:
 
 
 def read_yaml(path: Path) -> JsonObject:
-    """A mapping from a YAML file.
-
-    Raises:
-        ConfigError: not YAML, or no mapping.
-    """
+    """A mapping from a YAML file. Raises ConfigError: not YAML, or no mapping."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
@@ -90,11 +86,7 @@ def read_yaml(path: Path) -> JsonObject:
 
 
 def read_document(kind: type[D], path: Path) -> D:
-    """A document from a YAML file.
-
-    Raises:
-        ConfigError: the file, where in it, what came, what was wanted.
-    """
+    """A document from a YAML file. Raises ConfigError: the file, where in it, what came, what was wanted."""
     try:
         return parse(kind, read_yaml(path))
     except ValueError as error:

@@ -40,7 +40,6 @@ class Repo:
         A cached snapshot that is `complete` is taken as it is, without a look at the network: a branch stays where it
         was when first fetched. Else one request with a short timeout decides between a download and an error.
         Args:
-            patterns: file names to fetch, as in `hf download --include`.
             complete: whether a folder has all that is needed.
             vet: sees the repo's file names before a download and may refuse.
         Raises:

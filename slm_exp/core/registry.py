@@ -1,7 +1,6 @@
 """One decorated file adds a component: `@register("kernel", "rbf")` on a dataclass is schema, default and code.
 
-The dataclass is stored in Hydra's ConfigStore, so `kernel=rbf kernel.bandwidth=2` works at once and an
-unknown key is refused while composing. Nothing in a config can name code: only registered classes exist.
+It is stored in Hydra's ConfigStore. Nothing in a config can name code: only registered classes exist.
 """
 
 from __future__ import annotations
@@ -43,10 +42,7 @@ class Component:
         """Raise ConfigError on a bad field. Cheap: no files of weights, no heavy imports."""
 
     def identity(self) -> Fields:
-        """What distinguishes this component's results, JSON-able: its name and scientific fields.
-
-        Override to replace a path by a digest of what it holds.
-        """
+        """What distinguishes this component's results: its name and scientific fields; a path as a digest."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("science", True)}
         return {"name": self.name, **fields}
 

@@ -40,11 +40,7 @@ class Row(NamedTuple):
 
 
 def kind_of(file: Path) -> str:
-    """One of KINDS.
-
-    Raises:
-        DataError: the name ends in none of SUFFIXES.
-    """
+    """One of KINDS. Raises DataError: the name ends in none of SUFFIXES."""
     for kind in KINDS:
         if file.name.lower().endswith((kind, f"{kind}.gz")):
             return kind
@@ -95,11 +91,7 @@ def read_rows(file: Path, field: str | None = None, setting: str = "", lists: bo
 
 
 def read_field(file: Path, field: str, setting: str = "") -> Iterator[tuple[int, str]]:
-    """(place, text) of every row's `field`; arguments and errors as `read_rows`.
-
-    Raises:
-        DataError: besides, a row is no object, lacks the field, or has something else there.
-    """
+    """(place, text) of every row's `field`; arguments and errors as `read_rows`, also where a row has no such text."""
     for value, at, where in read_rows(file, field, setting):
         if not isinstance(value, dict):
             raise DataError(f"{where}: a JSON {type(value).__name__}; expected an object with the field {field!r}.")
@@ -113,10 +105,7 @@ def read_field(file: Path, field: str, setting: str = "") -> Iterator[tuple[int,
 
 
 def slices(text: str, chars: int = SLICE) -> Iterator[str]:
-    """A text in slices of at most `chars` characters; a text no longer than that is one slice.
-
-    A slice ends after a blank where there is one in its last quarter, so that no word is cut.
-    """
+    """A text in slices of at most `chars` characters, cut at a blank where there is one in a slice's last quarter."""
     start = 0
     while len(text) - start > chars:
         blank = text.rfind(" ", start + 3 * chars // 4, start + chars)

@@ -101,11 +101,7 @@ class WidthDecision(Document, allow_inf_nan=False):
 
     @classmethod
     def from_json(cls, data: object) -> WidthDecision:
-        """Read `width` of a plan.
-
-        Raises:
-            PlanError: which field, what it holds and what was expected, in one line.
-        """
+        """Read `width` of a plan. Raises PlanError: which field, what it holds and what was expected, in one line."""
         try:
             return parse(cls, data, "width")
         except ValueError as error:
@@ -132,11 +128,7 @@ def pack_indices(indices: Sequence[int], n: int) -> str:
 
 
 def unpack_indices(text: str, where: str = "indices") -> list[int]:
-    """The subset again, ascending.
-
-    Raises:
-        PlanError: it is not base64; names `where`.
-    """
+    """The subset again, ascending. Raises PlanError: it is not base64; names `where`."""
     return [8 * at + bit for at, byte in enumerate(_bytes(text, where)) for bit in range(8) if byte >> bit & 1]
 
 
@@ -146,11 +138,7 @@ def pack_floats(values: Sequence[float]) -> str:
 
 
 def unpack_floats(text: str, where: str = "values") -> tuple[float, ...]:
-    """The values again.
-
-    Raises:
-        PlanError: it is no base64 of float32; names `where`.
-    """
+    """The values again. Raises PlanError: it is no base64 of float32; names `where`."""
     held = _bytes(text, where)
     if len(held) % 4:
         raise PlanError(f"{where} holds {len(held)} bytes; expected 4 for each number.")

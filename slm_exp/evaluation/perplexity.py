@@ -57,9 +57,7 @@ def perplexity(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | 
     Each of the N chunks is read alone, so the first of its T tokens only conditions. Log-probabilities are float32
     or wider, their sum is exact to double precision; logits of one batch are held at a time.
     Args:
-        tokens_NT: [N, T] token ids.
         batch_size: chunks per forward pass; None chooses.
-        name: what the progress bar says.
     Raises:
         DataError: the mean is NaN or infinite.
     Cost: one forward pass over N T tokens with all logits.

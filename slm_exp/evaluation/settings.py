@@ -85,9 +85,8 @@ class Settings(Component):
         for name, n in self.fewshot.items():
             require(name in self.tasks, f"evaluation.fewshot.{name}", n, "a task or group of evaluation.tasks")
             require(n >= 0, f"evaluation.fewshot.{name}", n, "a number >= 0")
-        require(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, "null or a number >= 1")
-        require(self.batch_size is None or self.batch_size >= 1, "evaluation.batch_size", self.batch_size,
-                "null or a number >= 1")
+        for name, most in (("limit", self.limit), ("batch_size", self.batch_size)):
+            require(most is None or most >= 1, f"evaluation.{name}", most, "null or a number >= 1")
         require(len(set(self.tasks)) == len(self.tasks), "evaluation.tasks", self.tasks, "each task once")
         require_one_of("evaluation.backend", self.backend, ("fast", "hflm"))
         require_one_of("evaluation.ppl_bos", self.ppl_bos, ("once", "every_chunk", "never", "both"))

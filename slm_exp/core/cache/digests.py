@@ -1,8 +1,7 @@
 """Digests of files. Large ones are computed once: remembered by (path, size, mtime, ctime, inode) in the cache folder.
 
-A small file is read by every process: an edit that keeps size and mtime (rsync -t --inplace, touch -r) is noticed at
-once. For large ones ctime, which no program can set, tells of such an edit. A file that changed a moment ago is not
-remembered at all, for a second change could fall on the same tick of the clock.
+ctime, which no program can set, tells of an edit that keeps size and mtime (rsync -t --inplace, touch -r). A file that
+changed a moment ago is not remembered, for a second change could fall on the same tick of the clock.
 """
 
 from __future__ import annotations
@@ -24,8 +23,6 @@ SETTLED_NS = 2 * 10**9
 
 
 class _Status(NamedTuple):
-    """What a file is known by."""
-
     path: str
     size: int
     mtime_ns: int
@@ -38,20 +35,13 @@ _seen: dict[_Status, str] = {}
 
 
 def remember_in(folder: Path | None) -> None:
-    """From now on keep digests in this cache folder; None: in the default one. The latest call decides.
-
-    The memory only saves time, so a process that works with several caches may find it in either.
-    """
+    """From now on keep digests in this cache folder; None: in the default one. The latest call decides."""
     global _folder
     _folder = folder
 
 
 def content_digest(path: Path) -> str:
-    """sha256 of a file's bytes, 16 hex digits. A large file that is as remembered is not read.
-
-    Raises:
-        OSError: the file is not there or cannot be read.
-    """
+    """sha256 of a file's bytes, 16 hex digits. A large file that is as remembered is not read. Raises OSError."""
     status = _status(path)
     if (value := _remembered(status)) is not None:
         return value
@@ -66,11 +56,7 @@ def content_digest(path: Path) -> str:
 
 
 def must_be_read(path: Path) -> bool:
-    """Whether `content_digest` would read a large file.
-
-    Raises:
-        OSError: the file is not there.
-    """
+    """Whether `content_digest` would read a large file. Raises OSError: the file is not there."""
     status = _status(path)
     return status.size >= SMALL and _remembered(status) is None
 

@@ -1,8 +1,7 @@
 """What a cache folder holds and how it is made smaller: entries of known stages; anything else is never touched.
 
-A cache is known by its marker file, an entry by its place `<stage>/<16 hex digits>/`. A folder without a marker is
-taken over when everything in it has the form of a cache's files (older versions wrote none), else refused. Links are
-not followed and not removed, except a link in the place of a stale temporary file, which goes without its target.
+A folder without a marker is taken over when everything in it has the form of a cache's files (older versions wrote
+none), else refused. Links are not followed and not removed, except one in the place of a stale temporary file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A dictionary on disk that only grows: one line per entry, appended as soon as it is known, whole or not at all.
 
-For results that come one by one and are each worth keeping (a killed search resumes with every score it had). Several
-processes may append to one journal. Every line carries a checksum; a torn or damaged one is skipped.
+A killed search resumes with every score it had. Several processes may append to one journal. Every line carries a
+checksum; a torn or damaged one is skipped.
 """
 
 from __future__ import annotations

@@ -146,16 +146,11 @@ class StageStore:
 
     @contextlib.contextmanager
     def _locked(self, entry: Path) -> Iterator[None]:
-        try:
-            mark(entry.parent.parent)
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            lock = Lock(entry.with_name(f".{entry.name}.lock"))
-            lock.acquire()
-        except OSError as error:
-            log.warning("cache %s cannot be written: %s", self.folder, error)
+        with contextlib.ExitStack() as held:
+            try:
+                mark(entry.parent.parent)
+                entry.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(Lock(entry.with_name(f".{entry.name}.lock")).held())
+            except OSError as error:
+                log.warning("cache %s cannot be written: %s", self.folder, error)
             yield
-            return
-        try:
-            yield
-        finally:
-            lock.release()

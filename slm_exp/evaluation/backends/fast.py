@@ -1,10 +1,9 @@
 """The fast backend: the log-likelihoods of lm-eval's HFLM for half of its time.
 
-Requests that begin alike become one tree (see trees.py): a document's context is computed once and every choice is a
-branch that sees its own ancestors only. Rows of a batch are trees of about the same size, so there is little padding;
-logits exist only where a continuation is predicted, a few megabytes at a time; on CPUs the decoder layers run fused
-(engine/fused.py). Rolling likelihoods are computed the same way. Greedy generation runs many prompts at once and lets
-each end by itself (decoding.py), where HFLM goes on until all of a batch have ended.
+Requests that begin alike become one tree (trees.py): a document's context is computed once and every choice is a branch
+that sees its own ancestors only. Logits exist only where a continuation is predicted, a few megabytes at a time; on
+CPUs the decoder layers run fused (engine/fused.py). Greedy generation runs many prompts at once and lets each end by
+itself (decoding.py).
 
 Before it trusts a model it compares itself with a plain forward pass, and falls back to HFLM where they disagree.
 
@@ -373,10 +372,7 @@ def _log_probabilities(
     """log p(target) in float64 from float32 logits, and whether the target is the argmax.
 
     Args:
-        h_PD: states that predict.
-        which: for each target, the row of `h_PD` that predicts it; same length as `targets`.
-    Raises:
-        DataError: NaN or infinite logits.
+        which: for each target, the row of `h_PD` that predicts it.
     """
     order = np.argsort(which, kind="stable")
     logp, best = np.empty(len(targets)), np.empty(len(targets), dtype=bool)

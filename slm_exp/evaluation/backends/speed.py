@@ -248,10 +248,7 @@ def _wait(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Afterwards the call gives the bytes by which memory grew at most inside; None where the system does not tell.
-
-    CUDA: what torch's allocator handed out. CPU: resident memory of the process, on Linux.
-    """
+    """Afterwards the call gives the bytes by which memory grew at most inside (CPU: Linux only); else None."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
