@@ -8,17 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slm_exp.core.cost import Work
 from slm_exp.core.errors import DataError, ProtocolError, did_you_mean, require
 from slm_exp.core.registry import register
-from slm_exp.evaluation import cost, task_index
 from slm_exp.evaluation import perplexity as texts
+from slm_exp.evaluation import task_index
+from slm_exp.evaluation.cost import generating, measuring
 from slm_exp.evaluation.documents import MMLU_GROUPS, SPLIT, documents_source, missing_documents, missing_examples
 from slm_exp.evaluation.protocol import Protocol, read_protocol, require_same
 from slm_exp.evaluation.report import SEVEN, EvalReport, average
 from slm_exp.evaluation.settings import Settings
 from slm_exp.models.base import ModelHandle
-from slm_exp.models.sizes import Sizes
 
 __all__ = ["SEVEN", "EvalReport", "Evaluation"]
 
@@ -103,13 +102,8 @@ class Evaluation(Settings):
         report = {name: value for name, value in self.identity().items() if not name.startswith("speed_")}
         return {"evaluation": report, "backend": self.backend}
 
-    def cost(self, sizes: Sizes, layers: float, random: bool) -> tuple[Work, list[str]]:
-        """Measuring a model of so many layers, and what could not be counted. See evaluation/cost.py."""
-        return cost.measuring(self, sizes, layers, random)
-
-    def generation_cost(self, sizes: Sizes, layers: float, weight_bytes: float) -> Work:
-        """Timing generations of the dense model and of one with so many layers."""
-        return cost.generating(self, sizes, layers, weight_bytes)
+    cost = measuring
+    generation_cost = generating
 
     def run(self, handle: ModelHandle) -> EvalReport:
         """Measure a model. The same settings give the same protocol whatever the batch size, backend or device.

@@ -88,7 +88,7 @@ def missing_documents(tasks: Iterable[str], random_model: bool = False) -> str |
     for task in tasks:
         if (random_model and task in SEVEN) or (here and task in (*SPLIT, *MMLU_GROUPS, *mmlu_subjects())):
             continue
-        repo = hub_set(task)
+        repo = HUB.get(task, HUB["mmlu"]) if task in HUB or task in MMLU_GROUPS else data_set(task)
         if repo and out_of_reach(repo):
             missing.append(f"{task} (data set {repo})")
     if not missing:
@@ -109,13 +109,6 @@ def missing_examples(fewshot: Mapping[str, int]) -> str | None:
             why = "it has five examples a subject" if most else "the assets hold no training split to take them from"
             return f"evaluation.fewshot.{task} = {n}; expected at most {most}: {why}."
     return None
-
-
-def hub_set(task: str) -> str | None:
-    """The hub data set that lm-eval reads a task from; None for groups, and for tasks that bring their data."""
-    if task in HUB or task in MMLU_GROUPS:
-        return HUB.get(task, HUB["mmlu"])
-    return data_set(task)
 
 
 def remedy(tasks: Iterable[str] = SEVEN) -> str:

@@ -167,7 +167,15 @@ def missing_corpora(corpora: dict[str, str], random_model: bool = False) -> str 
 
 def _rows(where: str) -> Iterator[str]:
     if where in HUB_SETS:
-        yield from _hub_rows(where)
+        import datasets
+
+        about = HUB_SETS[where]
+        try:
+            rows = datasets.load_dataset(**about["load"])
+        except Exception as error:  # datasets raises many kinds for "not there"
+            raise DataError(f"{where} ({about['load']['path']}) cannot be loaded: {type(error).__name__}: {error}. "
+                            f"Give a file instead: 'evaluation.corpora={{{where}: path/to/{where}.txt}}'") from error
+        yield from rows[: about["rows"]][about["field"]]
         return
     if where in HELD_OUT:  # a random model without the assets reads made-up text: its numbers mean nothing either way
         yield from made_up_prose() if documents.assets_folder() is None else held_out_prose(HELD_OUT[where])
@@ -177,15 +185,3 @@ def _rows(where: str) -> Iterator[str]:
         yield from (line if line.strip() else "" for line in read_lines(file))
     else:
         yield from (text for _, text in read_field(file, "text"))
-
-
-def _hub_rows(name: str) -> list[str]:
-    import datasets
-
-    about = HUB_SETS[name]
-    try:
-        rows = datasets.load_dataset(**about["load"])
-    except Exception as error:  # datasets raises many kinds for "not there"
-        raise DataError(f"{name} ({about['load']['path']}) cannot be loaded: {type(error).__name__}: {error}. "
-                        f"Give a file instead: 'evaluation.corpora={{{name}: path/to/{name}.txt}}'") from error
-    return list(rows[: about["rows"]][about["field"]])

@@ -223,7 +223,7 @@ class TestGeneration:
             assert self.both(tiny_handle)[0] == wanted
         assert "out of memory; going on with 1 prompts at once" in caplog.text
         most = 0
-        with pytest.raises(DataError, match="do not fit into memory"):
+        with pytest.raises(DataError, match="does not fit into memory"):
             self.both(tiny_handle)
 
     @pytest.mark.slow

@@ -50,7 +50,7 @@ def content_digest(path: Path) -> str:
         _seen[status] = value
         if status.size >= SMALL:
             with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-                mark(_root())
+                mark(_memory(status).parent.parent)
                 write_json(_memory(status), {**status._asdict(), "digest": value})
     return value
 
@@ -72,12 +72,8 @@ def _status(path: Path) -> _Status:
     return _Status(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
-def _root() -> Path:
-    return _folder or Path(default_cache_dir())
-
-
 def _memory(status: _Status) -> Path:
-    return _root() / "digests" / f"{digest(status.path)}.json"
+    return (_folder or Path(default_cache_dir())) / "digests" / f"{digest(status.path)}.json"
 
 
 def _remembered(status: _Status) -> str | None:

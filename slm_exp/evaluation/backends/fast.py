@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from slm_exp.core.errors import ArchitectureError, DataError
 from slm_exp.engine.fused import fused_layer, supported
 from slm_exp.evaluation.backends.decoding import Prompt, agrees, continue_greedily, stop_ids, unusual
-from slm_exp.evaluation.backends.hflm import CheckedHFLM, out_of_memory, refuse_broken
+from slm_exp.evaluation.backends.hflm import CheckedHFLM, make_room, refuse_broken
 from slm_exp.evaluation.backends.trees import Request, Tree, common_prefix, grow
 from slm_exp.evaluation.progress import progress
 from slm_exp.models.layouts import layout_for
@@ -197,13 +197,7 @@ class FastLM(CheckedHFLM):
                 try:
                     answers = continue_greedily(self.model, [prompts[i].prompt for i in some], ends)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not out_of_memory(error):
-                        raise
-                    if len(some) == 1:
-                        raise DataError(f"{longest} tokens, context and answer, do not fit into memory ({error}). "
-                                        "Use a smaller model.dtype or another device.") from error
-                    if self.device.type == "cuda":
-                        torch.cuda.empty_cache()
+                    make_room(error, self.device, f"a context and answer of {longest} tokens" if len(some) == 1 else "")
                     most = len(some) // 2
                     log.warning("out of memory; going on with %d prompts at once.", most)
                     continue
@@ -268,8 +262,6 @@ class FastLM(CheckedHFLM):
                 try:
                     scores = _score(self._forward, batch)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not out_of_memory(error):
-                        raise
                     left.extendleft(reversed(self._smaller(batch, error)))
                     continue
                 advance(sum(map(len, batch)))
@@ -277,13 +269,10 @@ class FastLM(CheckedHFLM):
 
     def _smaller(self, batch: list[Tree], error: BaseException) -> list[Tree]:
         """Halve the batch size after memory ran out; a single tree is cut into two."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        requests = sorted(batch[0].requests, key=lambda r: r.tokens)
+        alone = len(batch) == len(requests) == 1
+        make_room(error, self.device, f"a request of {len(requests[0].tokens)} tokens" if alone else "")
         if len(batch) == 1:
-            requests = sorted(batch[0].requests, key=lambda r: r.tokens)
-            if len(requests) == 1:
-                raise DataError(f"a request of {len(requests[0].tokens)} tokens does not fit into memory ({error}). "
-                                "Use a smaller model.dtype or another device.") from error
             half = len(requests) // 2
             return sorted([*grow(requests[:half]), *grow(requests[half:])], key=len, reverse=True)
         self.nodes_per_batch = max(1, len(batch) * len(batch[0]) // 2)

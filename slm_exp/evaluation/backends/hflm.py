@@ -68,6 +68,23 @@ def refuse_broken(highest: Tensor) -> None:
                         " or bfloat16 (float16 overflows easily), or a plan that merges less.")
 
 
+def make_room(error: BaseException, device: torch.device, alone: str = "") -> None:
+    """Free what the device holds in reserve after memory ran out; raise where that is not what happened.
+
+    Args:
+        alone: what does not fit even alone, if it was alone.
+    Raises:
+        DataError: it was alone.
+    """
+    if not out_of_memory(error):
+        raise error
+    if alone:
+        raise DataError(f"{alone} does not fit into memory ({error}). Use a smaller model.dtype or another "
+                        "device.") from error
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
