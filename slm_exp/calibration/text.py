@@ -47,12 +47,10 @@ class TextCalibration(Calibration):
         if tokenizer is None:
             raise DataError(f"calibration={self.name} needs a tokenizer, and the model {handle.name} has none. "
                             "Use calibration=tokens calibration.path=FILE.npy.")
-        start: list[int] = []
-        if self.add_bos:
-            if tokenizer.bos_token_id is None:
-                raise DataError(f"calibration.add_bos = true, but the tokenizer of {handle.name} has no BOS token. "
-                                "Set calibration.add_bos=false.")
-            start = [tokenizer.bos_token_id]
+        if self.add_bos and tokenizer.bos_token_id is None:
+            raise DataError(f"calibration.add_bos = true, but the tokenizer of {handle.name} has no BOS token. "
+                            "Set calibration.add_bos=false.")
+        start = [tokenizer.bos_token_id] if self.add_bos else []
         need = self.seq_len - len(start)
         source, documents = self.documents(handle)
         # A text has no more tokens than bytes (plus a leading blank): a cheap look before tokenising.
@@ -78,10 +76,10 @@ class TextCalibration(Calibration):
         check_ids(tokens_NT, handle, f"the tokenizer of {handle.name}")
         return CalibrationTokens(tokens_NT, source, tuple(names))
 
-    def read_local(self, path: str, name: str | None = None) -> Iterator[Document]:
+    def read_local(self, path: str) -> Iterator[Document]:
         """The texts of a local file or folder; plain text comes in pieces of about 16 characters a wanted token."""
         for file in local_files(path):
-            yield from read_documents(file, self.field, name or stem(file), 16 * self.seq_len)
+            yield from read_documents(file, self.field, file.name.split(".")[0] or file.name, 16 * self.seq_len)
 
 
 @dataclass
@@ -106,11 +104,6 @@ class HubText(TextCalibration):
     def fetch(self) -> Path:
         """The file's place in the local Hugging Face cache."""
         return Repo(self.repo, self.revision, "dataset", "calibration.path", DataError).file(self.file)
-
-
-def stem(file: Path) -> str:
-    """A file's name without any suffix."""
-    return file.name.split(".")[0] or file.name
 
 
 def paths_digest(path: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,12 +59,10 @@ def package_digest() -> str:
 
 def library_versions(names: Sequence[str] = ("torch", "transformers")) -> dict[str, str | None]:
     """Installed versions, without importing anything."""
-    out: dict[str, str | None] = {}
+    out: dict[str, str | None] = dict.fromkeys(names)
     for name in names:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             out[name] = version(name.replace("_", "-"))
-        except PackageNotFoundError:
-            out[name] = None
     return out
 
 

@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
-from slm_exp.core.cache import folder as cache_folder
 from slm_exp.core.cache.code import Code, code_digest, library_versions
 from slm_exp.core.cache.digests import content_digest
-from slm_exp.core.cache.folder import MANIFEST, STAGES, mark
+from slm_exp.core.cache.folder import MANIFEST, STAGES, mark, problem
 from slm_exp.core.cache.folder import default_cache_dir as default_cache_dir
 from slm_exp.core.files import digest, file_digest, write_json
 from slm_exp.core.locks import Lock
@@ -48,8 +47,6 @@ S = TypeVar("S", bound=Storable)
 
 class StageStore:
     """The cache folder. `StageStore(None)` stores nothing and always computes."""
-
-    problem = staticmethod(cache_folder.problem)
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -135,9 +132,8 @@ class StageStore:
     def _whole(self, entry: Path, digest_of: Callable[[Path], str]) -> bool:
         if not entry.is_dir():
             return False
-        problem = self.problem(entry, digest_of)
-        if problem:
-            log.warning("cache entry %s is damaged (%s); recomputing.", entry, problem)
+        if damage := problem(entry, digest_of):
+            log.warning("cache entry %s is damaged (%s); recomputing.", entry, damage)
             shutil.rmtree(entry, ignore_errors=True)
             return False
         with contextlib.suppress(OSError):

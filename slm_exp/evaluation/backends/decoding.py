@@ -34,10 +34,6 @@ class Prompt(NamedTuple):
     """Whether the tokens generated so far are enough."""
 
 
-class NoCacheError(RuntimeError):
-    """The model gives no key-value cache."""
-
-
 def unusual(model: PreTrainedModel) -> str | None:
     """Why a model's own generation settings ask for more than the most likely token, or None."""
     config = model.generation_config
@@ -63,7 +59,7 @@ def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: s
         The generated tokens of each prompt, the one that ended it included.
     Raises:
         DataError: NaN or infinite logits.
-        NoCacheError: there is no cache to go on from.
+        RuntimeError: there is no cache to go on from.
     Cost: one pass over the prompts, then a forward of one token per step and row; the cache of all rows.
     """
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
@@ -82,7 +78,7 @@ def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: s
             next_B = logits_BV.argmax(dim=-1)
             cache = output.past_key_values
             if cache is None:
-                raise NoCacheError(f"{type(model).__name__} gives no key-value cache")
+                raise RuntimeError(f"{type(model).__name__} gives no key-value cache")
             for row, token in zip(rows, next_B.tolist(), strict=True):
                 out[row].append(token)
             left = [i for i, row in enumerate(rows) if out[row][-1] not in ends and len(out[row]) < prompts[row].room

@@ -214,36 +214,29 @@ def _generate(model: PreTrainedModel, ids_BT: Tensor, new: int, seed: int) -> tu
     """(seconds of a whole generation, seconds to its first token)."""
     torch.manual_seed(seed)
     settings = GenerationConfig(**SAMPLING, min_new_tokens=new, max_new_tokens=new, use_cache=True, pad_token_id=0)
-    _wait(model.device)
-    started = time.perf_counter()
-    first = _FirstToken(model.device)
-    out = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=settings,
-                         stopping_criteria=StoppingCriteriaList([first]))  # type: ignore[misc, operator]  # fmt: skip
-    _wait(model.device)
-    ended = time.perf_counter()
-    if out.shape[1] != ids_BT.shape[1] + new or first.at is None:
-        raise DataError(f"{type(model).__name__} generated {out.shape[1] - ids_BT.shape[1]} tokens instead of {new}, "
-                        "so its latency cannot be compared. Does its generation_config force tokens?")
-    return ended - started, first.at - started
+    first: list[float] = []
 
-
-class _FirstToken:
-    """A stopping criterion that notes when the first token is there, and stops nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.at: float | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if self.at is None:
-            _wait(self.device)
-            self.at = time.perf_counter()
+    def note(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """A stopping criterion that notes when the first token is there, and stops nothing."""
+        if not first:
+            first.append(_now(model.device))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
+    started = _now(model.device)
+    out = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=settings,
+                         stopping_criteria=StoppingCriteriaList([note]))  # type: ignore[misc, operator]  # fmt: skip
+    ended = _now(model.device)
+    if out.shape[1] != ids_BT.shape[1] + new or not first:
+        raise DataError(f"{type(model).__name__} generated {out.shape[1] - ids_BT.shape[1]} tokens instead of {new}, "
+                        "so its latency cannot be compared. Does its generation_config force tokens?")
+    return ended - started, first[0] - started
 
-def _wait(device: torch.device) -> None:
+
+def _now(device: torch.device) -> float:
+    """When all that was given to the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextlib.contextmanager
