@@ -84,7 +84,7 @@ def read_rows(file: Path, field: str | None = None, setting: str = "", lists: bo
                 yield Row(value, i, f"{file}, entry {i}")
             return
         if not line.isspace():
-            given = [line]
+            given: list[bytes | bytearray] = [line]
             del line  # nothing but `given` holds it while it is parsed
             yield Row(_parsed(given, where, "JSON lines"), n, where)
 
