@@ -19,10 +19,7 @@ TEXTS = ["plain", "naïve 漢字 🙂", "a\u2028b\x0cc\x85d", "  blanks  ", ""]
 @pytest.mark.parametrize("bom", [b"", BOM])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 2**20])
-def test_any_line_end_and_mark_give_the_same(tmp_path, bom, end, packed, chunk, monkeypatch):
-    if chunk > 3 or not bom:
-        monkeypatch.setattr(text, "CHUNK", chunk)
+def test_any_line_end_and_mark_give_the_same(tmp_path, bom, end, packed):
     ending = ".gz" if packed else ""
     write = (lambda p, b: p.write_bytes(gzip.compress(b))) if packed else Path.write_bytes
     rows, plain = tmp_path / f"a.jsonl{ending}", tmp_path / f"a.txt{ending}"
@@ -73,7 +70,6 @@ def test_damage_is_named_with_its_place(tmp_path, name, contents, message):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json.gz", "a.parquet.gz"])
 def test_more_than_the_limit_is_refused_before_it_is_in_memory(tmp_path, name, monkeypatch):
     monkeypatch.setattr(text, "LIMIT", 10**6)
-    monkeypatch.setattr(text, "CHUNK", 2**16)
     start = b'[{"text": "\n' if name.startswith("a.json.") else b'{"text": "ok"}\n{"text": "'
     with (gzip.open if name.endswith(".gz") else open)(tmp_path / name, "wb") as f:
         f.write(start)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from slm_exp.core.cost import Tokens
 from slm_exp.core.errors import require
 from slm_exp.core.registry import Component
-
-if TYPE_CHECKING:
-    from slm_exp.core.types import CalibrationTokens
-    from slm_exp.models.base import ModelHandle
+from slm_exp.core.types import CalibrationTokens
+from slm_exp.models.base import ModelHandle
 
 
 @dataclass

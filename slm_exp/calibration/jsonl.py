@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from slm_exp.calibration.documents import Document
 from slm_exp.calibration.text import TextCalibration
 from slm_exp.core.errors import require
 from slm_exp.core.registry import register
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
+from slm_exp.models.base import ModelHandle
 
 
 @register("calibration", "jsonl")

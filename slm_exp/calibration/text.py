@@ -6,7 +6,9 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+import numpy as np
 
 from slm_exp.calibration.base import Calibration
 from slm_exp.calibration.documents import Document, local_files, read_documents
@@ -15,11 +17,7 @@ from slm_exp.core.errors import DataError
 from slm_exp.core.hub import Repo
 from slm_exp.core.registry import Fields
 from slm_exp.core.types import CalibrationTokens
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from slm_exp.models.base import ModelHandle
+from slm_exp.models.base import ModelHandle
 
 
 @dataclass
@@ -45,18 +43,14 @@ class TextCalibration(Calibration):
         return fields
 
     def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
-        import numpy as np
-
         tokenizer = handle.tokenizer
         if tokenizer is None:
             raise DataError(f"calibration={self.name} needs a tokenizer, and the model {handle.name} has none. "
                             "Use calibration=tokens calibration.path=FILE.npy.")
-        start: list[int] = []
-        if self.add_bos:
-            if tokenizer.bos_token_id is None:
-                raise DataError(f"calibration.add_bos = true, but the tokenizer of {handle.name} has no BOS token. "
-                                "Set calibration.add_bos=false.")
-            start = [tokenizer.bos_token_id]
+        if self.add_bos and tokenizer.bos_token_id is None:
+            raise DataError(f"calibration.add_bos = true, but the tokenizer of {handle.name} has no BOS token. "
+                            "Set calibration.add_bos=false.")
+        start = [tokenizer.bos_token_id] if self.add_bos else []
         need = self.seq_len - len(start)
         source, documents = self.documents(handle)
         # A text has no more tokens than bytes (plus a leading blank): a cheap look before tokenising.
@@ -82,10 +76,10 @@ class TextCalibration(Calibration):
         check_ids(tokens_NT, handle, f"the tokenizer of {handle.name}")
         return CalibrationTokens(tokens_NT, source, tuple(names))
 
-    def read_local(self, path: str, name: str | None = None) -> Iterator[Document]:
+    def read_local(self, path: str) -> Iterator[Document]:
         """The texts of a local file or folder; plain text comes in pieces of about 16 characters a wanted token."""
         for file in local_files(path):
-            yield from read_documents(file, self.field, name or stem(file), 16 * self.seq_len)
+            yield from read_documents(file, self.field, file.name.split(".")[0] or file.name, 16 * self.seq_len)
 
 
 @dataclass
@@ -112,11 +106,6 @@ class HubText(TextCalibration):
         return Repo(self.repo, self.revision, "dataset", "calibration.path", DataError).file(self.file)
 
 
-def stem(file: Path) -> str:
-    """A file's name without any suffix."""
-    return file.name.split(".")[0] or file.name
-
-
 def paths_digest(path: str) -> str:
     """Digest of a file's contents, or of the names and contents of a folder's readable files.
 
@@ -128,13 +117,7 @@ def paths_digest(path: str) -> str:
 
 
 def check_ids(tokens_NT: np.ndarray, handle: ModelHandle, where: str) -> None:
-    """Refuse ids that the model has no embedding for.
-
-    Raises:
-        DataError: names the first such id and its place.
-    """
-    import numpy as np
-
+    """Refuse ids that the model has no embedding for. Raises DataError: names the first such id and its place."""
     vocab = int(handle.config.vocab_size)
     bad = np.argwhere((tokens_NT < 0) | (tokens_NT >= vocab))
     if len(bad):

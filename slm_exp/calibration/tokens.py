@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,9 +14,7 @@ from slm_exp.core.cost import Tokens as Shape
 from slm_exp.core.errors import ConfigError, DataError, require
 from slm_exp.core.registry import Fields, register
 from slm_exp.core.types import CalibrationTokens
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
+from slm_exp.models.base import ModelHandle
 
 
 @register("calibration", "tokens")
@@ -52,16 +50,26 @@ class Tokens(Calibration):
         file = Path(self.path).expanduser()
         if not file.is_file():
             raise ConfigError(f"calibration.path = {self.path}; expected an existing .npy file. There is no such file.")
-        wanted = "expected a .npy file with an int array [N, T]"
-        try:
-            ids = np.load(file, allow_pickle=False)
-        except Exception as cause:  # numpy and zipfile raise a dozen kinds
-            raise DataError(f"calibration.path = {file}: cannot be read ({cause}); {wanted}.") from cause
-        if not isinstance(ids, np.ndarray):
-            raise DataError(f"calibration.path = {file}: an archive of {len(ids.files)} arrays; {wanted}.")
-        if ids.dtype.kind not in "iu":
-            raise DataError(f"calibration.path = {file}: an array of {ids.dtype}; {wanted} (whole numbers).")
-        if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
-            raise DataError(f"calibration.path = {file}: shape {list(ids.shape)}; {wanted}, N >= 1, T >= 2.")
-        check_ids(ids, handle, f"calibration.path = {file}")
+        ids = read_ids(file, handle, f"calibration.path = {file}")
         return CalibrationTokens(ids.astype(np.int32), self.path, tuple(f"{file.name}:{i}" for i in range(len(ids))))
+
+
+def read_ids(file: Path, handle: ModelHandle, where: str) -> np.ndarray:
+    """The [N, T] token ids of a .npy file, N >= 1, T >= 2, as they are.
+
+    Raises:
+        DataError: anything else, or an id outside the model's vocabulary; names `where`.
+    """
+    wanted = "expected a .npy file with an int array [N, T]"
+    try:
+        ids: np.ndarray = np.load(file, allow_pickle=False)
+    except Exception as cause:  # numpy and zipfile raise a dozen kinds
+        raise DataError(f"{where}: cannot be read ({cause}); {wanted}.") from cause
+    if not isinstance(ids, np.ndarray):
+        raise DataError(f"{where}: an archive of {len(ids.files)} arrays; {wanted}.")
+    if ids.dtype.kind not in "iu":
+        raise DataError(f"{where}: an array of {ids.dtype}; {wanted} (whole numbers).")
+    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise DataError(f"{where}: shape {list(ids.shape)}; {wanted}, N >= 1, T >= 2.")
+    check_ids(ids, handle, where)
+    return ids

@@ -1,12 +1,15 @@
-"""Readers of files as pydantic models: a complaint says where, what came, what was wanted."""
+"""What stands in files as values of our types: a complaint says where, what came, what was wanted."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.core.files import JsonObject
@@ -38,29 +41,41 @@ class Section(BaseModel):
         return bool(self.model_fields_set)
 
 
+class StrictValue:
+    """Base of dataclasses that `parse` reads: a boolean is no number, a number no text, an unknown field an error."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+T = TypeVar("T")
 D = TypeVar("D", bound=BaseModel)
 
 
-def parse(kind: type[D], data: Any) -> D:
-    """Data as a document.
+def parse(kind: type[T], data: Any, at: str = "") -> T:
+    """Data as a pydantic model or a `StrictValue`.
 
+    Args:
+        at: where the data stands, for messages.
     Raises:
         ValueError: `eval.dense.average = 'x'; expected a number.`
     """
+    reader: TypeAdapter[T] = _reader(kind)  # type: ignore[arg-type]
     try:
-        return kind.model_validate(data)
+        # from JSON a list is a tuple too
+        return reader.validate_python(data) if issubclass(kind, BaseModel) else reader.validate_json(json.dumps(data))
     except ValidationError as error:
-        raise ValueError(complaint(error, kind)) from None
+        raise ValueError(complaint(error, kind, data, at)) from None
     except RecursionError:
         raise ValueError("it is nested too deeply.") from None
 
 
-def read_yaml(path: Path) -> JsonObject:
-    """A mapping from a YAML file.
+@cache
+def _reader(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
-    Raises:
-        ConfigError: not YAML, or no mapping.
-    """
+
+def read_yaml(path: Path) -> JsonObject:
+    """A mapping from a YAML file. Raises ConfigError: not YAML, or no mapping."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
@@ -71,38 +86,39 @@ def read_yaml(path: Path) -> JsonObject:
 
 
 def read_document(kind: type[D], path: Path) -> D:
-    """A document from a YAML file.
-
-    Raises:
-        ConfigError: the file, where in it, what came, what was wanted.
-    """
+    """A document from a YAML file. Raises ConfigError: the file, where in it, what came, what was wanted."""
     try:
         return parse(kind, read_yaml(path))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-WANTED = {"model_type": "a mapping", "dict_type": "a mapping", "list_type": "a list", "string_type": "text",
-          "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false",
+WANTED = {"model_type": "a mapping", "dict_type": "a mapping", "dataclass_type": "a mapping", "list_type": "a list",
+          "tuple_type": "a list", "string_type": "text", "int_type": "a whole number", "float_type": "a number",
+          "int_from_float": "a whole number", "bool_type": "true or false", "finite_number": "a finite number",
           "greater_than_equal": "a number >= {ge}", "too_short": "a list of at least one",
           "literal_error": "{expected}"}
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
-def complaint(error: ValidationError, kind: type[BaseModel]) -> str:
-    """The first thing wrong, in one line."""
-    found = error.errors(include_url=False)  # a misspelt key explains one that is missing
-    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
-    where = ""
+def complaint(error: ValidationError, kind: type, data: Any, at: str = "") -> str:
+    """The first thing wrong with data that stand at `at`, in one line."""
+    faults = error.errors(include_url=False)  # a misspelt key explains one that is missing
+    first = next((fault for fault in faults if fault["type"] in UNKNOWN), faults[0])
+    *outer, last = ("", *first["loc"])
+    where, inside, key = at, at, ""
     for part in first["loc"]:
-        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
-    if first["type"] == "extra_forbidden":
-        inside, _, key = where.rpartition(".")
-        known = _fields(kind, first["loc"][:-1])
-        return (f"{inside or 'it'} has the key {key!r}; expected {', '.join(known)}. "
-                f"{did_you_mean(key, known)}").rstrip()
-    if first["type"] == "missing":
-        inside, _, key = where.rpartition(".")
-        return f"{inside or 'it'} has no {key}."
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):  # an alternative of a union, which is no part of the data
+            continue
+        inside, key = where or "it", str(part)
+        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else key
+    if first["type"] in UNKNOWN:
+        known = _keys(kind, tuple(outer[1:]))
+        return f"{inside} has the key {key!r}; expected {', '.join(known)}. {did_you_mean(key, known)}".rstrip()
+    if first["type"].startswith("missing"):
+        return f"{where or 'it'} has no {last}; it has {', '.join(map(str, data)) or 'nothing'}."
     if first["type"] == "value_error":
         return f"{where or 'it'}: {first['ctx']['error']}"
     wanted = WANTED.get(first["type"]) or first["msg"].removeprefix("Input should be ")
@@ -111,15 +127,14 @@ def complaint(error: ValidationError, kind: type[BaseModel]) -> str:
     return f"{where or 'it'} = {came[:120]}{'...' if len(came) > 120 else ''}; expected {wanted}."
 
 
-def _fields(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys of the document at a place, as far as field types lead there."""
-    here: type[BaseModel] = kind
-    for part in loc:
-        if isinstance(part, str) and part in here.model_fields:
-            inner = [here.model_fields[part].annotation]
-            while inner:
-                kind_of = inner.pop()
-                if isinstance(kind_of, type) and issubclass(kind_of, BaseModel):
-                    here = kind_of
-                inner += getattr(kind_of, "__args__", ())
-    return list(here.model_fields)
+def _keys(kind: Any, loc: tuple[int | str, ...]) -> list[str]:
+    """The keys of the mapping at a place, as far as field types lead there."""
+    known = kind.model_fields if issubclass(kind, BaseModel) else [f.name for f in dataclasses.fields(kind)]
+    for i, part in enumerate(loc):
+        inner = [get_type_hints(kind)[str(part)]] if part in known else []
+        while inner:
+            each = inner.pop()
+            if isinstance(each, type) and (issubclass(each, BaseModel) or dataclasses.is_dataclass(each)):
+                return _keys(each, loc[i + 1 :])
+            inner += getattr(each, "__args__", ())
+    return list(known)

@@ -32,18 +32,14 @@ class Repo:
     """What to raise."""
 
     def folder(
-        self,
-        patterns: Sequence[str],
-        complete: Callable[[Path], bool],
+        self, patterns: Sequence[str], complete: Callable[[Path], bool],
         vet: Callable[[list[str]], None] | None = None,
     ) -> Path:
         """The snapshot folder with the files that match `patterns`; its name is the commit.
 
         A cached snapshot that is `complete` is taken as it is, without a look at the network: a branch stays where it
         was when first fetched. Else one request with a short timeout decides between a download and an error.
-
         Args:
-            patterns: file names to fetch, as in `hf download --include`.
             complete: whether a folder has all that is needed.
             vet: sees the repo's file names before a download and may refuse.
         Raises:
@@ -52,9 +48,9 @@ class Repo:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
-        only = list(patterns)
         with contextlib.suppress(LocalEntryNotFoundError):
-            folder = Path(snapshot_download(self.name, **self._which, allow_patterns=only, local_files_only=True))
+            folder = Path(snapshot_download(self.name, **self._which, allow_patterns=list(patterns),
+                                            local_files_only=True))
             if complete(folder):
                 return folder
         with self._probing():
@@ -62,17 +58,13 @@ class Repo:
         if vet is not None:
             vet([f.rfilename for f in info.siblings or []])
         with self._downloading(info.sha):
-            folder = Path(snapshot_download(self.name, **self._which, allow_patterns=only))
+            folder = Path(snapshot_download(self.name, **self._which, allow_patterns=list(patterns)))
         if not complete(folder):
             raise self.error(f"{self}: the repo lacks files that are needed ({', '.join(patterns)}).")
         return folder
 
     def file(self, name: str) -> Path:
-        """One file; looks at nothing else, for some data sets list a hundred thousand.
-
-        Raises:
-            `error`: as `folder`.
-        """
+        """One file; looks at nothing else, for some data sets list a hundred thousand. Raises as `folder`."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
         from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -96,13 +88,10 @@ class Repo:
         from huggingface_hub import constants
         from huggingface_hub import errors as hub
 
-        flags = (" --repo-type dataset" if self.kind == "dataset" else "") + (
-            f" --revision {self.revision}" if self.revision else ""
-        )
-        elsewhere = (
-            f"On a machine with access run `hf download {self.name}{flags}` and copy the cache folder ($HF_HOME), "
-            f"or set {self.setting} to a local {'folder' if self.kind == 'model' else 'file'}."
-        )
+        flags = " --repo-type dataset" if self.kind == "dataset" else ""
+        flags += f" --revision {self.revision}" if self.revision else ""
+        elsewhere = (f"On a machine with access run `hf download {self.name}{flags}` and copy the cache folder "
+                     f"($HF_HOME), or set {self.setting} to a local {'folder' if self.kind == 'model' else 'file'}.")
         absent = f"{self}: not in the local Hugging Face cache, and"
         if constants.is_offline_mode():
             raise self.error(f"{absent} HF_HUB_OFFLINE forbids looking further. Unset it to download. {elsewhere}")
@@ -110,20 +99,16 @@ class Repo:
         try:
             yield
         except hub.GatedRepoError as cause:
-            raise self.error(
-                f"{self}: the repo is gated. Accept its terms at {page}, then `hf auth login` (or set HF_TOKEN)."
-            ) from cause
+            raise self.error(f"{self}: the repo is gated. Accept its terms at {page}, then `hf auth login` (or set "
+                             "HF_TOKEN).") from cause
         except (hub.RevisionNotFoundError, hub.EntryNotFoundError) as cause:
             raise self.error(f"{self}: the repo has no such revision or file.") from cause
         except hub.RepositoryNotFoundError as cause:
-            raise self.error(
-                f"{self}: no such repo on the hub, or it is private. Check the name; for a private repo "
-                "`hf auth login` (or set HF_TOKEN)."
-            ) from cause
+            raise self.error(f"{self}: no such repo on the hub, or it is private. Check the name; for a private repo "
+                             "`hf auth login` (or set HF_TOKEN).") from cause
         except Exception as cause:  # no route, no name server, a proxy, a timeout, a server error: all mean "not now"
-            raise self.error(
-                f"{absent} the hub does not answer ({type(cause).__name__}: {cause}). {elsewhere}"
-            ) from cause
+            problem = f"{type(cause).__name__}: {cause}"
+            raise self.error(f"{absent} the hub does not answer ({problem}). {elsewhere}") from cause
 
     @contextlib.contextmanager
     def _downloading(self, commit: str | None) -> Iterator[None]:
@@ -131,7 +116,5 @@ class Repo:
         try:
             yield
         except Exception as cause:
-            raise self.error(
-                f"{self}: the download failed ({type(cause).__name__}: {cause}). Run it again to go on; what is "
-                "complete stays in the cache."
-            ) from cause
+            raise self.error(f"{self}: the download failed ({type(cause).__name__}: {cause}). Run it again to go on; "
+                             "what is complete stays in the cache.") from cause

@@ -20,11 +20,7 @@ _warned: set[Path] = set()
 
 
 class Lock:
-    """A lock on a file that stays; not reentrant between objects.
-
-    Where flock works (on a mount of the same folder elsewhere) it does not see the markers of hosts without, so such
-    a folder should be used from one kind of host at a time; a warning says so once.
-    """
+    """A lock on a file that stays; not reentrant between objects. flock does not see the markers of hosts without."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

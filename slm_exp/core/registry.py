@@ -1,7 +1,6 @@
 """One decorated file adds a component: `@register("kernel", "rbf")` on a dataclass is schema, default and code.
 
-The dataclass is stored in Hydra's ConfigStore, so `kernel=rbf kernel.bandwidth=2` works at once and an
-unknown key is refused while composing. Nothing in a config can name code: only registered classes exist.
+It is stored in Hydra's ConfigStore. Nothing in a config can name code: only registered classes exist.
 """
 
 from __future__ import annotations
@@ -14,18 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 GROUPS = {  # config group -> package whose modules hold its members
-    "model": "models",
-    "calibration": "calibration",
-    "kernel": "kernels",
-    "similarity": "similarity",
-    "method": "methods",
-    "merge_rule": "merging.rules",
-    "width": "width",
-    "recovery": "recovery",
-    "evaluation": "evaluation",
-    "tracking": "runs.tracking",
-    "runtime": "core.runtime",
-}
+    "model": "models", "calibration": "calibration", "kernel": "kernels", "similarity": "similarity",
+    "method": "methods", "merge_rule": "merging.rules", "width": "width", "recovery": "recovery",
+    "evaluation": "evaluation", "tracking": "runs.tracking", "runtime": "core.runtime",
+}  # fmt: skip
 
 Fields = dict[str, Any]
 """Named values that JSON can hold: what distinguishes a component's results, or a config's fields."""
@@ -51,19 +42,14 @@ class Component:
         """Raise ConfigError on a bad field. Cheap: no files of weights, no heavy imports."""
 
     def identity(self) -> Fields:
-        """What distinguishes this component's results, JSON-able: its name and scientific fields.
-
-        Override to replace a path by a digest of what it holds.
-        """
+        """What distinguishes this component's results: its name and scientific fields; a path as a digest."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("science", True)}
         return {"name": self.name, **fields}
 
 
 def knob(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     """A field that changes how a result is reached, never the result: left out of the run_id."""
-    if default is not dataclasses.MISSING:
-        kwargs["default"] = default
-    return dataclasses.field(metadata={"science": False}, **kwargs)
+    return dataclasses.field(default=default, metadata={"science": False}, **kwargs)
 
 
 C = TypeVar("C", bound=Component)

@@ -8,8 +8,12 @@ what they write goes to a folder of their own that is removed.
 from __future__ import annotations
 
 import os
+import platform
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from slm_exp.core.errors import ConfigError, require
 from slm_exp.core.registry import Component, knob, register
@@ -60,9 +64,6 @@ class Runtime(Component):
         Raises:
             ConfigError: cuda is requested and not there.
         """
-        import random
-
-        import numpy as np
         import torch
 
         if self.threads:
@@ -83,13 +84,10 @@ class Runtime(Component):
 
     def describe(self, device: torch.device) -> dict[str, Any]:
         """What the record says about the machine."""
-        import platform
-
         import torch
 
-        name = platform.processor() or platform.machine()
-        if device.type == "cuda":
-            name = torch.cuda.get_device_name(device)
+        cuda = device.type == "cuda"
+        name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
         return {"type": device.type, "name": name, "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
 
 

@@ -24,7 +24,6 @@ LIMIT = 10**9
 """Bytes of a line, of a JSON list or of a value, unpacked."""
 SLICE = 2**20
 """Characters that are tokenised at a time."""
-CHUNK = 2**20
 SURROGATE = re.compile("[\ud800-\udfff]")
 LIST = re.compile(rb"\s*\[")
 BOM = b"\xef\xbb\xbf"
@@ -40,11 +39,7 @@ class Row(NamedTuple):
 
 
 def kind_of(file: Path) -> str:
-    """One of KINDS.
-
-    Raises:
-        DataError: the name ends in none of SUFFIXES.
-    """
+    """One of KINDS. Raises DataError: the name ends in none of SUFFIXES."""
     for kind in KINDS:
         if file.name.lower().endswith((kind, f"{kind}.gz")):
             return kind
@@ -89,17 +84,13 @@ def read_rows(file: Path, field: str | None = None, setting: str = "", lists: bo
                 yield Row(value, i, f"{file}, entry {i}")
             return
         if not line.isspace():
-            given = [line]
+            given: list[bytes | bytearray] = [line]
             del line  # nothing but `given` holds it while it is parsed
             yield Row(_parsed(given, where, "JSON lines"), n, where)
 
 
 def read_field(file: Path, field: str, setting: str = "") -> Iterator[tuple[int, str]]:
-    """(place, text) of every row's `field`; arguments and errors as `read_rows`.
-
-    Raises:
-        DataError: besides, a row is no object, lacks the field, or has something else there.
-    """
+    """(place, text) of every row's `field`; arguments and errors as `read_rows`, also where a row has no such text."""
     for value, at, where in read_rows(file, field, setting):
         if not isinstance(value, dict):
             raise DataError(f"{where}: a JSON {type(value).__name__}; expected an object with the field {field!r}.")
@@ -113,10 +104,7 @@ def read_field(file: Path, field: str, setting: str = "") -> Iterator[tuple[int,
 
 
 def slices(text: str, chars: int = SLICE) -> Iterator[str]:
-    """A text in slices of at most `chars` characters; a text no longer than that is one slice.
-
-    A slice ends after a blank where there is one in its last quarter, so that no word is cut.
-    """
+    """A text in slices of at most `chars` characters, cut at a blank where there is one in a slice's last quarter."""
     start = 0
     while len(text) - start > chars:
         blank = text.rfind(" ", start + 3 * chars // 4, start + chars)
@@ -141,40 +129,23 @@ def pieces(lines: Iterable[str], chars: int) -> Iterator[str]:
         yield whole
 
 
-def _raw_lines(file: Path) -> Iterator[bytes | bytearray]:
+def _raw_lines(file: Path) -> Iterator[bytes]:
     """Lines as bytes, "\n" for every line end, the byte order mark taken off."""
-    n, begun = 1, bytearray()  # grows in place, where a list of parts would take its memory twice
-    for chunk in _chunks(file):
-        for part in chunk.splitlines(keepends=True):
-            if len(begun) + len(part) > LIMIT:
-                raise _too_long(f"{file}, line {n}", "a line")
-            ended = part.endswith((b"\n", b"\r"))
-            if ended and not part.endswith(b"\n"):
-                part = part[:-1] + b"\n"
-            elif part.endswith(b"\r\n"):
-                part = part[:-2] + b"\n"
-            if not ended or begun:
-                begun += part
-            if ended:
-                whole, begun = [begun or part], bytearray()
-                n += 1
-                yield whole.pop()  # this frame must not hold on to it either
-    whole, begun = [begun], bytearray()
-    if whole[0]:
-        yield whole.pop()
-
-
-def _chunks(file: Path) -> Iterator[bytes]:
-    """The unpacked bytes without byte order mark; no chunk ends between CR and LF."""
+    n = 0
     try:
         with _opened(file) as f:
-            chunk = f.read(CHUNK).removeprefix(BOM)
-            while chunk:
-                more = f.read(CHUNK)
-                if chunk.endswith(b"\r") and more.startswith(b"\n"):
-                    chunk, more = chunk + b"\n", more[1:] or f.read(CHUNK)
-                yield chunk
-                chunk = more
+            if f.read(len(BOM)) != BOM:
+                f.seek(0)
+            while raw := f.readline(LIMIT + 1):
+                if len(raw) > LIMIT:
+                    raise _too_long(f"{file}, line {n + 1}", "a line")
+                lines = raw.splitlines(keepends=True)[::-1]  # at CR too
+                del raw
+                while lines:
+                    n += 1
+                    if lines[-1].endswith((b"\r", b"\r\n")):
+                        lines[-1] = lines[-1].rstrip(b"\r\n") + b"\n"
+                    yield lines.pop()  # this frame must not hold on to it
     except (OSError, EOFError, zlib.error) as cause:
         raise DataError(f"{file}: cannot be read to its end ({cause}).") from cause
 

@@ -42,3 +42,10 @@ class Together:
     """What the width pruner shrinks the residual stream to; None leaves it."""
     model_dtype: str
     """As the model group says: auto, float32, bfloat16, float16."""
+
+
+class SectionLog(Protocol):
+    """Takes parts of the record while they come to be known."""
+
+    def log(self, section: dict[str, Any]) -> None:
+        """A part of the record, by the names of its sections."""

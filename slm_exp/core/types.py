@@ -10,19 +10,18 @@ import hashlib
 import json
 import zipfile
 from dataclasses import dataclass
+from functools import reduce
+from operator import truediv
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
+from slm_exp.core.documents import StrictValue, parse
 from slm_exp.core.errors import PlanError
 from slm_exp.core.files import MAX_BYTES, plain, write_json, writing
 from slm_exp.core.widths import WidthDecision
 
-if TYPE_CHECKING:
-    import numpy as np
-
-
-STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
-"""How `reading.parsed` reads a dataclass whose `__pydantic_config__` this is."""
 MAX_LAYERS = 10_000
 """Of any model a plan may be for."""
 Kind = Literal["attention", "mlp"]
@@ -40,10 +39,8 @@ class Group(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(StrictValue):
     """One scored candidate of a search: layers low..high (positions at that moment, inclusive)."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     low: int
     high: int
@@ -52,20 +49,16 @@ class Trial:
 
 
 @dataclass(frozen=True, order=True)
-class Sublayer:
+class Sublayer(StrictValue):
     """The attention or the MLP of an original layer, with its norm."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     layer: int
     kind: Kind
 
 
 @dataclass(frozen=True)
-class Cut:
+class Cut(StrictValue):
     """Original layers [start, stop) that were removed or merged, or lost a sublayer."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     start: int
     stop: int
@@ -74,10 +67,8 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Compensation:
+class Compensation(StrictValue):
     """How the residual stream is rescaled after cuts: see merging/compensation.py."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     kind: Literal["magnitude"]
     cuts: tuple[Cut, ...]
@@ -85,10 +76,8 @@ class Compensation:
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Neighbour(StrictValue):
     """What a threshold just outside the chosen interval gives."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     threshold: float
     n_layers: int
@@ -96,10 +85,8 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
-class SizeCost:
+class SizeCost(StrictValue):
     """What a size among a path's plans costs to run, by its best plan."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     n_layers: int
     params: int
@@ -111,10 +98,8 @@ class SizeCost:
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(StrictValue):
     """The size that was requested of a plan; what does not apply is None and left out of the JSON."""
-
-    __pydantic_config__: ClassVar = STRICT
 
     asked: int | float
     """Layers, sublayers, or a share of the parameters."""
@@ -135,16 +120,13 @@ class Target:
 
 
 @dataclass(frozen=True)
-class MergePlan:
+class MergePlan(StrictValue):
     """Which layers of a model are merged or removed, and how that was decided. Touches no weights.
 
     A layer in no group and not dropped is kept as it is.
-
     Raises:
         PlanError: entries contradict each other or the number of layers.
     """
-
-    __pydantic_config__: ClassVar = STRICT
 
     n_layers: int
     """Layers of the dense model."""
@@ -242,14 +224,7 @@ class MergePlan:
     def scales(self) -> tuple[float, ...]:
         """For every slot, what its layer's outputs are multiplied by: 1 without a compensation."""
         cuts = self.compensation.cuts if self.compensation else ()
-        out = []
-        for slot in self.slots:
-            scale = 1.0
-            for cut in cuts:
-                if cut.stop <= slot.start:
-                    scale /= cut.alpha
-            out.append(scale)
-        return tuple(out)
+        return tuple(reduce(truediv, (cut.alpha for cut in cuts if cut.stop <= slot.start), 1.0) for slot in self.slots)
 
     @property
     def n_layers_out(self) -> int:
@@ -268,8 +243,7 @@ class MergePlan:
         out = dataclasses.asdict(self) | {"width": self.width and self.width.to_json()}
         if self.target is not None:
             out["target"] = {name: value for name, value in out["target"].items() if value is not None}
-        contents: dict[str, Any] = plain(out)
-        return contents
+        return plain(out)  # type: ignore[no-any-return]
 
     @classmethod
     def from_json(cls, data: Any, bare: bool = False) -> MergePlan:
@@ -281,18 +255,15 @@ class MergePlan:
         Raises:
             PlanError: names the field that is wrong or unknown, its value, and what was expected.
         """
-        from slm_exp.core.reading import parsed
-
         fill = bare and isinstance(data, dict) and data.get("n_layers") is None
-        width = None
         if isinstance(data, dict):
             data = {name: value for name, value in data.items() if value is not None}
-            width = WidthDecision.from_json(data.pop("width")) if "width" in data else None
+            data = {"n_layers": MAX_LAYERS, **data} if fill else data
         try:
-            plan = dataclasses.replace(parsed(cls, {"n_layers": MAX_LAYERS, **data} if fill else data), width=width)
+            width = WidthDecision.from_json(data.pop("width")) if isinstance(data, dict) and "width" in data else None
+            plan = dataclasses.replace(parse(cls, data), width=width)
         except ValueError as error:
-            known = ", ".join(sorted(f.name for f in dataclasses.fields(cls)))
-            raise PlanError(f"plan: {error}{f'; known: {known}' if 'unknown' in str(error) else ''}.") from None
+            raise PlanError(f"plan: {error}") from None
         if not fill:
             return plan
         ends = [*(g.stop for g in plan.groups), *(i + 1 for i in (*plan.dropped, *(s.layer for s in plan.sublayers)))]
@@ -321,8 +292,6 @@ class CalibrationTokens:
     @property
     def digest(self) -> str:
         """sha256 over shape and ids, 16 hex digits."""
-        import numpy as np
-
         ids = np.ascontiguousarray(self.tokens_NT, dtype="<i4")
         return hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()[:16]
 
@@ -333,20 +302,14 @@ class CalibrationTokens:
 
     def save(self, folder: Path) -> None:
         """Write calibration_tokens.npy (ids) and calibration.json (source, sample ids, digest)."""
-        import numpy as np
-
-        with writing(folder / "calibration_tokens.npy") as tmp:
-            with open(tmp, "wb") as f:
-                np.save(f, self.tokens_NT.astype("<i4"), allow_pickle=False)
+        with writing(folder / "calibration_tokens.npy") as tmp, open(tmp, "wb") as f:
+            np.save(f, self.tokens_NT.astype("<i4"), allow_pickle=False)
         write_json(folder / "calibration.json", self.describe())
 
     @classmethod
     def load(cls, folder: Path) -> CalibrationTokens:
-        import numpy as np
-
         about = json.loads((folder / "calibration.json").read_text())
-        ids = np.load(folder / "calibration_tokens.npy", allow_pickle=False)
-        return cls(ids, about["source"], tuple(about["sample_ids"]))
+        return cls(np.load(folder / "calibration_tokens.npy"), about["source"], tuple(about["sample_ids"]))
 
 
 @dataclass(frozen=True)
@@ -362,17 +325,12 @@ class LayerSimilarity:
 
     def save(self, folder: Path) -> None:
         """Write similarity.npz."""
-        import numpy as np
-
-        with writing(folder / "similarity.npz") as tmp:
-            with open(tmp, "wb") as f:
-                np.savez(f, matrix=self.matrix_LL.astype("float32"), kernel=self.kernel, estimator=self.estimator,
-                         skip_first_token=self.skip_first_token, batch=self.batch)
+        with writing(folder / "similarity.npz") as tmp, open(tmp, "wb") as f:
+            np.savez(f, matrix=self.matrix_LL.astype("float32"), kernel=self.kernel, estimator=self.estimator,
+                     skip_first_token=self.skip_first_token, batch=self.batch)
 
     @classmethod
     def load(cls, folder: Path) -> LayerSimilarity:
-        import numpy as np
-
         path = folder / "similarity.npz"
         with zipfile.ZipFile(path) as packed:
             if (size := sum(part.file_size for part in packed.infolist())) > MAX_BYTES:

@@ -13,21 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from slm_exp.core.documents import Document, parse
 from slm_exp.core.errors import PlanError
 from slm_exp.core.files import write_json
 
 FILE = "width.json"
 
 
-class _Strict(BaseModel):
-    """No booleans or floats for whole numbers, no text for numbers, no unknown fields."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class WidthSizes(_Strict):
+class WidthSizes(Document, allow_inf_nan=False):
     """How many units every layer keeps, each [L]."""
 
     heads: list[int]
@@ -37,7 +32,7 @@ class WidthSizes(_Strict):
     """Channels of the residual stream."""
 
 
-class KeptUnits(_Strict):
+class KeptUnits(Document, allow_inf_nan=False):
     """Which units every layer keeps, each [L]."""
 
     query_heads: list[list[int]]
@@ -46,7 +41,7 @@ class KeptUnits(_Strict):
     """See `pack_indices`."""
 
 
-class InputMeans(_Strict):
+class InputMeans(Document, allow_inf_nan=False):
     """Mean of every input channel that goes, each [L] base64 of float32."""
 
     attention: list[str]
@@ -55,7 +50,7 @@ class InputMeans(_Strict):
     """Of the MLP's last projection."""
 
 
-class WidthDecision(_Strict):
+class WidthDecision(Document, allow_inf_nan=False):
     """Which units of every layer stay, and how that was decided. `sizes` and `kept` suffice to carry it out."""
 
     method: str = ""
@@ -70,7 +65,7 @@ class WidthDecision(_Strict):
     kept: KeptUnits
     tokens: str = ""
     """Digest of the calibration tokens."""
-    notes: list[str] = []
+    notes: list[str] = Field([])
     means: InputMeans | None = None
     """Where biases make up for what goes."""
     hidden: str | None = None
@@ -106,15 +101,11 @@ class WidthDecision(_Strict):
 
     @classmethod
     def from_json(cls, data: object) -> WidthDecision:
-        """Read `width` of a plan.
-
-        Raises:
-            PlanError: which field, what it holds and what was expected, in one line.
-        """
+        """Read `width` of a plan. Raises PlanError: which field, what it holds and what was expected, in one line."""
         try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise PlanError(_first_problem(error)) from None
+            return parse(cls, data, "width")
+        except ValueError as error:
+            raise PlanError(str(error)) from None
 
     def to_json(self) -> dict[str, Any]:
         """`width` of plan.json: the fields that were set."""
@@ -137,11 +128,7 @@ def pack_indices(indices: Sequence[int], n: int) -> str:
 
 
 def unpack_indices(text: str, where: str = "indices") -> list[int]:
-    """The subset again, ascending.
-
-    Raises:
-        PlanError: it is not base64; names `where`.
-    """
+    """The subset again, ascending. Raises PlanError: it is not base64; names `where`."""
     return [8 * at + bit for at, byte in enumerate(_bytes(text, where)) for bit in range(8) if byte >> bit & 1]
 
 
@@ -151,11 +138,7 @@ def pack_floats(values: Sequence[float]) -> str:
 
 
 def unpack_floats(text: str, where: str = "values") -> tuple[float, ...]:
-    """The values again.
-
-    Raises:
-        PlanError: it is no base64 of float32; names `where`.
-    """
+    """The values again. Raises PlanError: it is no base64 of float32; names `where`."""
     held = _bytes(text, where)
     if len(held) % 4:
         raise PlanError(f"{where} holds {len(held)} bytes; expected 4 for each number.")
@@ -172,16 +155,3 @@ def _bytes(text: str, where: str) -> bytes:
 def _require(ok: bool, field: str, value: object, wanted: str) -> None:
     if not ok:
         raise PlanError(f"width.{field} = {value}; expected {wanted}.")
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]]
-    if first["type"] == "missing":
-        there = ", ".join(first["input"]) or "nothing"
-        return f"width{''.join(parts[:-1])} has no {first['loc'][-1]!r}; it has {there}."
-    if first["type"] == "extra_forbidden":
-        return f"width{''.join(parts)} is an unknown field."
-    value = repr(first["input"])
-    wanted = first["msg"].removeprefix("Input should be ").split(" or instance of")[0]
-    return f"width{''.join(parts)} = {value if len(value) < 80 else value[:77] + '...'}; expected {wanted}."

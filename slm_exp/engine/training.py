@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from slm_exp.core.cost import ADAM_BYTES
 from slm_exp.core.errors import SlmError
 from slm_exp.core.runtime import rank, world
-from slm_exp.core.tracker import SectionLog
+from slm_exp.core.together import SectionLog
 from slm_exp.engine.head_loss import LOGITS
 
 log = logging.getLogger(__name__)

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from slm_exp.core.cost import Work
-from slm_exp.core.errors import DataError, did_you_mean, require
+from slm_exp.core.errors import DataError, ProtocolError, did_you_mean, require
 from slm_exp.core.registry import register
-from slm_exp.evaluation import cost, task_index
+from slm_exp.evaluation import perplexity as texts
+from slm_exp.evaluation import task_index
+from slm_exp.evaluation.cost import generating, measuring
 from slm_exp.evaluation.documents import MMLU_GROUPS, SPLIT, documents_source, missing_documents, missing_examples
-from slm_exp.evaluation.gate import check_range
-from slm_exp.evaluation.measure import measure
-from slm_exp.evaluation.perplexity import FILES, corpus_identity, load_corpora, missing_corpora, unknown_corpus
-from slm_exp.evaluation.protocol import read_protocol, require_same
-from slm_exp.evaluation.report import SEVEN, EvalReport
+from slm_exp.evaluation.protocol import Protocol, read_protocol, require_same
+from slm_exp.evaluation.report import SEVEN, EvalReport, average
 from slm_exp.evaluation.settings import Settings
-from slm_exp.models.sizes import Sizes
-
-if TYPE_CHECKING:
-    from slm_exp.models.base import ModelHandle
+from slm_exp.models.base import ModelHandle
 
 __all__ = ["SEVEN", "EvalReport", "Evaluation"]
 
 CHECKED_BYTES = 4_000_000
 """Texts up to this size are cut into chunks before weights load, to see that there are any."""
+
+CHECK = ("Check the model (path, revision, dtype), BOS (evaluation.add_bos, evaluation.ppl_bos), the documents "
+         "(evaluation.limit, the protocol's task versions) and the range itself; ~evaluation.dense_range.NAME takes "
+         "one away.")
 
 
 @register("evaluation", "custom")
@@ -41,8 +41,7 @@ class Evaluation(Settings):
         (10 s, once).
         """
         for name, where in self.corpora.items():
-            reason = unknown_corpus(where)
-            if reason:
+            if reason := texts.unknown_corpus(where):
                 return f"evaluation.corpora.{name} = {where}: {reason}"
         if self.protocol is not None and not Path(self.protocol).is_file():
             return f"evaluation.protocol = {self.protocol}: there is no such file; give the protocol.json of a run."
@@ -53,21 +52,21 @@ class Evaluation(Settings):
 
         Looks at what is installed, at the offline switches and at folder names; opens nothing.
         """
-        missing = missing_documents(self.tasks, random_model) or missing_corpora(self.wanted_corpora(), random_model)
-        if missing:
+        corpora = self.wanted_corpora()
+        if missing := missing_documents(self.tasks, random_model) or texts.missing_corpora(corpora, random_model):
             raise DataError(missing)
 
     def check_model(self, handle: ModelHandle) -> None:
         """Raise where a generation to time is longer than the model or a file has no chunk; call before weights load.
 
         Cost: files of texts up to CHECKED_BYTES are read and tokenised; a larger one cannot be too short.
-
         Raises:
             ConfigError: the former.
             DataError: the latter.
         """
-        files = {n: w for n, w in self.corpora.items() if w.endswith(FILES) and Path(w).stat().st_size <= CHECKED_BYTES}
-        load_corpora(files, handle, self.ppl_seq_len, self.ppl_bos)
+        files = {n: w for n, w in self.corpora.items()
+                 if w.endswith(texts.FILES) and Path(w).stat().st_size <= CHECKED_BYTES}
+        texts.load_corpora(files, handle, self.ppl_seq_len, self.ppl_bos)
         longest = getattr(handle.config, "max_position_embeddings", None) or math.inf
         for case in self.cases() if self.times else ():
             require(case.prompt + case.new <= longest, "evaluation.speed_prompts + speed_new",
@@ -91,7 +90,7 @@ class Evaluation(Settings):
     def identity(self) -> dict[str, Any]:
         """Corpora by what their files hold, and which documents the tasks use."""
         out = super().identity()
-        out["corpora"] = {name: corpus_identity(where) for name, where in self.wanted_corpora().items()}
+        out["corpora"] = {name: texts.corpus_identity(where) for name, where in self.wanted_corpora().items()}
         out["documents"] = documents_source() if self.tasks else None
         del out["corpora_at_hand"]  # it shows in which corpora there are
         if not self.fewshot:
@@ -103,23 +102,48 @@ class Evaluation(Settings):
         report = {name: value for name, value in self.identity().items() if not name.startswith("speed_")}
         return {"evaluation": report, "backend": self.backend}
 
-    def cost(self, sizes: Sizes, layers: float, random: bool) -> tuple[Work, list[str]]:
-        """Measuring a model of so many layers, and what could not be counted. See evaluation/cost.py."""
-        return cost.measuring(self, sizes, layers, random)
-
-    def generation_cost(self, sizes: Sizes, layers: float, weight_bytes: float) -> Work:
-        """Timing generations of the dense model and of one with so many layers."""
-        return cost.generating(self, sizes, layers, weight_bytes)
+    cost = measuring
+    generation_cost = generating
 
     def run(self, handle: ModelHandle) -> EvalReport:
-        """Measure a model. See evaluation/measure.py."""
-        return measure(self, handle)
+        """Measure a model. The same settings give the same protocol whatever the batch size, backend or device.
+
+        Raises:
+            DataError: documents or texts that are missing or too short, a model without a tokenizer where text has to
+                be read, NaN or infinite logits.
+        """
+        corpora = texts.load_corpora(self.wanted_corpora(), handle, self.ppl_seq_len, self.ppl_bos)
+        loaded = results = None
+        if self.tasks:
+            from slm_exp.evaluation.backends.harness import load_tasks, run_tasks  # lm-eval takes seconds to import
+
+            if handle.tokenizer is None:
+                raise DataError(f"{handle.name} has no tokenizer, and tasks are text. Use evaluation=none, or corpora "
+                                "of token files.")
+            # before weights load, so that missing documents stop early
+            loaded = load_tasks(self.tasks, self.limit, handle.random, self.fewshot)
+        values = {name: texts.perplexity(handle.model, corpus.tokens_NT, self.batch_size, name)
+                  for name, corpus in corpora.items()}
+        if loaded is not None and handle.tokenizer is not None:
+            results = run_tasks(handle.model, handle.tokenizer, loaded, self.limit, self.batch_size, self.add_bos,
+                                self.backend)
+        fields: dict[str, Any] = {
+            "lm_eval": version("lm-eval"),
+            "tasks": {name: asdict(task) for name, task in results.protocol.items()} if results else {},
+            "limit": self.limit,
+            **(results.settings if results else {}),
+            "dtype": str(handle.model.dtype).removeprefix("torch.") if results or corpora else None,
+            "perplexity": {name: corpus.protocol for name, corpus in corpora.items()},
+        }
+        tasks = results.tasks if results else {}
+        return EvalReport(tasks, average(tasks), values, Protocol.of(fields, results.sources if results else {}),
+                          results.samples if results else {})
 
     def time(self, dense: ModelHandle, compressed: ModelHandle) -> dict[str, Any]:
         """The record's `speed`: both models in turns, measured anew every time. See evaluation/backends/speed.py."""
         from slm_exp.evaluation.backends.speed import measure_speed
 
-        return measure_speed(self, dense, compressed).to_json()
+        return measure_speed(self, dense, compressed)
 
     def accept(self, report: EvalReport, dense: bool) -> None:
         """Refuse a report of another protocol than `protocol`, or of a dense model outside `dense_range`.
@@ -131,5 +155,11 @@ class Evaluation(Settings):
             expected = read_protocol(Path(self.protocol)).to_json()
             require_same({f"evaluation.protocol={self.protocol}": expected, "this run": report.protocol.to_json()},
                          "Change the settings, or leave evaluation.protocol unset.")
-        if dense:
-            check_range(report, self.dense_range)
+        outside = []
+        for name, (low, high) in self.dense_range.items() if dense else ():
+            got = report.number(name)
+            if got is None or not low <= got <= high:
+                value = "nothing" if got is None else f"{got:.4g}"
+                outside.append(f"{name}: expected {low:g} to {high:g}, got {value}")
+        if outside:
+            raise ProtocolError(f"the dense model is outside evaluation.dense_range: {'; '.join(outside)}. {CHECK}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from slm_exp.calibration.heldout import TOKENS
 from slm_exp.core.cost import Work
 from slm_exp.evaluation.perplexity import HELD_OUT
@@ -47,12 +49,7 @@ FEW = 200
 
 
 def measuring(cfg: Settings, sizes: Sizes, layers: float, random: bool) -> tuple[Work, list[str]]:
-    """One model's report, and what could not be counted.
-
-    Args:
-        layers: of the model that is measured.
-        random: a random model, whose tokenizer reads bytes.
-    """
+    """The report of a model of so many layers (`random`: its tokenizer reads bytes), and what could not be counted."""
     work, notes = Work(), []
     per_token = CHARS_PER_TOKEN if random else 1.0
     for task in cfg.tasks:
@@ -80,11 +77,9 @@ def measuring(cfg: Settings, sizes: Sizes, layers: float, random: bool) -> tuple
 
 
 def generating(cfg: Settings, sizes: Sizes, layers: float, weight_bytes: float) -> Work:
-    """Timed generations, dense and compressed: a token reads every weight once, and starts every layer.
+    """Timed generations, of the dense model (`weight_bytes`) and the compressed one (`layers`).
 
-    Args:
-        layers: of the compressed model.
-        weight_bytes: of the dense one.
+    A token reads every weight once, and starts every layer.
     """
     cases = len(cfg.speed_batches) * len(cfg.speed_prompts) * len(cfg.speed_new)
     tokens = 128 * cfg.speed_runs + max(cfg.speed_new) * cfg.speed_grid_runs * max(0, cases - 1)
@@ -96,8 +91,6 @@ def _corpus_tokens(where: str, seq_len: int, per_token: float) -> tuple[float, f
     """Tokens, and tokens of a chunk; None where the file cannot be read."""
     try:
         if where.endswith(".npy"):
-            import numpy as np  # a table of results that imports this package reads no array
-
             n, t = np.load(where, mmap_mode="r", allow_pickle=False).shape
             return n * t, t
         if where in HELD_OUT:

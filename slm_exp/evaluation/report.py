@@ -62,13 +62,21 @@ class EvalReport:
         return cls(tasks, stored["average"], dict(stored["perplexity"]), Protocol.from_json(stored["protocol"]),
                    samples or {})  # fmt: skip
 
+    def number(self, name: str) -> float | None:
+        """Per cent of `average` or a task, by the metric that counts, or a corpus's perplexity; None: not measured."""
+        if name in self.perplexity:
+            return self.perplexity[name]
+        metrics = self.tasks[name].metrics if name in self.tasks else {}
+        counting = next((m for m in (SEVEN.get(name), "acc", "acc_norm") if m in metrics), None)
+        value = self.average if name == "average" else metrics.get(counting or "")
+        return None if value is None else 100 * value
+
     def save_samples(self, folder: Path) -> None:
         """One <task>.jsonl.gz per task; the same results give the same bytes."""
         for task, rows in self.samples.items():
-            with writing(folder / f"{task}.jsonl.gz") as tmp:
-                with open(tmp, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as f:
-                    for row in rows:
-                        f.write((json.dumps(plain(row), ensure_ascii=False) + "\n").encode())
+            with (writing(folder / f"{task}.jsonl.gz") as tmp, open(tmp, "wb") as raw,
+                  gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as f):  # fmt: skip
+                f.writelines((json.dumps(plain(row), ensure_ascii=False) + "\n").encode() for row in rows)
 
     def save(self, folder: Path) -> None:
         """report.json and samples/."""

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import pi
-from typing import TYPE_CHECKING
 
 from slm_exp.core.registry import register
-from slm_exp.kernels.base import Kernel, unit_rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from slm_exp.kernels.base import Kernel, Tensor, unit_rows
 
 
 @register("kernel", "angular")

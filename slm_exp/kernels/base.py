@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from slm_exp.core.errors import require
 from slm_exp.core.registry import Component
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor as Tensor
+else:
+    Tensor = Any  # torch loads with the first Gram matrix
 
 
 @dataclass
@@ -31,6 +34,18 @@ class Kernel(Component, ABC):
     def over(self, x_ND: Tensor) -> Kernel:
         """The kernel for minibatches of these rows; override where the whole set fixes something, e.g. a scale."""
         return self
+
+
+@dataclass
+class DistanceKernel(Kernel):
+    """A kernel of the L2 distance in units of bandwidth x the minibatch's median distance."""
+
+    bandwidth: float = 1.0
+    """In units of the median distance; > 0. 1 is the median heuristic; 0.2 to 0.8 are in use too (rbf)."""
+
+    def check(self) -> None:
+        require(self.bandwidth > 0, "kernel.bandwidth", self.bandwidth, "a number > 0",
+                "It is in units of the median distance: try 1.")
 
 
 def relative_distances(x_BND: Tensor) -> Tensor:

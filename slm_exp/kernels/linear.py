@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from slm_exp.core.registry import register
-from slm_exp.kernels.base import Kernel
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from slm_exp.kernels.base import Kernel, Tensor
 
 
 @register("kernel", "linear")

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from slm_exp.core.errors import require
 from slm_exp.core.registry import register
-from slm_exp.kernels.base import Kernel
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from slm_exp.kernels.base import Kernel, Tensor
 
 
 @register("kernel", "polynomial")

@@ -235,7 +235,7 @@ BUILT = ("core/types.py", "core/widths.py", "models", "merging")
 
 
 def _evaluate_code(x: Experiment) -> tuple[str, ...]:
-    return (*BUILT, "evaluation", "engine/fused.py")
+    return (*BUILT, "evaluation", "calibration/tokens.py", "engine/fused.py")
 
 
 EVALUATE_DENSE = Stage(

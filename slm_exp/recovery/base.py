@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slm_exp.core.cost import Work
 from slm_exp.core.files import digest, write_json
 from slm_exp.core.registry import Component
-from slm_exp.core.together import Together
-from slm_exp.core.tracker import SectionLog
+from slm_exp.core.together import SectionLog, Together
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes

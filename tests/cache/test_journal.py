@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from slm_exp.core.cache.folder import problem
 from slm_exp.core.cache.journal import FILE, Journal, read
-from slm_exp.core.cache.store import StageStore
 
 
 def test_entries_come_back(tmp_path: Path) -> None:
@@ -56,10 +56,10 @@ def test_a_torn_line_does_not_spoil_the_next(tmp_path: Path, caplog: pytest.LogC
 def test_a_changed_digit_is_noticed(tmp_path: Path) -> None:
     folder = tmp_path / "scores" / "key"
     Journal(folder).append("a", 0.905)
-    assert StageStore.problem(folder) is None
+    assert problem(folder) is None
     (folder / FILE).write_bytes((folder / FILE).read_bytes().replace(b"0.905", b"0.805"))
     assert read(folder) == ({}, 1)
-    assert StageStore.problem(folder) == f"1 lines of {FILE} are damaged"
+    assert problem(folder) == f"1 lines of {FILE} are damaged"
 
 
 def test_a_folder_that_cannot_be_written_only_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

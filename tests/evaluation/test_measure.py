@@ -15,7 +15,6 @@ from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.files import digest
 from slm_exp.evaluation import documents
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
-from slm_exp.evaluation.measure import measure
 from slm_exp.evaluation.report import TaskScore, average
 from slm_exp.launch.compose import compose_run
 from slm_exp.models.base import ModelHandle
@@ -78,7 +77,7 @@ def test_a_protocol_is_what_it_was(tiny_handle: ModelHandle) -> None:
 
 def test_protocol_knows_what_matters_and_nothing_else(tiny_handle: ModelHandle, token_file: str) -> None:
     base = Evaluation(tasks=["piqa"], limit=2, corpora={"mine": token_file})
-    hashes = {name: measure(replace(base, **change), tiny_handle).protocol.hash for name, change in {
+    hashes = {name: Evaluation.run(replace(base, **change), tiny_handle).protocol.hash for name, change in {
         "base": {}, "again": {}, "batch": {"batch_size": 1}, "limit": {"limit": 3}, "tasks": {"tasks": ["boolq"]},
         "corpora": {"corpora": {}},
     }.items()}
@@ -99,7 +98,7 @@ def test_smoke_measures_held_out_prose_first(tiny_handle: ModelHandle, monkeypat
     cfg = compose_run(["model=tiny", "evaluation.limit=2"]).evaluation
     order: list[str] = []
     for name in ("perplexity", "run_tasks"):
-        place = "slm_exp.evaluation." + ("measure" if name == "perplexity" else "backends.harness")
+        place = "slm_exp.evaluation." + ("perplexity" if name == "perplexity" else "backends.harness")
         original = getattr(importlib.import_module(place), name)
         monkeypatch.setattr(f"{place}.{name}", lambda *a, o=original, n=name: order.append(n) or o(*a))
     report = cfg.run(tiny_handle)
@@ -120,7 +119,7 @@ def test_identity_leaves_out_how_it_runs() -> None:
 
 
 def test_nothing_to_measure_loads_no_weights(tiny_handle: ModelHandle) -> None:
-    report = measure(Evaluation(), tiny_handle)
+    report = Evaluation.run(Evaluation(), tiny_handle)
     assert not tiny_handle.loaded
     assert report.average is None
     assert report.tasks == report.perplexity == report.samples == {}
@@ -129,7 +128,7 @@ def test_nothing_to_measure_loads_no_weights(tiny_handle: ModelHandle) -> None:
 def test_texts_are_checked_before_weights_load(tiny_handle: ModelHandle, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     evaluation = Evaluation(tasks=["piqa"], corpora={"short": str(tmp_path / "short.txt")})
-    for check in (evaluation.check_model, lambda handle: measure(evaluation, handle)):
+    for check in (evaluation.check_model, lambda handle: Evaluation.run(evaluation, handle)):
         with pytest.raises(DataError, match="at least one chunk"):
             check(tiny_handle)
     assert not tiny_handle.loaded
@@ -137,7 +136,7 @@ def test_texts_are_checked_before_weights_load(tiny_handle: ModelHandle, tmp_pat
 
 def test_tasks_need_a_tokenizer(tiny_handle: ModelHandle) -> None:
     with pytest.raises(DataError, match="no tokenizer"):
-        measure(Evaluation(tasks=["piqa"]), replace(tiny_handle, load_tokenizer=lambda: None))
+        Evaluation.run(Evaluation(tasks=["piqa"]), replace(tiny_handle, load_tokenizer=lambda: None))
 
 
 @pytest.mark.parametrize(("field", "value"), [

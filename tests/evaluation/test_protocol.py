@@ -12,7 +12,6 @@ import pytest
 from slm_exp.core.errors import ConfigError, ProtocolError, StageError
 from slm_exp.core.files import write_json
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
-from slm_exp.evaluation.measure import measure
 from slm_exp.evaluation.protocol import Protocol, differences, mixed, read_protocol, require_same
 from slm_exp.evaluation.report import TaskScore
 from slm_exp.launch.compose import compose_run
@@ -121,7 +120,7 @@ def test_identity_is_as_before() -> None:
 
 
 def test_both_backends_have_one_protocol(tiny_handle: ModelHandle) -> None:
-    hashes = {measure(Evaluation(tasks=["piqa"], limit=2, backend=name), tiny_handle).protocol.hash
+    hashes = {Evaluation.run(Evaluation(tasks=["piqa"], limit=2, backend=name), tiny_handle).protocol.hash
               for name in ("fast", "hflm")}
     assert len(hashes) == 1
 

@@ -56,7 +56,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_every_case_is_generated_and_counted(tiny_handle: ModelHandle, shorter: ModelHandle) -> None:
     _ = tiny_handle.model, shorter.model
     before = torch.get_rng_state()
-    found = measure_speed(Evaluation(**SMALL), tiny_handle, shorter).to_json()  # type: ignore[arg-type]
+    found = measure_speed(Evaluation(**SMALL), tiny_handle, shorter)  # type: ignore[arg-type]
     assert torch.equal(torch.get_rng_state(), before)
     assert [cell["name"] for cell in found["cells"]] == ["1x12x3", "2x5x2"]
     for cell in found["cells"]:
@@ -76,7 +76,7 @@ def test_every_case_is_generated_and_counted(tiny_handle: ModelHandle, shorter: 
 def test_models_take_turns_and_the_speedup_is_paired(
     tiny_handle: ModelHandle, shorter: ModelHandle, clock: list[int]
 ) -> None:
-    found = measure_speed(Evaluation(speed_runs=6, speed_discard=2), tiny_handle, shorter).to_json()
+    found = measure_speed(Evaluation(speed_runs=6, speed_discard=2), tiny_handle, shorter)
     cell = found["cells"][0]
     assert clock[2:14] == [8, 4, 4, 8] * 3  # after one of each for memory
     assert cell["speedup"] == pytest.approx({"median": 2, "q1": 2, "q3": 2, "mean": 2, "std": 0, "n": 4})
@@ -146,7 +146,7 @@ def test_a_case_that_does_not_fit_costs_only_itself(
         return generate(model, ids_BT, new, seed)
 
     monkeypatch.setattr(speed, "_generate", limited)
-    first, second = measure_speed(Evaluation(**SMALL), tiny_handle, shorter).to_json()["cells"]  # type: ignore[arg-type]
+    first, second = measure_speed(Evaluation(**SMALL), tiny_handle, shorter)["cells"]  # type: ignore[arg-type]
     assert "error" not in first
     assert second["error"] == "out of memory"
 

@@ -462,11 +462,12 @@ def test_a_plan_is_known_by_what_it_does(tmp_path: Path) -> None:
     ("[]", "is none"),
     ('{"groups": [[1, 1]]}', "outside a model"),
     ('{"dropped": [-1]}', "outside a model"),
-    ('{"n_layers": 8, "grups": []}', "unknown fields grups"),
+    ('{"n_layers": 8, "grups": []}', "has the key 'grups'; expected n_layers, groups.* Did you mean groups"),
     ('{"n_layers": 8, "dropped": [9]}', "outside a model of 8"),
     ('{"n_layers": 8, "groups": [3]}', "is none"),
-    ('{"n_layers": 8, "compensation": {"kind": "x", "cuts": []}}', "compensation.kind = 'x'; expected 'magnitude'"),
-    ('{"n_layers": 8, "compensation": {"kind": "magnitude", "cuts": [{"start": 2}]}}', "compensation.cuts.0 has no"),
+    ('{"n_layers": 8, "compensation": {"kind": "x", "cuts": []}}', "compensation.kind = 'x'; expected magnitude"),
+    ('{"n_layers": 8, "compensation": {"kind": "magnitude", "cuts": [{"start": 2}]}}',
+     r"compensation.cuts\[0\] has no"),
     ('{"n_layers": 8, "compensation": {"kind": "magnitude", "cuts": [{"start": 2, "stop": 3, "alpha": 0}]}}',
      "layers 2..2 has alpha = 0"),
 ])  # fmt: skip
@@ -511,8 +512,8 @@ WIDTH = {
 
 
 @pytest.mark.parametrize(("width", "message"), [
-    ({"order": "after"}, "width has no 'sizes'; it has order"),
-    ({**WIDTH, "kept": {"query_heads": [[0, 1]] * 8, "kv_heads": [[0]] * 8}}, r"width\.kept has no 'channels'"),
+    ({"order": "after"}, "width has no sizes; it has order"),
+    ({**WIDTH, "kept": {"query_heads": [[0, 1]] * 8, "kv_heads": [[0]] * 8}}, r"width\.kept has no channels"),
     ({**WIDTH, "kept": {**WIDTH["kept"], "kv_heads": [[2]] * 8}}, "key-value heads of layer 0, the highest 2"),
     ({**WIDTH, "sizes": {**WIDTH["sizes"], "heads": [2] * 7}}, r"width\.sizes\.kv_heads = 8 layers; expected 7"),
 ])  # fmt: skip

@@ -257,7 +257,7 @@ def test_an_altered_record_of_an_old_version_is_no_crash(tmp_path: Path) -> None
     assert report.main([str(folder)]) == 0
     page = (folder / "report.html").read_text()
     assert "similarity.npz cannot be read" in page
-    assert "unknown fields surprise" in page
+    assert "has the key &#39;surprise&#39;" in page
 
 
 def test_a_truncated_matrix_costs_the_picture_not_the_sweeps_page(tmp_path: Path) -> None:

@@ -53,9 +53,9 @@ def test_the_json_is_the_same_in_and_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("where", "value", "message"), [
-    ("sizes.heads.0", True, r"width\.sizes\.heads\[0\] = True; expected a valid integer"),
-    ("sizes.channels.1", 8.0, r"width\.sizes\.channels\[1\] = 8\.0; expected a valid integer"),
-    ("kept.kv_heads.0", [False], r"width\.kept\.kv_heads\[0\]\[0\] = False; expected a valid integer"),
+    ("sizes.heads.0", True, r"width\.sizes\.heads\[0\] = True; expected a whole number"),
+    ("sizes.channels.1", 8.0, r"width\.sizes\.channels\[1\] = 8\.0; expected a whole number"),
+    ("kept.kv_heads.0", [False], r"width\.kept\.kv_heads\[0\]\[0\] = False; expected a whole number"),
     ("kept.query_heads.1", [3, 2], r"width\.kept\.query_heads\[1\] = \[3, 2\]; expected numbers .* ascending"),
     ("kept.query_heads.1", [2, 2], r"query_heads\[1\] = \[2, 2\]; expected .* ascending"),
     ("kept.query_heads.1", [-1, 2], r"query_heads\[1\] = \[-1, 2\]; expected numbers from 0"),
@@ -68,13 +68,13 @@ def test_the_json_is_the_same_in_and_out(tmp_path: Path) -> None:
     ("means.mlp.0", "/w==", r"width\.means\.mlp\[0\] holds 1 bytes; expected 4 for each number"),
     ("means.attention.0", pack_floats([float("inf")]), r"means\.attention\[0\] = \(inf,\); expected finite"),
     ("hidden", "/w==", r"width\.hidden = 8 channels; expected 32"),
-    ("order", "between", r"width\.order = 'between'; expected 'after' or 'before'"),
-    ("ratio", "0.2", r"width\.ratio = '0\.2'; expected a valid number"),
+    ("order", "between", r"width\.order = 'between'; expected after or before"),
+    ("ratio", "0.2", r"width\.ratio = '0\.2'; expected a number"),
     ("ratio", float("nan"), r"width\.ratio = nan; expected a finite number"),
     ("ratio", 2.0, r"width\.ratio = 2\.0; expected less than 1"),
-    ("kept", ..., r"width has no 'kept'; it has method, ratio"),
-    ("kept.channels", ..., r"width\.kept has no 'channels'; it has query_heads, kv_heads"),
-    ("sizez", {}, r"width\.sizez is an unknown field"),
+    ("kept", ..., r"width has no kept; it has method, ratio"),
+    ("kept.channels", ..., r"width\.kept has no channels; it has query_heads, kv_heads"),
+    ("sizez", {}, r"width has the key 'sizez'; expected method, ratio.* Did you mean sizes"),
 ])  # fmt: skip
 def test_nonsense_is_refused_by_field_and_value(where: str, value: Any, message: str) -> None:
     with pytest.raises(PlanError, match=message) as caught:
@@ -84,7 +84,7 @@ def test_nonsense_is_refused_by_field_and_value(where: str, value: Any, message:
 
 @pytest.mark.parametrize("width", [[], "flap", 0, True])
 def test_what_is_no_object_is_refused(width: Any) -> None:
-    with pytest.raises(PlanError, match=r"width = .*; expected a valid dictionary\."):
+    with pytest.raises(PlanError, match=r"width = .*; expected a mapping\."):
         MergePlan.from_json({"n_layers": 2, "width": width})
 
 

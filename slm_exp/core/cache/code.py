@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,17 +32,24 @@ def code_digest(files: Sequence[str]) -> str:
     """Digest of the syntax trees of files of the package, 16 hex digits; an edit of code there changes it.
 
     Comments, docstrings and calls that only log do not count. A folder stands for all files below it.
-
     Raises:
         OSError: a file is not there.
         SyntaxError: it is not Python.
     """
-    return digest({path.relative_to(PACKAGE).as_posix(): _file(path) for path in _paths(files)})
+    out = {}
+    for name in code_files(files):
+        status = (PACKAGE / name).stat()
+        out[name] = _tree_digest(PACKAGE / name, status.st_mtime_ns, status.st_size)
+    return digest(out)
 
 
 def code_files(names: Sequence[str]) -> set[str]:
     """Every file that declared files and folders stand for, relative to the package."""
-    return {path.relative_to(PACKAGE).as_posix() for path in _paths(names)}
+    paths: set[Path] = set()
+    for name in names:
+        path = PACKAGE / name
+        paths |= set(path.rglob("*.py")) if path.is_dir() else {path}
+    return {path.relative_to(PACKAGE).as_posix() for path in paths}
 
 
 def package_digest() -> str:
@@ -51,26 +59,11 @@ def package_digest() -> str:
 
 def library_versions(names: Sequence[str] = ("torch", "transformers")) -> dict[str, str | None]:
     """Installed versions, without importing anything."""
-    out: dict[str, str | None] = {}
+    out: dict[str, str | None] = dict.fromkeys(names)
     for name in names:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             out[name] = version(name.replace("_", "-"))
-        except PackageNotFoundError:
-            out[name] = None
     return out
-
-
-def _paths(names: Sequence[str]) -> set[Path]:
-    paths: set[Path] = set()
-    for name in names:
-        path = PACKAGE / name
-        paths |= set(path.rglob("*.py")) if path.is_dir() else {path}
-    return paths
-
-
-def _file(path: Path) -> str:
-    status = path.stat()
-    return _tree_digest(path, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=1024)
@@ -83,10 +76,9 @@ class _Computing(ast.NodeTransformer):
     """Leaves of a syntax tree what computes: no docstrings, no statements that only log or warn."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        value = node.value
-        if isinstance(value, ast.Constant) and isinstance(value.value, str):
-            return None
-        match value:
+        match node.value:
+            case ast.Constant(value=str()):
+                return None
             case ast.Call(func=ast.Attribute(value=ast.Name(id=logger), attr=level)):
                 return None if logger in LOGGERS and level in LEVELS else node
         return node

@@ -1,8 +1,7 @@
 """Digests of files. Large ones are computed once: remembered by (path, size, mtime, ctime, inode) in the cache folder.
 
-A small file is read by every process: an edit that keeps size and mtime (rsync -t --inplace, touch -r) is noticed at
-once. For large ones ctime, which no program can set, tells of such an edit. A file that changed a moment ago is not
-remembered at all, for a second change could fall on the same tick of the clock.
+ctime, which no program can set, tells of an edit that keeps size and mtime (rsync -t --inplace, touch -r). A file that
+changed a moment ago is not remembered, for a second change could fall on the same tick of the clock.
 """
 
 from __future__ import annotations
@@ -24,8 +23,6 @@ SETTLED_NS = 2 * 10**9
 
 
 class _Status(NamedTuple):
-    """What a file is known by."""
-
     path: str
     size: int
     mtime_ns: int
@@ -33,43 +30,33 @@ class _Status(NamedTuple):
     inode: int
 
 
-_folder: list[Path] = []
+_folder: Path | None = None
 _seen: dict[_Status, str] = {}
 
 
 def remember_in(folder: Path | None) -> None:
-    """From now on keep digests in this cache folder; None: in the default one. The latest call decides.
-
-    The memory only saves time, so a process that works with several caches may find it in either.
-    """
-    _folder[:] = [] if folder is None else [folder]
+    """From now on keep digests in this cache folder; None: in the default one. The latest call decides."""
+    global _folder
+    _folder = folder
 
 
 def content_digest(path: Path) -> str:
-    """sha256 of a file's bytes, 16 hex digits. A large file that is as remembered is not read.
-
-    Raises:
-        OSError: the file is not there or cannot be read.
-    """
+    """sha256 of a file's bytes, 16 hex digits. A large file that is as remembered is not read. Raises OSError."""
     status = _status(path)
-    value = _remembered(status)
-    if value is None:
-        value = file_digest(path)
-        if time.time_ns() - max(status.mtime_ns, status.ctime_ns) >= SETTLED_NS:
-            _seen[status] = value
-            if status.size >= SMALL:
-                with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-                    mark(_root())
-                    write_json(_memory(status), {**status._asdict(), "digest": value})
+    if (value := _remembered(status)) is not None:
+        return value
+    value = file_digest(path)
+    if time.time_ns() - max(status.mtime_ns, status.ctime_ns) >= SETTLED_NS:
+        _seen[status] = value
+        if status.size >= SMALL:
+            with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+                mark(_memory(status).parent.parent)
+                write_json(_memory(status), {**status._asdict(), "digest": value})
     return value
 
 
 def must_be_read(path: Path) -> bool:
-    """Whether `content_digest` would read a large file.
-
-    Raises:
-        OSError: the file is not there.
-    """
+    """Whether `content_digest` would read a large file. Raises OSError: the file is not there."""
     status = _status(path)
     return status.size >= SMALL and _remembered(status) is None
 
@@ -85,12 +72,8 @@ def _status(path: Path) -> _Status:
     return _Status(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
-def _root() -> Path:
-    return _folder[0] if _folder else Path(default_cache_dir())
-
-
 def _memory(status: _Status) -> Path:
-    return _root() / "digests" / f"{digest(status.path)}.json"
+    return (_folder or Path(default_cache_dir())) / "digests" / f"{digest(status.path)}.json"
 
 
 def _remembered(status: _Status) -> str | None:

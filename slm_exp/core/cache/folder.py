@@ -1,8 +1,7 @@
 """What a cache folder holds and how it is made smaller: entries of known stages; anything else is never touched.
 
-A cache is known by its marker file, an entry by its place `<stage>/<16 hex digits>/`. A folder without a marker is
-taken over when everything in it has the form of a cache's files (older versions wrote none), else refused. Links are
-not followed and not removed, except a link in the place of a stale temporary file, which goes without its target.
+A folder without a marker is taken over when everything in it has the form of a cache's files (older versions wrote
+none), else refused. Links are not followed and not removed, except one in the place of a stale temporary file.
 """
 
 from __future__ import annotations
@@ -82,11 +81,7 @@ def is_marked(folder: Path) -> bool:
 
 
 def mark(folder: Path) -> None:
-    """Make a folder known as a cache, unless it holds anything else. Makes the folder if need be.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Make a folder known as a cache, unless it holds anything else; raises OSError where it cannot be written."""
     if not is_marked(folder) and (not folder.exists() or foreign(folder) is None):
         write_text(folder / MARKER, TAG)
 
@@ -98,11 +93,9 @@ def require_cache(folder: Path, setting: str) -> None:
         ConfigError: names `setting` and the first thing that has no place in a cache.
     """
     if not is_marked(folder) and (other := foreign(folder)) is not None:
-        raise ConfigError(
-            f"{setting} = {folder}; expected a cache folder of slm_exp. This one has no {MARKER} of it and holds "
-            f"{other.relative_to(folder)}, so nothing in it was touched. Name the folder that cache.dir or "
-            "$SLM_EXP_CACHE named in runs."
-        )
+        raise ConfigError(f"{setting} = {folder}; expected a cache folder of slm_exp. This one has no {MARKER} of it "
+                          f"and holds {other.relative_to(folder)}, so nothing in it was touched. Name the folder that "
+                          "cache.dir or $SLM_EXP_CACHE named in runs.")
 
 
 def foreign(folder: Path) -> Path | None:
@@ -123,9 +116,8 @@ def foreign(folder: Path) -> Path | None:
 
 def find_entries(folder: Path) -> list[Entry]:
     """Every entry of a cache, least recently used first. Cost: one look at every file."""
-    found = [Entry(path, size_of(path), status.st_mtime) for path, status in _within(folder, STAGES)
-             if KEY.fullmatch(path.name) and stat.S_ISDIR(status.st_mode)]
-    return sorted(found, key=lambda entry: entry.used)
+    return sorted((Entry(path, size_of(path), status.st_mtime) for path, status in _within(folder, STAGES)
+                   if KEY.fullmatch(path.name) and stat.S_ISDIR(status.st_mode)), key=lambda entry: entry.used)
 
 
 def find_stale(folder: Path) -> list[Path]:
@@ -140,10 +132,8 @@ def size_of(path: Path) -> int:
     """Bytes of a file, or of the files below a folder. Follows no links."""
     total = 0
     for at in [path, *(Path(folder, name) for folder, _, names in os.walk(path) for name in names)]:
-        try:
+        with contextlib.suppress(OSError):  # removed while we look
             total += at.lstat().st_size if _is(at, stat.S_ISREG) else 0
-        except OSError:  # removed while we look
-            continue
     return total
 
 
@@ -153,19 +143,14 @@ def remove(entry: Path) -> bool:
         return False
     lock = Lock(entry.with_name(f".{entry.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        with lock.held(timeout=0):
+            trash = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
+            entry.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+            # a process that has opened it and not yet locked it computes the same result beside another: harmless
+            lock.path.unlink(missing_ok=True)
     except (Timeout, OSError):
         return False
-    try:
-        trash = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
-        entry.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
-        # a process that has opened it and not yet locked it computes the same result beside another: harmless
-        lock.path.unlink(missing_ok=True)
-    except OSError:
-        return False
-    finally:
-        lock.release()
     return True
 
 
@@ -238,12 +223,11 @@ def stored_files(entry: Path) -> dict[str, tuple[int, str]]:
 def _within(folder: Path, tops: tuple[str, ...]) -> Iterator[tuple[Path, os.stat_result]]:
     """What lies in the named folders that are no links, with its own status (a link's, not its target's)."""
     for top in (folder / name for name in tops):
-        if _is(top, stat.S_ISDIR):
-            for path in top.iterdir():
-                try:
-                    yield path, path.lstat()
-                except OSError:  # removed while we look
-                    continue
+        for path in top.iterdir() if _is(top, stat.S_ISDIR) else ():
+            try:
+                yield path, path.lstat()
+            except OSError:  # removed while we look
+                continue
 
 
 def _is(path: Path, kind: Callable[[int], bool]) -> bool:

@@ -1,7 +1,7 @@
 """A dictionary on disk that only grows: one line per entry, appended as soon as it is known, whole or not at all.
 
-For results that come one by one and are each worth keeping (a killed search resumes with every score it had). Several
-processes may append to one journal. Every line carries a checksum; a torn or damaged one is skipped.
+A killed search resumes with every score it had. Several processes may append to one journal. Every line carries a
+checksum; a torn or damaged one is skipped.
 """
 
 from __future__ import annotations
@@ -55,15 +55,14 @@ class Journal:
 
 def read(folder: Path) -> tuple[Entries, int]:
     """The whole entries of a journal, and how many lines are not whole. Nothing there: no entries."""
-    try:
-        lines = (folder / FILE).read_bytes().splitlines()
-    except FileNotFoundError:
-        return {}, 0
-    except OSError as error:
-        log.warning("%s cannot be read: %s", folder, error)
-        return {}, 0
     entries: Entries = {}
     damaged = 0
+    try:
+        lines = (folder / FILE).read_bytes().splitlines()
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            log.warning("%s cannot be read: %s", folder, error)
+        lines = []
     for line in filter(None, lines):
         try:
             checksum, text = line.decode().split(" ", 1)

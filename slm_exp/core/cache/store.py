@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
-from slm_exp.core.cache import folder as cache_folder
 from slm_exp.core.cache.code import Code, code_digest, library_versions
 from slm_exp.core.cache.digests import content_digest
-from slm_exp.core.cache.folder import MANIFEST, STAGES, mark
+from slm_exp.core.cache.folder import MANIFEST, STAGES, mark, problem
 from slm_exp.core.cache.folder import default_cache_dir as default_cache_dir
 from slm_exp.core.files import digest, file_digest, write_json
 from slm_exp.core.locks import Lock
@@ -49,19 +48,13 @@ S = TypeVar("S", bound=Storable)
 class StageStore:
     """The cache folder. `StageStore(None)` stores nothing and always computes."""
 
-    problem = staticmethod(cache_folder.problem)
-
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def key(self, stage: str, inputs: Inputs, code: Code = NO_CODE) -> str:
-        """Digest of a stage's inputs, code and libraries.
-
-        """
-        return digest({
-            "stage": stage, "inputs": inputs, "code": code_digest(code.files),
-            "libraries": library_versions(code.libraries),
-        })
+        """Digest of a stage's inputs, code and libraries."""
+        return digest({"stage": stage, "inputs": inputs, "code": code_digest(code.files),
+                       "libraries": library_versions(code.libraries)})
 
     def entry(self, stage: str, inputs: Inputs, code: Code = NO_CODE) -> Path:
         """The folder of an entry, there or not.
@@ -84,12 +77,10 @@ class StageStore:
         if self.folder is None:
             return compute(), False
         entry = self.entry(stage, inputs, code)
-        stored = self._read(entry, kind)
-        if stored is not None:
+        if (stored := self._read(entry, kind)) is not None:
             return stored, True
         with self._locked(entry):
-            stored = self._read(entry, kind)
-            if stored is not None:
+            if (stored := self._read(entry, kind)) is not None:
                 return stored, True
             value = compute()
             try:
@@ -98,25 +89,19 @@ class StageStore:
                 log.warning("could not store %s in the cache: %s. The run goes on.", stage, error)
             return value, False
 
-    def entry_folder(
-        self, stage: str, inputs: Inputs, build: Callable[[Path], None], code: Code = NO_CODE
-    ) -> Path:
+    def entry_folder(self, stage: str, inputs: Inputs, build: Callable[[Path], None], code: Code = NO_CODE) -> Path:
         """A stored folder used in place (e.g. converted weights): built once by `build(folder)`.
 
         Every file has the bytes that were written: its digest is compared, by memory where the file is unchanged
         since (see `digests`).
-
         Raises:
             OSError: the cache cannot be written; a folder entry has nowhere else to live.
         """
         entry = self.entry(stage, inputs, code)
-        if self._whole(entry, content_digest):
-            with contextlib.suppress(OSError):
-                os.utime(entry)  # pruning goes by last use
-            return entry
-        with self._locked(entry):
-            if not self._whole(entry, content_digest):
-                self._build(entry, build, inputs)
+        if not self._whole(entry, content_digest):
+            with self._locked(entry):
+                if not self._whole(entry, content_digest):
+                    self._build(entry, build, inputs)
         return entry
 
     def _read(self, entry: Path, kind: type[S]) -> S | None:
@@ -128,8 +113,6 @@ class StageStore:
             log.warning("cache entry %s cannot be read (%s); recomputing.", entry, error)
             shutil.rmtree(entry, ignore_errors=True)
             return None
-        with contextlib.suppress(OSError):
-            os.utime(entry)
         return value
 
     def _build(self, entry: Path, build: Callable[[Path], None], inputs: Inputs) -> None:
@@ -137,10 +120,8 @@ class StageStore:
         tmp.mkdir(parents=True)
         try:
             build(tmp)
-            files = {
-                str(f.relative_to(tmp)): {"bytes": f.stat().st_size, "digest": file_digest(f)}
-                for f in sorted(tmp.rglob("*")) if f.is_file()
-            }
+            files = {str(f.relative_to(tmp)): {"bytes": f.stat().st_size, "digest": file_digest(f)}
+                     for f in sorted(tmp.rglob("*")) if f.is_file()}
             write_json(tmp / MANIFEST, {"inputs": inputs, "files": files, "created": time.time()})
             if entry.exists():
                 shutil.rmtree(entry)
@@ -151,24 +132,21 @@ class StageStore:
     def _whole(self, entry: Path, digest_of: Callable[[Path], str]) -> bool:
         if not entry.is_dir():
             return False
-        problem = self.problem(entry, digest_of)
-        if problem:
-            log.warning("cache entry %s is damaged (%s); recomputing.", entry, problem)
+        if damage := problem(entry, digest_of):
+            log.warning("cache entry %s is damaged (%s); recomputing.", entry, damage)
             shutil.rmtree(entry, ignore_errors=True)
-        return problem is None
+            return False
+        with contextlib.suppress(OSError):
+            os.utime(entry)  # pruning goes by last use
+        return True
 
     @contextlib.contextmanager
     def _locked(self, entry: Path) -> Iterator[None]:
-        try:
-            mark(entry.parent.parent)
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            lock = Lock(entry.with_name(f".{entry.name}.lock"))
-            lock.acquire()
-        except OSError as error:
-            log.warning("cache %s cannot be written: %s", self.folder, error)
+        with contextlib.ExitStack() as held:
+            try:
+                mark(entry.parent.parent)
+                entry.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(Lock(entry.with_name(f".{entry.name}.lock")).held())
+            except OSError as error:
+                log.warning("cache %s cannot be written: %s", self.folder, error)
             yield
-            return
-        try:
-            yield
-        finally:
-            lock.release()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from slm_exp.evaluation.backends.hflm import refuse_broken
@@ -35,10 +34,6 @@ class Prompt(NamedTuple):
     """Whether the tokens generated so far are enough."""
 
 
-class NoCacheError(RuntimeError):
-    """The model gives no key-value cache."""
-
-
 def unusual(model: PreTrainedModel) -> str | None:
     """Why a model's own generation settings ask for more than the most likely token, or None."""
     config = model.generation_config
@@ -60,14 +55,11 @@ def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: s
     """The most likely token, again and again, for each prompt until one of `ends`, `ended` or `room`.
 
     Prompts are padded on the left and share each forward pass; the cache of rows that are done is dropped.
-
     Returns:
         The generated tokens of each prompt, the one that ended it included.
-
     Raises:
         DataError: NaN or infinite logits.
-        NoCacheError: there is no cache to go on from.
-
+        RuntimeError: there is no cache to go on from.
     Cost: one pass over the prompts, then a forward of one token per step and row; the cache of all rows.
     """
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
@@ -81,13 +73,16 @@ def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: s
         while rows:
             output: Any = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT,
                                 past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
-            next_B = _most_likely(output.logits[:, -1])
+            logits_BV = output.logits[:, -1]
+            refuse_broken(logits_BV.amax(dim=-1))
+            next_B = logits_BV.argmax(dim=-1)
             cache = output.past_key_values
             if cache is None:
-                raise NoCacheError(f"{type(model).__name__} gives no key-value cache")
+                raise RuntimeError(f"{type(model).__name__} gives no key-value cache")
             for row, token in zip(rows, next_B.tolist(), strict=True):
                 out[row].append(token)
-            left = [i for i, row in enumerate(rows) if not _done(prompts[row], out[row], ends)]
+            left = [i for i, row in enumerate(rows) if out[row][-1] not in ends and len(out[row]) < prompts[row].room
+                    and not prompts[row].ended(out[row])]  # fmt: skip
             if len(left) < len(rows):
                 rows = [rows[i] for i in left]
                 if not rows:
@@ -110,12 +105,3 @@ def agrees(model: PreTrainedModel, prompt: Prompt, answer: Sequence[int]) -> boo
     chosen_T = logits_TV.gather(1, torch.tensor(answer, device=logits_TV.device)[:, None])[:, 0]
     short = (logits_TV.amax(dim=-1) - chosen_T).max() / logits_TV.std()
     return float(short) <= AGREEMENT.get(model.dtype, 5e-2)
-
-
-def _most_likely(logits_BV: Tensor) -> Tensor:
-    refuse_broken(logits_BV.amax(dim=-1))
-    return logits_BV.argmax(dim=-1)
-
-
-def _done(prompt: Prompt, answer: list[int], ends: set[int]) -> bool:
-    return answer[-1] in ends or len(answer) >= prompt.room or prompt.ended(answer)

@@ -1,10 +1,9 @@
 """The fast backend: the log-likelihoods of lm-eval's HFLM for half of its time.
 
-Requests that begin alike become one tree (see trees.py): a document's context is computed once and every choice is a
-branch that sees its own ancestors only. Rows of a batch are trees of about the same size, so there is little padding;
-logits exist only where a continuation is predicted, a few megabytes at a time; on CPUs the decoder layers run fused
-(engine/fused.py). Rolling likelihoods are computed the same way. Greedy generation runs many prompts at once and lets
-each end by itself (decoding.py), where HFLM goes on until all of a batch have ended.
+Requests that begin alike become one tree (trees.py): a document's context is computed once and every choice is a branch
+that sees its own ancestors only. Logits exist only where a continuation is predicted, a few megabytes at a time; on
+CPUs the decoder layers run fused (engine/fused.py). Greedy generation runs many prompts at once and lets each end by
+itself (decoding.py).
 
 Before it trusts a model it compares itself with a plain forward pass, and falls back to HFLM where they disagree.
 
@@ -29,7 +28,7 @@ from transformers import PreTrainedModel
 from slm_exp.core.errors import ArchitectureError, DataError
 from slm_exp.engine.fused import fused_layer, supported
 from slm_exp.evaluation.backends.decoding import Prompt, agrees, continue_greedily, stop_ids, unusual
-from slm_exp.evaluation.backends.hflm import CheckedHFLM, out_of_memory, refuse_broken
+from slm_exp.evaluation.backends.hflm import CheckedHFLM, make_room, refuse_broken
 from slm_exp.evaluation.backends.trees import Request, Tree, common_prefix, grow
 from slm_exp.evaluation.progress import progress
 from slm_exp.models.layouts import layout_for
@@ -71,15 +70,13 @@ class FastLM(CheckedHFLM):
     """HFLM with the log-likelihoods computed along trees. Results in float32 differ from HFLM's by rounding.
 
     In narrower types log-probabilities are still float32 here, where HFLM rounds them to the model's type.
-
     Args:
         batch_size: trees (about: documents) per forward pass; None fills passes up to TOKENS_PER_BATCH, which is
             halved when memory runs out.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, batch_size: int | None = None, add_bos: bool | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int | None = None,
+                 add_bos: bool | None = None) -> None:  # fmt: skip
         super().__init__(model, tokenizer, batch_size, add_bos)
         self.trees_per_batch = batch_size
         self.nodes_per_batch = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"])
@@ -100,7 +97,6 @@ class FastLM(CheckedHFLM):
         """Log-likelihood of each continuation after its context, and whether it is what the model would say.
 
         A sequence that is too long loses its beginning, as in HFLM.
-
         Raises:
             DataError: NaN or infinite logits, a text that became no tokens, a continuation longer than the model.
         """
@@ -130,7 +126,6 @@ class FastLM(CheckedHFLM):
 
         Greedy requests run together whatever their stops; sampled ones, and models that decoding.py does not fit,
         fall back to HFLM, with one warning.
-
         Raises:
             DataError: NaN or infinite logits, or no room in the model for what is to be generated.
         """
@@ -202,13 +197,7 @@ class FastLM(CheckedHFLM):
                 try:
                     answers = continue_greedily(self.model, [prompts[i].prompt for i in some], ends)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not out_of_memory(error):
-                        raise
-                    if len(some) == 1:
-                        raise DataError(f"{longest} tokens, context and answer, do not fit into memory ({error}). "
-                                        "Use a smaller model.dtype or another device.") from error
-                    if self.device.type == "cuda":
-                        torch.cuda.empty_cache()
+                    make_room(error, self.device, f"a context and answer of {longest} tokens" if len(some) == 1 else "")
                     most = len(some) // 2
                     log.warning("out of memory; going on with %d prompts at once.", most)
                     continue
@@ -222,9 +211,8 @@ class FastLM(CheckedHFLM):
                 left = left[len(some) :]
         return iter(out)
 
-    def _plain_scores(
-        self, sequences: Sequence[Request], requests: Sequence[Any], disable: bool
-    ) -> Iterator[list[tuple[int, Score]]]:
+    def _plain_scores(self, sequences: Sequence[Request], requests: Sequence[Any],
+                      disable: bool) -> Iterator[list[tuple[int, Score]]]:  # fmt: skip
         """HFLM's own, for models that do not take trees."""
         log.warning("evaluation.backend=fast falls back to HFLM: %s.", self._falls_back)
         plain = [(None, requests[r.owner][1] or [self.prefix_token_id], requests[r.owner][2]) for r in sequences]
@@ -243,30 +231,24 @@ class FastLM(CheckedHFLM):
 
     def _choose_forward(self, trees: list[Tree]) -> None:
         """The fastest forward pass over trees that agrees with a plain forward pass on small trees of these."""
-        probes = [(tree, self._plain_logits(tree)) for tree in _probes(trees, window_of(self.model))]
+        probes = [(tree, [self._model_call(torch.tensor([r.tokens], device=self.device))[0, -len(r.targets) :].float()
+                          for r in tree.requests]) for tree in _probes(trees, window_of(self.model))]  # fmt: skip
         reason = ""
         for fuse in (True, False):
             try:
-                with torch.inference_mode():
-                    forward = TreeForward(self.model, fuse)
-                with torch.inference_mode(), forward.ready():
+                with torch.inference_mode(), (forward := TreeForward(self.model, fuse)).ready():
                     errors = [_disagreement(forward, tree, plain) for tree, plain in probes]
             except torch.OutOfMemoryError:
                 raise
             except UNCERTAIN as problem:
-                kind = type(self.model).__name__
-                reason = f"{kind} does not take a mask per tree ({type(problem).__name__}: {problem})"
+                reason = (f"{type(self.model).__name__} does not take a mask per tree ({type(problem).__name__}: "
+                          f"{problem})")
                 continue
             if all(error <= AGREEMENT.get(self.model.dtype, 5e-2) for error in errors):
                 self._forward = forward
                 return
             reason = f"its logits differ from a plain forward pass's by {max(errors):.1e} of their spread"
         self._falls_back = reason
-
-    def _plain_logits(self, tree: Tree) -> list[Tensor]:
-        """[P, V] for each request of a tree, where it predicts, from a forward pass of its own."""
-        return [self._model_call(torch.tensor([r.tokens], device=self.device))[0, -len(r.targets) :].float()
-                for r in tree.requests]  # fmt: skip
 
     def _scores(self, trees: list[Tree], what: str, disable: bool) -> Iterator[list[tuple[int, Score]]]:
         """Scores of a batch at a time; longest trees first, so memory runs out at once or never."""
@@ -275,32 +257,22 @@ class FastLM(CheckedHFLM):
         tokens = sum(map(len, trees))
         with torch.inference_mode(), self._forward.ready(), progress(what, tokens, "token", disable) as advance:
             while left:
-                batch = self._next(left)
+                rows = max(1, self.nodes_per_batch // len(left[0]))
+                batch = [left.popleft() for _ in range(min(rows, self.trees_per_batch or rows, len(left)))]
                 try:
                     scores = _score(self._forward, batch)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not out_of_memory(error):
-                        raise
                     left.extendleft(reversed(self._smaller(batch, error)))
                     continue
                 advance(sum(map(len, batch)))
                 yield scores
 
-    def _next(self, left: deque[Tree]) -> list[Tree]:
-        """Take trees from the left: as many as fit, at least one."""
-        rows = max(1, self.nodes_per_batch // len(left[0]))
-        rows = min(rows, self.trees_per_batch or rows, len(left))
-        return [left.popleft() for _ in range(rows)]
-
     def _smaller(self, batch: list[Tree], error: BaseException) -> list[Tree]:
         """Halve the batch size after memory ran out; a single tree is cut into two."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        requests = sorted(batch[0].requests, key=lambda r: r.tokens)
+        alone = len(batch) == len(requests) == 1
+        make_room(error, self.device, f"a request of {len(requests[0].tokens)} tokens" if alone else "")
         if len(batch) == 1:
-            requests = sorted(batch[0].requests, key=lambda r: r.tokens)
-            if len(requests) == 1:
-                raise DataError(f"a request of {len(requests[0].tokens)} tokens does not fit into memory ({error}). "
-                                "Use a smaller model.dtype or another device.") from error
             half = len(requests) // 2
             return sorted([*grow(requests[:half]), *grow(requests[half:])], key=len, reverse=True)
         self.nodes_per_batch = max(1, len(batch) * len(batch[0]) // 2)
@@ -344,12 +316,9 @@ class TreeForward:
             positions_BT[row, : len(tree)] = tree.positions
             visible_BTT[row] = tree.visible(size)
         positions = torch.as_tensor(positions_BT, device=self.device)
-        return self.decoder(
-            input_ids=torch.as_tensor(ids_BT, device=self.device),
-            position_ids=positions,
-            attention_mask=self._mask(torch.as_tensor(visible_BTT, device=self.device)[:, None], positions),
-            use_cache=False,
-        ).last_hidden_state  # type: ignore[no-any-return]
+        mask = self._mask(torch.as_tensor(visible_BTT, device=self.device)[:, None], positions)
+        return self.decoder(input_ids=torch.as_tensor(ids_BT, device=self.device), position_ids=positions,
+                            attention_mask=mask, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, h_PD: Tensor) -> Tensor:
         """[P, D] -> [P, V]."""
@@ -368,8 +337,7 @@ class TreeForward:
         return {"full_attention": full, "sliding_attention": near} if len(kinds) > 1 else near
 
     def _additive(self, visible_B1TT: Tensor) -> Tensor:
-        zero = torch.zeros((), dtype=self.model.dtype, device=self.device)
-        return torch.where(visible_B1TT, zero, float("-inf"))
+        return torch.zeros((), dtype=self.model.dtype, device=self.device).where(visible_B1TT, float("-inf"))
 
 
 def _score(forward: TreeForward, trees: Sequence[Tree]) -> list[tuple[int, Score]]:
@@ -393,11 +361,7 @@ def _log_probabilities(
     """log p(target) in float64 from float32 logits, and whether the target is the argmax.
 
     Args:
-        h_PD: states that predict.
-        which: for each target, the row of `h_PD` that predicts it; same length as `targets`.
-
-    Raises:
-        DataError: NaN or infinite logits.
+        which: for each target, the row of `h_PD` that predicts it.
     """
     order = np.argsort(which, kind="stable")
     logp, best = np.empty(len(targets)), np.empty(len(targets), dtype=bool)
@@ -486,9 +450,9 @@ def _fused_forwards(model: PreTrainedModel) -> list[tuple[Any, Callable[..., Ten
             hook.remove()
     if not all(id(layer) in calls and supported(layer, calls[id(layer)], model.dtype) for layer in layers):
         return []
-    return [(layer, _fused_forward(layer, model.dtype)) for layer in layers]
 
+    def fused(layer: Any) -> Callable[..., Tensor]:
+        weights = dict(layer.named_parameters())
+        return lambda hidden_states, **call: fused_layer(layer, weights, call, hidden_states, model.dtype)
 
-def _fused_forward(layer: Any, dtype: torch.dtype) -> Callable[..., Tensor]:
-    weights = dict(layer.named_parameters())
-    return lambda hidden_states, **call: fused_layer(layer, weights, call, hidden_states, dtype)
+    return [(layer, fused(layer)) for layer in layers]

@@ -65,13 +65,9 @@ def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedTasks, limit: int | None = None,
     batch_size: int | None = None, add_bos: bool | None = None, backend: str = "fast",
 ) -> TaskResults:
-    """Evaluate a model in memory on the first `limit` documents of each task.
-
-    Model and tokenizer are left as they are. lm-eval's response cache is not used: it knows models by name alone.
-
+    """Evaluate a model in memory on the first `limit` documents of each task; model and tokenizer are left as they are.
     Raises:
         DataError: a model that gives NaN or infinite logits.
-
     Cost: on two CPU cores about as long as the requests' tokens take forwards; building them is milliseconds.
     """
     lm = language_model(model, tokenizer, batch_size, add_bos, backend)
@@ -108,7 +104,6 @@ def load_tasks(
 
     Args:
         fewshot: task or group -> examples before each question; others have what lm-eval defines, none by default.
-
     Raises:
         DataError: lm-eval could not find the data of a task.
     """

@@ -24,16 +24,11 @@ class CheckedHFLM(HFLM):  # type: ignore[misc]
     The batch size belongs to this class: lm-eval ignores the one given to its evaluate functions.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None,
-        add_bos: bool | None = None,
-    ) -> None:
-        super().__init__(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),  # HFLM gives it a pad token, and checkpoints must not
-            batch_size=batch_size or default_batch_size(model.device),
-            add_bos_token=add_bos,
-        )
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None,
+                 add_bos: bool | None = None) -> None:  # fmt: skip
+        own = copy.deepcopy(tokenizer)  # HFLM gives it a pad token, and checkpoints must not
+        default = 16 if model.device.type == "cuda" else 4  # on a CPU padding costs more than larger batches win
+        super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size or default, add_bos_token=add_bos)
         self._advance: Callable[[int], None] = lambda rows: None
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -73,11 +68,23 @@ def refuse_broken(highest: Tensor) -> None:
                         " or bfloat16 (float16 overflows easily), or a plan that merges less.")
 
 
+def make_room(error: BaseException, device: torch.device, alone: str = "") -> None:
+    """Free what the device holds in reserve after memory ran out; raise where that is not what happened.
+
+    Args:
+        alone: what does not fit even alone, if it was alone.
+    Raises:
+        DataError: it was alone.
+    """
+    if not out_of_memory(error):
+        raise error
+    if alone:
+        raise DataError(f"{alone} does not fit into memory ({error}). Use a smaller model.dtype or another "
+                        "device.") from error
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def default_batch_size(device: torch.device) -> int:
-    """Sequences per forward pass. On a CPU padding costs more than larger batches win."""
-    return 16 if device.type == "cuda" else 4

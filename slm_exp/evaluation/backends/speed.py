@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from slm_exp.core.errors import DataError
+from slm_exp.core.files import JsonObject
 from slm_exp.evaluation.backends.hflm import out_of_memory, refuse_broken
 from slm_exp.evaluation.progress import progress
 from slm_exp.evaluation.settings import Case, Settings
@@ -92,29 +93,14 @@ class Cell:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class SpeedReport:
-    """`speed` of the record."""
+def measure_speed(cfg: Settings, dense: ModelHandle, compressed: ModelHandle) -> JsonObject:
+    """`speed` of the record: both models timed in every case; one that does not fit into memory costs only itself.
 
-    protocol: Mapping[str, object]
-    """How it was timed: runs, sampling, dtype, device, threads."""
-    models: dict[str, dict[str, int]]
-    """dense and compressed -> {params, weight_bytes}"""
-    cells: list[Cell]
-    notes: list[str]
-    """What limits the meaning of these numbers."""
-
-    def to_json(self) -> dict[str, Any]:
-        cells = [{name: value for name, value in asdict(cell).items() if value is not None} for cell in self.cells]
-        return {"protocol": self.protocol, "models": self.models, "cells": cells, "notes": self.notes}
-
-
-def measure_speed(cfg: Settings, dense: ModelHandle, compressed: ModelHandle) -> SpeedReport:
-    """Time both models in every case; one that does not fit into memory costs only itself.
-
+    Returns:
+        protocol (how it was timed), models (dense and compressed -> params, weight_bytes), cells (see `Cell`; what is
+        None is left out) and notes (what limits the meaning of these numbers).
     Raises:
         DataError: NaN or infinite logits.
-
     Cost: (runs + 1) generations of both models per case.
     """
     handles = {"dense": dense, "compressed": compressed}
@@ -129,15 +115,16 @@ def measure_speed(cfg: Settings, dense: ModelHandle, compressed: ModelHandle) ->
                 raise
             log.warning("speed of %s: out of memory (%s).", case.name, error)
             cells.append(Cell(case.name, *case, error="out of memory"))
-    device = dense.model.device
+    device = dense.model.device.type
     protocol = {
         "runs": cfg.speed_runs, "discard": cfg.speed_discard, "grid_runs": cfg.speed_grid_runs,
         "generate": {**SAMPLING, "use_cache": True}, "turns": "dense and compressed in every run, order changing",
-        "dtype": str(dense.model.dtype).removeprefix("torch."), "device": device.type,
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "dtype": str(dense.model.dtype).removeprefix("torch."), "device": device,
+        "threads": torch.get_num_threads() if device == "cpu" else None,
     }
     models = {which: {"params": h.n_params, "weight_bytes": weight_bytes(h.model)} for which, h in handles.items()}
-    return SpeedReport(protocol, models, cells, notes(dense, compressed, cells))
+    known = [{name: value for name, value in asdict(cell).items() if value is not None} for cell in cells]
+    return {"protocol": protocol, "models": models, "cells": known, "notes": notes(dense, compressed, cells)}
 
 
 def notes(dense: ModelHandle, compressed: ModelHandle, cells: Sequence[Cell]) -> list[str]:
@@ -145,7 +132,10 @@ def notes(dense: ModelHandle, compressed: ModelHandle, cells: Sequence[Cell]) ->
     out = []
     if dense.random:
         out.append("speed: the model is random and tiny; its speed says nothing of a real one's.")
-    if silent := silent_sublayers(compressed):
+    # sublayers whose output projections are all zeros
+    silent = sum(all(not layer.get_submodule(name).weight.any() for name in names)  # type: ignore[operator, union-attr]
+                 for layer in compressed.layers for names in compressed.layout.outputs.values())
+    if silent:
         out.append(f"speed: {silent} removed sublayers are zeros in the compressed model and are computed all the "
                    "same: its speed is not that of an engine that skips them.")
     elif compressed.n_params == dense.n_params:
@@ -158,14 +148,6 @@ def notes(dense: ModelHandle, compressed: ModelHandle, cells: Sequence[Cell]) ->
         out.append(f"speed: the quartiles of a latency are up to {max(wide.values()):.0%} apart ({', '.join(wide)}; "
                    "other work on this machine?). The speedup is paired run by run and holds better than the seconds.")
     return out
-
-
-def silent_sublayers(handle: ModelHandle) -> int:
-    """Sublayers whose output projections are all zeros: they cost time and do nothing."""
-    return sum(
-        all(not layer.get_submodule(name).weight.any() for name in names)  # type: ignore[operator, union-attr]
-        for layer in handle.layers for names in handle.layout.outputs.values()
-    )  # fmt: skip
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -232,44 +214,34 @@ def _generate(model: PreTrainedModel, ids_BT: Tensor, new: int, seed: int) -> tu
     """(seconds of a whole generation, seconds to its first token)."""
     torch.manual_seed(seed)
     settings = GenerationConfig(**SAMPLING, min_new_tokens=new, max_new_tokens=new, use_cache=True, pad_token_id=0)
-    _wait(model.device)
-    started = time.perf_counter()
-    first = _FirstToken(model.device)
-    out = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=settings,
-                         stopping_criteria=StoppingCriteriaList([first]))  # type: ignore[misc, operator]  # fmt: skip
-    _wait(model.device)
-    ended = time.perf_counter()
-    if out.shape[1] != ids_BT.shape[1] + new or first.at is None:
-        raise DataError(f"{type(model).__name__} generated {out.shape[1] - ids_BT.shape[1]} tokens instead of {new}, "
-                        "so its latency cannot be compared. Does its generation_config force tokens?")
-    return ended - started, first.at - started
+    first: list[float] = []
 
-
-class _FirstToken:
-    """A stopping criterion that notes when the first token is there, and stops nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.at: float | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if self.at is None:
-            _wait(self.device)
-            self.at = time.perf_counter()
+    def note(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """A stopping criterion that notes when the first token is there, and stops nothing."""
+        if not first:
+            first.append(_now(model.device))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
+    started = _now(model.device)
+    out = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=settings,
+                         stopping_criteria=StoppingCriteriaList([note]))  # type: ignore[misc, operator]  # fmt: skip
+    ended = _now(model.device)
+    if out.shape[1] != ids_BT.shape[1] + new or not first:
+        raise DataError(f"{type(model).__name__} generated {out.shape[1] - ids_BT.shape[1]} tokens instead of {new}, "
+                        "so its latency cannot be compared. Does its generation_config force tokens?")
+    return ended - started, first[0] - started
 
-def _wait(device: torch.device) -> None:
+
+def _now(device: torch.device) -> float:
+    """When all that was given to the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextlib.contextmanager
 def _peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Afterwards the call gives the bytes by which memory grew at most inside; None where the system does not tell.
-
-    CUDA: what torch's allocator handed out. CPU: resident memory of the process, on Linux.
-    """
+    """Afterwards the call gives the bytes by which memory grew at most inside (CPU: Linux only); else None."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -87,7 +87,6 @@ def grow(requests: Sequence[Request]) -> list[Tree]:
 
     In sorted order a request shares most with the one before it. It joins that one's tree when the tokens saved
     outweigh the attention of a longer row (a few common first words do not pay, a context does). Longest tree first.
-
     Cost: sorting the requests; microseconds a token.
     """
     trees: list[Tree] = []
