@@ -50,10 +50,8 @@ def _complete_name(ctx: click.Context, param: click.Parameter, incomplete: str) 
               help="ours beside published numbers (conf/reference), with difference and verdict")
 @click.option("--mixed-protocols", is_flag=True, help="show numbers of different protocols too")
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
-def main(
-    name: str, words: tuple[str, ...], formats: str, out: Path | None, columns: str | None, missing: bool,
-    reference: bool, mixed_protocols: bool, verify: bool,
-) -> int:
+def main(name: str, words: tuple[str, ...], formats: str, out: Path | None, columns: str | None, missing: bool,
+         reference: bool, mixed_protocols: bool, verify: bool) -> int:
     """See `slm tables --help`."""
     from slm_exp.tables.build import draw
 

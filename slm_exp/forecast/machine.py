@@ -85,11 +85,9 @@ def machine(cache_dir: Path, device: str, dtype: str, threads: int | None, anew:
     Raises:
         SlmError: the measuring process failed; says how.
     """
-    about = {
-        "recipe": RECIPE, "device": device, "dtype": dtype, "threads": threads,
-        "omp": os.environ.get("OMP_NUM_THREADS"), "host": platform.node(), "cores": os.cpu_count(),
-        "cards": os.environ.get("CUDA_VISIBLE_DEVICES"), "versions": library_versions(),
-    }  # fmt: skip
+    about = {"recipe": RECIPE, "device": device, "dtype": dtype, "threads": threads,
+             "omp": os.environ.get("OMP_NUM_THREADS"), "host": platform.node(), "cores": os.cpu_count(),
+             "cards": os.environ.get("CUDA_VISIBLE_DEVICES"), "versions": library_versions()}
     kept = cache_dir / "speed" / f"{digest(about)}.json"
     if not anew:
         try:
@@ -99,8 +97,7 @@ def machine(cache_dir: Path, device: str, dtype: str, threads: int | None, anew:
     print("measuring this machine's speed once (about 10 s; kept in the cache) ...", file=sys.stderr)
     path = os.pathsep.join(p for p in (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")) if p)
     ran = subprocess.run([sys.executable, "-m", "slm_exp.forecast.measure", device, dtype, str(threads or 0)],
-                         capture_output=True, text=True, check=False,
-                         env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+                         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     try:
         measured = json.loads(ran.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):

@@ -23,13 +23,8 @@ from slm_exp.pipeline.stages import CALIBRATE, LOAD, PLAN, Experiment, Stage, Un
 from slm_exp.search.inputs import journal_inputs, journal_of
 
 CACHED, SHARED, COMPUTE, MAYBE, NOTHING = "cached", "shared", "compute", "unknown", "-"
-STATES = {
-    CACHED: "its result is in the stage cache",
-    SHARED: "an earlier job of this grid computes it",
-    COMPUTE: "has to be computed",
-    MAYBE: "cannot be told here; counted as computed",
-    NOTHING: "nothing to do",
-}
+STATES = {CACHED: "its result is in the stage cache", SHARED: "an earlier job of this grid computes it",
+          COMPUTE: "has to be computed", MAYBE: "cannot be told here; counted as computed", NOTHING: "nothing to do"}
 BY_EFFORT = (NOTHING, CACHED, SHARED, MAYBE, COMPUTE)
 
 

@@ -1,4 +1,4 @@
-"""The jobs of a command line: which there are, where they go, on which workers. Everyone who needs them asks here."""
+"""The jobs of a command line: which there are, where they go, on which workers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,7 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import Composer, compose_raw, conf_dir, explain, open_mappings, prepare_hydra
-from slm_exp.launch.hydra_compat import (
-    HYDRA,
-    axes,
-    count,
-    grid,
-    is_multirun,
-    is_sweep,
-    session,
-    without_hydra,
-    words,
-)
+from slm_exp.launch.hydra_compat import HYDRA, axes, count, grid, is_multirun, is_sweep, session, without_hydra, words
 from slm_exp.launch.workers import Worker, cores, make_workers, visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.runs.record import check_writable
@@ -54,8 +44,8 @@ class CommandJobs:
     def capacity(self) -> tuple[int, int]:
         """(jobs at a time, CPU threads of each), as the launcher decides them on this machine."""
         cfgs = [cfg for _, cfg in self.jobs]
-        told = os.environ.get("OMP_NUM_THREADS", "")
-        own = cfgs[0].runtime.threads or (int(told) if told.isdigit() else 0)
+        requested = os.environ.get("OMP_NUM_THREADS", "")
+        own = cfgs[0].runtime.threads or (int(requested) if requested.isdigit() else 0)
         if not self.multirun:
             return 1, own or cores()
         launcher = self.hydra.launcher
@@ -63,10 +53,8 @@ class CommandJobs:
         return len(pool), own or int(pool[0].env.get("OMP_NUM_THREADS", cores()))
 
 
-def command_jobs(
-    overrides: Sequence[str], multirun: bool = False, *, cells: Sequence[Sequence[str]] | None = None, name: str = "",
-    identify: Callable[[RunConfig], str] = lambda cfg: cfg.run_id,
-) -> CommandJobs:
+def command_jobs(overrides: Sequence[str], multirun: bool = False, *, cells: Sequence[Sequence[str]] | None = None,
+                 name: str = "", identify: Callable[[RunConfig], str] = lambda cfg: cfg.run_id) -> CommandJobs:
     """Compose and check every job of a command. Cost: 0.2 s, and 5 ms a job.
 
     Args:
@@ -123,9 +111,8 @@ class JobComposer:
         identify: see `command_jobs`.
     """
 
-    def __init__(
-        self, hydra: DictConfig, folder: Path, identify: Callable[[RunConfig], str] = lambda cfg: cfg.run_id
-    ) -> None:
+    def __init__(self, hydra: DictConfig, folder: Path,
+                 identify: Callable[[RunConfig], str] = lambda cfg: cfg.run_id) -> None:
         self.folder, self.identify = folder, identify
         self.settings = words(hydra.overrides.hydra)
         self.by_run_id = OmegaConf.to_container(hydra.sweep, resolve=False)["subdir"] == "${run_id:}"  # type: ignore[index, call-overload]

@@ -102,9 +102,8 @@ class Pool:
                         cell, again = self._ended(attempt)
                         if again is not None:
                             waiting.appendleft(again)
-                            screen.retried(
-                                attempt.job, f"out of memory; again with evaluation.batch_size={again.batch_size}"
-                            )
+                            screen.retried(attempt.job,
+                                           f"out of memory; again with evaluation.batch_size={again.batch_size}")
                         else:
                             ended[attempt.job.run_id] = cell
                             screen.ended(cell)
@@ -127,14 +126,9 @@ class Pool:
             with open_log(job.folder / LOG) as out:
                 said = masked(shlex.join(argv))
                 out.write(f"--- {now} attempt {attempt.number} on {worker.name}: {said}\n".encode())
-                attempt.process = subprocess.Popen(
-                    argv,
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=out,
-                    start_new_session=True,
-                    env=os.environ | OF_EVERY_JOB | self.env | worker.env,
-                )
+                attempt.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                                   start_new_session=True,
+                                                   env=os.environ | OF_EVERY_JOB | self.env | worker.env)
         except OSError as error:
             attempt.no_start = f"{type(error).__name__}: {error}"
 

@@ -64,9 +64,8 @@ def jobs_at_once(jobs: int, threads: int | None, weights: int | None) -> int:
     return max(1, min(jobs, cores() // (threads or 1), fit))
 
 
-def make_workers(
-    n: int | None, threads: int | None, gpus: list[str], jobs: int, weights: int | None = None
-) -> list[Worker]:
+def make_workers(n: int | None, threads: int | None, gpus: list[str], jobs: int,
+                 weights: int | None = None) -> list[Worker]:
     """The pool: `n` workers over `gpus` in turn, or over the cores where there are none.
 
     Args:

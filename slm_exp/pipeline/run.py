@@ -19,9 +19,8 @@ from slm_exp.runs.record import is_finished
 from slm_exp.runs.tracking.none import NoTracking
 
 
-def run(
-    cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str | None = None, training: Path | None = None
-) -> dict[str, Any]:
+def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str | None = None,
+        training: Path | None = None) -> dict[str, Any]:
     """Carry out one experiment and leave its record in `folder`; a finished one is returned as it is.
 
     Every stage takes its result from the stage cache when an earlier run had the same inputs; weights load only
