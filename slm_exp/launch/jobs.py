@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,12 +86,11 @@ def command_jobs(overrides: Sequence[str], multirun: bool = False, *, cells: Seq
         whole.hydra.overrides.task = task  # a sweep's default name hashes what is swept too
         if name and not any(o.startswith("hydra.sweep.dir=") for o in overrides):
             whole.hydra.sweep.dir = f"outputs/multirun/{name}"
-    folder = Path(str(whole.hydra.sweep.dir))
-    if cells is None and whole.hydra.sweeper.get("select"):
+    folder, sweeper = Path(str(whole.hydra.sweep.dir)), whole.hydra.sweeper
+    if cells is None and sweeper.get("select"):
         cells = [job.overrides for job in SweepFolder.read(folder).jobs]
     elif cells is None:
-        params = dict(whole.hydra.sweeper.get("params") or {})
-        cells = split_sweep(task, params, whole.hydra.sweeper.get("max_jobs"))
+        cells = split_sweep(task, dict(sweeper.get("params") or {}), sweeper.get("max_jobs"))
     made: dict[str, tuple[Job, RunConfig]] = {}
     composer = JobComposer(whole.hydra, folder, identify)
     for cell in cells:
@@ -107,7 +106,6 @@ class JobComposer:
 
     Args:
         hydra: the command's own settings of Hydra.
-        folder: of the sweep.
         identify: see `command_jobs`.
     """
 
@@ -183,10 +181,9 @@ def fields_of_swept_groups(overrides: Sequence[str]) -> list[str]:
     Hydra composes a multirun's own config without what is swept, and would look for the field in the default member.
     A value written as a choice of one is swept too: it reaches every job and nothing else.
     """
-    params: dict[str, str] = {}
+    swept = {o.partition("=")[0] for o in overrides if is_sweep(o)}
     if preset := [o for o in overrides if o.startswith("sweep=")]:
-        params = dict(compose_raw(preset, with_hydra=True).hydra.sweeper.get("params") or {})
-    swept = {o.partition("=")[0] for o in overrides if is_sweep(o)} | set(params)
+        swept |= set(compose_raw(preset, with_hydra=True).hydra.sweeper.get("params") or ())
     out = []
     for o in overrides:
         key, equals, value = o.partition("=")
@@ -195,18 +192,14 @@ def fields_of_swept_groups(overrides: Sequence[str]) -> list[str]:
     return out
 
 
-def gpus_for(cfg: RunConfig) -> list[str]:
-    """The GPUs to deal out, one per job: none for jobs on the CPU, on a GPU chosen by number, or on several at once."""
-    device = cfg.model.device or cfg.runtime.device
-    return visible_gpus() if device in ("auto", "cuda") and cfg.model.device_map is None else []
-
-
-def heaviest(cfgs: Iterable[RunConfig]) -> int | None:
-    """Bytes of the largest model's weights among the jobs; None where one is not known before it is fetched."""
-    sizes = [cfg.model.weights_bytes() for cfg in cfgs]
-    return None if None in sizes else max(size for size in sizes if size is not None)
-
-
 def pool_workers(cfgs: Sequence[RunConfig], workers: int | None, threads: int | None) -> list[Worker]:
-    """The workers for these jobs; null is as many as the machine takes (see `make_workers`)."""
-    return make_workers(workers, threads, gpus_for(cfgs[0]), len(cfgs), heaviest(cfgs))
+    """The workers for these jobs; null is as many as the machine takes (see `make_workers`).
+
+    GPUs are dealt out one per job: none to jobs on the CPU, on a GPU chosen by number, or on several at once.
+    """
+    model = cfgs[0].model
+    device = model.device or cfgs[0].runtime.device
+    gpus = visible_gpus() if device in ("auto", "cuda") and model.device_map is None else []
+    sizes = [cfg.model.weights_bytes() for cfg in cfgs]  # null: not known before the weights are fetched
+    largest = None if None in sizes else max(size for size in sizes if size is not None)
+    return make_workers(workers, threads, gpus, len(cfgs), largest)

@@ -162,16 +162,14 @@ class ProcessLauncher(Launcher):
         require(threads is None or threads >= 1, "hydra.launcher.threads", threads, "null or a number >= 1")
         require(retries >= 0, "hydra.launcher.retries", retries, "a number >= 0")
         self.workers, self.threads, self.retries = workers, threads, retries
-        self.config: DictConfig | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config = config
+        self._hydra = config.hydra
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        assert self.config is not None
         setup_globals()
-        path = Path(str(self.config.hydra.sweep.dir)).resolve()
-        composer = JobComposer(self.config.hydra, path)
+        path = Path(str(self._hydra.sweep.dir)).resolve()
+        composer = JobComposer(self._hydra, path)
         made = [composer.job(overrides) for overrides in job_overrides]
         if not made:
             return []
@@ -188,8 +186,7 @@ class ProcessLauncher(Launcher):
         return [_job_return(cell) for cell in cells]
 
     def _command(self, job: Job, batch_size: int | None) -> list[str]:
-        assert self.config is not None
-        inherited = [o for o in words(self.config.hydra.overrides.hydra) if not o.startswith(OURS)]
+        inherited = [o for o in words(self._hydra.overrides.hydra) if not o.startswith(OURS)]
         smaller = [f"evaluation.batch_size={batch_size}"] if batch_size else []
         # a `sweep=` preset among the overrides says MULTIRUN; the process's output is the run's log already
         single = ["hydra.mode=RUN", "hydra.job_logging.root.handlers=[console]"]

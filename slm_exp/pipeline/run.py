@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from slm_exp.core.cache.store import StageStore
 from slm_exp.evaluation.base import Evaluation
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.observers import Mirror, Pages, Recorder
@@ -38,7 +39,8 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
         with cfg.tracking.session(rec.record, folder) as track:
             rec.observers.append(Mirror(track, folder))
             rec.warn(*cfg.advice())
-            x = Experiment(cfg, folder, rec.store, training, track, rec.record)
+            store = StageStore(Path(cfg.cache.dir) if cfg.cache.enabled else None)
+            x = Experiment(cfg, folder, store, training, track, rec.record)
             for step in steps(cfg):
                 with rec.stage(step.name) as cached:
                     cached += [rec.carry_out(stage, x) for stage in step.stages if stage.when(x)]
