@@ -54,9 +54,9 @@ def _run_id(*, _root_: DictConfig) -> str:
 
 def _sweep_name(*, _root_: DictConfig) -> str:
     """The sweep preset's name, or a hash of the overrides: the same command finds its own folder again."""
-    choice = _root_.hydra.runtime.choices.get("sweep")
+    choices = _root_.hydra.runtime.choices
     task = sorted(o for o in _root_.hydra.overrides.task if not o.startswith(("sweep=", "experiment=")))
-    base = choice or _root_.hydra.runtime.choices.get("experiment") or "grid"
+    base = choices.get("sweep") or choices.get("experiment") or "grid"
     return f"{base}-{digest(task)[:8]}" if task or base == "grid" else str(base)
 
 
@@ -98,9 +98,7 @@ class Composer:
 
     def run_config(self, overrides: Sequence[str]) -> RunConfig:
         """As `compose_run` for a job's overrides."""
-        shape: list[str] = []
-        chosen: list[str] = []
-        values: list[str] = []
+        shape, chosen, values = list[str](), list[str](), list[str]()
         for o in open_mappings(overrides):
             key = o.partition("=")[0]
             is_value = key.lstrip("+") in PLAIN_FIELDS or ("." in key and not key.startswith("~") and "@" not in key)
@@ -140,12 +138,9 @@ class Composer:
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
     """Turn Hydra's composition errors into one message: field, value, what is allowed, what to do."""
-    parts = []
-    seen: BaseException | None = error
-    while seen is not None:
-        parts.append(str(seen))
-        seen = seen.__cause__
-    text = "\n".join(parts)
+    text, cause = str(error), error.__cause__
+    while cause is not None:
+        text, cause = f"{text}\n{cause}", cause.__cause__
     if isinstance(error, (yaml.YAMLError, UnicodeDecodeError, RecursionError)):
         why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(text.split())
         return f"a config file among {' '.join(overrides)}: {why}; expected plain YAML in UTF-8."
@@ -154,19 +149,21 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         extra = next((e for e in ("joblib", "submitit") if e in name), None)
         if group == "hydra/launcher" and extra:
             return f"{group} = {name}; that launcher is not installed. pip install 'slm-exp[{extra}]'."
-        options = sorted(set(re.findall(r"^\t(\S+)$", text, re.M)) or choices(group))
-        return no_member(group, name, options)
+        return no_member(group, name, sorted(set(re.findall(r"^\t(\S+)$", text, re.M)) or choices(group)))
     if found := re.search(r"(?:override|Error merging override) '?([\w.@/+~]+)", text):
         key = found.group(1).lstrip("+~")
         given = next((o for o in overrides if o.lstrip("+~").startswith(key)), key)
         if "not in '" in text or "Key '" in text or "Could not override" in text:
-            fields = _fields_beside(key)
-            word = key.rsplit(".", 1)[-1]
-            return f"{given}: there is no {key}. Known here: {', '.join(fields)}. {did_you_mean(word, fields)}".strip()
+            return f"{given}: {_no_field(key, _fields_beside(key))}"
         known = r"(Value '.*?' of type .*? could not be converted to \w+|Invalid value .*|Cannot convert .*)"
         reason = re.search(known, text)
         return f"{given}: {reason.group(1) if reason else text.splitlines()[0]}."
     return " ".join(line.strip() for line in text.splitlines()[:3] if line.strip())
+
+
+def _no_field(name: str, known: Sequence[str]) -> str:
+    nearest = did_you_mean(name.rpartition(".")[2], known)
+    return f"there is no {name}. Known here: {', '.join(known)}. {nearest}".rstrip()
 
 
 def no_member(group: str, name: str, there: Sequence[str]) -> str:
@@ -199,8 +196,7 @@ def check_key(override: str) -> None:
     name = f"{group}.{tail.partition('.')[0]}" if tail else group
     known = _fields_beside(name)
     if name.partition(".")[2] not in known and (tail or name not in known):
-        raise ConfigError(f"{override}: there is no {name}. Known here: {', '.join(known)}. "
-                          f"{did_you_mean(name.rpartition('.')[2], known)}".rstrip())
+        raise ConfigError(f"{override}: {_no_field(name, known)}")
     if not tail and group in GROUPS and value not in (there := choices(group)):
         raise ConfigError(no_member(group, value, there))
 

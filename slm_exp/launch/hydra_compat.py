@@ -121,7 +121,7 @@ def override(key: str, value: object) -> str:
 
 
 def words(overrides: Any) -> list[str]:
-    """A config's own list of overrides (a ListConfig) as they were typed: `${oc.env:NAME}` stays a name."""
+    """A config's list of overrides (a ListConfig) as they were typed: `${oc.env:NAME}` stays a name."""
     return list(OmegaConf.to_container(overrides, resolve=False))  # type: ignore[arg-type]
 
 

@@ -170,7 +170,7 @@ def oom_kills() -> int:
 
 
 def has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it has ended. Where the system can tell, it stays a zombie, so that its group's id is not used anew."""
+    """Whether it has ended. With waitid it stays a zombie, so that its group's id is not used anew."""
     if hasattr(os, "waitid"):
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
     return process.poll() is not None
