@@ -71,7 +71,6 @@ FOLDER_OPTION = click.option("--dir", metavar="DIR", type=FOLDER, expose_value=F
 @FOLDER_OPTION
 @click.pass_context
 def main(ctx: click.Context) -> int:
-    """See `slm cache --help`."""
     return ctx.invoke(show) if ctx.invoked_subcommand is None else 0  # type: ignore[no-any-return]
 
 

@@ -52,7 +52,6 @@ class Bash(shell_completion.BashComplete):
 @click.argument("shell", type=OneOf(sorted(SHELLS)))
 @click.pass_context
 def main(ctx: click.Context, shell: str) -> None:
-    """See `slm completion --help`."""
     script = shell_completion.get_completion_class(shell)
     assert script is not None
     print(script(ctx.find_root().command, {}, "slm", VARIABLE).source())

@@ -99,7 +99,6 @@ def judged(name: str, good: bool, found: str, remedy: str, otherwise: str = OFF)
 @click.option("--output", type=FOLDER, default=Path("outputs"), metavar="DIR", help="where runs go")
 @click.option("--cache-dir", type=FOLDER, metavar="DIR", help="the stage cache (default: as runs have it)")
 def main(full: bool, as_json: bool, output: Path, cache_dir: Path | None) -> int:
-    """See `slm doctor --help`."""
     findings = list(examine(Path(cache_dir or default_cache_dir()).expanduser(), output, full))
     print(json.dumps([f._asdict() for f in findings], indent=1) if as_json else show(findings))
     return int(any(f.level == OFF for f in findings))

@@ -35,7 +35,6 @@ from slm_exp.runs.mergekit import FORMATS, mergekit, read_plan
 @click.option("--model", metavar="FOLDER_OR_REPO", help="the dense model; a run's own by default")
 @click.option("--out", type=FOLDER, metavar="FILE", help="where to write (default: stdout)")
 def main(source: str, format: str, model: str | None, out: Path | None) -> int:
-    """See `slm export --help`."""
     try:
         plan, place, dtype = read_plan(Path(source).expanduser(), model)
         text = mergekit(plan, place, dtype, source)

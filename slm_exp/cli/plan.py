@@ -34,7 +34,6 @@ from slm_exp.forecast.plan import make_plan, show
 @click.option("--tflops", type=float, metavar="N", help="for a machine that sustains N TFLOP/s; measure nothing")
 @click.option("--measure", is_flag=True, help="measure this machine's speed anew")
 def main(overrides: Sequence[str], multirun: bool, as_json: bool, tflops: float | None, measure: bool) -> int:
-    """See `slm plan --help`."""
     if tflops is not None and tflops <= 0:
         raise ConfigError(f"--tflops = {tflops}; expected a number > 0.")
     plan = make_plan(overrides, multirun, tflops, measure)

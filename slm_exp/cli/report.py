@@ -22,7 +22,6 @@ from slm_exp.cli.command import FOLDER, command
                    "found); may be given several times")  # fmt: skip
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
 def main(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], verify: bool) -> int:
-    """See `slm report --help`."""
     from slm_exp.reporting.sweep import write_reports
 
     return write_reports(folders, mixed_protocols, list(paths), verify)

@@ -52,7 +52,6 @@ def _complete_name(ctx: click.Context, param: click.Parameter, incomplete: str) 
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
 def main(name: str, words: tuple[str, ...], formats: str, out: Path | None, columns: str | None, missing: bool,
          reference: bool, mixed_protocols: bool, verify: bool) -> int:
-    """See `slm tables --help`."""
     from slm_exp.tables.build import draw
 
     return draw(name, words, formats, out, columns, missing, reference, mixed_protocols, verify)

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import yaml
+from hydra import compose
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,7 +17,7 @@ from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.core.files import digest
 from slm_exp.core.registry import GROUPS, available, load_all
 from slm_exp.core.secrets import register_env_resolver
-from slm_exp.launch.hydra_compat import compose_config, session, set_values, without_hydra
+from slm_exp.launch.hydra_compat import session, set_values, without_hydra
 from slm_exp.launch.settings import register_settings
 from slm_exp.pipeline.config import CacheConfig, RunConfig, register_schema, to_run_config
 
@@ -67,11 +68,11 @@ def open_mappings(overrides: Sequence[str]) -> list[str]:
 
 
 def compose_raw(overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
-    """Compose conf/config.yaml with overrides; Hydra's errors become ConfigErrors that name field and remedy."""
+    """conf/config.yaml with overrides; Hydra's errors become ConfigErrors that name field and remedy. Cost: 0.1 s."""
     prepare_hydra()
     try:
         with session(str(conf_dir())):
-            return compose_config(open_mappings(overrides), with_hydra)
+            return compose("config", overrides=open_mappings(overrides), return_hydra_config=with_hydra)
     except (HydraException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(explain(error, overrides)) from None
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import Composer, compose_raw, conf_dir, explain, open_mappings, prepare_hydra
-from slm_exp.launch.hydra_compat import HYDRA, axes, count, grid, is_multirun, is_sweep, session, without_hydra, words
+from slm_exp.launch.hydra_compat import HYDRA, axes, count, grid, is_sweep, session, without_hydra, words
 from slm_exp.launch.workers import Worker, cores, make_workers, visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.runs.record import check_writable
@@ -73,14 +74,14 @@ def command_jobs(overrides: Sequence[str], multirun: bool = False, *, cells: Seq
     task = [o for o in overrides if not o.startswith(HYDRA)]
     swept = [o for o in task if is_sweep(o)]
     whole = compose_raw([o for o in overrides if o not in swept], with_hydra=True)
-    if not (multirun or swept or cells is not None or is_multirun(whole.hydra)):
+    if not (multirun or swept or cells is not None or whole.hydra.mode == RunMode.MULTIRUN):
         cfg = to_run_config(without_hydra(whole))
         run_id = identify(cfg)
         where = str(OmegaConf.to_container(whole.hydra.run, resolve=False)["dir"])  # type: ignore[index, call-overload]
         with open_dict(whole.hydra):
             whole.hydra.run.dir = where.replace("${run_id:}", run_id or "RUN_ID")
-        job = Job(run_id, tuple(task), Path(str(whole.hydra.run.dir)), "", cfg.save_model is not False,
-                  cfg.cache.accept == "exact")
+        job = Job(run_id, tuple(task), Path(str(whole.hydra.run.dir)), save_model=cfg.save_model is not False,
+                  exact=cfg.cache.accept == "exact")
         return CommandJobs(job.folder, False, [(job, cfg)], whole.hydra)
     with open_dict(whole.hydra):
         whole.hydra.overrides.task = task  # a sweep's default name hashes what is swept too
@@ -143,7 +144,7 @@ def check_all(overrides: Sequence[str], multirun: bool) -> CommandJobs:
         ConfigError: names the first bad field; in a multirun, the job too.
     """
     found = command_jobs(overrides, multirun)
-    if found.multirun and not multirun and not is_multirun(found.hydra):
+    if found.multirun and not multirun and found.hydra.mode != RunMode.MULTIRUN:
         several = next(o for o in overrides if is_sweep(o))
         raise ConfigError(f"{several}: several values make a multirun; add -m.")
     check_writable(found.folder)

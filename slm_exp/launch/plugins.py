@@ -84,12 +84,11 @@ class GridSweeper(Sweeper):
         return []
 
     def _sweep(self, sweep: SweepFolder, arguments: list[str]) -> int:
-        jobs = self._jobs(sweep, arguments)
+        jobs, reasons = self._jobs(sweep, arguments), dict[str, str]()
         already = frozenset(j.run_id for j in jobs if read_cell(j).state == FINISHED)
         todo = [j for j in jobs if j.run_id not in already]
         if already:
             print(f"{len(already)} of {len(jobs)} jobs are finished in {self.path}")
-        reasons: dict[str, str] = {}
         status = self._launch(todo, reasons)
         for job in (j for j in todo if j.run_id in reasons):
             note_death(job, reasons[job.run_id])
@@ -173,17 +172,12 @@ class ProcessLauncher(Launcher):
         made = [composer.job(overrides) for overrides in job_overrides]
         if not made:
             return []
-        jobs = [job for job, _ in made]
-        cfgs = {job.run_id: cfg for job, cfg in made}
+        jobs, cfgs = [job for job, _ in made], {job.run_id: cfg for job, cfg in made}
         pool = Pool(pool_workers([cfg for _, cfg in made], self.workers, self.threads), self._command,
                     lambda job: cfgs[job.run_id].evaluation.batch_size, self.retries, {"SLM_EXP_SWEEP": path.name})
         print(f"{len(jobs)} jobs on {len(pool.workers)} workers in {path}")
-        screen = Screen(path.name, jobs)
-        try:
-            cells = pool.run(jobs, screen)
-        finally:
-            screen.close()
-        return [_job_return(cell) for cell in cells]
+        with contextlib.closing(Screen(path.name, jobs)) as screen:
+            return [_job_return(cell) for cell in pool.run(jobs, screen)]
 
     def _command(self, job: Job, batch_size: int | None) -> list[str]:
         inherited = [o for o in words(self._hydra.overrides.hydra) if not o.startswith(OURS)]
@@ -203,6 +197,5 @@ def _job_return(cell: Cell) -> JobReturn:
 
 def _with_reason(cell: Cell, reason: str | None) -> Cell:
     """The cell, failed for the launcher's reason where its folder has none (e.g. a folder that cannot be written)."""
-    if reason is None or cell.state == FINISHED or (cell.state == FAILED and cell.error):
-        return cell
-    return replace(cell, state=FAILED, error=reason)
+    known = reason is None or cell.state == FINISHED or (cell.state == FAILED and cell.error)
+    return cell if known else replace(cell, state=FAILED, error=reason)
