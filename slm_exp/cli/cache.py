@@ -59,12 +59,10 @@ FOLDER_OPTION = click.option("--dir", metavar="DIR", type=FOLDER, expose_value=F
 
 @command(
     "cache", __doc__, group=True,
-    examples={
-        "slm cache": "entries, size and last use by stage",
-        "slm cache prune --older-than 30d --max-size 20GB": "by age, then the least recently used",
-        "slm cache prune --max-size 20GB --dry-run": "say what would go",
-        "slm cache verify --repair": "read everything, remove what is damaged",
-    },
+    examples={"slm cache": "entries, size and last use by stage",
+              "slm cache prune --older-than 30d --max-size 20GB": "by age, then the least recently used",
+              "slm cache prune --max-size 20GB --dry-run": "say what would go",
+              "slm cache verify --repair": "read everything, remove what is damaged"},
     exits={0: "done", 1: "verify found damage that stays", 2: "a wrong call"},
     notes="The folder is --dir, else $SLM_EXP_CACHE, else ~/.cache/slm_exp. A run computes what is not there.",
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import textwrap
@@ -99,8 +100,6 @@ def overrides_argument() -> Callable[[Callable[..., Any]], Any]:
 
 def complete_override(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """`group=member`, presets included, `table=NAME`, and fields (`method.threshold=`) of every member."""
-    import dataclasses
-
     from slm_exp.core.registry import GROUPS, available
     from slm_exp.launch.compose import choices
     from slm_exp.tables.definition import table_names

@@ -87,11 +87,9 @@ def judged(name: str, good: bool, found: str, remedy: str, otherwise: str = OFF)
 
 @command(
     "doctor", __doc__,
-    examples={
-        "slm doctor": "everything that can be known in a few seconds",
-        "slm doctor --full": "also a run of model=tiny, every byte of the cache, the hub and the W&B server",
-        "slm doctor --json": "for programs",
-    },
+    examples={"slm doctor": "everything that can be known in a few seconds",
+              "slm doctor --full": "also a run of model=tiny, every byte of the cache, the hub and the W&B server",
+              "slm doctor --json": "for programs"},
     exits={0: "nothing is off", 1: "something is; its remedy stands below it", 2: "a wrong call"},
 )  # fmt: skip
 @click.option("--full", is_flag=True, help="also what takes longer (about a minute)")

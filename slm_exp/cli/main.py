@@ -35,10 +35,7 @@ class Commands(Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module = importlib.import_module(f"slm_exp.cli.{cmd_name}")
-        return module.main  # type: ignore[no-any-return]
+        return importlib.import_module(f"slm_exp.cli.{cmd_name}").main if cmd_name in COMMANDS else None
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)]
@@ -51,10 +48,10 @@ class Commands(Group):
 @click.command("slm", cls=Commands, invoke_without_command=True, context_settings=HELP_OPTION)
 @click.pass_context
 def slm(ctx: click.Context) -> int:
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
-        return 2
-    return 0
+    if ctx.invoked_subcommand:
+        return 0
+    click.echo(ctx.get_help())
+    return 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:

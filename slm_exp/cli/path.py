@@ -17,12 +17,10 @@ from slm_exp.runs.record import check_writable
 
 @command(
     "path", __doc__,
-    examples={
-        "slm path": "the default model, thresholds 0.5 to 1",
-        "slm path method.threshold_range=[0.85,0.95] merge_rule=mean": "a part of it, another rule",
-        "slm path method.max_evaluations=200": "stop early and say which intervals are unknown",
-        "slm path hydra.run.dir=FOLDER": "where path.json goes; default outputs/path/<id>",
-    },
+    examples={"slm path": "the default model, thresholds 0.5 to 1",
+              "slm path method.threshold_range=[0.85,0.95] merge_rule=mean": "a part of it, another rule",
+              "slm path method.max_evaluations=200": "stop early and say which intervals are unknown",
+              "slm path hydra.run.dir=FOLDER": "where path.json goes; default outputs/path/<id>"},
     exits={0: "the whole range is known", 1: "method.max_evaluations ended it; the same command with more goes on",
            2: "a wrong call"},
     notes="The overrides are those of a run; method.threshold, target sizes, evaluation, width, recovery and "

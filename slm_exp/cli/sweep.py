@@ -86,11 +86,9 @@ def taken_from(sweep: SweepFolder, extra: Sequence[str]) -> list[str]:
 
 @command(
     "sweep", __doc__, group=True,
-    examples={
-        "slm sweep status outputs/multirun/threshold_rule": "one line per cell",
-        "slm sweep resume outputs/multirun/threshold_rule hydra.launcher.workers=2": "what is missing",
-        "slm sweep rerun --failed outputs/multirun/threshold_rule": "those that failed or died",
-    },
+    examples={"slm sweep status outputs/multirun/threshold_rule": "one line per cell",
+              "slm sweep resume outputs/multirun/threshold_rule hydra.launcher.workers=2": "what is missing",
+              "slm sweep rerun --failed outputs/multirun/threshold_rule": "those that failed or died"},
     exits={0: "every cell is finished", 1: "a cell is not; it is named", 2: "a wrong call, or a folder in use"},
     notes="resume and rerun take groups, fields and the launcher's own settings from the folder's sweep.json; what "
           "could run code is taken from the command line only.",

@@ -31,11 +31,9 @@ def _complete_name(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
 @command(
     "tables", __doc__,
-    examples={
-        "slm tables sweep outputs/multirun/threshold_rule": "one row per run",
-        "slm tables main outputs --missing": "the commands that fill what is missing",
-        "slm tables main outputs --format md,tex --out tables": "two formats, into files",
-    },
+    examples={"slm tables sweep outputs/multirun/threshold_rule": "one row per run",
+              "slm tables main outputs --missing": "the commands that fill what is missing",
+              "slm tables main outputs --format md,tex --out tables": "two formats, into files"},
     exits={0: "the table is written", 2: "a wrong call, or numbers of different protocols"},
     notes=_notes,
 )  # fmt: skip

@@ -93,9 +93,8 @@ class Composer:
     """
 
     def __init__(self, always: Sequence[str] = ()) -> None:
-        self.always = tuple(always)
-        self._whole: dict[tuple[str, ...], DictConfig] = {}
-        self._alone: dict[tuple[str, ...], DictConfig | None] = {}
+        self._composed = cache(lambda overrides: without_hydra(compose_raw([*always, *overrides])))
+        self._node = cache(self._alone)
 
     def run_config(self, overrides: Sequence[str]) -> RunConfig:
         """As `compose_run` for a job's overrides."""
@@ -121,20 +120,12 @@ class Composer:
             cfg[group] = node
         return cfg
 
-    def _node(self, shape: tuple[str, ...], choice: str) -> DictConfig | None:
+    def _alone(self, shape: tuple[str, ...], choice: str) -> DictConfig | None:
         """A group's node with this choice; None where the choice changes other groups too."""
-        key = (*shape, choice)
-        if key not in self._alone:
-            group = choice.partition("=")[0]
-            base, other = self._composed(shape), self._composed(key)
-            alone = base.keys() == other.keys() and all(base[k] == other[k] for k in base if k != group)
-            self._alone[key] = other[group] if alone else None
-        return self._alone[key]
-
-    def _composed(self, overrides: tuple[str, ...]) -> DictConfig:
-        if overrides not in self._whole:
-            self._whole[overrides] = without_hydra(compose_raw([*self.always, *overrides]))
-        return self._whole[overrides]
+        group = choice.partition("=")[0]
+        base, other = self._composed(shape), self._composed((*shape, choice))
+        alone = base.keys() == other.keys() and all(base[k] == other[k] for k in base if k != group)
+        return other[group] if alone else None
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:

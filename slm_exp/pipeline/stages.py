@@ -38,7 +38,6 @@ class Experiment:
 
     cfg: RunConfig
     folder: Path
-    """The run's folder."""
     store: StageStore
     training: Path | None = None
     """Where a training keeps its checkpoints; null is the run's folder."""
