@@ -13,60 +13,10 @@ from slm_exp.cli.command import FOLDER, command
 from slm_exp.core.cache import folder as cache_folder
 from slm_exp.core.cache.folder import Entry, default_cache_dir, find_entries, find_stale
 from slm_exp.core.errors import ConfigError
+from slm_exp.core.format import human
 
 UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 AGES = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-
-
-def show(folder: Path) -> int:
-    """Print entries, bytes and last use by stage."""
-    entries = find_entries(folder)
-    print(f"{folder}: {len(entries)} entries, {human(sum(e.bytes for e in entries))}")
-    by_stage: dict[str, list[Entry]] = {}
-    for entry in entries:
-        by_stage.setdefault(entry.stage, []).append(entry)
-    for stage, mine in sorted(by_stage.items(), key=lambda kv: -sum(e.bytes for e in kv[1])):
-        ages = f"used {age(mine[-1].used)} to {age(mine[0].used)} ago"
-        print(f"  {stage:<12} {len(mine):>6} entries {human(sum(e.bytes for e in mine)):>10}   {ages}")
-    if stale := find_stale(folder):
-        print(f"  {len(stale)} half-written entries of processes that are gone; slm cache prune removes them")
-    return 0
-
-
-def prune(folder: Path, older_than: float | None, max_size: float | None, dry_run: bool) -> int:
-    """Remove entries by age, then by size, and what killed processes left behind."""
-    done = cache_folder.prune(folder, older_than, max_size, dry_run)
-    what = f"{done.entries} entries and {done.stale} stale temporary files, {human(done.bytes)}"
-    if dry_run:
-        print(f"would remove {what}")
-    else:
-        print(f"removed {what}; {done.left} entries are left" + (f" ({done.in_use} in use)" if done.in_use else ""))
-    return 0
-
-
-def verify(folder: Path, repair: bool) -> int:
-    """Read every file and compare with what was written. Exit status 1 when an entry is damaged and stays."""
-    entries = find_entries(folder)
-    damaged = [(entry, problem) for entry in entries if (problem := cache_folder.problem(entry.path))]
-    stay = 0
-    for entry, problem in damaged:
-        print(f"damaged: {entry.path}: {problem}", file=sys.stderr)
-        stay += not (repair and cache_folder.remove(entry.path))
-    done = "removed" if not stay else "a run that needs one computes it again; --repair removes them now"
-    print(
-        f"{len(entries)} entries, {human(sum(e.bytes for e in entries))} read, {len(damaged)} damaged"
-        + (f" ({done})" if damaged else "")
-    )
-    return int(stay > 0)
-
-
-def human(n: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} GB"
 
 
 def age(when: float) -> str:
@@ -83,74 +33,8 @@ def _quantity(text: str, units: dict[str, float], field: str, example: str) -> f
     return float(found.group(1)) * (units[found.group(2)] if found.group(2) else 1)
 
 
-FOLDER_OPTION = click.option("--dir", "where", metavar="DIR", type=FOLDER,
-                             help="cache folder (default: $SLM_EXP_CACHE or ~/.cache/slm_exp)")
-
-
-@command(
-    "cache", __doc__, group=True,
-    examples={
-        "slm cache": "entries, size and last use by stage",
-        "slm cache prune --older-than 30d --max-size 20GB": "by age, then the least recently used",
-        "slm cache prune --max-size 20GB --dry-run": "say what would go",
-        "slm cache verify --repair": "read everything, remove what is damaged",
-    },
-    exits={0: "done", 1: "verify found damage that stays", 2: "a wrong call"},
-    notes="The folder is --dir, else $SLM_EXP_CACHE, else ~/.cache/slm_exp. A run computes what is not there.",
-)  # fmt: skip
-@FOLDER_OPTION
-@click.pass_context
-def main(ctx: click.Context, where: Path | None) -> int:
-    """See `slm cache --help`."""
-    ctx.obj = where
-    return _show(where) if ctx.invoked_subcommand is None else 0
-
-
-@main.command("show", help="entries, size and last use by stage (the default)")
-@FOLDER_OPTION
-@click.pass_obj
-def _show_command(above: Path | None, where: Path | None) -> int:
-    return _show(where or above)
-
-
-def _show(where: Path | None) -> int:
-    folder = folder_of(where)
-    if folder is None:
-        print(f"{default_cache_dir()}: empty, no run has used it yet")
-        return 0
-    return show(folder)
-
-
-@main.command("prune", help="remove by age, then by size, least recently used first")
-@click.option("--older-than", metavar="AGE", help="last used longer ago than this, e.g. 30d, 12h")
-@click.option("--max-size", metavar="SIZE", help="keep at most this much, e.g. 20GB")
-@click.option("--dry-run", is_flag=True, help="say what would go")
-@FOLDER_OPTION
-@click.pass_obj
-def _prune_command(
-    above: Path | None, where: Path | None, older_than: str | None, max_size: str | None, dry_run: bool
-) -> int:
-    folder = folder_of(where or above)
-    if folder is None:
-        return _show(None)
-    older = _quantity(older_than, AGES, "--older-than", "30d") if older_than else None
-    size = _quantity(max_size, UNITS, "--max-size", "20GB") if max_size else None
-    if older is None and size is None and not find_stale(folder):
-        raise ConfigError("slm cache prune needs --older-than, --max-size or both.")
-    return prune(folder, older, size, dry_run)
-
-
-@main.command("verify", help="read everything and compare digests")
-@click.option("--repair", is_flag=True, help="remove damaged entries")
-@FOLDER_OPTION
-@click.pass_obj
-def _verify_command(above: Path | None, where: Path | None, repair: bool) -> int:
-    folder = folder_of(where or above)
-    return _show(None) if folder is None else verify(folder, repair)
-
-
-def folder_of(where: Path | None) -> Path | None:
-    """The cache's folder; None where it is the default one and no run has used it yet.
+def folder_of(where: Path | None) -> Path:
+    """The cache's folder; the command ends here where it is the default one and no run has used it yet.
 
     Raises:
         ConfigError: the folder that was named is not there, or is no cache.
@@ -159,6 +43,85 @@ def folder_of(where: Path | None) -> Path | None:
     if folder.is_dir():
         cache_folder.require_cache(folder, "--dir" if where else "$SLM_EXP_CACHE")
         return folder
-    if where is None:
-        return None
-    raise ConfigError(f"--dir = {folder}; expected the cache folder that cache.dir or $SLM_EXP_CACHE named in runs.")
+    if where is not None:
+        raise ConfigError(f"--dir = {where}; expected the cache folder that cache.dir or $SLM_EXP_CACHE named in runs.")
+    print(f"{folder}: empty, no run has used it yet")
+    raise click.exceptions.Exit(0)
+
+
+def _remember(ctx: click.Context, param: click.Parameter, where: Path | None) -> None:
+    ctx.obj = where or ctx.obj
+
+
+FOLDER_OPTION = click.option("--dir", metavar="DIR", type=FOLDER, expose_value=False, callback=_remember,
+                             help="cache folder (default: $SLM_EXP_CACHE or ~/.cache/slm_exp)")
+
+
+@command(
+    "cache", __doc__, group=True,
+    examples={"slm cache": "entries, size and last use by stage",
+              "slm cache prune --older-than 30d --max-size 20GB": "by age, then the least recently used",
+              "slm cache prune --max-size 20GB --dry-run": "say what would go",
+              "slm cache verify --repair": "read everything, remove what is damaged"},
+    exits={0: "done", 1: "verify found damage that stays", 2: "a wrong call"},
+    notes="The folder is --dir, else $SLM_EXP_CACHE, else ~/.cache/slm_exp. A run computes what is not there.",
+)  # fmt: skip
+@FOLDER_OPTION
+@click.pass_context
+def main(ctx: click.Context) -> int:
+    return ctx.invoke(show) if ctx.invoked_subcommand is None else 0  # type: ignore[no-any-return]
+
+
+@main.command("show", help="entries, size and last use by stage (the default)")
+@FOLDER_OPTION
+@click.pass_obj
+def show(where: Path | None) -> int:
+    folder = folder_of(where)
+    entries = find_entries(folder)
+    print(f"{folder}: {len(entries)} entries, {human(sum(e.bytes for e in entries))}")
+    by_stage: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_stage.setdefault(entry.stage, []).append(entry)
+    for stage, mine in sorted(by_stage.items(), key=lambda kv: -sum(e.bytes for e in kv[1])):
+        ages = f"used {age(mine[-1].used)} to {age(mine[0].used)} ago"
+        print(f"  {stage:<12} {len(mine):>6} entries {human(sum(e.bytes for e in mine)):>10}   {ages}")
+    if stale := find_stale(folder):
+        print(f"  {len(stale)} half-written entries of processes that are gone; slm cache prune removes them")
+    return 0
+
+
+@main.command("prune", help="remove by age, then by size, least recently used first")
+@click.option("--older-than", metavar="AGE", help="last used longer ago than this, e.g. 30d, 12h")
+@click.option("--max-size", metavar="SIZE", help="keep at most this much, e.g. 20GB")
+@click.option("--dry-run", is_flag=True, help="say what would go")
+@FOLDER_OPTION
+@click.pass_obj
+def _prune(where: Path | None, older_than: str | None, max_size: str | None, dry_run: bool) -> int:
+    folder = folder_of(where)
+    older = _quantity(older_than, AGES, "--older-than", "30d") if older_than else None
+    size = _quantity(max_size, UNITS, "--max-size", "20GB") if max_size else None
+    if older is None and size is None and not find_stale(folder):
+        raise ConfigError("slm cache prune needs --older-than, --max-size or both.")
+    done = cache_folder.prune(folder, older, size, dry_run)
+    what = f"{done.entries} entries and {done.stale} stale temporary files, {human(done.bytes)}"
+    left = f"; {done.left} entries are left" + (f" ({done.in_use} in use)" if done.in_use else "")
+    print(f"would remove {what}" if dry_run else f"removed {what}{left}")
+    return 0
+
+
+@main.command("verify", help="read everything and compare digests")
+@click.option("--repair", is_flag=True, help="remove damaged entries")
+@FOLDER_OPTION
+@click.pass_obj
+def _verify(where: Path | None, repair: bool) -> int:
+    """Exit status 1 when an entry is damaged and stays."""
+    entries = find_entries(folder_of(where))
+    damaged = [(entry, problem) for entry in entries if (problem := cache_folder.problem(entry.path))]
+    stay = 0
+    for entry, problem in damaged:
+        print(f"damaged: {entry.path}: {problem}", file=sys.stderr)
+        stay += not (repair and cache_folder.remove(entry.path))
+    done = "removed" if not stay else "a run that needs one computes it again; --repair removes them now"
+    print(f"{len(entries)} entries, {human(sum(e.bytes for e in entries))} read, {len(damaged)} damaged"
+          + (f" ({done})" if damaged else ""))
+    return int(stay > 0)

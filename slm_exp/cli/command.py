@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import textwrap
@@ -31,12 +32,10 @@ class Command(click.Command):
             only `--help` pays for it.
     """
 
-    def __init__(
-        self, *args: Any, doc: str = "", examples: Mapping[str, str] | None = None,
-        exits: Mapping[int, str] | None = None, notes: str | Callable[[], str] = "", **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, doc: str = "", examples: Mapping[str, str] = {}, exits: Mapping[int, str] = {},
+                 notes: str | Callable[[], str] = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.doc, self.examples, self.exits, self.notes = doc, dict(examples or {}), dict(exits or {}), notes
+        self.doc, self.examples, self.exits, self.notes = doc, examples, exits, notes
 
     def __call__(self, argv: Sequence[str]) -> int:  # type: ignore[override]
         """Run with these words. Raises SlmError as the command does; SystemExit 2 for a wrong call."""
@@ -69,8 +68,7 @@ class Group(Command, click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         there = self.list_commands(ctx)
         if args[0] not in there and not args[0].startswith("-") and not ctx.resilient_parsing:
-            raise click.UsageError(f"{args[0]!r}; expected one of {', '.join(there)}. "
-                                   f"{did_you_mean(args[0], there)}".rstrip(), ctx)
+            raise _none_of(args[0], there, ctx)
         return super().resolve_command(ctx, args)
 
 
@@ -79,9 +77,13 @@ class OneOf(click.Choice[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value not in self.choices:
-            raise click.UsageError(f"{value!r}; expected one of {', '.join(self.choices)}. "
-                                   f"{did_you_mean(value, self.choices)}".rstrip(), ctx)
+            raise _none_of(value, self.choices, ctx)
         return str(value)
+
+
+def _none_of(word: str, there: Sequence[str], ctx: click.Context | None) -> click.UsageError:
+    nearest = did_you_mean(word, there)
+    return click.UsageError(f"{word!r}; expected one of {', '.join(there)}. {nearest}".rstrip(), ctx)
 
 
 def command(name: str, doc: str | None, *, group: bool = False, **kwargs: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -99,8 +101,6 @@ def overrides_argument() -> Callable[[Callable[..., Any]], Any]:
 
 def complete_override(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """`group=member`, presets included, `table=NAME`, and fields (`method.threshold=`) of every member."""
-    import dataclasses
-
     from slm_exp.core.registry import GROUPS, available
     from slm_exp.launch.compose import choices
     from slm_exp.tables.definition import table_names

@@ -28,7 +28,6 @@ another question (sweep=calibration_seeds)."""
 @click.option("--json", "as_json", is_flag=True, help="for programs")
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
 def main(runs: Sequence[str], as_json: bool, verify: bool) -> int:
-    """See `slm compare --help`."""
     from slm_exp.runs.statistics.compare import compare, open_run, shown
 
     if len(runs) == 1:

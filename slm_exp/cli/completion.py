@@ -1,6 +1,6 @@
 """`slm completion bash|zsh|fish`: a script that completes commands, options, overrides and folders.
 
-The script asks the installed package whenever the tab key is pressed, so it is never out of date.
+The script calls the installed package whenever the tab key is pressed, so it is never out of date.
 """
 
 from __future__ import annotations
@@ -8,34 +8,26 @@ from __future__ import annotations
 import os
 
 import click
-from click.shell_completion import (
-    BashComplete,
-    CompletionItem,
-    add_completion_class,
-    get_completion_class,
-    split_arg_string,
-)
+from click import shell_completion
 
 from slm_exp.cli.command import OneOf, command
 
 VARIABLE = "_SLM_COMPLETE"
-SHELLS = {
-    "bash": "slm completion bash > ~/.local/share/bash-completion/completions/slm",
-    "zsh": 'slm completion zsh > "${fpath[1]}/_slm"',
-    "fish": "slm completion fish > ~/.config/fish/completions/slm.fish",
-}
+SHELLS = {"bash": "slm completion bash > ~/.local/share/bash-completion/completions/slm",
+          "zsh": 'slm completion zsh > "${fpath[1]}/_slm"',
+          "fish": "slm completion fish > ~/.config/fish/completions/slm.fish"}
 
 
-@add_completion_class
-class Bash(BashComplete):
+@shell_completion.add_completion_class
+class Bash(shell_completion.BashComplete):
     """Bash breaks words at `=`: `kernel=rb` comes as three words, and what is completed is the last of them."""
 
-    source_template = BashComplete.source_template.replace(
+    source_template = shell_completion.BashComplete.source_template.replace(
         "COMPREPLY+=($value)", "COMPREPLY+=($value)\n            [[ $value == *= ]] && compopt -o nospace")
     before = ""
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        given, at = split_arg_string(os.environ["COMP_WORDS"]), int(os.environ["COMP_CWORD"])
+        given, at = shell_completion.split_arg_string(os.environ["COMP_WORDS"]), int(os.environ["COMP_CWORD"])
         words: list[str] = []
         for word in (*given[: at + 1], *[""] * (at >= len(given))):
             if words and word and (word == "=" or words[-1].endswith("=")):
@@ -46,7 +38,7 @@ class Bash(BashComplete):
         self.before = incomplete[: incomplete.rfind("=") + 1]
         return args[1:], incomplete
 
-    def format_completion(self, item: CompletionItem) -> str:
+    def format_completion(self, item: shell_completion.CompletionItem) -> str:
         return f"{item.type},{item.value.removeprefix(self.before)}"
 
 
@@ -60,7 +52,6 @@ class Bash(BashComplete):
 @click.argument("shell", type=OneOf(sorted(SHELLS)))
 @click.pass_context
 def main(ctx: click.Context, shell: str) -> None:
-    """See `slm completion --help`."""
-    script = get_completion_class(shell)
+    script = shell_completion.get_completion_class(shell)
     assert script is not None
     print(script(ctx.find_root().command, {}, "slm", VARIABLE).source())

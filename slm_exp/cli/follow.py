@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,62 +40,50 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
     task = PlanTask(dense, tokens, cfg.similarity, cfg.kernel, cfg.merge_rule, None, store, cfg.seed)
     start = method.start(dense.n_layers)
     scorer = ScoringEngine(task, top=start.high)
-    with watching(low, high, "path") as show:
+    with watching(low, high) as show:
         path = follow(scorer, start, dense.n_layers, low, high, method.commit_open_window, method.max_evaluations,
                       show=show)
 
     seq_len = int(tokens.tokens_NT.shape[1])
     result = {
-        "range": [low, high],
-        "plans": [plan.to_json() for plan in path.plans],
-        "unknown": [list(interval) for interval in path.unknown],
-        "evaluations": path.evaluations,
+        "range": [low, high], "plans": [plan.to_json() for plan in path.plans],
+        "unknown": [list(interval) for interval in path.unknown], "evaluations": path.evaluations,
         "block_forwards": scorer.block_forwards,
         "sizes": [dataclasses.asdict(size) for size in sizes(dense, cfg.merge_rule, path.plans, seq_len)],
         "seq_len": seq_len,
         "model": {"name": dense.name, "note": dense.note, "digest": dense.digest, "n_layers": dense.n_layers},
-        "calibration": tokens.describe(),
-        "config": masked(cfg.resolved()),
-        "device": cfg.runtime.describe(device),
-    }
+        "calibration": tokens.describe(), "config": masked(cfg.resolved()), "device": cfg.runtime.describe(device),
+    }  # fmt: skip
     write_json(out / "path.json", result)
     tokens.save(out)
     draw_staircase(result, out / "path.png")
     page = table(result)
     write_text(out / "path.md", page)
-    print(page)
-    print(f"{out / 'path.json'}\n{out / 'path.png'}")
+    print(f"{page}\n{out / 'path.json'}\n{out / 'path.png'}")
     if path.unknown:
         print(f"method.max_evaluations = {method.max_evaluations} ended the path; unknown: "
               + ", ".join(f"[{a:.4f}, {b:.4f})" for a, b in path.unknown)
               + ". The same command with a larger one goes on from here.", file=sys.stderr)
-        return 1
-    return 0
+    return int(bool(path.unknown))
 
 
-class watching:  # noqa: N801 - reads as a verb in `with watching(...)`
+@contextlib.contextmanager
+def watching(low: float, high: float) -> Iterator[Callable[[Branch, int], None]]:
     """Show how much of a threshold range is decided: a bar on a terminal, a line now and then elsewhere."""
+    form = "{desc}: {percentage:3.0f}% of thresholds |{bar}| {elapsed}{postfix}"
+    logged = time.monotonic()
+    with tqdm(total=high - low, desc="path", bar_format=form, disable=not sys.stderr.isatty()) as bar:
 
-    def __init__(self, low: float, high: float, what: str) -> None:
-        self.low, self.high, self.what = low, high, what
+        def show(branch: Branch, scored: int) -> None:
+            nonlocal logged
+            about = f"{scored} candidates scored, below {branch.high:.4f} to do"
+            bar.n = high - branch.high  # from the highest threshold down: what lies above the branch is decided
+            bar.set_postfix_str(about, refresh=True)
+            if bar.disable and time.monotonic() - logged > LOG_EVERY_S:
+                logged = time.monotonic()
+                log.info("path: %s", about)
 
-    def __enter__(self) -> Callable[[Branch, int], None]:
-        form = "{desc}: {percentage:3.0f}% of thresholds |{bar}| {elapsed}{postfix}"
-        self.bar = tqdm(total=self.high - self.low, desc=self.what, bar_format=form, disable=not sys.stderr.isatty())
-        self.logged, self.every = time.monotonic(), LOG_EVERY_S
-        return self._show
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
-    def _show(self, branch: Branch, scored: int) -> None:
-        # from the highest threshold down, so what lies above the branch is decided
-        about = f"{scored} candidates scored, below {branch.high:.4f} to do"
-        self.bar.n = self.high - branch.high
-        self.bar.set_postfix_str(about, refresh=True)
-        if self.bar.disable and time.monotonic() - self.logged > self.every:
-            self.logged = time.monotonic()
-            log.info("%s: %s", self.what, about)
+        yield show
 
 
 def table(result: dict[str, Any]) -> str:

@@ -12,19 +12,17 @@ from click.shell_completion import CompletionItem
 
 from slm_exp.cli.command import Group, run_command, status_of
 
-COMMANDS = {
-    "plan": "plan [overrides]    what a run or a grid would do and cost; loads nothing",
-    "path": "path [overrides]    every plan any threshold can produce, with its exact interval",
-    "sweep": "sweep status|resume|rerun DIR   how a sweep stands; finish what is missing",
-    "tables": "tables NAME DIR...  a table of a paper from records: md, tex, csv, html; or one row per run",
-    "compare": "compare RUN [RUN...]   paired tests between runs on the same documents",
-    "report": "report DIR...       one self-contained page, DIR/report.html, of a run or a sweep",
-    "export": "export RUN_OR_PLAN  a plan as another tool's file (mergekit)",
-    "doctor": "doctor              what is wrong on this machine, and what to do about it",
-    "cache": "cache [show|prune|verify]   what the stage cache holds; by age, by size; whether it is whole",
-    "sync": "sync DIR...         send offline W&B runs, each once",
-    "completion": "completion bash|zsh|fish   what your shell needs to complete these",
-}
+COMMANDS = {"plan": "plan [overrides]    what a run or a grid would do and cost; loads nothing",
+            "path": "path [overrides]    every plan any threshold can produce, with its exact interval",
+            "sweep": "sweep status|resume|rerun DIR   how a sweep stands; finish what is missing",
+            "tables": "tables NAME DIR...  a table of a paper from records: md, tex, csv, html; or one row per run",
+            "compare": "compare RUN [RUN...]   paired tests between runs on the same documents",
+            "report": "report DIR...       one self-contained page, DIR/report.html, of a run or a sweep",
+            "export": "export RUN_OR_PLAN  a plan as another tool's file (mergekit)",
+            "doctor": "doctor              what is wrong on this machine, and what to do about it",
+            "cache": "cache [show|prune|verify]   what the stage cache holds; by age, by size; whether it is whole",
+            "sync": "sync DIR...         send offline W&B runs, each once",
+            "completion": "completion bash|zsh|fish   what your shell needs to complete these"}
 HELP_OPTION = {"help_option_names": ["-h", "--help"]}
 HELP = """A run or a grid itself: slm-exp [overrides], or python -m slm_exp [overrides]; see slm-exp --help.
 slm COMMAND --help has the options, examples and exit statuses of each."""
@@ -37,10 +35,7 @@ class Commands(Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module = importlib.import_module(f"slm_exp.cli.{cmd_name}")
-        return module.main  # type: ignore[no-any-return]
+        return importlib.import_module(f"slm_exp.cli.{cmd_name}").main if cmd_name in COMMANDS else None
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)]
@@ -53,10 +48,10 @@ class Commands(Group):
 @click.command("slm", cls=Commands, invoke_without_command=True, context_settings=HELP_OPTION)
 @click.pass_context
 def slm(ctx: click.Context) -> int:
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
-        return 2
-    return 0
+    if ctx.invoked_subcommand:
+        return 0
+    click.echo(ctx.get_help())
+    return 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,18 +12,15 @@ from slm_exp.cli.command import command, overrides_argument
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import digest
 from slm_exp.launch.compose import compose_run
-from slm_exp.pipeline.config import RunConfig
 from slm_exp.runs.record import check_writable
 
 
 @command(
     "path", __doc__,
-    examples={
-        "slm path": "the default model, thresholds 0.5 to 1",
-        "slm path method.threshold_range=[0.85,0.95] merge_rule=mean": "a part of it, another rule",
-        "slm path method.max_evaluations=200": "stop early and say which intervals are unknown",
-        "slm path hydra.run.dir=FOLDER": "where path.json goes; default outputs/path/<id>",
-    },
+    examples={"slm path": "the default model, thresholds 0.5 to 1",
+              "slm path method.threshold_range=[0.85,0.95] merge_rule=mean": "a part of it, another rule",
+              "slm path method.max_evaluations=200": "stop early and say which intervals are unknown",
+              "slm path hydra.run.dir=FOLDER": "where path.json goes; default outputs/path/<id>"},
     exits={0: "the whole range is known", 1: "method.max_evaluations ended it; the same command with more goes on",
            2: "a wrong call"},
     notes="The overrides are those of a run; method.threshold, target sizes, evaluation, width, recovery and "
@@ -31,20 +28,14 @@ from slm_exp.runs.record import check_writable
 )  # fmt: skip
 @overrides_argument()
 def main(overrides: Sequence[str]) -> int:
-    """See `slm path --help`."""
     folder = next((o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")), None)
     cfg = compose_run([o for o in overrides if not o.startswith("hydra.")])
     if cfg.method.name != "slm":
         raise ConfigError(f"method = {cfg.method.name}; expected slm: only it decides by a threshold.")
-    out = Path(folder) if folder else Path("outputs/path") / path_id(cfg)
+    science = {k: v for k, v in cfg.science().items() if k in ("model", "calibration", "seed")}
+    range_ = [float(x) for x in cfg.method.threshold_range]  # type: ignore[attr-defined]
+    out = Path(folder or f"outputs/path/{digest(science | cfg.plan_identity() | {'path': range_})}")
     check_writable(out)
     from slm_exp.cli.follow import follow_and_write  # torch: a wrong call is refused without
 
     return follow_and_write(cfg, out)
-
-
-def path_id(cfg: RunConfig) -> str:
-    """16 hex digits over what decides the path."""
-    range_ = [float(x) for x in cfg.method.threshold_range]  # type: ignore[attr-defined]
-    science = {k: v for k, v in cfg.science().items() if k in ("model", "calibration", "seed")}
-    return digest(science | cfg.plan_identity() | {"path": range_})

@@ -17,12 +17,10 @@ from slm_exp.forecast.plan import make_plan, show
 
 @command(
     "plan", __doc__,
-    examples={
-        "slm plan": "the defaults",
-        "slm plan method.threshold=0.9,0.8 merge_rule=top_layer,mean": "a grid: 4 jobs",
-        "slm plan sweep=threshold_rule --json": "for programs",
-        "slm plan model=llama2_7b runtime=cuda --tflops 300": "for a machine that sustains 300 TFLOP/s",
-    },
+    examples={"slm plan": "the defaults",
+              "slm plan method.threshold=0.9,0.8 merge_rule=top_layer,mean": "a grid: 4 jobs",
+              "slm plan sweep=threshold_rule --json": "for programs",
+              "slm plan model=llama2_7b runtime=cuda --tflops 300": "for a machine that sustains 300 TFLOP/s"},
     exits={0: "every job could start", 2: "a wrong call, or a job that would fail before its weights load; says why"},
     notes="The overrides are those of a run; comma lists, sweep=NAME and -m make a grid, table=NAME the jobs that "
           "fill a table. Sizes that only a search can tell are shown as bounds. Times are those of a "
@@ -34,7 +32,6 @@ from slm_exp.forecast.plan import make_plan, show
 @click.option("--tflops", type=float, metavar="N", help="for a machine that sustains N TFLOP/s; measure nothing")
 @click.option("--measure", is_flag=True, help="measure this machine's speed anew")
 def main(overrides: Sequence[str], multirun: bool, as_json: bool, tflops: float | None, measure: bool) -> int:
-    """See `slm plan --help`."""
     if tflops is not None and tflops <= 0:
         raise ConfigError(f"--tflops = {tflops}; expected a number > 0.")
     plan = make_plan(overrides, multirun, tflops, measure)

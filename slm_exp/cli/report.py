@@ -10,12 +10,10 @@ import click
 from slm_exp.cli.command import FOLDER, command
 
 
-@command(
-    "report", __doc__,
-    examples={"slm report outputs/RUN_ID": "a run", "slm report outputs/multirun/threshold_rule": "a whole sweep"},
-    exits={0: "every folder has its page; paths are on stdout", 1: "one has not; says why", 2: "a wrong call"},
-    notes="DIR is a run's folder (outputs/<run_id>) or a sweep's (outputs/multirun/<name>).",
-)
+@command("report", __doc__, examples={"slm report outputs/RUN_ID": "a run",
+                                      "slm report outputs/multirun/threshold_rule": "a whole sweep"},
+         exits={0: "every folder has its page; paths are on stdout", 1: "one has not; says why", 2: "a wrong call"},
+         notes="DIR is a run's folder (outputs/<run_id>) or a sweep's (outputs/multirun/<name>).")
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=FOLDER)
 @click.option("--mixed-protocols", is_flag=True,
               help="on a sweep's page, show averages measured by different protocols side by side")
@@ -24,7 +22,6 @@ from slm_exp.cli.command import FOLDER, command
                    "found); may be given several times")  # fmt: skip
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
 def main(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], verify: bool) -> int:
-    """See `slm report --help`."""
     from slm_exp.reporting.sweep import write_reports
 
     return write_reports(folders, mixed_protocols, list(paths), verify)

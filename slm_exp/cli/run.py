@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if parse_arguments(argv)[0].help:
             return run_command(_help, argv)
-        argv = _check_command(argv)
-        argv = fields_of_swept_groups(open_mappings(argv))
+        argv = fields_of_swept_groups(open_mappings(_check_command(argv)))
     except SlmError as error:
         print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 2

@@ -30,13 +30,6 @@ CODE = "model.trust_remote_code"
 """The one field of an experiment that lets a model's folder run code."""
 
 
-def status(folder: Path, as_json: bool = False) -> int:
-    """Print one line per cell. Exit status 0 when all are finished, else 1."""
-    cells = SweepFolder.read(folder).cells()
-    print(json.dumps([c.to_json() for c in cells], indent=1) if as_json else table(cells))
-    return int(any(c.state != FINISHED for c in cells))
-
-
 def launch(folder: Path, select: str, extra: Sequence[str]) -> int:
     """Run the cells of the folder's definition that `select` names (missing, failed, all), as its command would.
 
@@ -50,10 +43,9 @@ def launch(folder: Path, select: str, extra: Sequence[str]) -> int:
     sweep = SweepFolder.read(folder)
     for given in extra:
         if not given.startswith(("hydra.", "hydra/", f"{CODE}=")):
-            raise ConfigError(
-                f"{given}; expected Hydra's own settings (hydra.launcher.workers=2, hydra/launcher=basic): a sweep's "
-                "cells are what they are. Other cells are another multirun, into the same folder if you like."
-            )
+            raise ConfigError(f"{given}; expected Hydra's own settings (hydra.launcher.workers=2, hydra/launcher=basic)"
+                              ": a sweep's cells are what they are. Other cells are another multirun, into the same "
+                              "folder if you like.")
     path, argv = folder.resolve(), taken_from(sweep, extra)
     if any(o.startswith("hydra/launcher=") for o in extra):  # another launcher has other settings
         argv = [o for o in argv if not o.startswith(("hydra/launcher", "hydra.launcher"))]
@@ -74,8 +66,7 @@ def taken_from(sweep: SweepFolder, extra: Sequence[str]) -> list[str]:
     named = {o.partition("=")[0] for o in extra if not o.startswith(CODE)}
     argv = [o for o in sweep.argv if o.partition("=")[0].lstrip("+") not in named]
     for given in (*argv, *(o for job in sweep.jobs for o in job.overrides)):
-        key, _, value = given.partition("=")
-        key = key.lstrip("+")
+        key, _, value = given.lstrip("+").partition("=")
         head = key.partition(".")[0]
         unsafe = key == CODE and value.lower() != "false" and f"{CODE}=true" not in extra
         fields = head in EXPERIMENT and re.fullmatch(r"[\w.]+", key)
@@ -95,18 +86,15 @@ def taken_from(sweep: SweepFolder, extra: Sequence[str]) -> list[str]:
 
 @command(
     "sweep", __doc__, group=True,
-    examples={
-        "slm sweep status outputs/multirun/threshold_rule": "one line per cell",
-        "slm sweep resume outputs/multirun/threshold_rule hydra.launcher.workers=2": "what is missing",
-        "slm sweep rerun --failed outputs/multirun/threshold_rule": "those that failed or died",
-    },
+    examples={"slm sweep status outputs/multirun/threshold_rule": "one line per cell",
+              "slm sweep resume outputs/multirun/threshold_rule hydra.launcher.workers=2": "what is missing",
+              "slm sweep rerun --failed outputs/multirun/threshold_rule": "those that failed or died"},
     exits={0: "every cell is finished", 1: "a cell is not; it is named", 2: "a wrong call, or a folder in use"},
     notes="resume and rerun take groups, fields and the launcher's own settings from the folder's sweep.json; what "
           "could run code is taken from the command line only.",
 )  # fmt: skip
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """See `slm sweep --help`."""
     if ctx.invoked_subcommand is None:
         raise click.UsageError("status, resume or rerun is missing.", ctx)
 
@@ -119,7 +107,9 @@ SETTINGS = click.argument("overrides", metavar="[SETTING]...", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="for programs")
 @DIR
 def _status(folder: Path, as_json: bool) -> int:
-    return status(folder, as_json)
+    cells = SweepFolder.read(folder).cells()
+    print(json.dumps([c.to_json() for c in cells], indent=1) if as_json else table(cells))
+    return int(any(c.state != FINISHED for c in cells))
 
 
 @main.command("resume", help="run every cell that is not finished; recompute nothing that is. "

@@ -31,11 +31,9 @@ def _complete_name(ctx: click.Context, param: click.Parameter, incomplete: str) 
 
 @command(
     "tables", __doc__,
-    examples={
-        "slm tables sweep outputs/multirun/threshold_rule": "one row per run",
-        "slm tables main outputs --missing": "the commands that fill what is missing",
-        "slm tables main outputs --format md,tex --out tables": "two formats, into files",
-    },
+    examples={"slm tables sweep outputs/multirun/threshold_rule": "one row per run",
+              "slm tables main outputs --missing": "the commands that fill what is missing",
+              "slm tables main outputs --format md,tex --out tables": "two formats, into files"},
     exits={0: "the table is written", 2: "a wrong call, or numbers of different protocols"},
     notes=_notes,
 )  # fmt: skip
@@ -50,11 +48,8 @@ def _complete_name(ctx: click.Context, param: click.Parameter, incomplete: str) 
               help="ours beside published numbers (conf/reference), with difference and verdict")
 @click.option("--mixed-protocols", is_flag=True, help="show numbers of different protocols too")
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
-def main(
-    name: str, words: tuple[str, ...], formats: str, out: Path | None, columns: str | None, missing: bool,
-    reference: bool, mixed_protocols: bool, verify: bool,
-) -> int:
-    """See `slm tables --help`."""
+def main(name: str, words: tuple[str, ...], formats: str, out: Path | None, columns: str | None, missing: bool,
+         reference: bool, mixed_protocols: bool, verify: bool) -> int:
     from slm_exp.tables.build import draw
 
     return draw(name, words, formats, out, columns, missing, reference, mixed_protocols, verify)

@@ -1,1 +1,1 @@
-"""What a run would do and cost, told without weights and without torch: behind `slm plan`."""
+"""What a run would do and cost, without weights and without torch: behind `slm plan`."""

@@ -6,6 +6,7 @@ processor seconds of the threads used: what the machine does when it is left alo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -85,28 +86,23 @@ def machine(cache_dir: Path, device: str, dtype: str, threads: int | None, anew:
     Raises:
         SlmError: the measuring process failed; says how.
     """
-    about = {
-        "recipe": RECIPE, "device": device, "dtype": dtype, "threads": threads,
-        "omp": os.environ.get("OMP_NUM_THREADS"), "host": platform.node(), "cores": os.cpu_count(),
-        "cards": os.environ.get("CUDA_VISIBLE_DEVICES"), "versions": library_versions(),
-    }  # fmt: skip
+    about = {"recipe": RECIPE, "device": device, "dtype": dtype, "threads": threads,
+             "omp": os.environ.get("OMP_NUM_THREADS"), "host": platform.node(), "cores": os.cpu_count(),
+             "cards": os.environ.get("CUDA_VISIBLE_DEVICES"), "versions": library_versions()}
     kept = cache_dir / "speed" / f"{digest(about)}.json"
     if not anew:
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return _machine(json.loads(kept.read_text(encoding="utf-8"))["machine"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
     print("measuring this machine's speed once (about 10 s; kept in the cache) ...", file=sys.stderr)
-    path = os.pathsep.join(p for p in (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")) if p)
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
     ran = subprocess.run([sys.executable, "-m", "slm_exp.forecast.measure", device, dtype, str(threads or 0)],
-                         capture_output=True, text=True, check=False,
-                         env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+                         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     try:
         measured = json.loads(ran.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
         last = ran.stderr.strip().splitlines()[-1:] or [f"status {ran.returncode}"]
         raise SlmError(f"the machine's speed could not be measured: {last[0]}. `slm plan --tflops N` plans for one "
-                       "that sustains N, and slm doctor says what is wrong here.") from None  # fmt: skip
+                       "that sustains N, and slm doctor says what is wrong here.") from None
     try:
         write_json(kept, {"about": about, "machine": measured})
     except OSError as error:
@@ -116,5 +112,3 @@ def machine(cache_dir: Path, device: str, dtype: str, threads: int | None, anew:
 
 def _machine(measured: dict[str, Any]) -> Machine:
     return Machine(**{**measured, "blocks": tuple((int(h), float(r)) for h, r in measured["blocks"])})
-
-

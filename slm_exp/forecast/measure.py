@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers  # noqa: F401
 
@@ -78,10 +78,8 @@ def measure(device: str, dtype: str, threads: int | None) -> Machine:
 
     harness = time.process_time() - begin
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or platform.machine()
-    with open("/proc/self/statm") as f:
-        resident = int(f.read().split()[1]) * resource.getpagesize()
     return Machine(where.type, name, torch.get_num_threads(), dtype, tuple(blocks), head, wide, start, harness,
-                   float(resident))
+                   float(psutil.Process().memory_info().rss))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.errors import ConfigError, SlmError
 from slm_exp.core.files import plain
-from slm_exp.core.format import human
+from slm_exp.core.format import duration, human
 from slm_exp.forecast.machine import Machine, machine, stated
 from slm_exp.forecast.walk import CACHED, COMPUTE, MAYBE, SHARED, Lookup, Outline, walk
 from slm_exp.launch.jobs import CommandJobs, command_jobs
@@ -124,10 +124,9 @@ class GridPlan:
         })  # fmt: skip
 
 
-def make_plan(
-    overrides: Sequence[str], multirun: bool = False, tflops: float | None = None, anew: bool = False
-) -> GridPlan:
-    """Compose every job, ask the cache, count, and estimate.
+def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | None = None,
+              anew: bool = False) -> GridPlan:
+    """Compose every job, look into the cache, count, and estimate.
 
     Args:
         tflops: plan for a machine that sustains so many TFLOP/s; nothing is measured here then.
@@ -175,15 +174,14 @@ def jobs_of(overrides: Sequence[str], multirun: bool) -> CommandJobs:
     name = next((o.partition("=")[2] for o in overrides if o.startswith("table=")), None)
     if name is None:
         return command_jobs(overrides, multirun, identify=identify)
-    others = [o for o in overrides if not o.startswith(("table=", "hydra"))]
-    own = parameters(name)
+    others, own = [o for o in overrides if not o.startswith(("table=", "hydra"))], parameters(name)
     given, _ = split_words([o for o in others if o.partition("=")[0] in own])
     added = [o for o in others if o.partition("=")[0] not in own]
-    found = [[*cell, *added] for cell in cells(name, given)]
-    if not found:
+    missing = [[*cell, *added] for cell in cells(name, given)]
+    if not missing:
         raise ConfigError("no job is left to plan: the table has every cell.")
-    hydra = [o for o in overrides if o.startswith("hydra")]
-    return command_jobs(hydra, True, cells=found, name=Path(name).stem, identify=identify)
+    return command_jobs([o for o in overrides if o.startswith("hydra")], True, cells=missing, name=Path(name).stem,
+                        identify=identify)
 
 
 def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: Lookup) -> JobPlan:
@@ -216,9 +214,9 @@ def _size(plan: JobPlan, cfg: RunConfig, model: Sketch, outline: Outline) -> Non
         plan.layers, plan.known = outline.plan.n_layers_out, outline.plan_from
     else:
         plan.layers = cfg.width.layers_left(sizes, cfg.method.target_ratio) or cfg.method.layers_left(handle)
-        plan.known = "as requested" if plan.layers is not None else ""
-        plan.bounds = cfg.method.bounds(sizes.n_layers) if plan.layers is None else None
+        plan.known = "as requested"
     if plan.layers is None:
+        plan.known, plan.bounds = "", cfg.method.bounds(sizes.n_layers)
         return
     left = sizes.with_layers(plan.layers)
     gone = cfg.width.params_removed(sizes, plan.layers, cfg.method.target_ratio)
@@ -242,18 +240,14 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch) -> None:
     if cfg.evaluation.times:  # measured anew every time, both models in turns
         after += cfg.evaluation.generation_cost(sizes, layers, size)
     search = Work(blocks=count.blocks * sizes.block_flops(tokens.total, tokens.t),
-                  head=count.heads * sizes.head_flops(tokens.total))  # fmt: skip
-    search += cfg.similarity.score_cost(sizes, tokens, count.scores)
+                  head=count.heads * sizes.head_flops(tokens.total))
     works = {
         "load": Work(starts=1, moved=size / 4, fixed=0.3 + (sizes.total / 5e7 if model.random else 0)),
         "calibrate": Work(fixed=0.1 if model.random else 1.0),
-        "similarity": cfg.similarity.matrix_cost(sizes, tokens),
-        "evaluate_dense": before,
-        "plan": search,
+        "similarity": cfg.similarity.matrix_cost(sizes, tokens), "evaluate_dense": before,
+        "plan": search + cfg.similarity.score_cost(sizes, tokens, count.scores),
         "merge": Work(moved=(sizes.n_layers - layers) * sizes.layer * 4 / 10),
-        "width": cfg.width.cost(sizes, layers, tokens),
-        "recover": recovery,
-        "evaluate": after,
+        "width": cfg.width.cost(sizes, layers, tokens), "recover": recovery, "evaluate": after,
         "save": Work(starts=1, moved=3 * size * layers / sizes.n_layers, fixed=0.7),
         "report": Work(fixed=1.0 + cfg.tracking.seconds),
     }
@@ -293,10 +287,9 @@ def _memory(grid: GridPlan, cfg: RunConfig, model: Sketch, sizes: Sizes, tokens:
 def show(grid: GridPlan) -> str:
     """One screen."""
     todo = grid.to_run
-    jobs = f"{len(grid.jobs)} jobs" if grid.multirun else "1 job"
-    how = f"{grid.workers} at a time, " if grid.multirun else ""
+    jobs, how = (f"{len(grid.jobs)} jobs", f"{grid.workers} at a time, ") if grid.multirun else ("1 job", "")
     lines = [f"{jobs} in {grid.folder}: {len(grid.jobs) - len(todo)} finished, {len(todo)} to run ({how}{grid.device}, "
-             f"{grid.threads} threads)"]  # fmt: skip
+             f"{grid.threads} threads)"]
     for model in grid.models:
         about = "size unknown"
         if model.sizes:
@@ -304,22 +297,20 @@ def show(grid: GridPlan) -> str:
                      f"{model.sizes.flops_per_token(grid.seq_len) / 1e9:.3g} GFLOP a token at {grid.seq_len}, "
                      f"{human(model.bytes)} in {model.dtype}")  # fmt: skip
         lines.append(f"model     {model.name}: {about}")
-    lines += ["", f"  {'stage':<15}{'compute':>8}{'cached':>8}{'shared':>8}{'unknown':>8}{'time':>10}"]
+    lines += ["", f"  {'stage':<15}{'compute':>8}{'cached':>8}{'shared':>8}{'unknown':>8}{'time':>14}"]
     for name in dict.fromkeys(name for job in todo for name in job.stages):
         states = [job.stages.get(name) for job in todo]
         if any(s in (COMPUTE, MAYBE, CACHED, SHARED) for s in states):
             counts = "".join(f"{states.count(s) or '-':>8}" for s in (COMPUTE, CACHED, SHARED, MAYBE))
             spent = [job.seconds[name] for job in todo if name in job.seconds]
-            lines.append(f"  {name:<15}{counts}{duration(sum(spent)) if spent else '-':>10}")
+            lines.append(f"  {name:<15}{counts}{duration(sum(spent)) if spent else '-':>14}")
     lines.append("")
     apart = differing([job.job for job in grid.jobs]) if all(j.job.run_id for j in grid.jobs) else {}
     for job in grid.jobs[:ROWS]:
         what = apart.get(job.job.run_id) or " ".join(job.job.overrides) or "(defaults)"
-        took = "" if job.state == FINISHED else duration(job.total) if job.total is not None else "time unknown"
-        state = f"{job.state} " if job.state != "waiting" else ""
-        lines.append(f"  {what}: {state}{_after(job, grid)}{', ' + took if took else ''}")
-        if job.problem:
-            lines.append(f"    WOULD FAIL: {job.problem}")
+        took = ", time unknown" if job.total is None else f", {duration(job.total)}" * (job.state != FINISHED)
+        lines.append(f"  {what}: {job.state + ' ' if job.state != 'waiting' else ''}{_after(job, grid)}{took}")
+        lines += [f"    WOULD FAIL: {job.problem}"] * bool(job.problem)
     if len(grid.jobs) > ROWS:
         bad = sum(bool(j.problem) for j in grid.jobs[ROWS:])
         lines.append(f"  ... and {len(grid.jobs) - ROWS} more (--json has all){f'; {bad} WOULD FAIL' if bad else ''}")
@@ -335,10 +326,10 @@ def show(grid: GridPlan) -> str:
         lines.append(f"time      {duration(grid.wall)}, {hours:.2g} {unit} hours")
     else:
         lines.append("time      unknown")
-    notes = [*grid.notes]
+    lines += [f"note      {note}" for note in grid.notes]
     if any(MAYBE in job.stages.values() for job in todo):
-        notes.append("unknown stages depend on what an earlier one finds; they are counted as computed.")
-    return "\n".join([*lines, *(f"note      {note}" for note in notes)])
+        lines.append("note      unknown stages depend on what an earlier one finds; they are counted as computed.")
+    return "\n".join(lines)
 
 
 def _after(job: JobPlan, grid: GridPlan) -> str:
@@ -349,15 +340,6 @@ def _after(job: JobPlan, grid: GridPlan) -> str:
         return (f"{job.layers} of {model.n_layers} layers, {job.params / 1e6:,.1f} M parameters ({-100 * gone:+.1f} %) "
                 f"{job.known}").rstrip()  # fmt: skip
     if job.bounds:
-        how = f" ({job.known})" if job.known else ", which only the search can tell"
+        how = f" ({job.known})" if job.known else ", which only the search decides"
         return f"{job.bounds[0]} to {job.bounds[1]} layers{how}"
     return "size unknown"
-
-
-def duration(seconds: float | None) -> str:
-    """`45 s`, `12 min`, `3.4 h`: an estimate, so no more digits."""
-    if seconds is None:
-        return "?"
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"

@@ -1,11 +1,12 @@
 """What of a run the stage cache already has: the pipeline's stages walked with digests where the run has values.
 
 Where the digest of an input is not known (weights never read here, tokens not drawn yet, a plan not searched yet) a
-stage is a certain miss if no current entry agrees with what is known, and otherwise cannot be told.
+stage is a certain miss if no current entry agrees with what is known, and otherwise unknown.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,18 +24,12 @@ from slm_exp.pipeline.stages import CALIBRATE, LOAD, PLAN, Experiment, Stage, Un
 from slm_exp.search.inputs import journal_inputs, journal_of
 
 CACHED, SHARED, COMPUTE, MAYBE, NOTHING = "cached", "shared", "compute", "unknown", "-"
-STATES = {
-    CACHED: "its result is in the stage cache",
-    SHARED: "an earlier job of this grid computes it",
-    COMPUTE: "has to be computed",
-    MAYBE: "cannot be told here; counted as computed",
-    NOTHING: "nothing to do",
-}
+"""Its result is in the cache; an earlier job of the grid computes it; has to be computed; only the run will know."""
 BY_EFFORT = (NOTHING, CACHED, SHARED, MAYBE, COMPUTE)
 
 
 class Lookup:
-    """The cache folder, asked by key, and what the jobs asked about so far will have put there."""
+    """The cache folder by key, and what the jobs looked up so far will have put there."""
 
     def __init__(self, folder: Path | None) -> None:
         self.store = StageStore(folder)
@@ -48,10 +43,8 @@ class Lookup:
         if folder is None:
             return COMPUTE, None
         open_ended = any(isinstance(v, Unknown) for v in inputs.values())
-        if not open_ended:
-            entry = folder / stage.folder / stage.key(x, inputs)
-            if (entry / "manifest.json").is_file():
-                return CACHED, entry
+        if not open_ended and ((entry := folder / stage.folder / stage.key(x, inputs)) / "manifest.json").is_file():
+            return CACHED, entry
         if name in self.coming:
             return SHARED, None
         self.coming.add(name)
@@ -59,20 +52,18 @@ class Lookup:
 
     def _could_be(self, stage: Stage[Any], x: Experiment, inputs: Inputs) -> bool:
         """Whether some current entry agrees with every input that is known."""
-        told = {k: plain(v) for k, v in inputs.items() if not isinstance(v, Unknown)}
-        return any(all(entry.get(k) == v for k, v in told.items()) for entry in self._current(stage, x))
+        known = {k: plain(v) for k, v in inputs.items() if not isinstance(v, Unknown)}
+        return any(all(entry.get(k) == v for k, v in known.items()) for entry in self._current(stage, x))
 
     def _current(self, stage: Stage[Any], x: Experiment) -> list[Inputs]:
         """Inputs of the entries that today's code and libraries would use."""
         if stage.folder not in self._entries:
             current: list[Inputs] = []
             for manifest in (self.store.folder or Path()).glob(f"{stage.folder}/[!.]*/manifest.json"):
-                try:
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                     inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
                     if stage.key(x, inputs) == manifest.parent.name:
                         current.append(inputs)
-                except (OSError, ValueError, KeyError, TypeError):
-                    continue
             self._entries[stage.folder] = current
         return self._entries[stage.folder]
 
@@ -82,7 +73,7 @@ class Outline:
     """How a run would go, stage by stage."""
 
     stages: dict[str, str] = field(default_factory=dict)
-    """Stage -> one of STATES, in the pipeline's order."""
+    """Stage -> its state, in the pipeline's order."""
     plan: MergePlan | None = None
     """Where the cache, a plan file or known scores tell it."""
     plan_from: str = ""
@@ -134,21 +125,17 @@ def _advance(stage: Stage[Any], x: Experiment, lookup: Lookup, out: Outline) -> 
 
 def _value(stage: Stage[Any], x: Experiment, entry: Path | None) -> Any:
     """A small value from the cache or a file, or one that costs nothing to compute; None where only the run knows."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SlmError):
         if entry is not None and stage.small and stage.kind is not None:
             return stage.kind.load(entry)  # type: ignore[attr-defined]
-        if stage is CALIBRATE and x.cfg.calibration.reads_ids:
-            return stage.compute(x)
-        if stage.light:
+        if stage.light or (stage is CALIBRATE and x.cfg.calibration.reads_ids):
             value = stage.compute(x)
             return None if isinstance(value, Unknown) else value
-    except (OSError, ValueError, KeyError, TypeError, SlmError):
-        return None
     return None
 
 
 def _plan(x: Experiment) -> tuple[MergePlan | None, str]:
-    """The plan where a file gives it, or where the scores that its search would ask for are in the cache."""
+    """The plan where a file gives it, or where the scores that its search would need are in the cache."""
     cfg, method = x.cfg, x.cfg.method
     if method.replays is not None:
         return (method.replays if method.compensate is None else None), "as given"

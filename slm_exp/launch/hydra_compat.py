@@ -13,7 +13,7 @@ from decimal import Decimal
 from functools import cache
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
@@ -24,7 +24,6 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString, Rang
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.config_source import ConfigSource
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -42,11 +41,6 @@ def session(folder: str) -> Iterator[None]:
             yield
     finally:
         GlobalHydra.instance().hydra = before
-
-
-def compose_config(overrides: Sequence[str], with_hydra: bool) -> DictConfig:
-    """config.yaml with overrides, inside a `session`. Cost: 0.1 s."""
-    return compose("config", overrides=list(overrides), return_hydra_config=with_hydra)
 
 
 def set_values(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -121,13 +115,8 @@ def override(key: str, value: object) -> str:
 
 
 def words(overrides: Any) -> list[str]:
-    """A config's own list of overrides (a ListConfig) as they were typed: `${oc.env:NAME}` stays a name."""
+    """A config's list of overrides (a ListConfig) as they were typed: `${oc.env:NAME}` stays a name."""
     return list(OmegaConf.to_container(overrides, resolve=False))  # type: ignore[arg-type]
-
-
-def is_multirun(hydra: DictConfig) -> bool:
-    """Whether a config's own mode (a `sweep=` preset) makes it a grid."""
-    return bool(hydra.mode == RunMode.MULTIRUN)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

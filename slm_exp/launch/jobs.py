@@ -1,32 +1,23 @@
-"""The jobs of a command line: which there are, where they go, on which workers. Everyone who needs them asks here."""
+"""The jobs of a command line: which there are, where they go, on which workers."""
 
 from __future__ import annotations
 
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import Composer, compose_raw, conf_dir, explain, open_mappings, prepare_hydra
-from slm_exp.launch.hydra_compat import (
-    HYDRA,
-    axes,
-    count,
-    grid,
-    is_multirun,
-    is_sweep,
-    session,
-    without_hydra,
-    words,
-)
+from slm_exp.launch.hydra_compat import HYDRA, axes, count, grid, is_sweep, session, without_hydra, words
 from slm_exp.launch.workers import Worker, cores, make_workers, visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.runs.record import check_writable
@@ -54,8 +45,8 @@ class CommandJobs:
     def capacity(self) -> tuple[int, int]:
         """(jobs at a time, CPU threads of each), as the launcher decides them on this machine."""
         cfgs = [cfg for _, cfg in self.jobs]
-        told = os.environ.get("OMP_NUM_THREADS", "")
-        own = cfgs[0].runtime.threads or (int(told) if told.isdigit() else 0)
+        requested = os.environ.get("OMP_NUM_THREADS", "")
+        own = cfgs[0].runtime.threads or (int(requested) if requested.isdigit() else 0)
         if not self.multirun:
             return 1, own or cores()
         launcher = self.hydra.launcher
@@ -63,10 +54,8 @@ class CommandJobs:
         return len(pool), own or int(pool[0].env.get("OMP_NUM_THREADS", cores()))
 
 
-def command_jobs(
-    overrides: Sequence[str], multirun: bool = False, *, cells: Sequence[Sequence[str]] | None = None, name: str = "",
-    identify: Callable[[RunConfig], str] = lambda cfg: cfg.run_id,
-) -> CommandJobs:
+def command_jobs(overrides: Sequence[str], multirun: bool = False, *, cells: Sequence[Sequence[str]] | None = None,
+                 name: str = "", identify: Callable[[RunConfig], str] = lambda cfg: cfg.run_id) -> CommandJobs:
     """Compose and check every job of a command. Cost: 0.2 s, and 5 ms a job.
 
     Args:
@@ -85,25 +74,24 @@ def command_jobs(
     task = [o for o in overrides if not o.startswith(HYDRA)]
     swept = [o for o in task if is_sweep(o)]
     whole = compose_raw([o for o in overrides if o not in swept], with_hydra=True)
-    if not (multirun or swept or cells is not None or is_multirun(whole.hydra)):
+    if not (multirun or swept or cells is not None or whole.hydra.mode == RunMode.MULTIRUN):
         cfg = to_run_config(without_hydra(whole))
         run_id = identify(cfg)
         where = str(OmegaConf.to_container(whole.hydra.run, resolve=False)["dir"])  # type: ignore[index, call-overload]
         with open_dict(whole.hydra):
             whole.hydra.run.dir = where.replace("${run_id:}", run_id or "RUN_ID")
-        job = Job(run_id, tuple(task), Path(str(whole.hydra.run.dir)), "", cfg.save_model is not False,
-                  cfg.cache.accept == "exact")
+        job = Job(run_id, tuple(task), Path(str(whole.hydra.run.dir)), save_model=cfg.save_model is not False,
+                  exact=cfg.cache.accept == "exact")
         return CommandJobs(job.folder, False, [(job, cfg)], whole.hydra)
     with open_dict(whole.hydra):
         whole.hydra.overrides.task = task  # a sweep's default name hashes what is swept too
         if name and not any(o.startswith("hydra.sweep.dir=") for o in overrides):
             whole.hydra.sweep.dir = f"outputs/multirun/{name}"
-    folder = Path(str(whole.hydra.sweep.dir))
-    if cells is None and whole.hydra.sweeper.get("select"):
+    folder, sweeper = Path(str(whole.hydra.sweep.dir)), whole.hydra.sweeper
+    if cells is None and sweeper.get("select"):
         cells = [job.overrides for job in SweepFolder.read(folder).jobs]
     elif cells is None:
-        params = dict(whole.hydra.sweeper.get("params") or {})
-        cells = split_sweep(task, params, whole.hydra.sweeper.get("max_jobs"))
+        cells = split_sweep(task, dict(sweeper.get("params") or {}), sweeper.get("max_jobs"))
     made: dict[str, tuple[Job, RunConfig]] = {}
     composer = JobComposer(whole.hydra, folder, identify)
     for cell in cells:
@@ -119,13 +107,11 @@ class JobComposer:
 
     Args:
         hydra: the command's own settings of Hydra.
-        folder: of the sweep.
         identify: see `command_jobs`.
     """
 
-    def __init__(
-        self, hydra: DictConfig, folder: Path, identify: Callable[[RunConfig], str] = lambda cfg: cfg.run_id
-    ) -> None:
+    def __init__(self, hydra: DictConfig, folder: Path,
+                 identify: Callable[[RunConfig], str] = lambda cfg: cfg.run_id) -> None:
         self.folder, self.identify = folder, identify
         self.settings = words(hydra.overrides.hydra)
         self.by_run_id = OmegaConf.to_container(hydra.sweep, resolve=False)["subdir"] == "${run_id:}"  # type: ignore[index, call-overload]
@@ -158,7 +144,7 @@ def check_all(overrides: Sequence[str], multirun: bool) -> CommandJobs:
         ConfigError: names the first bad field; in a multirun, the job too.
     """
     found = command_jobs(overrides, multirun)
-    if found.multirun and not multirun and not is_multirun(found.hydra):
+    if found.multirun and not multirun and found.hydra.mode != RunMode.MULTIRUN:
         several = next(o for o in overrides if is_sweep(o))
         raise ConfigError(f"{several}: several values make a multirun; add -m.")
     check_writable(found.folder)
@@ -196,10 +182,9 @@ def fields_of_swept_groups(overrides: Sequence[str]) -> list[str]:
     Hydra composes a multirun's own config without what is swept, and would look for the field in the default member.
     A value written as a choice of one is swept too: it reaches every job and nothing else.
     """
-    params: dict[str, str] = {}
+    swept = {o.partition("=")[0] for o in overrides if is_sweep(o)}
     if preset := [o for o in overrides if o.startswith("sweep=")]:
-        params = dict(compose_raw(preset, with_hydra=True).hydra.sweeper.get("params") or {})
-    swept = {o.partition("=")[0] for o in overrides if is_sweep(o)} | set(params)
+        swept |= set(compose_raw(preset, with_hydra=True).hydra.sweeper.get("params") or ())
     out = []
     for o in overrides:
         key, equals, value = o.partition("=")
@@ -208,18 +193,14 @@ def fields_of_swept_groups(overrides: Sequence[str]) -> list[str]:
     return out
 
 
-def gpus_for(cfg: RunConfig) -> list[str]:
-    """The GPUs to deal out, one per job: none for jobs on the CPU, on a GPU chosen by number, or on several at once."""
-    device = cfg.model.device or cfg.runtime.device
-    return visible_gpus() if device in ("auto", "cuda") and cfg.model.device_map is None else []
-
-
-def heaviest(cfgs: Iterable[RunConfig]) -> int | None:
-    """Bytes of the largest model's weights among the jobs; None where one is not known before it is fetched."""
-    sizes = [cfg.model.weights_bytes() for cfg in cfgs]
-    return None if None in sizes else max(size for size in sizes if size is not None)
-
-
 def pool_workers(cfgs: Sequence[RunConfig], workers: int | None, threads: int | None) -> list[Worker]:
-    """The workers for these jobs; null is as many as the machine takes (see `make_workers`)."""
-    return make_workers(workers, threads, gpus_for(cfgs[0]), len(cfgs), heaviest(cfgs))
+    """The workers for these jobs; null is as many as the machine takes (see `make_workers`).
+
+    GPUs are dealt out one per job: none to jobs on the CPU, on a GPU chosen by number, or on several at once.
+    """
+    model = cfgs[0].model
+    device = model.device or cfgs[0].runtime.device
+    gpus = visible_gpus() if device in ("auto", "cuda") and model.device_map is None else []
+    sizes = [cfg.model.weights_bytes() for cfg in cfgs]  # null: not known before the weights are fetched
+    largest = None if None in sizes else max(size for size in sizes if size is not None)
+    return make_workers(workers, threads, gpus, len(cfgs), largest)

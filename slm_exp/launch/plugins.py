@@ -51,10 +51,8 @@ class GridSweeper(Sweeper):
     """Every combination of swept values, as Hydra's basic sweeper makes them; it resumes, refuses a folder in use,
     and ends with an index."""
 
-    def __init__(
-        self, params: dict[str, str] | None = None, max_jobs: int | None = None, max_batch_size: int | None = None,
-        select: str | None = None,
-    ) -> None:
+    def __init__(self, params: dict[str, str] | None = None, max_jobs: int | None = None,
+                 max_batch_size: int | None = None, select: str | None = None) -> None:
         if select is not None:
             require_one_of("hydra.sweeper.select", select, SELECTIONS)
         self.params, self.max_batch_size, self.select = params or {}, max_batch_size, select  # max_jobs: see jobs.py
@@ -64,9 +62,8 @@ class GridSweeper(Sweeper):
         self.path = Path(str(config.hydra.sweep.dir)).resolve()
         with read_write(config), open_dict(config):  # the default name hashes the overrides, which differ in each job
             config.hydra.overrides.hydra.append(override("hydra.sweep.dir", self.path))
-        self._launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        self._launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context,
+                                                                 task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run what is not finished, then say how every cell stands.
@@ -87,16 +84,14 @@ class GridSweeper(Sweeper):
         return []
 
     def _sweep(self, sweep: SweepFolder, arguments: list[str]) -> int:
-        jobs = self._jobs(sweep, arguments)
+        jobs, reasons = self._jobs(sweep, arguments), dict[str, str]()
         already = frozenset(j.run_id for j in jobs if read_cell(j).state == FINISHED)
         todo = [j for j in jobs if j.run_id not in already]
         if already:
             print(f"{len(already)} of {len(jobs)} jobs are finished in {self.path}")
-        reasons: dict[str, str] = {}
         status = self._launch(todo, reasons)
-        for job in todo:
-            if job.run_id in reasons:
-                note_death(job, reasons[job.run_id])
+        for job in (j for j in todo if j.run_id in reasons):
+            note_death(job, reasons[job.run_id])
         cells = [_with_reason(cell, reasons.get(cell.job.run_id)) for cell in sweep.cells()]
         print(table(cells, already))
         try:
@@ -104,8 +99,7 @@ class GridSweeper(Sweeper):
             print(f"index: {self.path / 'index.json'}")
         except OSError as error:  # a full disk: the folders say the same
             print(f"could not write {self.path / 'index.json'}: {error}", file=sys.stderr)
-        mine = {j.run_id for j in jobs}
-        if wrong := complaints([c for c in cells if c.job.run_id in mine]):
+        if wrong := complaints([c for c in cells if c.job.run_id in {j.run_id for j in jobs}]):
             print(f"{wrong}\nslm sweep resume {self.path}", file=sys.stderr)
         return status or int(bool(wrong))
 
@@ -127,13 +121,11 @@ class GridSweeper(Sweeper):
         if self.select is None:
             return split_sweep(arguments, self.params)
         cells = SweepFolder.read(sweep.path).cells()
-        chosen = [c for c in cells if self.select != "failed" or c.state in (FAILED, "died")]
         if self.select == "all":
-            for cell in chosen:
-                record = cell.job.folder / "record.json"
+            for record in (cell.job.folder / "record.json" for cell in cells):
                 if record.exists():
                     record.replace(record.with_name("record.before.json"))
-        return [list(c.job.overrides) for c in chosen]
+        return [list(c.job.overrides) for c in cells if self.select != "failed" or c.state in (FAILED, "died")]
 
     def _launch(self, todo: list[Job], reasons: dict[str, str]) -> int:
         """Hand the jobs to the launcher: 0, or 128 + the signal that came.
@@ -147,11 +139,8 @@ class GridSweeper(Sweeper):
             try:
                 with every_job_answers() if submitit else contextlib.nullcontext():
                     returns = self._launcher.launch([list(j.overrides) for j in batch], initial_job_idx=start)
-                reasons |= {
-                    j.run_id: str(r._return_value)
-                    for j, r in zip(batch, returns, strict=True)
-                    if r.status != JobStatus.COMPLETED
-                }
+                reasons |= {j.run_id: str(r._return_value) for j, r in zip(batch, returns, strict=True)
+                            if r.status != JobStatus.COMPLETED}
             except Interrupted as stop:
                 print(f"stopped by {stop}", file=sys.stderr)
                 return 128 + stop.signum
@@ -172,66 +161,41 @@ class ProcessLauncher(Launcher):
         require(threads is None or threads >= 1, "hydra.launcher.threads", threads, "null or a number >= 1")
         require(retries >= 0, "hydra.launcher.retries", retries, "a number >= 0")
         self.workers, self.threads, self.retries = workers, threads, retries
-        self.config: DictConfig | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config = config
+        self._hydra = config.hydra
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        assert self.config is not None
         setup_globals()
-        path = Path(str(self.config.hydra.sweep.dir)).resolve()
-        composer = JobComposer(self.config.hydra, path)
+        path = Path(str(self._hydra.sweep.dir)).resolve()
+        composer = JobComposer(self._hydra, path)
         made = [composer.job(overrides) for overrides in job_overrides]
         if not made:
             return []
-        jobs = [job for job, _ in made]
-        cfgs = {job.run_id: cfg for job, cfg in made}
-        pool = Pool(
-            pool_workers([cfg for _, cfg in made], self.workers, self.threads),
-            command=lambda job, batch: self._command(job, batch),
-            batch_size=lambda job: cfgs[job.run_id].evaluation.batch_size,
-            retries=self.retries,
-            env={"SLM_EXP_SWEEP": path.name},
-        )
+        jobs, cfgs = [job for job, _ in made], {job.run_id: cfg for job, cfg in made}
+        pool = Pool(pool_workers([cfg for _, cfg in made], self.workers, self.threads), self._command,
+                    lambda job: cfgs[job.run_id].evaluation.batch_size, self.retries, {"SLM_EXP_SWEEP": path.name})
         print(f"{len(jobs)} jobs on {len(pool.workers)} workers in {path}")
-        screen = Screen(path.name, jobs)
-        try:
-            cells = pool.run(jobs, screen)
-        finally:
-            screen.close()
-        return [_job_return(cell) for cell in cells]
+        with contextlib.closing(Screen(path.name, jobs)) as screen:
+            return [_job_return(cell) for cell in pool.run(jobs, screen)]
 
     def _command(self, job: Job, batch_size: int | None) -> list[str]:
-        assert self.config is not None
-        inherited = [o for o in words(self.config.hydra.overrides.hydra) if not o.startswith(OURS)]
-        return [
-            sys.executable,
-            "-m",
-            "slm_exp.cli.job",
-            str(os.getpid()),
-            *job.overrides,
-            *([f"evaluation.batch_size={batch_size}"] if batch_size else []),
-            *inherited,
-            "hydra.mode=RUN",  # a `sweep=` preset among the overrides says MULTIRUN
-            "hydra.job_logging.root.handlers=[console]",  # the process's output is the run's log already
-            override("hydra.run.dir", job.folder),
-        ]
+        inherited = [o for o in words(self._hydra.overrides.hydra) if not o.startswith(OURS)]
+        smaller = [f"evaluation.batch_size={batch_size}"] if batch_size else []
+        # a `sweep=` preset among the overrides says MULTIRUN; the process's output is the run's log already
+        single = ["hydra.mode=RUN", "hydra.job_logging.root.handlers=[console]"]
+        return [sys.executable, "-m", "slm_exp.cli.job", str(os.getpid()), *job.overrides, *smaller, *inherited,
+                *single, override("hydra.run.dir", job.folder)]
 
 
 def _job_return(cell: Cell) -> JobReturn:
-    if cell.state == FINISHED:
-        return JobReturn(overrides=cell.job.overrides, working_dir=str(cell.job.folder), status=JobStatus.COMPLETED)
-    return JobReturn(
-        overrides=cell.job.overrides,
-        working_dir=str(cell.job.folder),
-        status=JobStatus.FAILED,
-        _return_value=SlmError(cell.error or cell.state),
-    )
+    done = cell.state == FINISHED
+    return JobReturn(overrides=cell.job.overrides, working_dir=str(cell.job.folder),
+                     status=JobStatus.COMPLETED if done else JobStatus.FAILED,
+                     _return_value=None if done else SlmError(cell.error or cell.state))
 
 
 def _with_reason(cell: Cell, reason: str | None) -> Cell:
     """The cell, failed for the launcher's reason where its folder has none (e.g. a folder that cannot be written)."""
-    if reason is None or cell.state == FINISHED or (cell.state == FAILED and cell.error):
-        return cell
-    return replace(cell, state=FAILED, error=reason)
+    known = reason is None or cell.state == FINISHED or (cell.state == FAILED and cell.error)
+    return cell if known else replace(cell, state=FAILED, error=reason)

@@ -55,8 +55,9 @@ class Attempt:
     number: int = 1
     batch_size: int | None = None
     """Evaluation batch to insist on; null leaves the job's own."""
-    worker: Worker | None = None
+    worker: Worker = field(init=False)
     process: subprocess.Popen[bytes] | None = None
+    """Null where it could not start; `no_start` says why."""
     no_start: str = ""
     oom_kills: int = 0
     """The kernel's count of processes killed for memory when it started."""
@@ -80,84 +81,76 @@ class Pool:
         """How each job ended, in the order given.
 
         Raises:
-            Interrupted: SIGINT, SIGTERM or SIGHUP came; every job was asked to stop and is gone.
+            Interrupted: SIGINT, SIGTERM or SIGHUP came; every job got SIGTERM and is gone.
         """
         waiting = deque(Attempt(job) for job in jobs)
         free, running = deque(self.workers), list[Attempt]()
         ended: dict[str, Cell] = {}
-        with signals_raise():
+        with signals(_interrupt):
             try:
                 while waiting or running:
                     while waiting and free:
                         attempt = waiting.popleft()
                         attempt.worker = free.popleft()
                         running.append(attempt)
-                        self._start(attempt, attempt.worker)
+                        self._start(attempt)
                         screen.started(attempt.job, attempt.worker.name)
                     screen.draw()
                     time.sleep(POLL_S)
                     for attempt in [a for a in running if a.process is None or has_ended(a.process)]:
                         running.remove(attempt)
-                        free.appendleft(attempt.worker or self.workers[0])
-                        cell, again = self._ended(attempt)
-                        if again is not None:
-                            waiting.appendleft(again)
-                            screen.retried(
-                                attempt.job, f"out of memory; again with evaluation.batch_size={again.batch_size}"
-                            )
+                        free.appendleft(attempt.worker)
+                        cell, smaller = self._ended(attempt)
+                        if smaller:
+                            waiting.appendleft(Attempt(attempt.job, attempt.number + 1, smaller))
+                            screen.retried(attempt.job, f"out of memory; again with evaluation.batch_size={smaller}")
                         else:
                             ended[attempt.job.run_id] = cell
                             screen.ended(cell)
             except BaseException:
-                with signals_ignored():
+                with signals(signal.SIG_IGN):  # nothing interrupts the clean-up; it takes at most GRACE_S
                     stop([a.process for a in running if a.process])
                     for attempt in running:
                         note_death(attempt.job, "stopped with its launcher")
                 raise
         return [ended[job.run_id] for job in jobs]
 
-    def _start(self, attempt: Attempt, worker: Worker) -> None:
-        """Start its process; where that cannot be (full disk, read-only folder) the attempt has none, and says why."""
+    def _start(self, attempt: Attempt) -> None:
+        """Start its process, which may fail (full disk, read-only folder)."""
         attempt.oom_kills = oom_kills()
-        job = attempt.job
-        argv = self.command(job, attempt.batch_size)
+        job, worker, argv = attempt.job, attempt.worker, self.command(attempt.job, attempt.batch_size)
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
             with open_log(job.folder / LOG) as out:
-                said = masked(shlex.join(argv))
-                out.write(f"--- {now} attempt {attempt.number} on {worker.name}: {said}\n".encode())
-                attempt.process = subprocess.Popen(
-                    argv,
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=out,
-                    start_new_session=True,
-                    env=os.environ | OF_EVERY_JOB | self.env | worker.env,
-                )
+                shown = masked(shlex.join(argv))
+                out.write(f"--- {now} attempt {attempt.number} on {worker.name}: {shown}\n".encode())
+                attempt.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                                   start_new_session=True,
+                                                   env=os.environ | OF_EVERY_JOB | self.env | worker.env)
         except OSError as error:
             attempt.no_start = f"{type(error).__name__}: {error}"
 
-    def _ended(self, attempt: Attempt) -> tuple[Cell, Attempt | None]:
-        """The job's final state, or also the attempt to make next."""
-        job, process = attempt.job, attempt.process
-        if process is None:
-            return Cell(job, FAILED, error=attempt.no_start), None
-        code = reap(process)
+    def _ended(self, attempt: Attempt) -> tuple[Cell, int]:
+        """The job's state, and the evaluation batch to try it again with; 0 where that state is final."""
+        job = attempt.job
+        if attempt.process is None:
+            return Cell(job, FAILED, error=attempt.no_start), 0
+        code = reap(attempt.process)
         killed_for_memory = code == -signal.SIGKILL and oom_kills() > attempt.oom_kills
         how = died_of(code) + (", taken by the kernel's out-of-memory killer" if killed_for_memory else "")
         if code != 0:
             note_death(job, how)
         cell = read_cell(job)
         if cell.state == FINISHED:
-            return cell, None
+            return cell, 0
         if attempt.number <= self.retries and (killed_for_memory or OUT_OF_MEMORY.search(cell.error or "")):
             batch = attempt.batch_size or self.batch_size(job) or UNSET_BATCH
             if batch > 1:
-                return cell, Attempt(job, attempt.number + 1, batch // 2)
+                return cell, batch // 2
         if cell.state != FAILED:  # it never got to a record, or could not write it
             cell = Cell(job, FAILED, cell.stage, f"{how}; last log line: {cell.error or 'none'}", cell.seconds)
-        return cell, None
+        return cell, 0
 
 
 def died_of(code: int) -> str:
@@ -177,7 +170,7 @@ def oom_kills() -> int:
 
 
 def has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it has ended. Where the system can tell, it stays a zombie, so that its group's id is not used anew."""
+    """Whether it has ended. With waitid it stays a zombie, so that its group's id is not used anew."""
     if hasattr(os, "waitid"):
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
     return process.poll() is not None
@@ -190,7 +183,7 @@ def reap(process: subprocess.Popen[bytes]) -> int:
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask process groups to end, wait up to GRACE_S, then kill what is left. Returns when all are gone."""
+    """SIGTERM to process groups, then, after up to GRACE_S, SIGKILL to what is left. Returns when all are gone."""
     for process in processes:
         _kill_group(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S
@@ -205,26 +198,13 @@ def _kill_group(pid: int, signum: int) -> None:
         os.killpg(pid, signum)
 
 
-@contextlib.contextmanager
-def signals_raise() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise Interrupted inside, unless whoever started us had them ignored (nohup, &)."""
-
-    def interrupt(signum: int, frame: Any) -> None:
-        raise Interrupted(signum)
-
-    with _handlers(interrupt):
-        yield
+def _interrupt(signum: int, frame: Any) -> None:
+    raise Interrupted(signum)
 
 
 @contextlib.contextmanager
-def signals_ignored() -> Iterator[None]:
-    """Nothing interrupts the clean-up; it takes at most GRACE_S."""
-    with _handlers(signal.SIG_IGN):
-        yield
-
-
-@contextlib.contextmanager
-def _handlers(handler: Any) -> Iterator[None]:
+def signals(handler: Any) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP go to `handler`, unless whoever started us had them ignored (nohup, &)."""
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
         yield
         return

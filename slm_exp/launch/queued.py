@@ -38,13 +38,11 @@ def every_job_answers() -> Iterator[None]:
 
 
 def _results(job: Any) -> list[JobReturn]:
-    missing = 0
-    looked = 0.0
+    missing, looked = 0, 0.0
     while not job.paths.result_pickle.exists():
         time.sleep(LOOK_S)
         if time.monotonic() - looked >= QUEUE_S:
-            looked = time.monotonic()
-            queued = is_queued(job)
+            looked, queued = time.monotonic(), is_queued(job)
             missing = missing + 1 if queued is False else 0
             if missing >= 2 and not job.paths.result_pickle.exists():
                 return [_failed(f"job {job.job_id} ended without a result; see {job.paths.stderr}")]
@@ -57,7 +55,7 @@ def _failed(message: str) -> JobReturn:
 
 
 def is_queued(job: Any) -> bool | None:
-    """Whether a job waits or runs; None when nobody can tell now."""
+    """Whether a job waits or runs; None when that cannot be known now."""
     if type(job).__name__ != "SlurmJob":
         return not job.done()
     command = ["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i"]

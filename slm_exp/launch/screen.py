@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from typing import TextIO
 
+from slm_exp.core.format import duration
 from slm_exp.runs.record import read_run
 from slm_exp.runs.sweep import FINISHED, Cell, Job, differing
 
@@ -47,7 +49,7 @@ class Screen:
     def ended(self, cell: Cell) -> None:
         self.running.pop(cell.job.run_id, None)
         self.done.append(cell)
-        took = f"{cell.seconds or 0:.0f} s" + (", from the cache" if cell.from_cache else "")
+        took = duration(cell.seconds or 0) + (", from the cache" if cell.from_cache else "")
         how = took if cell.state == FINISHED else cell.why
         self._say(f"{cell.state:<8} {cell.job.run_id} {self.apart[cell.job.run_id]} ({how})")
 
@@ -56,11 +58,10 @@ class Screen:
         now = time.monotonic()
         if now < self._next:
             return
+        self._next = now + (REDRAW_S if self.live else LINE_EVERY_S)
         if self.live:
-            self._next = now + REDRAW_S
             self._redraw(self._lines(now))
         else:
-            self._next = now + LINE_EVERY_S
             self._print("\n".join([self._headline(now), *self._running_lines(now)]))
 
     def close(self) -> None:
@@ -72,25 +73,22 @@ class Screen:
         finished = self.already + sum(c.state == FINISHED for c in self.done)
         failed = len(self.done) - (finished - self.already)
         left = self.total - self.already - len(self.done)
-        parts = [f"{self.name}: {finished} of {self.total} finished"]
-        if failed:
-            parts.append(f"{failed} failed")
-        parts += [f"{len(self.running)} running", f"{left - len(self.running)} waiting", clock(now - self.begun)]
-        if self.done and left:
-            parts.append(f"about {clock((now - self.begun) / len(self.done) * left)} left")
-        return ", ".join(parts)
+        wrong = f", {failed} failed" if failed else ""
+        rest = f", about {duration((now - self.begun) / len(self.done) * left)} left" if self.done and left else ""
+        return (f"{self.name}: {finished} of {self.total} finished{wrong}, {len(self.running)} running, "
+                f"{left - len(self.running)} waiting, {duration(now - self.begun)}{rest}")
 
     def _running_lines(self, now: float) -> list[str]:
         lines = []
         for job, worker, since in self.running.values():
             run = read_run(job.folder)
             stage = (run.record.stage if run else None) or "starting"
-            lines.append(f"  {worker:<6} {clock(now - since):>8}  {stage:<14} {self.apart[job.run_id]}")
+            lines.append(f"  {worker:<6} {duration(now - since):>12}  {stage:<14} {self.apart[job.run_id]}")
         return lines
 
     def _lines(self, now: float) -> list[str]:
-        wrong = [c for c in self.done if c.state != FINISHED]
-        bad = [f"  {c.state} {c.job.run_id} {self.apart[c.job.run_id]}: {c.why}" for c in wrong]
+        bad = [f"  {c.state} {c.job.run_id} {self.apart[c.job.run_id]}: {c.why}" for c in self.done
+               if c.state != FINISHED]
         size = shutil.get_terminal_size()
         room = max(3, size.lines - 2)
         lines = [self._headline(now), *self._running_lines(now)]
@@ -100,27 +98,13 @@ class Screen:
 
     def _redraw(self, lines: list[str]) -> None:
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
-        self._write(up + "\x1b[J" + "\n".join(lines) + "\n")
+        self._print(up + "\x1b[J" + "\n".join(lines))
         self._drawn = len(lines)
 
     def _say(self, line: str) -> None:
         if not self.live:
-            done = self.already + len(self.done)
-            self._print(f"[{done}/{self.total}] {line}")
+            self._print(f"[{self.already + len(self.done)}/{self.total}] {line}")
 
     def _print(self, text: str) -> None:
-        self._write(text + "\n")
-
-    def _write(self, text: str) -> None:
-        try:
-            self.out.write(text)
-            self.out.flush()
-        except OSError:  # the reader of a pipe is gone, or its disk is full: the jobs matter more
-            pass
-
-
-def clock(seconds: float) -> str:
-    """`2:05` or `1:02:05`."""
-    minutes, s = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
+        with contextlib.suppress(OSError):  # the reader of a pipe is gone, or its disk is full: the jobs matter more
+            print(text, file=self.out, flush=True)

@@ -41,42 +41,28 @@ def visible_gpus() -> list[str]:
 
 def available_memory() -> int:
     """Bytes that new processes may take: what the machine has free, or what is left of this process's cgroup."""
-    free = [psutil.virtual_memory().available]
+    free, root = [psutil.virtual_memory().available], Path("/sys/fs/cgroup")
     for limit, used in (("memory.max", "memory.current"),
                         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # cgroup v2, v1
         with contextlib.suppress(OSError, ValueError):  # no such cgroup, or no limit ("max")
-            root = Path("/sys/fs/cgroup")
             free.append(int((root / limit).read_text()) - int((root / used).read_text()))
     return max(0, min(free))
 
 
-def jobs_at_once(jobs: int, threads: int | None, weights: int | None) -> int:
-    """How many of `jobs` the cores and the memory take, one thread each unless `threads` says otherwise.
-
-    Args:
-        weights: bytes of one model's weights; null is unknown, and then one job at a time is what is safe.
-
-    A job is taken to need four times its weights (dense and compressed model, states, checkpoint) and 2 GiB.
-    """
-    if weights is None:
-        return 1
-    fit = available_memory() // (4 * weights + 2 * GIB)
-    return max(1, min(jobs, cores() // (threads or 1), fit))
-
-
-def make_workers(
-    n: int | None, threads: int | None, gpus: list[str], jobs: int, weights: int | None = None
-) -> list[Worker]:
+def make_workers(n: int | None, threads: int | None, gpus: list[str], jobs: int,
+                 weights: int | None = None) -> list[Worker]:
     """The pool: `n` workers over `gpus` in turn, or over the cores where there are none.
 
     Args:
-        n: null is one per GPU; on CPUs one per core as far as memory goes (see `jobs_at_once`).
+        n: null is one per GPU; on CPUs one per `threads` cores as far as memory goes. A job is taken to need four times
+            its weights (dense and compressed model, states, checkpoint) and 2 GiB.
         threads: CPU threads per job; null shares the cores out, unless OMP_NUM_THREADS is set.
         gpus: names for CUDA_VISIBLE_DEVICES; empty leaves devices alone.
         jobs: how many there are to run; more workers than that would only take threads from them.
-        weights: bytes of one job's weights, for the number of workers on CPUs.
+        weights: bytes of one job's weights; null is unknown, and then one job at a time is what is safe.
     """
-    n = min(n or len(gpus) or jobs_at_once(jobs, threads, weights), max(jobs, 1))
+    fit = 1 if weights is None else available_memory() // (4 * weights + 2 * GIB)
+    n = min(n or len(gpus) or max(1, min(cores() // (threads or 1), fit)), max(jobs, 1))
     env = {"TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false")}
     if threads or "OMP_NUM_THREADS" not in os.environ:
         env["OMP_NUM_THREADS"] = str(threads or max(1, cores() // n))

@@ -6,6 +6,10 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from slm_exp.calibration.base import Calibration
 from slm_exp.core.cache.digests import remember_in
 from slm_exp.core.cache.store import default_cache_dir
@@ -80,26 +84,27 @@ class RunConfig:
         groups = {name: getattr(self, name).identity() for name in GROUPS if name not in UNSCIENTIFIC}
         return {**groups, "seed": self.seed}
 
+    @property
+    def _kernel_decides(self) -> bool:
+        return self.similarity.uses_kernel() or self.method.uses_layer_similarity
+
     def plan_identity(self) -> dict[str, Any]:
         """What decides the plan besides model and tokens: kernel and rule only where score or method look at them."""
         similarity = {"name": self.similarity.name, **self.similarity.after_identity()}
-        if self.similarity.uses_kernel() or self.method.uses_layer_similarity:
+        if self._kernel_decides:
             similarity |= self.similarity.identity() | {"kernel": self.kernel.identity()}
         rule = self.merge_rule.identity() if self.method.uses_merge_rule() else None
         return {"method": self.method.identity(), "rule": rule, "similarity": similarity}
 
     def matrix_identity(self) -> dict[str, Any]:
         """What decides the layer similarity matrix besides model and tokens: kernel and CKA estimator."""
-        estimator = self.similarity.identity()
-        for other in ("name", "after"):
-            estimator.pop(other, None)
+        estimator = {k: v for k, v in self.similarity.identity().items() if k not in ("name", "after")}
         return {"kernel": self.kernel.identity(), "estimator": estimator}
 
     def advice(self) -> list[str]:
         """Settings that are allowed but do less than they seem to."""
         out = []
-        kernel_decides = self.similarity.uses_kernel() or self.method.uses_layer_similarity
-        if self.kernel.name != "linear" and not kernel_decides:
+        if self.kernel.name != "linear" and not self._kernel_decides:
             out.append(f"kernel={self.kernel.name} shapes the similarity matrix only; candidates are scored by "
                        f"{self.similarity.name}. Add similarity=cka to let the kernel decide.")
         if self.merge_rule.name != "top_layer" and not self.method.uses_merge_rule():
@@ -122,11 +127,9 @@ def check_together(cfg: RunConfig) -> None:
     if cfg.similarity.after and (cfg.method.compensate or (plan and plan.compensation)):
         raise ConfigError(f"similarity.after = {cfg.similarity.after}; expected null with a compensated plan "
                           "(method.compensate): a refit restores the norm of the residual stream after a cut already.")
-    others = Together(
-        method=cfg.method.name, recovery=cfg.recovery.name, target_ratio=cfg.method.target_ratio,
-        removes_sublayers=cfg.method.removes_sublayers, plan=plan, plan_path=cfg.method.plan_path,
-        new_hidden_size=cfg.width.new_hidden_size, model_dtype=cfg.model.dtype,
-    )
+    others = Together(method=cfg.method.name, recovery=cfg.recovery.name, target_ratio=cfg.method.target_ratio,
+                      removes_sublayers=cfg.method.removes_sublayers, plan=plan, plan_path=cfg.method.plan_path,
+                      new_hidden_size=cfg.width.new_hidden_size, model_dtype=cfg.model.dtype)
     of_groups = (group.refuses(others) for group in (cfg.method, cfg.width, cfg.recovery))
     for refused in (*of_groups, cfg.evaluation.refuses()):
         if refused:
@@ -139,9 +142,6 @@ def to_run_config(cfg: Any) -> RunConfig:
     Raises:
         ConfigError: with the field, its value, what was wanted and the remedy.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     _refuse_added_keys(cfg)
     try:
         run_config = OmegaConf.to_object(cfg)
@@ -157,8 +157,6 @@ def to_run_config(cfg: Any) -> RunConfig:
 
 def _refuse_added_keys(cfg: Any, where: str = "") -> None:
     """`+group.key=1` adds keys that no schema knows and Hydra lets pass."""
-    from omegaconf import DictConfig, OmegaConf
-
     kind = OmegaConf.get_type(cfg)
     if not is_dataclass(kind):
         return
@@ -175,9 +173,4 @@ def _refuse_added_keys(cfg: Any, where: str = "") -> None:
 
 def register_schema() -> None:
     """Put RunConfig into Hydra's ConfigStore as `run_schema`, the base of conf/config.yaml."""
-    from hydra.core.config_store import ConfigStore
-
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
-
-
-

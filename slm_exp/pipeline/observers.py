@@ -13,20 +13,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from filelock import Timeout
 from omegaconf import OmegaConf
 
 from slm_exp.core.cache.code import package_digest
-from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import SlmError, StageError
 from slm_exp.core.files import JsonObject, write_json, write_text
 from slm_exp.core.locks import Lock
 from slm_exp.core.secrets import masked
+from slm_exp.core.types import MergePlan
 from slm_exp.evaluation.base import EvalReport
 from slm_exp.evaluation.protocol import FILE as PROTOCOL
 from slm_exp.merging.surgery import zeroed
+from slm_exp.pipeline.config import RunConfig
+from slm_exp.pipeline.stages import Experiment, Stage
 from slm_exp.reporting.heatmap import draw_heatmap
 from slm_exp.reporting.page import write_report
 from slm_exp.runs.files import result_files
@@ -34,11 +36,6 @@ from slm_exp.runs.record import FILE as RECORD
 from slm_exp.runs.record import finished_run, git_state, read_run, versions, write_record
 from slm_exp.runs.state import LOCK, remove_stale
 from slm_exp.runs.tracking.base import Tracker
-
-if TYPE_CHECKING:
-    from slm_exp.core.types import MergePlan
-    from slm_exp.pipeline.config import RunConfig
-    from slm_exp.pipeline.stages import Experiment, Stage
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +66,8 @@ class Mirror(Observer):
 
     def kept(self, stage: str, x: Experiment) -> None:
         if stage == "plan":
-            kind = {1: "kept"}
             self.track.table("plan", ["slot", "first layer", "last layer", "kind"],
-                             [[i, g.start, g.stop - 1, kind.get(g.stop - g.start, "merged")]
+                             [[i, g.start, g.stop - 1, "kept" if g.stop - g.start == 1 else "merged"]
                               for i, g in enumerate(x.plan.slots)])
             self.track.table("trace", ["low", "high", "score", "accepted"],
                              [[t.low, t.high, t.score, t.accepted] for t in x.plan.trace])
@@ -118,41 +114,29 @@ class Recorder:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
+        run_id = self.cfg.run_id
         self._lock = Lock(self.folder / LOCK)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            log.warning("another process is computing run %s in %s; waiting for it.", self.cfg.run_id, self.folder)
+            log.warning("another process is computing run %s in %s; waiting for it.", run_id, self.folder)
             self._lock.acquire()
-        run_id = self.cfg.run_id
         remove_stale(self.folder / RECORD, own_too=True)
-        exact = self.cfg.cache.accept == "exact"
-        if done := finished_run(self.folder, run_id, bool(self.cfg.save_model), exact):
-            self.finished = True
-            self.record = done.record.raw
+        if done := finished_run(self.folder, run_id, bool(self.cfg.save_model), self.cfg.cache.accept == "exact"):
+            self.finished, self.record = True, done.record.raw
             return self
         if (before := read_run(self.folder)) and before.record.status == "finished":
             write_json(self.folder / "record.before.json", before.record.raw)  # nothing that was finished is lost
         self._started = time.perf_counter()
+        overrides = masked(self.overrides)
         self.record = {
-            "run_id": run_id,
-            "status": "running",
-            "group": self.group,
-            "command": shlex.join(["python", "-m", "slm_exp", *masked(self.overrides)]),
-            "overrides": masked(self.overrides),
-            "config": masked(self.cfg.resolved()),
-            "versions": versions(),
-            "code": package_digest(),
-            "device": None,
-            "git": git_state(),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": None,
-            "pid": os.getpid(),
-            "stages": [],
-            "warnings": [],
-            "eval": {"dense": None, "compressed": None},
+            "run_id": run_id, "status": "running", "group": self.group,
+            "command": shlex.join(["python", "-m", "slm_exp", *overrides]), "overrides": overrides,
+            "config": masked(self.cfg.resolved()), "versions": versions(), "code": package_digest(), "device": None,
+            "git": git_state(), "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": None,
+            "pid": os.getpid(), "stages": [], "warnings": [], "eval": {"dense": None, "compressed": None},
             "error": None,
-        }
+        }  # fmt: skip
         self.write()
         write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.record["config"])))
         return self
@@ -170,16 +154,8 @@ class Recorder:
             self.record["seconds"] = round(time.perf_counter() - self._started, 3)
         write_record(self.folder, self.record)
 
-    @property
-    def store(self) -> StageStore:
-        """The stage cache of this run."""
-        return StageStore(Path(self.cfg.cache.dir) if self.cfg.cache.enabled else None)
-
     def carry_out(self, stage: Stage[Any], x: Experiment) -> bool:
-        """Carry out one stage and keep what it gave, in the folder and in the record; tell the observers.
-
-        Returns whether its value came from the stage cache.
-        """
+        """Carry out one stage and keep what it gave. Returns whether its value came from the stage cache."""
         cached = stage.carry_out(x)
         match stage.name:
             case "load":
@@ -193,12 +169,16 @@ class Recorder:
             case "evaluate_dense":
                 self.keep_evaluation("dense", x.dense_report)
             case "plan":
-                self.keep_plan(x.plan)
+                self.keep_plan(x.plan, x.plan.notes)
+                if not x.plan.changes_layers:
+                    best = max((t.score for t in x.plan.trace), default=None)
+                    lower = best is not None and x.plan.threshold is not None
+                    hint = f" The best candidate scored {best:.4f}: lower method.threshold below that." if lower else ""
+                    self.warn(f"the plan merges and removes nothing.{hint}")
             case "narrowed_score":
-                self.keep_width(x.plan)
+                self.keep_plan(x.plan, x.plan.width.notes if x.plan.width else ())
             case "recover":
-                self.note(recovery=x.recovery.report,
-                          layers={"before": x.dense.n_layers, "after": x.model.n_layers},
+                self.note(recovery=x.recovery.report, layers={"before": x.dense.n_layers, "after": x.model.n_layers},
                           params={"before": x.dense.n_params, "after": x.model.n_params,
                                   "ratio_removed": 1 - x.model.n_params / x.dense.n_params,
                                   "zeroed": zeroed(x.model, x.plan)})
@@ -229,24 +209,23 @@ class Recorder:
         except BaseException as error:
             error.add_note(f"stage: {name}")
             raise
-        cached = bool(parts) and all(parts)
-        entry = {"name": name, "seconds": round(time.perf_counter() - started, 3), "cached": cached}
-        self.record["stages"].append(entry)
-        log.info("%s done in %.1f s%s", name, entry["seconds"], " (from the cache)" if cached else "")
+        entry = {"seconds": round(time.perf_counter() - started, 3), "cached": bool(parts) and all(parts)}
+        self.record["stages"].append({"name": name, **entry})
+        log.info("%s done in %.1f s%s", name, entry["seconds"], " (from the cache)" if entry["cached"] else "")
         self.write()
-        self._tell(stages={name: {"seconds": entry["seconds"], "cached": cached}})
+        self._pass_on(stages={name: entry})
 
     def note(self, **sections: Any) -> None:
         """Add sections to the record, written with the next stage."""
         self.record.update(sections)
-        self._tell(**sections)
+        self._pass_on(**sections)
 
-    def _tell(self, **sections: Any) -> None:
+    def _pass_on(self, **sections: Any) -> None:
         for observer in self.observers:
             observer.noted(sections)
 
     def warn(self, *messages: str) -> None:
-        """Tell the user once, and keep it in the record."""
+        """Log once, and keep it in the record."""
         for message in messages:
             if message not in self.record["warnings"]:
                 log.warning(message)
@@ -263,34 +242,22 @@ class Recorder:
         report.save_samples(self.folder / "samples" / which)
         write_json(self.folder / PROTOCOL, report.protocol.to_json())
         self.record["eval"][which] = report.to_json()
-        self._tell(eval={which: report.to_json()})
+        self._pass_on(eval={which: report.to_json()})
         self.cfg.evaluation.accept(report, dense=which == "dense")
 
-    def keep_plan(self, plan: MergePlan) -> None:
-        """plan.json and the record's `plan`; its notes as warnings."""
+    def keep_plan(self, plan: MergePlan, notes: Sequence[str]) -> None:
+        """plan.json and the record's `plan`; the notes as warnings."""
         plan.save(self.folder)
         self.note(plan=plan.to_json())
-        self.warn(*plan.notes)
-        if not plan.changes_layers:
-            best = max((t.score for t in plan.trace), default=None)
-            lower = best is not None and plan.threshold is not None
-            hint = f" The best candidate scored {best:.4f}: lower method.threshold below that." if lower else ""
-            self.warn(f"the plan merges and removes nothing.{hint}")
-
-    def keep_width(self, plan: MergePlan) -> None:
-        """plan.json and the record's `plan` again, with what was decided about widths, and its notes as warnings."""
-        plan.save(self.folder)
-        self.note(plan=plan.to_json())
-        self.warn(*(plan.width.notes if plan.width else ()))
+        self.warn(*notes)
 
     def done(self) -> JsonObject:
         """Mark the run finished, with size and digest of every file that is its result. Nothing may fail after this."""
-        self.record["files"] = result_files(self.folder, with_model=bool(self.cfg.save_model))
-        self.record["status"] = "finished"
+        self.record |= {"files": result_files(self.folder, bool(self.cfg.save_model)), "status": "finished"}
         self.record.pop("stage", None)
         self.write()
         self.finished = True
-        self._tell(status="finished", seconds=self.record["seconds"])
+        self._pass_on(status="finished", seconds=self.record["seconds"])
         return self.record
 
     def _fail(self, error: BaseException) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from slm_exp.core.cache.store import StageStore
 from slm_exp.evaluation.base import Evaluation
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.observers import Mirror, Pages, Recorder
@@ -19,9 +20,8 @@ from slm_exp.runs.record import is_finished
 from slm_exp.runs.tracking.none import NoTracking
 
 
-def run(
-    cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str | None = None, training: Path | None = None
-) -> dict[str, Any]:
+def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str | None = None,
+        training: Path | None = None) -> dict[str, Any]:
     """Carry out one experiment and leave its record in `folder`; a finished one is returned as it is.
 
     Every stage takes its result from the stage cache when an earlier run had the same inputs; weights load only
@@ -39,7 +39,8 @@ def run(
         with cfg.tracking.session(rec.record, folder) as track:
             rec.observers.append(Mirror(track, folder))
             rec.warn(*cfg.advice())
-            x = Experiment(cfg, folder, rec.store, training, track, rec.record)
+            store = StageStore(Path(cfg.cache.dir) if cfg.cache.enabled else None)
+            x = Experiment(cfg, folder, store, training, track, rec.record)
             for step in steps(cfg):
                 with rec.stage(step.name) as cached:
                     cached += [rec.carry_out(stage, x) for stage in step.stages if stage.when(x)]

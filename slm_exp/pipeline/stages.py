@@ -38,7 +38,6 @@ class Experiment:
 
     cfg: RunConfig
     folder: Path
-    """The run's folder."""
     store: StageStore
     training: Path | None = None
     """Where a training keeps its checkpoints; null is the run's folder."""
@@ -70,11 +69,6 @@ class Experiment:
                         self.store, cfg.seed)
 
     @property
-    def width_task(self) -> WidthTask:
-        return WidthTask(self.model, self.tokens, self.plan.slots, self.width_ratio, self.cfg.seed,
-                         n_dense=self.dense.n_layers)
-
-    @property
     def width_ratio(self) -> float:
         """Share of the decoder layers' parameters for the width pruner to remove."""
         return known(self.cfg.width.ratio_for, self.cfg.method, self.dense, self.model)
@@ -85,7 +79,7 @@ class Experiment:
 
 
 class Unknown(str):
-    """What only the run can tell: any part of an unknown value is unknown too. For the forecast."""
+    """What only the run will know: any part of an unknown value is unknown too. For the forecast."""
 
     def __new__(cls, *parts: object) -> Unknown:
         return str.__new__(cls, f"?{digest([str(p) for p in parts])}")
@@ -141,18 +135,15 @@ class Stage(Generic[T]):
         if self.kind is None or inputs is None:
             value = self.compute(x)
         else:
-            value, cached = x.store.cached(self.folder, inputs, self.kind, lambda: self.compute(x), self.made_by(x))  # type: ignore[type-var]
+            made_by = Code(self.code(x), self.libraries)
+            value, cached = x.store.cached(self.folder, inputs, self.kind, lambda: self.compute(x), made_by)  # type: ignore[type-var]
         setattr(x, self.field, value)
         self.then(x)
         return cached
 
-    def made_by(self, x: Experiment) -> Code:
-        """The code and the libraries in the value's key."""
-        return Code(self.code(x), self.libraries)
-
     def key(self, x: Experiment, inputs: Inputs) -> str:
         """Of the value in the cache."""
-        return x.store.key(self.folder, inputs, self.made_by(x))
+        return x.store.key(self.folder, inputs, Code(self.code(x), self.libraries))
 
     def files(self, x: Experiment) -> set[str]:
         """Every file of the package that is in the value's key."""
@@ -190,11 +181,7 @@ def _load(x: Experiment) -> ModelHandle:
 
 
 def check_model(cfg: RunConfig, dense: ModelHandle) -> None:
-    """Refuse what this model cannot do, before weights load.
-
-    Raises:
-        ConfigError / DataError: names the field.
-    """
+    """Refuse what this model cannot do, before weights load. Raises ConfigError or DataError, which name the field."""
     cfg.width.check_model(dense, cfg.method)
     cfg.width.check_depth(cfg.method, dense)
     cfg.evaluation.check_data(dense.random)
@@ -234,15 +221,11 @@ BUILT = ("core/types.py", "core/widths.py", "models", "merging")
 """What a compressed model is built by: the result of any stage that looks at one depends on it."""
 
 
-def _evaluate_code(x: Experiment) -> tuple[str, ...]:
-    return (*BUILT, "evaluation", "calibration/tokens.py", "engine/fused.py")
-
-
 EVALUATE_DENSE = Stage(
     "evaluate_dense", "dense_report", lambda x: x.cfg.evaluation.run(x.dense), EvalReport,
     lambda x: {**x.on(x.dense), **x.cfg.evaluation.measured_by()},
-    code=_evaluate_code, libraries=("torch", "transformers", "lm_eval"), cache="evaluate",
-    works=lambda x: x.cfg.evaluation.measures,
+    code=lambda x: (*BUILT, "evaluation", "calibration", "engine/fused.py"), libraries=("torch", "transformers", "lm_eval"),
+    works=lambda x: x.cfg.evaluation.measures, cache="evaluate",
 )  # fmt: skip
 
 # --- width: of the dense model before the plan, or of the merged one
@@ -260,18 +243,24 @@ def _narrow(x: Experiment) -> None:
         x.model = known(apply_width, x.model, x.width)
 
 
-def _narrow_the_merged(x: Experiment) -> None:
-    if x.width is not None:
-        x.plan = known(_with_width, x.plan, x.width)
-    _narrow(x)
-
-
 def _with_width(plan: MergePlan, width: WidthDecision) -> MergePlan:
     return replace(plan, width=width)
 
 
+def _in_plan(x: Experiment) -> None:
+    if x.width is not None:
+        x.plan = known(_with_width, x.plan, x.width)
+
+
+def _narrow_the_merged(x: Experiment) -> None:
+    _in_plan(x)
+    _narrow(x)
+
+
 WIDTH_BEFORE: Stage[Any] = Stage(
-    "width", "width", lambda x: x.cfg.width.decide(x.width_task), WidthDecision, _width_inputs,
+    "width", "width", lambda x: x.cfg.width.decide(WidthTask(x.model, x.tokens, x.plan.slots, x.width_ratio,
+                                                             x.cfg.seed, n_dense=x.dense.n_layers)),
+    WidthDecision, _width_inputs,
     code=lambda x: (*BUILT, "width", "engine", "search", "similarity", "kernels"),
     works=lambda x: x.cfg.width.prunes, then=_narrow, small=True,
 )  # fmt: skip
@@ -287,16 +276,14 @@ def _depth_method(x: Experiment) -> Any:
 
 def _decided(x: Experiment) -> None:
     """Where width came first, the plan says so."""
-    if x.cfg.width.order == "before" and x.width is not None:
-        x.plan = known(_with_width, x.plan, x.width)
+    if x.cfg.width.order == "before":
+        _in_plan(x)
     if not isinstance(x.plan, Unknown):
         x.plan = replace(x.plan, target=x.cfg.width.target_of(x.cfg.method, x.plan.target))
 
 
 PLAN = Stage(
-    "plan", "plan",
-    lambda x: _depth_method(x).plan(x.task.on(x.model, x.cfg.method.uses_layer_similarity)),
-    MergePlan,
+    "plan", "plan", lambda x: _depth_method(x).plan(x.task.on(x.model, x.cfg.method.uses_layer_similarity)), MergePlan,
     lambda x: {**x.on(x.model), "tokens": x.tokens.digest, **x.cfg.plan_identity(),
                "method": _depth_method(x).identity(), "seed": x.cfg.seed},
     code=lambda x: (*BUILT, *code_of(x.cfg.method, x.cfg.width), "search", "engine", "similarity", "kernels",
@@ -353,7 +340,7 @@ def _recovered(x: Experiment) -> None:
 RECOVER = Stage(
     "recover", "recovery",
     lambda x: x.cfg.recovery.recover(RecoveryTask(x.model, x.dense, x.plan, x.tokens, x.training or x.folder, x.track,
-                                           x.cfg.seed)),
+                                                  x.cfg.seed)),
     RecoveryResult, _recover_inputs,
     code=lambda x: (*BUILT, "recovery", "calibration", "engine"), libraries=("torch", "transformers", "peft"),
     works=lambda x: x.cfg.recovery.changes_weights, then=_recovered,
@@ -361,15 +348,12 @@ RECOVER = Stage(
 
 # --- evaluate
 
-EVALUATE = Stage(
-    "evaluate", "report", lambda x: x.cfg.evaluation.run(x.model), EvalReport,
-    lambda x: {**x.on(x.model), **x.cfg.evaluation.measured_by()},
-    code=_evaluate_code, libraries=("torch", "transformers", "lm_eval"),
-    works=lambda x: x.cfg.evaluation.measures,
+EVALUATE = replace(
+    EVALUATE_DENSE, name="evaluate", field="report", compute=lambda x: x.cfg.evaluation.run(x.model),
+    inputs=lambda x: {**x.on(x.model), **x.cfg.evaluation.measured_by()},
 )  # fmt: skip
 
-TIME = Stage("time", "speed", lambda x: x.cfg.evaluation.time(x.dense, x.model),
-             when=lambda x: x.cfg.evaluation.times)
+TIME = Stage("time", "speed", lambda x: x.cfg.evaluation.time(x.dense, x.model), when=lambda x: x.cfg.evaluation.times)
 """Latency of both models in turns; a timing never comes from the cache."""
 
 # --- save, report

@@ -18,7 +18,7 @@ import pytest
 from slm_exp import __version__
 from slm_exp.launch import pool as pool_module
 from slm_exp.launch.pool import Pool, died_of
-from slm_exp.launch.screen import Screen, clock
+from slm_exp.launch.screen import Screen
 from slm_exp.launch.workers import GIB, Worker, available_memory, make_workers, visible_gpus
 from slm_exp.runs.sweep import DIED, FAILED, FINISHED, WAITING, Job, read_cell
 
@@ -306,10 +306,9 @@ def test_states_read_from_folders(job: Callable[[str], Job]) -> None:
     assert (read_cell(a).state, read_cell(a).error) == (WAITING, "finished by version 0.0.0")
 
 
-def test_died_of_and_clock() -> None:
+def test_died_of() -> None:
     assert died_of(-9) == "killed by SIGKILL"
     assert died_of(3) == "ended with exit status 3"
-    assert (clock(65), clock(3725)) == ("1:05", "1:02:05")
 
 
 class Terminal(io.StringIO):
