@@ -1,4 +1,4 @@
-"""Layers sampled at random: what any selection must beat."""
+"""Floors for comparisons: the lowest layers go, the highest, or random ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,25 @@ from random import Random
 from slm_exp.core.registry import register
 from slm_exp.methods.base import Baseline, Selection
 from slm_exp.search.task import PlanTask
+
+
+@register("method", "first")
+@dataclass
+class FirstLayers(Baseline):
+    """Drop the n lowest layers that are not protected; nothing is. A floor for comparisons."""
+
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
+        return Selection(tuple(self.removable(task.handle.n_layers)[:n_remove]))
+
+
+@register("method", "last")
+@dataclass
+class LastLayers(Baseline):
+    """Drop the n highest layers that are not protected; nothing is. A floor for comparisons."""
+
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
+        layers = self.removable(task.handle.n_layers)
+        return Selection(tuple(layers[len(layers) - n_remove :]))
 
 
 @register("method", "random")

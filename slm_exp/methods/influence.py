@@ -1,4 +1,4 @@
-"""Angular distance: drop the run of layers whose ends are most similar."""
+"""Drop the layers that turn the dense states least: one by one (ShortGPT), or as a run (angular distance)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,29 @@ from typing import TYPE_CHECKING
 
 from slm_exp.core.registry import register
 from slm_exp.core.types import Trial
-from slm_exp.methods.base import Baseline, Selection
+from slm_exp.methods.base import Baseline, Selection, lowest
 from slm_exp.search.task import PlanTask
+from slm_exp.similarity.base import token_cosine
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@register("method", "shortgpt")
+@dataclass
+class ShortGPT(Baseline):
+    """Drop the n layers of lowest block influence, 1 - mean over tokens of cos(state in, state out). One-shot.
+
+    Nothing protected, as published. Source: ShortGPT, arXiv:2403.03853. The widely used unofficial code takes the
+    last layer's output after the final norm, which inflates that layer's influence; here it is taken before.
+    The trace holds 1 - influence. Cost: the dense pass.
+    """
+
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
+        states = task.engine.dense_states
+        influence = {i: 1 - token_cosine(states[i], states[i + 1]) for i in self.removable(task.handle.n_layers)}
+        dropped, trace = lowest(influence, n_remove, shown=lambda x: 1 - x)
+        return Selection(dropped, trace=trace)
 
 
 @register("method", "angular")
