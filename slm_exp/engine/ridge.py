@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
+import torch
+from torch import Tensor
 
 HELD = 5
 
@@ -27,13 +25,6 @@ class Moments:
     rr: float = 0.0
     tt: float = 0.0
     """Sum of weighted squares of what x is to explain, residual or not."""
-
-    @classmethod
-    def empty(cls, inputs: int, outputs: int, device: torch.device) -> Moments:
-        import torch
-
-        xx_CC = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
-        return cls(xx_CC, xx_CC.new_zeros(inputs, outputs))
 
     def add(self, x_MC: Tensor, r_MD: Tensor, weight_M: Tensor) -> None:
         """Count tokens in, each with a weight."""
@@ -67,7 +58,8 @@ def empty_moments(layer: Any, module: str | None, outputs: int) -> Moments:
     """Moments of a projection's inputs, and of ones where it has a bias; of nothing where none is named."""
     linear = None if module is None else layer.get_submodule(module)
     inputs = 0 if linear is None else linear.weight.shape[1] + (linear.bias is not None)
-    return Moments.empty(int(inputs), outputs, next(layer.parameters()).device)
+    xx_CC = torch.zeros(inputs, inputs, dtype=torch.float64, device=next(layer.parameters()).device)
+    return Moments(xx_CC, xx_CC.new_zeros(inputs, outputs))
 
 
 def add_tokens(
@@ -81,8 +73,6 @@ def add_tokens(
         held_N: sequences that go into `held`, the others into `fit`.
         relative: each token's error counts relative to its norm, as the next layer's norm sees it.
     """
-    import torch
-
     if len(fit.xx_CC) > x_NTC.shape[-1]:  # a bias is the weight of ones
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
     for moments, chosen_N in ((fit, ~held_N), (held, held_N)):
@@ -108,8 +98,6 @@ def changed(layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: T
 
 def held_out(n: int) -> Tensor:
     """Which of n sequences are not fitted on [n]: every fifth, at least one. Ridges and changes are judged there."""
-    import torch
-
     held_N = torch.arange(n) % HELD == HELD - 1
     held_N[-1] |= not held_N.any()
     return held_N
@@ -125,8 +113,6 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float]) -> tuple[Tensor
         (change, ridge, squared residual left over `held`), or None where no ridge lowers it.
     Cost: one Cholesky factor of [C, C] and one product with [C, D] for every ridge.
     """
-    import torch
-
     best: tuple[Tensor, float, float] | None = None
     scale = float(fit.xx_CC.diagonal().mean())
     if not scale > 0:

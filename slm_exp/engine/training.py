@@ -74,8 +74,7 @@ class Training:
     """Of the checkpoints."""
     seed: int
     track: SectionLog | None = None
-    section: str = "recovery"
-    """Of what the tracker gets: `recovery/loss`, `recovery/lr`."""
+    """Gets `recovery/loss`, `recovery/lr`."""
 
     def run(self) -> tuple[nn.Module, dict[str, Any]] | None:
         """The trained model and the report; None where no parameter trains.
@@ -221,13 +220,12 @@ class _Progress(TrainerCallback):
             log.info("step %d of %d: %s", state.global_step, state.max_steps,
                      ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         if values and self.training.track:
-            self.training.track.log({self.training.section: {**values, "step": state.global_step}})
+            self.training.track.log({"recovery": {**values, "step": state.global_step}})
 
 
 class _Trainer(Trainer):
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+                     ) -> Any:
         own = model(**inputs)["loss"]
         if num_items_in_batch is not None and model.training:  # as Trainer does: micro-batches weigh by tokens
             own = own * ((inputs["labels"][:, 1:] >= 0).sum() / num_items_in_batch)
@@ -316,9 +314,8 @@ def checkpoints_in(folder: Path) -> Iterator[None]:
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is a full disk (or quota)."""
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
-            return True
-        if "No space left" in str(error) or "PytorchStreamWriter failed writing" in str(error):
+        words = ("os error 28", "No space left", "PytorchStreamWriter failed writing")
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(w in str(error) for w in words):
             return True
         error = error.__cause__ or error.__context__
     return False

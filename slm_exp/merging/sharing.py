@@ -63,8 +63,5 @@ def _number(model: PreTrainedModel, layer_list: str, layers: Sequence[int]) -> N
     placed: dict[str, Any] | None = getattr(model, "hf_device_map", None)
     if placed:
         numbers = {f"{layer_list}.{old}": f"{layer_list}.{at}" for at, old in enumerate(layers)}
-        model.hf_device_map = {  # type: ignore[assignment]
-            numbers.get(name, name): device
-            for name, device in placed.items()
-            if name in numbers or not name.startswith(f"{layer_list}.")
-        }
+        model.hf_device_map = {numbers.get(name, name): device for name, device in placed.items()  # type: ignore[assignment]
+                               if name in numbers or not name.startswith(f"{layer_list}.")}

@@ -76,15 +76,11 @@ def full_shape(config: PretrainedConfig) -> Shape:
 
 def costs_of(handle: ModelHandle, hidden_size: int | None = None) -> Costs:
     """Parameters per unit, from shapes alone; with another hidden size where one is given."""
-    config = handle.config
+    config, layout, shape = copy.deepcopy(handle.config), handle.layout, full_shape(handle.config)
     if hidden_size is not None:
-        config = copy.deepcopy(config)
-        config.head_dim = head_dim(handle.config)
-        config.hidden_size = hidden_size
-    layout = handle.layout
+        config.head_dim, config.hidden_size = head_dim(config), hidden_size
     layer = layout.layers(empty_model(config))[0]
     size = {name: p.numel() for name, p in layer.named_parameters()}
-    shape = full_shape(handle.config)
 
     def rows(name: str, units: int) -> int:
         return (size[f"{name}.weight"] + size.get(f"{name}.bias", 0)) // units
@@ -104,12 +100,10 @@ def head_dim(config: PretrainedConfig) -> int:
 
 def legal(config: PretrainedConfig, shape: Shape, hidden_size: int | None = None) -> bool:
     """Whether the family's own config class accepts these widths (Llama's wants hidden_size % heads == 0)."""
-    about = config.to_dict() | {
-        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": head_dim(config),
-        "intermediate_size": shape.channels, "hidden_size": hidden_size or config.hidden_size,
-    }
+    sizes = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": head_dim(config),
+             "intermediate_size": shape.channels, "hidden_size": hidden_size or config.hidden_size}
     try:
-        type(config).from_dict(about)
+        type(config).from_dict(config.to_dict() | sizes)
     except Exception:  # huggingface_hub's StrictDataclassError, or ValueError from older checks
         return False
     return True
@@ -131,11 +125,9 @@ def fit(full: Shape, costs: Costs, attention: float, layer: float, shapes: Seque
     """The widths nearest to so many parameters: heads first, for attention alone, then channels for the whole layer.
 
     Args:
-        full: the widest possible.
         attention, layer: parameters to be left, of attention's projections and of the layer.
         shapes: (query heads, key-value heads) to choose from.
-    Returns:
-        None where every choice leaves no MLP channel.
+    Returns: None where every choice leaves no MLP channel.
     """
     beyond: Shape | None = None
     for heads, kv_heads in sorted(shapes, key=lambda s: abs(costs.attention(*s) - attention)):
@@ -213,10 +205,8 @@ def allocate_by_score(
         removed += unit.cost
         a, m = gone[unit.layer]
         gone[unit.layer] = (a + 1, m) if unit.kind == 0 else (a, m + 1)
-    return {
-        i: Shape(*shapes[len(shapes) - 1 - a], full.channels - (0 if m == 0 else last + (m - 1) * CHANNELS))
-        for i, (a, m) in gone.items()
-    }
+    return {i: Shape(*shapes[len(shapes) - 1 - a], full.channels - (0 if m == 0 else last + (m - 1) * CHANNELS))
+            for i, (a, m) in gone.items()}
 
 
 def standardised(x: Tensor) -> Tensor:

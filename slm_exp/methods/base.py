@@ -90,15 +90,10 @@ class Method(Component, ABC):
         return None
 
     def cost(self, n_layers: int, removed: int | None) -> Count:
-        """Block forwards, losses and scores of the search, its compensation included.
-
-        Args:
-            removed: layers that the plan removes; None where nobody knows yet.
-        """
+        """Of the search and its compensation; `removed`: layers that the plan removes, None where nobody knows yet."""
         count = self.search_cost(n_layers, removed)
-        if not self.compensate:
-            return count
-        return Count(count.blocks + 2 * n_layers, count.heads, count.scores + 1, count.note)
+        more = 2 * n_layers if self.compensate else 0
+        return replace(count, blocks=count.blocks + more, scores=count.scores + bool(more))
 
     def search_cost(self, n_layers: int, removed: int | None) -> Count:
         """`cost` without a compensation: one look at the dense states and one compressed model, which runs anew from
@@ -106,11 +101,7 @@ class Method(Component, ABC):
         return Count(2 * n_layers - (removed or 0))
 
     def plan_from_scores(self, n_layers: int, scores: Mapping[str, float], rule_name: str) -> MergePlan | None:
-        """The plan, where scores that an earlier search kept decide it; None where they do not.
-
-        Args:
-            scores: the entries of the journal of this model, tokens, rule and similarity (`search.inputs`).
-        """
+        """The plan, where scores that an earlier search kept (see `search.inputs`) decide it; None where not."""
         return None
 
     @abstractmethod
@@ -138,11 +129,9 @@ class Sized(Method):
                 require(getattr(self, name) is None, f"method.{name}", getattr(self, name), *self.no_target(name))
         requested = {f"method.{name}": getattr(self, name) for name in SIZES if getattr(self, name) is not None}
         if len(requested) > 1:
-            raise ConfigError(
-                "set at most one of method.threshold, method.target_layers, method.target_ratio; got "
-                + ", ".join(f"{k} = {v}" for k, v in requested.items())
-                + ". Reset one with, e.g., method.threshold=null."
-            )
+            got = ", ".join(f"{k} = {v}" for k, v in requested.items())
+            raise ConfigError("set at most one of method.threshold, method.target_layers, method.target_ratio; got "
+                              f"{got}. Reset one with, e.g., method.threshold=null.")
         if self.threshold is not None:
             require(-1 <= self.threshold <= 1, "method.threshold", self.threshold, "a score in [-1, 1]",
                     "Scores are similarities to the dense model, 1 is identical: try 0.9.")
@@ -247,9 +236,8 @@ class Baseline(Sized):
         hint = f"method.protect_first={self.protect_first} and protect_last={self.protect_last} keep layers."
         if self.merge:
             hint += " With method.merge=true one more stays, into which the others are merged."
-        left = self.requested_layers(
-            handle, fewest=max(1, n - max(0, len(self.removable(n)) - (self.keeps_one or self.merge))),
-            hint=hint if self.protect_first + self.protect_last else "")
+        fewest = max(1, n - max(0, len(self.removable(n)) - (self.keeps_one or self.merge)))
+        left = self.requested_layers(handle, fewest, hint if self.protect_first + self.protect_last else "")
         assert left is not None
         return n - left
 
@@ -267,11 +255,9 @@ class Baseline(Sized):
         n, dropped, groups = task.handle.n_layers, selection.dropped, selection.groups
         if self.merge and dropped:
             dropped, groups = (), (*groups, *merged_runs(dropped, n, self.removable(n)))
-        plan = MergePlan(
-            n_layers=n, groups=groups, dropped=dropped, sublayers=selection.sublayers, method=self.name,
-            rule=task.rule.name if groups else "", similarity=task.similarity.name, trace=selection.trace,
-            block_forwards=selection.block_forwards,
-        )
+        plan = MergePlan(n, groups, dropped, sublayers=selection.sublayers, method=self.name, trace=selection.trace,
+                         rule=task.rule.name if groups else "", similarity=task.similarity.name,
+                         block_forwards=selection.block_forwards)
         requested = next(value for name in self.targets if (value := getattr(self, name)) is not None)
         target = Target(requested, True, plan.n_layers_out, threshold=selection.threshold,
                         sublayers=len(selection.sublayers) if self.removes_sublayers else None)
@@ -279,10 +265,8 @@ class Baseline(Sized):
 
 
 def layers_for_ratio(handle: ModelHandle, ratio: float, fewest: int) -> int:
-    """How many layers are left when about `ratio` of the parameters is gone: the nearest size. Loads no weights.
+    """How many layers, `fewest` or more, are left when about `ratio` of the parameters is gone. Loads no weights.
 
-    Args:
-        fewest: layers that any plan leaves.
     Raises:
         ConfigError: even the nearest size is off by more than one layer's share; names it and its ratio.
     """
@@ -290,10 +274,9 @@ def layers_for_ratio(handle: ModelHandle, ratio: float, fewest: int) -> int:
     layers = min(range(fewest, handle.n_layers + 1), key=lambda n: abs((handle.n_layers - n) * share - ratio))
     reached = (handle.n_layers - layers) * share
     if abs(reached - ratio) > share:
-        raise ConfigError(
-            f"method.target_ratio = {ratio}; expected a share of the parameters that removing layers can reach. The "
-            f"nearest is {reached:.3f} ({layers} of {handle.n_layers} layers left); each layer is {share:.1%}."
-        )
+        raise ConfigError(f"method.target_ratio = {ratio}; expected a share of the parameters that removing layers "
+                          f"can reach. The nearest is {reached:.3f} ({layers} of {handle.n_layers} layers left); each "
+                          f"layer is {share:.1%}.")
     return layers
 
 
@@ -314,13 +297,10 @@ def greedy_cost(n_layers: int, parts: float, removals: int, per_layer: int = 1, 
     return Count(blocks + 2 * n_layers, tried * heads)
 
 
-def lowest(
-    scores: Mapping[int, float], n: int, shown: Callable[[float], float] = float
-) -> tuple[tuple[int, ...], tuple[Trial, ...]]:
-    """The n layers of lowest score (the lower layer at a tie), and the trace of all.
+def lowest(scores: Mapping[int, float], n: int, shown: Callable[[float], float] = float,
+           block_forwards: int = 0) -> Selection:
+    """The n layers of lowest score (the lower layer at a tie) go; the trace holds what `shown` makes of the scores.
 
-    Args:
-        shown: what the trace holds of a score.
     Raises:
         PlanError: a score is not a number; names its layer.
     """
@@ -330,7 +310,7 @@ def lowest(
                             "Use model.dtype=float32 or bfloat16; if it is float32 already, the weights are damaged.")
     dropped = set(sorted(scores, key=lambda i: (scores[i], i))[:n])
     trace = tuple(Trial(i, i, shown(score), i in dropped) for i, score in sorted(scores.items()))
-    return tuple(sorted(dropped)), trace
+    return Selection(tuple(sorted(dropped)), trace=trace, block_forwards=block_forwards)
 
 
 def merged_runs(dropped: Iterable[int], n_layers: int, free: range | None = None) -> tuple[Group, ...]:

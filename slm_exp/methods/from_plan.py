@@ -128,10 +128,8 @@ class FromPlan(Sized):
         try:
             apply_plan(handle, self.plan_for(handle), rule() if rule else None)  # type: ignore[arg-type]
         except (PlanError, AttributeError, IndexError, TypeError, ValueError) as error:
-            why = str(error)
-        else:
-            return
-        raise ConfigError(f"method.path = {self.path}; expected a plan whose width fits {handle.name}: {why}.")
+            raise ConfigError(f"method.path = {self.path}; expected a plan whose width fits {handle.name}: {error}."
+                              ) from None
 
     def plan(self, task: PlanTask) -> MergePlan:
         made = self.plan_for(task.handle)

@@ -29,8 +29,7 @@ class ShortGPT(Baseline):
     def choose(self, task: PlanTask, n_remove: int) -> Selection:
         states = task.engine.dense_states
         influence = {i: 1 - token_cosine(states[i], states[i + 1]) for i in self.removable(task.handle.n_layers)}
-        dropped, trace = lowest(influence, n_remove, shown=lambda x: 1 - x)
-        return Selection(dropped, trace=trace)
+        return lowest(influence, n_remove, shown=lambda x: 1 - x)
 
 
 @register("method", "angular")

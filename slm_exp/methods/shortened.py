@@ -14,44 +14,41 @@ from slm_exp.search.greedy import Unit, each_alone, one_shot, traced
 from slm_exp.search.task import PlanTask
 
 
-@register("method", "shortened_magnitude")
 @dataclass
-class ShortenedMagnitude(Baseline):
-    """Drop the n layers of smallest sum of absolute weights (norm gains too, biases not). One-shot.
-
-    The first 4 and the last 2 layers are protected, as in the released code's "+" rule; protect_first=0 protect_last=0
-    is without it. Source: Shortened LLaMA, arXiv:2402.02834. Looks at no tokens. Cost: one pass over the weights.
-    """
+class Shortened(Baseline):
+    """The first 4 and the last 2 layers are protected: the released code applies its "+" rule to every order unless it
+    is told not to; protect_first=0 protect_last=0 is without it. Source: Shortened LLaMA, arXiv:2402.02834."""
 
     protect_first: int = 4
     protect_last: int = 2
+
+
+@register("method", "shortened_magnitude")
+@dataclass
+class ShortenedMagnitude(Shortened):
+    """Drop the n layers of smallest sum of absolute weights (norm gains too, biases not). One-shot.
+
+    Looks at no tokens. Cost: one pass over the weights.
+    """
 
     def choose(self, task: PlanTask, n_remove: int) -> Selection:
         import torch
 
         layers = task.handle.layers
-        size = {
-            i: sum(float(p.abs().sum(dtype=torch.float64))
-                   for name, p in layers[i].named_parameters() if name.endswith("weight"))
-            for i in self.removable(len(layers))
-        }
-        dropped, trace = lowest(size, n_remove)
-        return Selection(dropped, trace=trace)
+        size = {i: sum(float(p.abs().sum(dtype=torch.float64))
+                       for name, p in layers[i].named_parameters() if name.endswith("weight"))
+                for i in self.removable(len(layers))}
+        return lowest(size, n_remove)
 
 
 @register("method", "shortened_taylor")
 @dataclass
-class ShortenedTaylor(Baseline):
+class ShortenedTaylor(Shortened):
     """Drop the n layers of smallest sum over weights of |w dL/dw|, L the mean next-token loss of all samples. One-shot.
 
-    Norm gains count, biases do not. The first 4 and the last 2 layers are protected, as in the released code's "+"
-    rule; protect_first=0 protect_last=0 is without it. Source: Shortened LLaMA, arXiv:2402.02834 (its code gives the
-    same sum with all samples in one batch, its default). Gradients are float32 whatever the model's dtype.
-    Cost: the dense pass, then every layer forward and backward.
+    Norm gains count, biases do not. The released code gives the same sum with all samples in one batch, its default.
+    Gradients are float32 whatever the model's dtype. Cost: the dense pass, then every layer forward and backward.
     """
-
-    protect_first: int = 4
-    protect_last: int = 2
 
     def check_model(self, handle: ModelHandle) -> None:
         super().check_model(handle)
@@ -71,24 +68,18 @@ class ShortenedTaylor(Baseline):
                 salience[i] = sum(float((w * g).abs().sum(dtype=torch.float64))
                                   for name, (w, g) in weights.items() if name.endswith("weight"))
                 tick(f"{salience[i]:.3g} of layer {i}")
-        dropped, trace = lowest({i: salience[i] for i in self.removable(n)}, n_remove)
-        return Selection(dropped, trace=trace, block_forwards=n)
+        return lowest({i: salience[i] for i in self.removable(n)}, n_remove, block_forwards=n)
 
 
 @register("method", "shortened_ppl")
 @dataclass
-class ShortenedPPL(Baseline):
+class ShortenedPPL(Shortened):
     """Drop the n layers without which, one alone at a time, perplexity over the calibration is lowest. One-shot.
 
-    The first 4 and the last 2 layers are protected: the released code applies its "+" rule to every order unless it
-    is told not to; protect_first=0 protect_last=0 is without it. Source: Shortened LLaMA, arXiv:2402.02834. The loss
-    is ranked, whose order is that of its exponential, perplexity; protected layers are not scored, which decides
-    nothing. The trace holds the loss with the sign turned.
+    The loss is ranked, whose order is that of its exponential, perplexity; protected layers are not scored, which
+    decides nothing. The trace holds the loss with the sign turned.
     Cost: the dense pass, and for every layer not protected the layers above it and the head.
     """
-
-    protect_first: int = 4
-    protect_last: int = 2
 
     def search_cost(self, n_layers: int, removed: int | None) -> Count:
         above = [n_layers - 1 - i for i in self.removable(n_layers)]

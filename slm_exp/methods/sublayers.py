@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.core.cost import Count
 from slm_exp.core.errors import ConfigError, require, require_one_of
 from slm_exp.core.registry import register
-from slm_exp.core.types import Sublayer
+from slm_exp.core.types import SUBLAYERS, Sublayer
 from slm_exp.merging.surgery import sublayer_sizes
 from slm_exp.methods.base import Baseline, Selection, greedy_cost
 from slm_exp.models.base import ModelHandle
-from slm_exp.search.greedy import Removed, Unit, greedy, one_shot, sublayers, traced
+from slm_exp.search.greedy import Removed, Unit, Wanted, greedy, one_shot, traced
 from slm_exp.search.task import PlanTask
 from slm_exp.similarity.base import token_cosine
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from slm_exp.search.scoring import Slots
-
-
-Wanted = Callable[[Sequence[Unit], Unit], bool]
 
 
 @dataclass
@@ -60,7 +56,7 @@ class SublayerBaseline(Baseline):
 
     def units(self, n_layers: int) -> list[Unit]:
         """What may be removed, from the bottom up: both sublayers of every layer that is not protected."""
-        return sublayers(self.removable(n_layers))
+        return [Unit(i, kind) for i in self.removable(n_layers) for kind in SUBLAYERS]
 
     def layers_to_remove(self, handle: ModelHandle) -> int:
         """No whole layer is requested; checks the size that is."""
@@ -244,15 +240,13 @@ class LLMDrop(SublayerBaseline):
         engine = task.engine
         states, units = engine.dense_states, self.units(task.handle.n_layers)
         costs: dict[Unit, float] = {}
-        between: tuple[int, Tensor] | None = None  # the states between the sublayers of one layer
-        for unit in units:
-            i = unit.layer
+        for i, parts in groupby(units, key=lambda unit: unit.layer):
             low, high = states[i], states[i + 1]
-            if unit.kind is not None:
-                if between is None or between[0] != i:
-                    between = i, engine.block(replace(engine.dense[i], without=frozenset({"mlp"})), low)
-                low, high = (low, between[1]) if unit.kind == "attention" else (between[1], high)
-            costs[unit] = -token_cosine(low, high)
+            between: Any = None  # the two sublayers of the layer
+            if self.removes_sublayers:
+                between = engine.block(replace(engine.dense[i], without=frozenset({"mlp"})), low)
+            sides = {None: (low, high), "attention": (low, between), "mlp": (between, high)}
+            costs |= {unit: -token_cosine(*sides[unit.kind]) for unit in parts}
         taken = one_shot(engine.dense, costs, wanted)
-        halves = len({unit.layer for unit in units}) if self.removes_sublayers else 0
-        return Removed(taken, tuple(traced(costs, taken, engine.dense)), block_forwards=(halves + 1) // 2)
+        run_again = len({unit.layer for unit in units}) if self.removes_sublayers else 0  # half a layer each
+        return Removed(taken, tuple(traced(costs, taken, engine.dense)), block_forwards=(run_again + 1) // 2)

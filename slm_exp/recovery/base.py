@@ -52,11 +52,7 @@ class RecoveryResult:
     """`recovery` of the record."""
 
     def save(self, folder: Path) -> None:
-        """Write recovered.safetensors and recovered.json.
-
-        Raises:
-            OSError: they cannot be written, e.g. the disk is full.
-        """
+        """Raises OSError where the files cannot be written, e.g. because the disk is full."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -124,13 +120,10 @@ def with_tensors(handle: ModelHandle, result: RecoveryResult, identity: dict[str
     if not result.tensors:
         return handle
     return dataclasses.replace(
-        handle,
-        digest=digest({"model": handle.digest, **identity, "tensors": tensors_digest(result.tensors)}),
-        load_model=lambda: copy_with(handle.model, result.tensors),
-        load_tokenizer=lambda: handle.tokenizer,
+        handle, digest=digest({"model": handle.digest, **identity, "tensors": tensors_digest(result.tensors)}),
+        load_model=lambda: copy_with(handle.model, result.tensors), load_tokenizer=lambda: handle.tokenizer,
         lineage={**(handle.lineage or {"base": handle.name, "base_digest": handle.digest}),
-                 "recovery": identity["recovery"]},
-    )
+                 "recovery": identity["recovery"]})
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -145,7 +138,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def copy_with(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A copy of a model's modules that shares every tensor but those given: see `merging.sharing.shared_copy`."""
+    """See `merging.sharing.shared_copy`."""
     from slm_exp.merging.sharing import shared_copy
 
     return shared_copy(model, tensors)

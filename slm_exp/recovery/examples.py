@@ -109,9 +109,8 @@ def make_examples(
     """
     if tokenizer is None:
         raise DataError("the model has no tokenizer; recovery by training reads text.")
-    prose = [row["text"] for row in rows if "text" in row]
     made = [instruction_example(row, tokenizer, seq_len) for row in rows if "text" not in row]
-    made += packed(prose, tokenizer, seq_len)
+    made += packed([row["text"] for row in rows if "text" in row], tokenizer, seq_len)
     good = [e for e in made if any(label != IGNORED for label in e["labels"][1:])]  # the first token is not predicted
     if len(good) < 2:
         raise DataError(f"recovery: {len(good)} examples with something to learn in {len(rows)} rows; 2 are needed. "
@@ -158,12 +157,9 @@ def left_padded(examples: Sequence[dict[str, list[int]]], pad: int) -> dict[str,
     import torch
 
     longest = -(-max(len(e["input_ids"]) for e in examples) // 8) * 8
-
-    def fill(name: str, with_: int) -> Tensor:
-        return torch.tensor([[with_] * (longest - len(e["input_ids"])) + e[name] for e in examples])
-
-    attended = [[0] * (longest - len(e["input_ids"])) + [1] * len(e["input_ids"]) for e in examples]
-    batch = {"input_ids": fill("input_ids", pad), "labels": fill("labels", IGNORED),
-             "attention_mask": torch.tensor(attended)}
+    whole = [{**e, "attention_mask": [1] * len(e["input_ids"])} for e in examples]
+    filled = {"input_ids": pad, "labels": IGNORED, "attention_mask": 0}
+    batch = {name: torch.tensor([[value] * (longest - len(e[name])) + e[name] for e in whole])
+             for name, value in filled.items()}
     batch["labels"][batch["attention_mask"].cumsum(1) <= 1] = IGNORED
     return batch

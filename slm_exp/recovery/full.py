@@ -9,7 +9,7 @@ from slm_exp.core.errors import require
 from slm_exp.core.registry import register
 from slm_exp.recovery.base import RecoveryTask
 from slm_exp.recovery.cuts import zeroed_modules
-from slm_exp.recovery.trained import Trained
+from slm_exp.recovery.trained import Trained, next_token_loss
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,4 +56,4 @@ class Distill(Full):
         require(self.temperature > 0, "recovery.temperature", self.temperature, "a number > 0")
 
     def loss(self, task: RecoveryTask, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return self.next_token_loss(model, batch, self.ce, task.dense.model, self.temperature)
+        return next_token_loss(model, batch, self.ce, task.dense.model, self.temperature)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from slm_exp.core.errors import require
 from slm_exp.core.registry import register
@@ -65,12 +65,10 @@ class Lora(Trained):
     def result(self, task: RecoveryTask, model: nn.Module) -> dict[str, Tensor]:
         import torch
 
-        peft: Any = model
+        peft, merged = cast(Any, model), {}
         if rank() == 0:
             peft.save_pretrained(task.folder / "lora")
-        base = peft.get_base_model()
-        merged = {}
-        for name, module in base.named_modules():
+        for name, module in peft.get_base_model().named_modules():
             if hasattr(module, "lora_A"):
                 weight = module.get_base_layer().weight
                 with torch.no_grad():

@@ -44,9 +44,8 @@ class Refitted(NamedTuple):
     """The one chosen for each; None where no change helped."""
 
 
-def refit(
-    task: RecoveryTask, tokens: CalibrationTokens, settings: Settings
-) -> tuple[dict[str, Tensor], list[Refitted]]:
+def refit(task: RecoveryTask, tokens: CalibrationTokens, settings: Settings
+          ) -> tuple[dict[str, Tensor], list[Refitted]]:
     """New tensors of the compressed model by name, and what was done layer by layer."""
     with tempfile.TemporaryDirectory(prefix="slm_exp-reconstruct-") as where:
         return _Refit(settings, task, tokens, Path(where)).run()
@@ -128,9 +127,8 @@ class _Refit:
                     weights = weights | changed(self.task.handle.layers[position], module, weights, step[0])
         return weights, Refitted(position, list(slot), errors, modules * self.settings.passes, ridges)
 
-    def _moments(
-        self, position: int, module: str | None, weights: dict[str, Tensor], scale: float
-    ) -> tuple[Moments, Moments]:
+    def _moments(self, position: int, module: str | None, weights: dict[str, Tensor], scale: float
+                 ) -> tuple[Moments, Moments]:
         """(fitted on, held out): inputs of a projection against what the layer's output lacks; without one, errors."""
         layer = self.task.handle.layers[position]
         fit, held = (empty_moments(layer, module, self.dense_NTD.shape[-1]) for _ in "12")

@@ -31,10 +31,8 @@ def magnitudes(engine: ScoringEngine, plan: MergePlan) -> tuple[Compensation, in
     A cut's layers and what is left of them both run on the states of the compressed model, compensated below; alpha is
     the mean over samples and channels of the ratio of mean absolute values over tokens.
 
-    Returns:
-        The compensation, and the block forwards it took beyond the dense pass: none for one run of removed layers,
-        else at most one for each layer from the first cut up. A cut at the very top is left out: the final norm undoes
-        any factor.
+    A cut at the very top is left out: the final norm undoes any factor. Returned with it: the block forwards beyond the
+    dense pass, none for one run of removed layers, else at most one for each layer from the first cut up.
     """
     dense, scale, forwards = engine.dense_states, 1.0, 0
     kept = dict(zip((slot.start for slot in plan.slots), slots_of(plan, engine.task.rule), strict=True))

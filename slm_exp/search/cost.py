@@ -30,10 +30,8 @@ def sizes(dense: ModelHandle, rule: MergeRule, plans: Iterable[PathPlan], seq_le
     models = {n: apply_plan(dense, MergePlan(dense.n_layers, plan.groups, rule=rule.name), rule)
               for n, plan in sorted(best.items())}
     seconds = latencies(models, seq_len)
-    return tuple(
-        SizeCost(n, handle.n_params, 1 - handle.n_params / dense.n_params, flops_per_token(dense, n, seq_len),
-                 seconds[n], best[n].final_score, (best[n].low, best[n].high))
-        for n, handle in models.items())
+    return tuple(SizeCost(n, handle.n_params, 1 - handle.n_params / dense.n_params, flops_per_token(dense, n, seq_len),
+                          seconds[n], best[n].final_score, (best[n].low, best[n].high)) for n, handle in models.items())
 
 
 def flops_per_token(handle: ModelHandle, n_layers: int, seq_len: int) -> float:

@@ -54,7 +54,7 @@ def journal_inputs(
     if (similarity.after is None) != (fit is None):
         raise ValueError(f"similarity.after = {similarity.after}, and the digest of the tokens of the fit is {fit}.")
     out: Inputs = {"value": value, "model": model, "device": device, "tokens": tokens, "computed_in": dtype,
-                           "rule": rule and rule.identity(), "after": similarity.after, "fit": fit}
+                   "rule": rule and rule.identity(), "after": similarity.after, "fit": fit}
     if value == "score":
         out["similarity"] = similarity.name
         if similarity.uses_kernel():

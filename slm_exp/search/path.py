@@ -45,13 +45,8 @@ class PathPlan:
     """The merged model against the dense one; 1 where nothing is merged."""
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "threshold_low": self.low,
-            "threshold_high": self.high,
-            "n_layers": self.n_layers,
-            "groups": sorted(list(g) for g in self.groups),
-            "final_score": self.final_score,
-        }
+        return {"threshold_low": self.low, "threshold_high": self.high, "n_layers": self.n_layers,
+                "groups": sorted(list(g) for g in self.groups), "final_score": self.final_score}
 
 
 @dataclass(frozen=True)
@@ -71,29 +66,19 @@ class Path:
 
 
 def follow(
-    scores: Scores,
-    start: SearchState,
-    n_layers: int,
-    low: float,
-    high: float,
-    commit_open_window: bool = True,
-    max_evaluations: int | None = None,
-    wanted: Callable[[range], bool] | None = None,
-    show: Callable[[Branch, int], None] | None = None,
-    scored: set[Candidate] | None = None,
+    scores: Scores, start: SearchState, n_layers: int, low: float, high: float, commit_open_window: bool = True,
+    max_evaluations: int | None = None, wanted: Callable[[range], bool] | None = None,
+    show: Callable[[Branch, int], None] | None = None, scored: set[Candidate] | None = None, only: float | None = None,
 ) -> Path:
     """Every plan of the thresholds [low, high), from the highest threshold down.
 
     Args:
-        scores: scores candidates, none twice.
-        start: where every search begins.
-        n_layers: layers of the dense model.
-        commit_open_window: as in the search.
         max_evaluations: candidates that may be scored; what is left then is `unknown`.
         wanted: sees the sizes (layers left) that a branch can still reach, and says whether to follow it; those it
             refuses are left out of the plans without being `unknown`.
         scored: candidates scored before that count towards `max_evaluations`; those scored here join them.
         show: called with a branch before it is decided, and the number of candidates scored so far.
+        only: follow this one threshold; its plan has the interval that decides the same.
     Cost: one score for every distinct candidate of any threshold in the range.
     """
     plans: list[PathPlan] = []
@@ -103,6 +88,8 @@ def follow(
     while todo:
         branch = todo.pop()
         state = branch.state
+        if only is not None and not branch.low <= only < branch.high:
+            continue
         if wanted is not None and not wanted(sizes(state, n_layers, commit_open_window)):
             continue
         candidate = state.candidate
@@ -112,7 +99,7 @@ def follow(
         if max_evaluations is not None and candidate not in scored and len(scored) >= max_evaluations:
             unknown.append((branch.low, branch.high))
             continue
-        if show is not None:
+        if show:
             show(branch, len(scored))
         scored.add(candidate)
         score = scores.score(candidate)
@@ -127,23 +114,10 @@ def single(
     scores: Scores, start: SearchState, n_layers: int, low: float, high: float, threshold: float,
     commit_open_window: bool = True, max_evaluations: int | None = None, scored: set[Candidate] | None = None,
 ) -> PathPlan | None:
-    """The plan of one threshold in [low, high), with the interval that decides the same; None beyond the budget.
-
-    Args:
-        max_evaluations, scored: as for `follow`.
-    Cost: one score for every candidate of a single search.
-    """
-    state, scored = start, set() if scored is None else scored
-    while candidate := state.candidate:
-        if max_evaluations is not None and candidate not in scored and len(scored) >= max_evaluations:
-            return None
-        scored.add(candidate)
-        score = scores.score(candidate)
-        if score > threshold:
-            state, high = state.accept(), min(high, score)
-        else:
-            state, low = state.reject(), max(low, score)
-    return _leaf(scores, Branch(state, low, high), n_layers, commit_open_window)
+    """The plan of one threshold in [low, high), see `follow`; None beyond the budget."""
+    plans = follow(scores, start, n_layers, low, high, commit_open_window, max_evaluations, scored=scored,
+                   only=threshold).plans
+    return plans[0] if plans else None
 
 
 def sizes(state: SearchState, n_layers: int, commit_open_window: bool = True) -> range:
@@ -153,11 +127,9 @@ def sizes(state: SearchState, n_layers: int, commit_open_window: bool = True) ->
     """
     committed = sum(g.stop - g.start - 1 for g in state.groups)
     window = state.high - state.low - 1  # removed once the open window is committed; 0 for a single layer
-    if state.candidate is None:
-        removed = committed + (window if commit_open_window else 0)
-        return range(n_layers - removed, n_layers - removed + 1)
-    most = committed + state.high - state.floor - (0 if commit_open_window else 1)
-    least = committed + (window if commit_open_window else 0)
+    least = most = committed + (window if commit_open_window else 0)
+    if state.candidate:
+        most = committed + state.high - state.floor - (0 if commit_open_window else 1)
     return range(n_layers - most, n_layers - least + 1)
 
 

@@ -1,11 +1,9 @@
 """`similarity.after=reconstruct`: a candidate is scored as it is after the layer beside each of its cuts is refitted.
 
-The refit here is the core of `recovery=reconstruct`: the layer's `down_proj` (its `o_proj`, where it lost the MLP),
-once, by ridge regression in float64, so that the residual stream after the cut is the dense model's again. It is
-fitted on the dense stream that enters the layer, not on that of a model recovered so far: so a refit depends on one cut
-alone, is computed once for all candidates that have the cut, and a candidate still starts from states that are known.
-
-Fitted and scored on disjoint tokens: a score on those of the fit would reward overfitting.
+The core of `recovery=reconstruct`: the layer's `down_proj` (its `o_proj`, where it lost the MLP), once, by ridge
+regression in float64, fitted on the dense stream that enters the layer, not on that of a model recovered so far: so a
+refit depends on one cut alone and is computed once for all candidates that have it. Fitted and scored on disjoint
+tokens: a score on those of the fit would reward overfitting.
 """
 
 from __future__ import annotations
@@ -40,10 +38,8 @@ def with_refits(slots: tuple[Slot, ...], n_layers: int) -> tuple[Slot, ...]:
     starts = [slot.merged.start if slot.merged else slot.host for slot in slots]
     starts[:1] = [0]  # what is removed at the very bottom, the lowest layer left takes over
     ends = [*starts[1:], n_layers]
-    return tuple(
-        replace(slot, refit=(start, end)) if end - start > 1 or slot.without else slot
-        for slot, start, end in zip(slots, starts, ends, strict=True)
-    )
+    return tuple(replace(slot, refit=(start, end)) if end - start > 1 or slot.without else slot
+                 for slot, start, end in zip(slots, starts, ends, strict=True))
 
 
 def note(task: SearchInputs) -> tuple[str, ...]:
@@ -113,11 +109,9 @@ class Refits:
 
     def _refit(self, slot: Slot, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert slot.refit is not None
-        start, end = slot.refit
-        states = self._states
+        (start, end), states = slot.refit, self._states
         handle, runner = self.task.handle, self._runner
-        kind = "attention" if "mlp" in slot.without else "mlp"
-        (module,) = handle.layout.outputs[kind]
+        (module,) = handle.layout.outputs["attention" if "mlp" in slot.without else "mlp"]
         layer = handle.layers[slot.host]
         fit, held = (empty_moments(layer, module, states[0].shape[-1]) for _ in "12")
         held_N = held_out(len(states[0]))

@@ -11,7 +11,7 @@ from slm_exp.search.scoring import ScoringEngine
 from slm_exp.search.state import SearchState
 from slm_exp.search.target import best_of_size
 from slm_exp.search.task import PlanTask
-from slm_exp.search.threshold import screened_search, search
+from slm_exp.search.threshold import search
 
 
 def slide(
@@ -35,10 +35,8 @@ def slide(
         size = replace(size, complete=best.complete, threshold=(best.plan.low, best.plan.high),
                        neighbours=tuple(Neighbour(p.low, p.n_layers, p.final_score) for p in best.neighbours),
                        sizes=sizes(task.handle, task.rule, best.met, int(task.tokens.tokens_NT.shape[1])))
-    if screen_dtype is None or size is not None:  # the path's scores are exact and known
-        steps = search(engine, start, threshold)
-    else:
-        steps = screened_search(engine, start, threshold, screen_dtype)
+        screen_dtype = None  # the path's scores are exact and known
+    steps = search(engine, start, threshold, screen_dtype)
     end = steps[-1].next if steps else start
     notes: tuple[str, ...] = ()
     if window := end.open_group:

@@ -17,11 +17,7 @@ from slm_exp.core.types import Group
 
 
 def layers_key(layers: Iterable[tuple[Any, ...]]) -> str:
-    """What a trial model is called in a journal of scores.
-
-    Args:
-        layers: bottom to top, each (start, stop) of the original layers in it, and what else is done to it.
-    """
+    """A trial model's name in a journal: `layers` are (start, stop) of original ones, and what else is done to each."""
     return json.dumps([layer[0] if layer == (layer[0], layer[0] + 1) else layer for layer in layers])
 
 
@@ -100,16 +96,11 @@ class SearchState:
 
     def close(self) -> SearchState:
         """Commit the open window, if there is one."""
-        if self.open_group is None:
-            return self
-        return replace(self, high=self.low + 1, groups=(*self.groups, self.open_group))
+        group = self.open_group
+        return replace(self, high=self.low + 1, groups=(*self.groups, group)) if group else self
 
     def replay(self, n_layers: int, threshold: float, scores: Mapping[str, float]) -> SearchState | None:
-        """The end of the search from here, by scores that are known already; None where one is missing.
-
-        Args:
-            scores: of candidates by `Candidate.key`.
-        """
+        """The end of the search from here, by known `scores` (by `Candidate.key`); None where one is missing."""
         state = self
         while candidate := state.candidate:
             score = scores.get(candidate.key(n_layers))

@@ -60,8 +60,8 @@ def best_of_size(
                f"{budget} ended the search; raise it.")
         raise PlanError(f"no threshold in [{low:g}, {high:g}) leaves {layers} of {n_layers} layers.{nearest}{why} "
                         "Another rule or similarity reaches other sizes; method.threshold_range widens the search.")
-    beside = [at(t) for t in (math.nextafter(best.low, -math.inf), best.high) if low <= t < high]
-    neighbours = tuple(plan for plan in beside if plan is not None)
+    beside = (math.nextafter(best.low, -math.inf), best.high)
+    neighbours = tuple(plan for t in beside if low <= t < high and (plan := at(t)))
     return SearchResult(best, path.complete, neighbours, (*path.plans, *probed, *neighbours))
 
 

@@ -36,26 +36,14 @@ class Step:
         return f"layers {self.state.low}..{self.state.high} score {self.score:.4f}, merged {groups}"
 
 
-def search(engine: ScoringEngine, start: SearchState, threshold: float) -> list[Step]:
-    """Every decision of the search from `start`, each on a score in the model's own dtype."""
-    steps: list[Step] = []
-    with ticking(f"search at {threshold:g}", max(0, start.low - start.floor + 1), "layer") as tick:
-        state = start
-        while candidate := state.candidate:
-            score = engine.score(candidate)
-            steps.append(Step(state, score, score > threshold))
-            state = steps[-1].next
-            tick(str(steps[-1]), start.low - state.low)
-    return steps
-
-
 @dataclass
 class Screen:
     """What is known about the error of a cheaper dtype: the largest difference where both scores are known."""
 
     engine: ScoringEngine
     threshold: float
-    dtype: str
+    dtype: str | None
+    """None: there is no screen, every score is exact."""
     error: float = 0.0
     depth: int = 0
     """Blocks of the deepest candidate measured."""
@@ -80,27 +68,28 @@ class Screen:
         """
         assert state.candidate is not None
         score = self.engine.score(state.candidate, self.dtype)
-        step = Step(state, score, score > self.threshold, screened=True)
+        step = Step(state, score, score > self.threshold, screened=self.dtype is not None)
         blocks = state.candidate.blocks(self.engine.n_layers)
-        if blocks >= 2 * self.depth and abs(score - self.threshold) < NEAR:
+        measure = step.screened and blocks >= 2 * self.depth and abs(score - self.threshold) < NEAR
+        if measure:
             self.depth = blocks
-            return self.exact(step)
-        return self.exact(step) if self.unsafe(step) else step
+        return self.exact(step) if measure or self.unsafe(step) else step
 
     def unsafe(self, step: Step) -> bool:
         return step.screened and not abs(step.score - self.threshold) > self.margin
 
 
-def screened_search(engine: ScoringEngine, start: SearchState, threshold: float, dtype: str) -> list[Step]:
-    """The decisions of `search`, most of them on scores computed in `dtype`.
+def search(engine: ScoringEngine, start: SearchState, threshold: float, screen_dtype: str | None = None) -> list[Step]:
+    """Every decision of the search from `start`, on scores in the model's own dtype, or a screen's where that is safe.
 
     A screened score within a margin of the threshold is computed again in the model's own dtype. The margin is
     SAFETY times the largest difference measured so far; when a later measurement widens it, earlier decisions that
     are no longer safe are repeated too, and where one turns out differently the search goes back to it.
     """
-    screen = Screen(engine, threshold, dtype)
+    screen = Screen(engine, threshold, screen_dtype)
     steps: list[Step] = []
-    with ticking(f"search at {threshold:g}, screened in {dtype}", max(0, start.low - start.floor + 1), "layer") as tick:
+    what = f"search at {threshold:g}" + (f", screened in {screen_dtype}" if screen_dtype else "")
+    with ticking(what, max(0, start.low - start.floor + 1), "layer") as tick:
         state = start
         while state.candidate:
             steps.append(screen.decide(state))
@@ -112,10 +101,7 @@ def screened_search(engine: ScoringEngine, start: SearchState, threshold: float,
                         break
             state = steps[-1].next
             tick(str(steps[-1]), start.low - state.low)
-    log.info(
-        "%s scores differed by at most %.1e from exact ones; those within %.1e of the threshold were repeated.",
-        dtype,
-        screen.error,
-        screen.margin,
-    )
+    if screen_dtype:
+        log.info("%s scores differed by at most %.1e from exact ones; those within %.1e of the threshold were "
+                 "repeated.", screen_dtype, screen.error, screen.margin)
     return steps

@@ -8,24 +8,17 @@ from slm_exp.core.errors import DataError
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity
 from slm_exp.kernels.base import Kernel
 from slm_exp.models.base import ModelHandle
-from slm_exp.similarity.base import Similarity
+from slm_exp.similarity.base import GRAM_BYTES, Similarity
 from slm_exp.similarity.cka import fingerprint, minibatches, normalised, token_rows
 
-GRAM_BYTES = 2**29
-"""Memory for the Gram matrices of all layers. Beyond it (30 layers: 8,700 tokens) the model runs again for the rest."""
 
-
-def layer_similarity(
-    handle: ModelHandle, tokens: CalibrationTokens, kernel: Kernel, similarity: Similarity
-) -> LayerSimilarity:
+def layer_similarity(handle: ModelHandle, tokens: CalibrationTokens, kernel: Kernel, similarity: Similarity
+                     ) -> LayerSimilarity:
     """CKA of the outputs of every pair of decoder layers, before the final norm, on the same tokens.
 
     Only one layer's states are held at a time, and the Gram matrices of all layers for as many minibatches as fit
-    into `GRAM_BYTES`; their pairs are then one matrix product.
+    into `GRAM_BYTES`; their pairs are then one matrix product. Of `similarity` only CKA's settings are used.
 
-    Args:
-        kernel: of the Gram matrices.
-        similarity: its `estimator`, `batch` and `skip_first_token` are used; its acceptance score is not.
     Raises:
         DataError: fewer than 4 tokens, or a layer's states are not finite.
     Cost: L block forwards (a few times that beyond `GRAM_BYTES`); L N T b (D + L) multiplications in float64.

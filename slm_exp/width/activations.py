@@ -96,8 +96,7 @@ class WandaSP(Pruner):
     def scores(self, task: WidthTask, choose: Choose) -> Scored:
         import torch
 
-        handle, layout = task.handle, task.handle.layout
-        config = handle.config
+        handle, layout, config = task.handle, task.handle.layout, task.handle.config
         zero_K = torch.zeros(config.num_key_value_heads, dtype=torch.float64)
         out: list[LayerScores] = []
         steps = self.inputs(task, (layout.o, layout.mlp_out))

@@ -21,10 +21,8 @@ def layer_importance(handle: ModelHandle, tokens: CalibrationTokens, n_samples: 
 
     Cost: for each projection of each layer two passes through that layer and those above it, over `n_samples`.
     """
-    ids_NT = torch.as_tensor(tokens.tokens_NT[:n_samples]).long()
-    runner = BlockRunner(handle, ids_NT)
-    head = handle.model.get_output_embeddings()
-    n_layers = handle.n_layers
+    ids_NT, n_layers = torch.as_tensor(tokens.tokens_NT[:n_samples]).long(), handle.n_layers
+    runner, head = BlockRunner(handle, ids_NT), handle.model.get_output_embeddings()
 
     def losses_N(h_NTD: torch.Tensor, above: int) -> torch.Tensor:
         for i in range(above, n_layers):

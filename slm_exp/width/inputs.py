@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,17 +81,14 @@ def walk(handle: ModelHandle, tokens: CalibrationTokens, names: Sequence[str]) -
 def _listening(layer: nn.Module, names: Sequence[str]) -> Iterator[dict[str, InputStats]]:
     stats: dict[str, InputStats] = {}
 
-    def hook_for(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found = InputStats.of(args[0])
-            if name in stats:
-                stats[name].add(found)
-            else:
-                stats[name] = found
+    def heard(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        found = InputStats.of(args[0])
+        if name in stats:
+            stats[name].add(found)
+        else:
+            stats[name] = found
 
-        return hook
-
-    hooks = [layer.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    hooks = [layer.get_submodule(name).register_forward_pre_hook(partial(heard, name)) for name in names]
     try:
         yield stats
     finally:

@@ -20,6 +20,7 @@ from slm_exp.width.pruner import Choose, Pruner, Scored
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PretrainedConfig
 
 
 @register("width", "random")
@@ -67,7 +68,7 @@ class Magnitude(Pruner):
 
 
 def coupled_sums(
-    salience: Mapping[str, Tensor], layout: LayerLayout, config: object, signed_rows: bool = False
+    salience: Mapping[str, Tensor], layout: LayerLayout, config: PretrainedConfig, signed_rows: bool = False
 ) -> LayerScores:
     """Sum elements' salience over the rows (q, k, v, MLP in) and columns (o, MLP out) that go with each unit.
 
@@ -80,9 +81,8 @@ def coupled_sums(
         sums = salience[name].sum(dim)
         return sums.abs() if signed_rows else sums
 
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads  # type: ignore[attr-defined]
-    query_H = (line_sums(layout.q, 1) + line_sums(layout.o, 0)).view(heads, -1).sum(1)
-    kv_K = (line_sums(layout.k, 1) + line_sums(layout.v, 1)).view(kv_heads, -1).sum(1)
+    query_H = (line_sums(layout.q, 1) + line_sums(layout.o, 0)).view(config.num_attention_heads, -1).sum(1)
+    kv_K = (line_sums(layout.k, 1) + line_sums(layout.v, 1)).view(config.num_key_value_heads, -1).sum(1)
     channel_F = line_sums(layout.mlp_out, 0)
     for name in layout.mlp_in:
         channel_F = channel_F + line_sums(name, 1)
@@ -132,10 +132,8 @@ class LLMPruner(Pruner):
         return (FIRST, n_layers - LAST) if n_layers > FIRST + LAST else (0, n_layers)
 
     def scores(self, task: WidthTask, choose: Choose) -> Scored:
-        layout = task.handle.layout
-        second = self.taylor in ("param_second", "param_mix")
-        first, squares = gradients(task.handle, task.tokens, second)
-        out = []
+        layout, out = task.handle.layout, []
+        first, squares = gradients(task.handle, task.tokens, second=self.taylor in ("param_second", "param_mix"))
         for i, layer in enumerate(task.handle.layers):
             salience = {}
             for name in layout.projections:

@@ -73,10 +73,7 @@ class KeepTop(MergeRule):
 @register("merge_rule", "mean")
 @dataclass
 class Mean(MergeRule):
-    """The arithmetic mean of the window's projections.
-
-    The released ablation's `average` forgets to divide: its k layers give k times these weights.
-    """
+    """The arithmetic mean of the window's projections (the released ablation's `average` forgets to divide)."""
 
     def combine(self, weights: Sequence[Tensor]) -> Tensor:
         import torch
