@@ -7,9 +7,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from slm_exp.core.errors import PlanError
 from slm_exp.core.types import MergePlan
-from slm_exp.merging.compensation import scaled_outputs
 from slm_exp.merging.rules.base import MergeRule
-from slm_exp.merging.sharing import replace_parameter, shared_copy
+from slm_exp.merging.sharing import replace_parameter, scaled_outputs, shared_copy
 from slm_exp.models.base import ModelHandle
 
 

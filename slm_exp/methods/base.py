@@ -28,7 +28,7 @@ class Method(Component, ABC):
     """Whether the plan depends on the layer similarity matrix (and so on the kernel)."""
 
     compensate: str | None = None
-    """magnitude: rescale the residual stream after every cut (Prune&Comp; see merging/compensation.py)."""
+    """magnitude: rescale the residual stream after every cut (Prune&Comp; see search/compensation.py)."""
 
     def check(self) -> None:
         if self.compensate is not None:

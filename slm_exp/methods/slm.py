@@ -12,8 +12,8 @@ from slm_exp.core.registry import register
 from slm_exp.core.types import MergePlan, Target
 from slm_exp.methods.base import SIZES, Sized
 from slm_exp.models.base import ModelHandle
+from slm_exp.search.path import BUDGET
 from slm_exp.search.state import SearchState
-from slm_exp.search.target import BUDGET
 from slm_exp.search.task import PlanTask
 
 THRESHOLD = 0.9

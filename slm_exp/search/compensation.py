@@ -1,4 +1,12 @@
-"""Finishing a plan that was found: its compensation (merging/compensation.py says what that is), score and cost."""
+"""Finishing a plan that was found: its score and cost, and Prune&Comp's compensation of magnitude.
+
+Layers add to a stream that grows on its way up. Where layers are cut out, the stream that arrives above is too small,
+and what the layers above add weighs too much. Source: arXiv:2507.18212, whose code multiplies everything below a cut
+(embeddings, attention and MLP outputs) by alpha. Here what the layers above add is divided by alpha instead: every
+layer and the final norm read the stream through an RMS norm, so the two are the same function up to the norms'
+epsilon, and the embeddings stay as they are, so that a tied head is not rescaled with them. Biases of the output
+projections are scaled with the weights; the released code leaves them.
+"""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from slm_exp.core.types import Group, MergePlan
 from slm_exp.engine.gradients import layer_gradients
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.engine.vocabulary import mean_loss, prediction_distance
-from slm_exp.merging.compensation import scaled_outputs
 from slm_exp.merging.rules.base import MergeRule
+from slm_exp.merging.sharing import scaled_outputs
 from slm_exp.search.inputs import SearchInputs, journal_inputs, journal_of
 from slm_exp.search.refit import Refits, with_refits
 from slm_exp.search.state import Candidate, layers_key

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from slm_exp.core.types import MergePlan, Neighbour, Target, Trial
 from slm_exp.search.cost import sizes
+from slm_exp.search.path import best_of_size
 from slm_exp.search.refit import note
 from slm_exp.search.scoring import ScoringEngine
 from slm_exp.search.state import SearchState
-from slm_exp.search.target import best_of_size
 from slm_exp.search.task import PlanTask
 from slm_exp.search.threshold import search
 
