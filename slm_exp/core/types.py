@@ -74,7 +74,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Compensation:
-    """How the residual stream is rescaled after cuts: see merging/compensation.py."""
+    """How the residual stream is rescaled after cuts: see search/compensation.py."""
 
     __pydantic_config__: ClassVar = STRICT
 

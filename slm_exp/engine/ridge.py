@@ -26,6 +26,11 @@ class Moments:
     tt: float = 0.0
     """Sum of weighted squares of what x is to explain, residual or not."""
 
+    @classmethod
+    def empty(cls, inputs: int, outputs: int, device: torch.device) -> Moments:
+        xx_CC = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        return cls(xx_CC, xx_CC.new_zeros(inputs, outputs))
+
     def add(self, x_MC: Tensor, r_MD: Tensor, weight_M: Tensor) -> None:
         """Count tokens in, each with a weight."""
         root_M1 = weight_M.double().sqrt().unsqueeze(1)
@@ -58,8 +63,7 @@ def empty_moments(layer: Any, module: str | None, outputs: int) -> Moments:
     """Moments of a projection's inputs, and of ones where it has a bias; of nothing where none is named."""
     linear = None if module is None else layer.get_submodule(module)
     inputs = 0 if linear is None else linear.weight.shape[1] + (linear.bias is not None)
-    xx_CC = torch.zeros(inputs, inputs, dtype=torch.float64, device=next(layer.parameters()).device)
-    return Moments(xx_CC, xx_CC.new_zeros(inputs, outputs))
+    return Moments.empty(int(inputs), outputs, next(layer.parameters()).device)
 
 
 def add_tokens(

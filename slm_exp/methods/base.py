@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from slm_exp.core.cost import Count
 from slm_exp.core.errors import ConfigError, PlanError, require, require_one_of
@@ -27,10 +27,36 @@ class Method(Component, ABC):
     uses_layer_similarity: ClassVar[bool] = False
     """Whether the plan depends on the layer similarity matrix (and so on the kernel)."""
 
+    targets: ClassVar[tuple[str, ...]] = ()
+    """Which of the settings that request a size it takes; at most one of them may be set."""
+
     compensate: str | None = None
     """magnitude: rescale the residual stream after every cut (Prune&Comp; see search/compensation.py)."""
 
+    threshold: float | None = None
+    """Accept a merge while the score stays above this."""
+    target_layers: int | None = None
+    """Layers to be left."""
+    target_ratio: float | None = None
+    """Share of parameters to remove."""
+
     def check(self) -> None:
+        for name in SIZES:
+            if name not in self.targets:
+                require(getattr(self, name) is None, f"method.{name}", getattr(self, name), *self.no_target(name))
+        requested = {f"method.{name}": getattr(self, name) for name in SIZES if getattr(self, name) is not None}
+        if len(requested) > 1:
+            got = ", ".join(f"{k} = {v}" for k, v in requested.items())
+            raise ConfigError("set at most one of method.threshold, method.target_layers, method.target_ratio; got "
+                              f"{got}. Reset one with, e.g., method.threshold=null.")
+        if self.threshold is not None:
+            require(-1 <= self.threshold <= 1, "method.threshold", self.threshold, "a score in [-1, 1]",
+                    "Scores are similarities to the dense model, 1 is identical: try 0.9.")
+        if self.target_layers is not None:
+            require(self.target_layers >= 1, "method.target_layers", self.target_layers, "a whole number >= 1")
+        if self.target_ratio is not None:
+            require(0 < self.target_ratio < 1, "method.target_ratio", self.target_ratio,
+                    "a share of the parameters in (0, 1)", "0.1 removes a tenth.")
         if self.compensate is not None:
             require_one_of("method.compensate", self.compensate, COMPENSATIONS)
 
@@ -38,14 +64,9 @@ class Method(Component, ABC):
         """An option that is off leaves no trace: what was named before there was the option keeps its name."""
         return {k: v for k, v in super().identity().items() if k != "compensate" or v is not None}
 
-    @property
-    def target_ratio(self) -> float | None:
-        """The share of the parameters that is to be removed, where that is how the size is requested."""
-        return None
-
-    def with_ratio(self, ratio: float) -> Method:
+    def with_ratio(self, ratio: float) -> Self:
         """The same method for another `target_ratio`; of one that has such a target."""
-        raise TypeError(f"method={self.name} has no target_ratio.")
+        return replace(self, target_ratio=ratio)
 
     @property
     def replays(self) -> MergePlan | None:
@@ -85,6 +106,23 @@ class Method(Component, ABC):
         """
         return None
 
+    def no_target(self, name: str) -> tuple[str, str]:
+        """What is expected of a setting that the method does not take, and the remedy."""
+        return f"null: method={self.name} takes a size", f"Set {_either(self.targets)} instead."
+
+    def requested_layers(self, handle: ModelHandle, fewest: int, hint: str) -> int | None:
+        """Layers to be left by `target_ratio` or `target_layers`; None where neither is set. Loads no weights.
+
+        Raises:
+            ConfigError: the size cannot be reached; names the nearest.
+        """
+        if self.target_ratio is not None:
+            return layers_for_ratio(handle, self.target_ratio, fewest)
+        if self.target_layers is not None:
+            require(fewest <= self.target_layers <= handle.n_layers, "method.target_layers", self.target_layers,
+                    f"{fewest} to {handle.n_layers} for {handle.name}", hint)
+        return self.target_layers
+
     def bounds(self, n_layers: int) -> tuple[int, int] | None:
         """The fewest and the most layers that a search may leave; None where that is not known."""
         return None
@@ -109,60 +147,6 @@ class Method(Component, ABC):
         """Decide. Weights are left bit for bit as they were, also on an exception."""
 
 
-@dataclass
-class Sized(Method):
-    """A method with settings that request a size: at most one of them, and only one that it takes."""
-
-    targets: ClassVar[tuple[str, ...]] = ()
-    """Those it takes."""
-
-    threshold: float | None = None
-    """Accept a merge while the score stays above this."""
-    target_layers: int | None = None
-    """Layers to be left."""
-    target_ratio: float | None = None
-    """Share of parameters to remove."""
-
-    def check(self) -> None:
-        for name in SIZES:
-            if name not in self.targets:
-                require(getattr(self, name) is None, f"method.{name}", getattr(self, name), *self.no_target(name))
-        requested = {f"method.{name}": getattr(self, name) for name in SIZES if getattr(self, name) is not None}
-        if len(requested) > 1:
-            got = ", ".join(f"{k} = {v}" for k, v in requested.items())
-            raise ConfigError("set at most one of method.threshold, method.target_layers, method.target_ratio; got "
-                              f"{got}. Reset one with, e.g., method.threshold=null.")
-        if self.threshold is not None:
-            require(-1 <= self.threshold <= 1, "method.threshold", self.threshold, "a score in [-1, 1]",
-                    "Scores are similarities to the dense model, 1 is identical: try 0.9.")
-        if self.target_layers is not None:
-            require(self.target_layers >= 1, "method.target_layers", self.target_layers, "a whole number >= 1")
-        if self.target_ratio is not None:
-            require(0 < self.target_ratio < 1, "method.target_ratio", self.target_ratio,
-                    "a share of the parameters in (0, 1)", "0.1 removes a tenth.")
-        super().check()
-
-    def with_ratio(self, ratio: float) -> Method:
-        return replace(self, target_ratio=ratio)
-
-    def no_target(self, name: str) -> tuple[str, str]:
-        """What is expected of a setting that the method does not take, and the remedy."""
-        return f"null: method={self.name} takes a size", f"Set {_either(self.targets)} instead."
-
-    def requested_layers(self, handle: ModelHandle, fewest: int, hint: str) -> int | None:
-        """Layers to be left by `target_ratio` or `target_layers`; None where neither is set. Loads no weights.
-
-        Raises:
-            ConfigError: the size cannot be reached; names the nearest.
-        """
-        if self.target_ratio is not None:
-            return layers_for_ratio(handle, self.target_ratio, fewest)
-        if self.target_layers is not None:
-            require(fewest <= self.target_layers <= handle.n_layers, "method.target_layers", self.target_layers,
-                    f"{fewest} to {handle.n_layers} for {handle.name}", hint)
-        return self.target_layers
-
-
 @dataclass(frozen=True)
 class Selection:
     """What a baseline selected. Layers are original indices."""
@@ -180,7 +164,7 @@ class Selection:
 
 
 @dataclass
-class Baseline(Sized):
+class Baseline(Method):
     """A method that removes a requested number of layers, never by a threshold.
 
     A subclass gives `choose`, and its published `protect_first` and `protect_last` as defaults.

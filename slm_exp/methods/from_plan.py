@@ -13,7 +13,7 @@ from slm_exp.core.registry import available, register
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.methods.base import Sized
+from slm_exp.methods.base import Method
 from slm_exp.models.base import ModelHandle
 from slm_exp.search.task import PlanTask
 
@@ -23,7 +23,7 @@ DEFAULT_RULE = "top_layer"
 
 @register("method", "from_plan")
 @dataclass
-class FromPlan(Sized):
+class FromPlan(Method):
     """Do what a plan.json says; no search. Any run's will do; `groups`, `dropped` and `rule` suffice.
 
     The plan's merge rule is used, its compensation applied as it stands (`compensate` finds it anew), and its score

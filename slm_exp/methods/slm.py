@@ -10,7 +10,7 @@ from slm_exp.core.cost import Count
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import register
 from slm_exp.core.types import MergePlan, Target
-from slm_exp.methods.base import SIZES, Sized
+from slm_exp.methods.base import SIZES, Method
 from slm_exp.models.base import ModelHandle
 from slm_exp.search.path import BUDGET
 from slm_exp.search.state import SearchState
@@ -22,7 +22,7 @@ THRESHOLD = 0.9
 
 @register("method", "slm")
 @dataclass
-class SLM(Sized):
+class SLM(Method):
     """Merge layers from the top downwards while the model's last hidden state stays similar to the dense one's.
 
     A window grows downwards while the trial model scores above the threshold; what passed becomes one layer, and the
