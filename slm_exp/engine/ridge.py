@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slm_exp.engine.runner import BlockRunner, Slot
+
 HELD = 5
 
 
@@ -59,24 +61,37 @@ def input_of(layer: Any, module: str | None) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def empty_moments(layer: Any, module: str | None, outputs: int) -> Moments:
-    """Moments of a projection's inputs, and of ones where it has a bias; of nothing where none is named."""
-    linear = None if module is None else layer.get_submodule(module)
+def moments(
+    runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: Tensor, wanted_NTD: Tensor, held_N: Tensor,
+    relative: bool = True, scale: float = 1.0,
+) -> tuple[Moments, Moments]:
+    """(fitted on, held out): what a projection of a layer sees against what the stream behind the layer lacks.
+
+    Args:
+        module: the projection; None for errors alone.
+        wanted_NTD: the stream behind the layer as it should be, up to `scale`.
+        held_N: sequences that are held out.
+        relative: each token's error counts relative to its norm, as the next layer's norm sees it.
+    Cost: one forward of the layer. Its inputs join with ones where the projection has a bias.
+    """
+    layer: Any = runner.handle.layers[slot.host]
+    linear = layer.get_submodule(module) if module else None
     inputs = 0 if linear is None else linear.weight.shape[1] + (linear.bias is not None)
-    return Moments.empty(int(inputs), outputs, next(layer.parameters()).device)
+    fit, held = (Moments.empty(int(inputs), wanted_NTD.shape[-1], next(layer.parameters()).device) for _ in "12")
+    with input_of(layer, module) as seen:
+        for at in range(0, len(held_N), runner.rows):
+            rows = slice(at, at + runner.rows)
+            out_NTD = runner.block(slot, entering_NTD[rows])
+            target_NTD = wanted_NTD[rows].to(out_NTD.device) * scale
+            x_NTC = seen.pop() if module else out_NTD[..., :0]
+            add_tokens(fit, held, x_NTC, out_NTD, target_NTD, held_N[rows].to(out_NTD.device), relative)
+    return fit, held
 
 
 def add_tokens(
     fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor, relative: bool
 ) -> None:
-    """Count in what a projection saw, and what the stream behind its layer lacks, sequence by sequence.
-
-    Args:
-        x_NTC: the projection's inputs.
-        out_NTD: the stream behind the layer; target_NTD: what it should be.
-        held_N: sequences that go into `held`, the others into `fit`.
-        relative: each token's error counts relative to its norm, as the next layer's norm sees it.
-    """
+    """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence."""
     if len(fit.xx_CC) > x_NTC.shape[-1]:  # a bias is the weight of ones
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
     for moments, chosen_N in ((fit, ~held_N), (held, held_N)):

@@ -11,6 +11,7 @@ from slm_exp.core.errors import PlanError
 from slm_exp.core.files import digest
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.rules.base import MergeRule
+from slm_exp.merging.width import apply_width
 from slm_exp.models.base import ModelHandle, empty_model
 from slm_exp.models.layouts import LayerLayout
 
@@ -38,8 +39,6 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
     if plan.groups and rule is not None and plan.rule and plan.rule != rule.name:
         raise PlanError(f"the plan was made with merge_rule={plan.rule}, not {rule.name}.")
     if plan.width:
-        from slm_exp.merging.width import apply_width
-
         depth = dataclasses.replace(plan, width=None)
         if plan.width.order == "before":
             return apply_plan(apply_width(handle, plan.width), depth, rule)

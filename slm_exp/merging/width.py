@@ -93,7 +93,7 @@ def narrower_config(config: PretrainedConfig, family: str, sizes: WidthSizes, bi
 
 
 def _build(handle: ModelHandle, width: WidthDecision) -> PreTrainedModel:
-    from slm_exp.merging.narrowing import narrowed
+    from slm_exp.merging.build import narrowed
 
     wide = handle.model
     return narrowed(handle, width, narrower_config(wide.config, handle.layout.family, width.sizes, bool(width.means)))

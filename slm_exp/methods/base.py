@@ -97,6 +97,7 @@ class Method(Component, ABC):
 
     def check_model(self, handle: ModelHandle) -> None:
         """Raise ConfigError where this model has no such size. Called before weights load; may not load them."""
+        self.layers_left(handle)
 
     def layers_left(self, handle: ModelHandle) -> int | None:
         """Layers that the plan will leave, where the config says it; None where the search decides. Loads no weights.
@@ -198,9 +199,6 @@ class Baseline(Method):
 
     def uses_merge_rule(self) -> bool:
         return self.merge
-
-    def check_model(self, handle: ModelHandle) -> None:
-        self.layers_to_remove(handle)
 
     def layers_left(self, handle: ModelHandle) -> int | None:
         return handle.n_layers - self.layers_to_remove(handle)

@@ -118,12 +118,9 @@ class FromPlan(Method):
         return self.plan_for(handle).n_layers_out
 
     def check_model(self, handle: ModelHandle) -> None:
-        self.plan_for(handle)
-        if self.given.width:
-            self._check_width(handle)
-
-    def _check_width(self, handle: ModelHandle) -> None:
-        """Raise ConfigError where the plan's width is incomplete or for another model. Loads no weights."""
+        super().check_model(handle)
+        if not self.given.width:
+            return
         rule = available("merge_rule").get(self.given.rule or DEFAULT_RULE)
         try:
             apply_plan(handle, self.plan_for(handle), rule() if rule else None)  # type: ignore[arg-type]

@@ -70,9 +70,6 @@ class SLM(Method):
     def _threshold(self) -> float:
         return THRESHOLD if self.threshold is None else self.threshold
 
-    def check_model(self, handle: ModelHandle) -> None:
-        self.layers_left(handle)
-
     def layers_left(self, handle: ModelHandle) -> int | None:
         return self.requested_layers(handle, self._fewest(handle.n_layers),
                                      "method.protect_first and protect_last keep layers.")

@@ -64,7 +64,8 @@ class SublayerBaseline(Baseline):
         return 0
 
     def layers_left(self, handle: ModelHandle) -> int | None:
-        return None if self.removes_sublayers else super().layers_left(handle)
+        left = super().layers_left(handle)
+        return None if self.removes_sublayers else left
 
     def bounds(self, n_layers: int) -> tuple[int, int] | None:
         return (1, n_layers) if self.removes_sublayers else super().bounds(n_layers)

@@ -22,7 +22,7 @@ from torch import Tensor
 from slm_exp.calibration.fit import shared_sequences
 from slm_exp.core.errors import DataError
 from slm_exp.core.types import CalibrationTokens
-from slm_exp.engine.ridge import add_tokens, changed, empty_moments, held_out, input_of, ridge_step
+from slm_exp.engine.ridge import changed, held_out, moments, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.search.inputs import SearchInputs
 
@@ -109,22 +109,13 @@ class Refits:
 
     def _refit(self, slot: Slot, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert slot.refit is not None
-        (start, end), states = slot.refit, self._states
-        handle, runner = self.task.handle, self._runner
+        (start, end), states, handle = slot.refit, self._states, self.task.handle
         (module,) = handle.layout.outputs["attention" if "mlp" in slot.without else "mlp"]
-        layer = handle.layers[slot.host]
-        fit, held = (empty_moments(layer, module, states[0].shape[-1]) for _ in "12")
-        held_N = held_out(len(states[0]))
         plain = Slot(slot.host, weights, without=slot.without)
-        with input_of(layer, module) as seen:
-            for at in range(0, len(held_N), runner.rows):
-                rows = slice(at, at + runner.rows)
-                out_NTD = runner.block(plain, states[start][rows])
-                target_NTD = states[end][rows].to(out_NTD.device)
-                add_tokens(fit, held, seen.pop(), out_NTD, target_NTD, held_N[rows].to(out_NTD.device), True)
+        fit, held = moments(self._runner, plain, module, states[start], states[end], held_out(len(states[0])))
         step = ridge_step(fit, held, RIDGES)
         with torch.inference_mode():
-            return changed(layer, module, weights, step[0]) if step else {}
+            return changed(handle.layers[slot.host], module, weights, step[0]) if step else {}
 
     @cached_property
     def _runner(self) -> BlockRunner:

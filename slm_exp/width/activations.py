@@ -39,15 +39,13 @@ class FLAP(Pruner):
     def adds_biases(self) -> bool:
         return self.compensate
 
-    def check_biases(self, handle: ModelHandle) -> None:
-        if not self.compensate:
-            return
+    def check_model(self, handle: ModelHandle, method: DepthMethod) -> None:
         for switch, projection in (("attention_bias", handle.layout.o), ("mlp_bias", handle.layout.mlp_out)):
-            if not hasattr(handle.config, switch):
-                raise ConfigError(
-                    f"width.compensate = True: {handle.layout.family} has no {switch} in its config, so a bias of "
-                    f"{projection} could not be saved. Set width.compensate=false, or use a Llama model."
-                )
+            if self.compensate and not hasattr(handle.config, switch):
+                raise ConfigError(f"width.compensate = True: {handle.layout.family} has no {switch} in its config, so "
+                                  f"a bias of {projection} could not be saved. Set width.compensate=false, or use a "
+                                  "Llama model.")
+        super().check_model(handle, method)
 
     def scores(self, task: WidthTask, choose: Choose) -> Scored:
         import torch
@@ -154,9 +152,6 @@ class Minitron(Pruner):
     @property
     def new_hidden_size(self) -> int | None:
         return self.hidden_size
-
-    def _hidden(self, handle: ModelHandle) -> int:
-        return self.hidden_size or super()._hidden(handle)
 
     def scores(self, task: WidthTask, choose: Choose) -> Scored:
         import torch

@@ -221,7 +221,6 @@ class Pruner(Width):
         if self.ratios is not None:
             require(len(self.ratios) == handle.n_layers, "width.ratios", self.ratios,
                     f"{handle.n_layers} shares, one per layer of {handle.name}")
-        self.check_biases(handle)
         ratio = self._expected_ratio(method, handle)
         try:
             self._plan_sizes(handle, slots, handle.n_layers, ratio)
@@ -246,12 +245,9 @@ class Pruner(Width):
         """Parameters that a narrower stream takes from embeddings, head and last norm: all in proportion to it."""
         return (handle.n_params - self._layers_size(handle)) * (1 - self._hidden(handle) / handle.config.hidden_size)
 
-    def check_biases(self, handle: ModelHandle) -> None:
-        """Raise ConfigError where this pruner needs biases that the family has no switch for."""
-
     def _hidden(self, handle: ModelHandle) -> int:
         """Hidden size of the result."""
-        return int(handle.config.hidden_size)
+        return self.new_hidden_size or int(handle.config.hidden_size)
 
     def protected_range(self, n_layers: int) -> tuple[int, int]:
         """The published [start, stop) of layers to narrow when uniform=false and no range is given."""
@@ -330,7 +326,7 @@ class Pruner(Width):
         handle, full, importance = task.handle, sizes.full_shape(task.handle.config), None
         selected = self._selected(task.slots, task.n_dense)
         if self._allocation == "ecoflap":
-            from slm_exp.width.ecoflap import layer_importance
+            from slm_exp.width.inputs import layer_importance
 
             every = layer_importance(handle, task.tokens, self.ecoflap_samples, task.seed)
             importance = [every[p] for p in selected]
