@@ -61,10 +61,8 @@ def input_of(layer: Any, module: str | None) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def moments(
-    runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: Tensor, wanted_NTD: Tensor, held_N: Tensor,
-    relative: bool = True, scale: float = 1.0,
-) -> tuple[Moments, Moments]:
+def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: Tensor, wanted_NTD: Tensor,
+            held_N: Tensor, relative: bool = True, scale: float = 1.0) -> tuple[Moments, Moments]:
     """(fitted on, held out): what a projection of a layer sees against what the stream behind the layer lacks.
 
     Args:
@@ -88,9 +86,8 @@ def moments(
     return fit, held
 
 
-def add_tokens(
-    fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor, relative: bool
-) -> None:
+def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor,
+               relative: bool) -> None:
     """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence."""
     if len(fit.xx_CC) > x_NTC.shape[-1]:  # a bias is the weight of ones
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)

@@ -19,9 +19,8 @@ from slm_exp.models.base import ModelHandle
 from slm_exp.models.layerwise import layerwise_classes
 
 
-def build(
-    handle: ModelHandle, plan: MergePlan, rule: MergeRule | None, hosts: list[int], config: PretrainedConfig
-) -> PreTrainedModel:
+def build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None, hosts: list[int],
+          config: PretrainedConfig) -> PreTrainedModel:
     """The model that a plan makes of `handle`'s.
 
     Args:

@@ -13,10 +13,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from slm_exp.models.layouts import LayerLayout
 
 
-def shared_copy(
-    model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = None, config: PretrainedConfig | None = None,
-    layer_list: str = "", layers: Sequence[int] | None = None,
-) -> PreTrainedModel:
+def shared_copy(model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = None,
+                config: PretrainedConfig | None = None, layer_list: str = "",
+                layers: Sequence[int] | None = None) -> PreTrainedModel:
     """A copy of a model's modules that shares every tensor but those given; tied ones stay tied.
 
     The input stays as it is. What is changed in the copy afterwards must be replaced, not written into.

@@ -158,9 +158,8 @@ class Unit(NamedTuple):
     cost: int
 
 
-def allocate_by_score(
-    scores: dict[int, LayerScores], full: Shape, costs: Costs, units: str, remove: float, compare: str
-) -> dict[int, Shape]:
+def allocate_by_score(scores: dict[int, LayerScores], full: Shape, costs: Costs, units: str, remove: float,
+                      compare: str) -> dict[int, Shape]:
     """Widths of every layer when the units of lowest value go first, whichever layer they are in.
 
     One group of heads and one block of 8 channels stay in every layer, so the removed parameters come within one

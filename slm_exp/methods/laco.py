@@ -75,9 +75,8 @@ class LaCo(Baseline):
                          task.engine.evaluations)
         return Selection(groups=_merged(groups), trace=trace, threshold=threshold if n_remove else None)
 
-    def collapse(
-        self, score: Callable[[Groups], float], n_layers: int, n_remove: int, threshold: float
-    ) -> tuple[Groups, tuple[Trial, ...]]:
+    def collapse(self, score: Callable[[Groups], float], n_layers: int, n_remove: int,
+                 threshold: float) -> tuple[Groups, tuple[Trial, ...]]:
         """The released loop at one threshold: the layers left, as groups of original ones, and every candidate."""
         groups = MergePlan(n_layers).slots
         trace: list[Trial] = []

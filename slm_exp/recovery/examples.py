@@ -99,9 +99,8 @@ def checked(row: Any, where: str) -> dict[str, str]:
     return {name: str(row[name]) for name in (*wanted, "input") if row.get(name)} | {n: row[n] for n in wanted}
 
 
-def make_examples(
-    rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None, seq_len: int, held_out: int, seed: int
-) -> Examples:
+def make_examples(rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None, seq_len: int,
+                  held_out: int, seed: int) -> Examples:
     """Tokenise, shuffle by the seed, and hold some out (at most a fifth of them).
 
     Raises:

@@ -59,10 +59,8 @@ def position(slots: Slots, unit: Unit) -> int:
     return next(i for i, slot in enumerate(slots) if slot.host == unit.layer)
 
 
-def greedy(
-    engine: ScoringEngine, units: Sequence[Unit], cost: Callable[[Slots], float],
-    wanted: Wanted, what: str, last: Sequence[Unit] = (),
-) -> Removed:
+def greedy(engine: ScoringEngine, units: Sequence[Unit], cost: Callable[[Slots], float], wanted: Wanted, what: str,
+           last: Sequence[Unit] = ()) -> Removed:
     """Remove one part at a time, each time the one without which `cost` is lowest (the lower one at a tie).
 
     What was removed becomes the base of `engine`, so a candidate runs only the layers from its part upwards.

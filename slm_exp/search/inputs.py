@@ -38,10 +38,8 @@ def journal_of(store: StageStore, inputs: Inputs) -> Path | None:
     return store.entry("scores", inputs, SCORED_BY) if store.folder else None
 
 
-def journal_inputs(
-    value: str, *, model: str, device: str, tokens: str, similarity: Similarity, kernel: Kernel,
-    rule: MergeRule | None, fit: str | None, dtype: str | None = None,
-) -> Inputs:
+def journal_inputs(value: str, *, model: str, device: str, tokens: str, similarity: Similarity, kernel: Kernel,
+                   rule: MergeRule | None, fit: str | None, dtype: str | None = None) -> Inputs:
     """What the journal of one kind of value depends on (see `journal_of`). Needs no weights.
 
     Args:

@@ -68,11 +68,10 @@ class Path:
         return not self.unknown
 
 
-def follow(
-    scores: Scores, start: SearchState, n_layers: int, low: float, high: float, commit_open_window: bool = True,
-    max_evaluations: int | None = None, wanted: Callable[[range], bool] | None = None,
-    show: Callable[[Branch, int], None] | None = None, scored: set[Candidate] | None = None, only: float | None = None,
-) -> Path:
+def follow(scores: Scores, start: SearchState, n_layers: int, low: float, high: float, commit_open_window: bool = True,
+           max_evaluations: int | None = None, wanted: Callable[[range], bool] | None = None,
+           show: Callable[[Branch, int], None] | None = None, scored: set[Candidate] | None = None,
+           only: float | None = None) -> Path:
     """Every plan of the thresholds [low, high), from the highest threshold down.
 
     Args:
@@ -113,10 +112,9 @@ def follow(
     return Path(tuple(_joined(plans)), tuple(sorted(unknown)), len(scored))
 
 
-def single(
-    scores: Scores, start: SearchState, n_layers: int, low: float, high: float, threshold: float,
-    commit_open_window: bool = True, max_evaluations: int | None = None, scored: set[Candidate] | None = None,
-) -> PathPlan | None:
+def single(scores: Scores, start: SearchState, n_layers: int, low: float, high: float, threshold: float,
+           commit_open_window: bool = True, max_evaluations: int | None = None,
+           scored: set[Candidate] | None = None) -> PathPlan | None:
     """The plan of one threshold in [low, high), see `follow`; None beyond the budget."""
     plans = follow(scores, start, n_layers, low, high, commit_open_window, max_evaluations, scored=scored,
                    only=threshold).plans
@@ -172,10 +170,8 @@ class SearchResult:
     """Every plan that the search came upon, of this size and of others."""
 
 
-def best_of_size(
-    scores: Scores, start: SearchState, n_layers: int, layers: int, low: float, high: float,
-    commit_open_window: bool = True, budget: int = BUDGET,
-) -> SearchResult:
+def best_of_size(scores: Scores, start: SearchState, n_layers: int, layers: int, low: float, high: float,
+                 commit_open_window: bool = True, budget: int = BUDGET) -> SearchResult:
     """Among the plans of thresholds [low, high) that leave `layers` layers, the one with the best final score.
 
     A plan's final score is no lower than its thresholds, so they are followed from the highest down. Bisection comes
@@ -207,9 +203,8 @@ def best_of_size(
     return SearchResult(best, path.complete, neighbours, (*path.plans, *probed, *neighbours))
 
 
-def _bisect(
-    at: Callable[[float], PathPlan | None], layers: int, low: float, high: float, show: Callable[[str], None]
-) -> list[PathPlan]:
+def _bisect(at: Callable[[float], PathPlan | None], layers: int, low: float, high: float,
+            show: Callable[[str], None]) -> list[PathPlan]:
     """Plans met on the way to a threshold in [low, high) that leaves `layers` layers; the last has that size, if any.
 
     Layers left rise with the threshold on the whole, not strictly, so a size may be missed that the path has.

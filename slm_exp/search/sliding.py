@@ -14,10 +14,9 @@ from slm_exp.search.task import PlanTask
 from slm_exp.search.threshold import search
 
 
-def slide(
-    task: PlanTask, start: SearchState, threshold: float, size: Target | None, threshold_range: tuple[float, float],
-    budget: int, commit_open_window: bool, screen_dtype: str | None,
-) -> MergePlan:
+def slide(task: PlanTask, start: SearchState, threshold: float, size: Target | None,
+          threshold_range: tuple[float, float], budget: int, commit_open_window: bool,
+          screen_dtype: str | None) -> MergePlan:
     """The plan that the search from a state ends in.
 
     Args:

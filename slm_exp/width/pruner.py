@@ -265,10 +265,8 @@ class Pruner(Width):
                             f"of {n_dense}. Widen it, e.g. width.layers=[0,{n_dense}].")
         return found
 
-    def _plan_sizes(
-        self, handle: ModelHandle, slots: Sequence[Group], n_dense: int, ratio: float,
-        importance: Sequence[float] | None = None,
-    ) -> list[Shape] | None:
+    def _plan_sizes(self, handle: ModelHandle, slots: Sequence[Group], n_dense: int, ratio: float,
+                    importance: Sequence[float] | None = None) -> list[Shape] | None:
         """Widths of every layer, or None where scores decide. From shapes alone.
 
         Args:
@@ -366,9 +364,8 @@ class Pruner(Width):
         return WidthSizes(heads=[s.heads for s in shapes], kv_heads=[s.kv_heads for s in shapes],
                           channels=[s.channels for s in shapes], hidden=self._hidden(handle))
 
-    def _decision(
-        self, task: WidthTask, shapes: Sequence[Shape], kept: Sequence[Kept], costs: Costs, whole: int, extras: Extras
-    ) -> WidthDecision:
+    def _decision(self, task: WidthTask, shapes: Sequence[Shape], kept: Sequence[Kept], costs: Costs, whole: int,
+                  extras: Extras) -> WidthDecision:
         config = task.handle.config
         full, hidden = sizes.full_shape(config), self._hidden(task.handle)
         reached = 1 - sum(costs.size(s) for s in shapes) / (whole * len(shapes))

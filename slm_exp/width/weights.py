@@ -67,9 +67,8 @@ class Magnitude(Pruner):
         return Scored(out)
 
 
-def coupled_sums(
-    salience: Mapping[str, Tensor], layout: LayerLayout, config: PretrainedConfig, signed_rows: bool = False
-) -> LayerScores:
+def coupled_sums(salience: Mapping[str, Tensor], layout: LayerLayout, config: PretrainedConfig,
+                 signed_rows: bool = False) -> LayerScores:
     """Sum elements' salience over the rows (q, k, v, MLP in) and columns (o, MLP out) that go with each unit.
 
     Args:
