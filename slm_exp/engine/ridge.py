@@ -100,11 +100,8 @@ def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, targ
 
 
 def changed(layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: Tensor) -> dict[str, Tensor]:
-    """A projection's parameters, by name in the layer, with a change added, float32.
-
-    Args:
-        weights: parameters that replace the layer's own.
-    """
+    """A projection's parameters, by name in the layer, with a change added, float32. `weights`: parameters that replace
+    the layer's own."""
     linear = layer.get_submodule(module)
     width = linear.weight.shape[1]
     parts = {"weight": change_CD[:width].T} | ({} if linear.bias is None else {"bias": change_CD[width]})

@@ -77,13 +77,8 @@ class Training:
     """Gets `recovery/loss`, `recovery/lr`."""
 
     def run(self) -> tuple[nn.Module, dict[str, Any]] | None:
-        """The trained model and the report; None where no parameter trains.
-
-        Goes on from the last whole checkpoint in `folder`, with the same data order and dropout.
-
-        Raises:
-            SlmError: the disk has no room for the checkpoints.
-        """
+        """The trained model and the report; None where no parameter trains. Goes on from the last whole checkpoint in
+        `folder`, with the same data order and dropout. Raises SlmError: the disk has no room for the checkpoints."""
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(self.seed)
             model = self.student()
@@ -249,10 +244,8 @@ def _of_first_process(value: bool, device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next step, instead of giving it to the system and asking again.
-
-    A step of a 106 M parameter model otherwise meets 440,000 page faults. Only glibc knows how.
-    """
+    """Have the C library keep what is freed for the next step, instead of giving it to the system and asking again. A
+    step of a 106 M parameter model otherwise meets 440,000 page faults. Only glibc knows how."""
     no_mmap, never_trim = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
     with contextlib.suppress(OSError, AttributeError):
         for option in (no_mmap, never_trim):
@@ -295,11 +288,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 @contextlib.contextmanager
 def checkpoints_in(folder: Path) -> Iterator[None]:
-    """Remove the checkpoints after a training and what is made of it; where that fails they stay, to go on from.
-
-    Raises:
-        SlmError: the disk is full (what that raises differs between the libraries that write).
-    """
+    """Remove the checkpoints after a training and what is made of it; where that fails they stay, to go on from. Raises
+    SlmError: the disk is full (what that raises differs between the libraries that write)."""
     try:
         yield
     except Exception as cause:

@@ -70,11 +70,8 @@ def _number(model: PreTrainedModel, layer_list: str, layers: Sequence[int]) -> N
 
 def scaled_outputs(layout: LayerLayout, layer: nn.Module, weights: Mapping[str, Tensor], scale: float
                    ) -> dict[str, Tensor]:
-    """The parameters through which a layer adds to the stream, multiplied; new tensors of the same dtype.
-
-    Args:
-        weights: parameters that replace the layer's own.
-    """
+    """The parameters through which a layer adds to the stream, multiplied; new tensors of the same dtype. `weights`:
+    parameters that replace the layer's own."""
     own = dict(layer.named_parameters())
     names = [f"{module}.{part}" for module in (layout.o, layout.mlp_out) for part in ("weight", "bias")]
     return {name: (t.to(torch.promote_types(t.dtype, torch.float32)) * scale).to(t.dtype)

@@ -110,11 +110,9 @@ def legal(config: PretrainedConfig, shape: Shape, hidden_size: int | None = None
 
 
 def attention_shapes(full: Shape, units: str) -> list[tuple[int, int]]:
-    """(query heads, key-value heads) that grouped-query attention allows, fewest first.
-
-    kv_groups takes whole groups away; within_groups the same number of query heads from every group. Where each
-    key-value head has one query head, both are whole heads.
-    """
+    """(query heads, key-value heads) that grouped-query attention allows, fewest first. kv_groups takes whole groups
+    away; within_groups the same number of query heads from every group. Where each key-value head has one query head,
+    both are whole heads."""
     per = full.heads // full.kv_heads
     if units == "kv_groups" or per == 1:
         return [(per * k, k) for k in range(1, full.kv_heads + 1)]

@@ -89,10 +89,8 @@ def sublayer_sizes(handle: ModelHandle, layer: int = 0) -> dict[str, int]:
 
 
 def zeroed(compressed: ModelHandle, plan: MergePlan) -> int:
-    """Parameters that a plan's sublayers leave in the checkpoint, and in `n_params`, without effect.
-
-    An engine that skips such sublayers could leave them out.
-    """
+    """Parameters that a plan's sublayers leave in the checkpoint, and in `n_params`, without effect. An engine that
+    skips such sublayers could leave them out."""
     at = {slot.start: i for i, slot in enumerate(plan.slots)}
     return sum(sublayer_sizes(compressed, at[s.layer])[s.kind] for s in plan.sublayers)
 

@@ -101,10 +101,7 @@ class Method(Component, ABC):
 
     def layers_left(self, handle: ModelHandle) -> int | None:
         """Layers that the plan will leave, where the config says it; None where the search decides. Loads no weights.
-
-        Raises:
-            ConfigError: this model has no such size.
-        """
+        Raises ConfigError: this model has no such size."""
         return None
 
     def no_target(self, name: str) -> tuple[str, str]:
@@ -112,11 +109,8 @@ class Method(Component, ABC):
         return f"null: method={self.name} takes a size", f"Set {_either(self.targets)} instead."
 
     def requested_layers(self, handle: ModelHandle, fewest: int, hint: str) -> int | None:
-        """Layers to be left by `target_ratio` or `target_layers`; None where neither is set. Loads no weights.
-
-        Raises:
-            ConfigError: the size cannot be reached; names the nearest.
-        """
+        """Layers to be left by `target_ratio` or `target_layers`; None where neither is set. Loads no weights. Raises
+        ConfigError: the size cannot be reached; names the nearest."""
         if self.target_ratio is not None:
             return layers_for_ratio(handle, self.target_ratio, fewest)
         if self.target_layers is not None:
@@ -209,11 +203,8 @@ class Baseline(Method):
         return range(low, max(low, n_layers - self.protect_last))
 
     def layers_to_remove(self, handle: ModelHandle) -> int:
-        """How many layers the requested size takes away. Loads no weights.
-
-        Raises:
-            ConfigError: the size cannot be reached; names the nearest.
-        """
+        """How many layers the requested size takes away. Loads no weights. Raises ConfigError: the size cannot be
+        reached; names the nearest."""
         n = handle.n_layers
         hint = f"method.protect_first={self.protect_first} and protect_last={self.protect_last} keep layers."
         if self.merge:
@@ -248,10 +239,7 @@ class Baseline(Method):
 
 def layers_for_ratio(handle: ModelHandle, ratio: float, fewest: int) -> int:
     """How many layers, `fewest` or more, are left when about `ratio` of the parameters is gone. Loads no weights.
-
-    Raises:
-        ConfigError: even the nearest size is off by more than one layer's share; names it and its ratio.
-    """
+    Raises ConfigError: even the nearest size is off by more than one layer's share; names it and its ratio."""
     share = handle.layer_params / handle.n_params
     layers = min(range(fewest, handle.n_layers + 1), key=lambda n: abs((handle.n_layers - n) * share - ratio))
     reached = (handle.n_layers - layers) * share
@@ -282,10 +270,7 @@ def greedy_cost(n_layers: int, parts: float, removals: int, per_layer: int = 1, 
 def lowest(scores: Mapping[int, float], n: int, shown: Callable[[float], float] = float,
            block_forwards: int = 0) -> Selection:
     """The n layers of lowest score (the lower layer at a tie) go; the trace holds what `shown` makes of the scores.
-
-    Raises:
-        PlanError: a score is not a number; names its layer.
-    """
+    Raises PlanError: a score is not a number; names its layer."""
     for i, score in scores.items():
         if score != score:
             raise PlanError(f"layer {i} has a score that is not a number: its weights or states are not finite. "

@@ -47,9 +47,7 @@ class CKAPatch(Baseline):
 
 def segments(similarity_KK: np.ndarray, n: int) -> list[tuple[int, int]]:
     """Items 0..K-1 in n runs [start, stop) of least total scatter; at a tie the lower items run together.
-
-    `similarity_KK` is 1 on the diagonal. Cost: K^2 n steps of arithmetic.
-    """
+    `similarity_KK` is 1 on the diagonal. Cost: K^2 n steps of arithmetic."""
     import numpy as np
 
     k = len(similarity_KK)

@@ -56,11 +56,8 @@ class FromPlan(Method):
 
     @property
     def given(self) -> MergePlan:
-        """The plan as it stands in the file; where that names no `n_layers`, for the fewest it can be for.
-
-        Raises:
-            ConfigError: there is no such file, or it is no plan.
-        """
+        """The plan as it stands in the file; where that names no `n_layers`, for the fewest it can be for. Raises
+        ConfigError: there is no such file, or it is no plan."""
         return self._read[0]
 
     @cached_property
@@ -77,11 +74,8 @@ class FromPlan(Method):
             raise ConfigError(f"method.path = {self.path}; expected {wanted}: {why}.") from None
 
     def plan_for(self, handle: ModelHandle) -> MergePlan:
-        """The plan, for this model.
-
-        Raises:
-            ConfigError: it is for another number of layers; says which of its layers are not there.
-        """
+        """The plan, for this model. Raises ConfigError: it is for another number of layers; says which of its layers
+        are not there."""
         made, named = self._read
         try:
             if not named:
@@ -100,11 +94,8 @@ class FromPlan(Method):
         return bool(self.given.groups)
 
     def merge_rule(self, requested: MergeRule) -> MergeRule:
-        """The plan's rule, where the plan merges and names one.
-
-        Raises:
-            ConfigError: `requested` is another than the plan's and not the default, or the plan's is unknown.
-        """
+        """The plan's rule, where the plan merges and names one. Raises ConfigError: `requested` is another than the
+        plan's and not the default, or the plan's is unknown."""
         name = self.given.rule
         if not (self.given.groups and name) or requested.name == name:
             return requested

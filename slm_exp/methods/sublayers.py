@@ -77,11 +77,8 @@ class SublayerBaseline(Baseline):
 
     def wanted(self, handle: ModelHandle) -> Wanted:
         """Whether a sublayer may go, given those removed so far: until the number is met, or while it brings the share
-        nearer to the requested one. Loads no weights.
-
-        Raises:
-            ConfigError: the size cannot be reached; names the nearest.
-        """
+        nearer to the requested one. Loads no weights. Raises ConfigError: the size cannot be reached; names the
+        nearest."""
         units = self.units(handle.n_layers)
         most = len(units) - (len(units) == 2 * handle.n_layers)  # something has to be left
         if self.target_sublayers is not None:

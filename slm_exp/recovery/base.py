@@ -129,11 +129,9 @@ class NoRecovery(Recovery):
 
 
 def with_tensors(handle: ModelHandle, result: RecoveryResult, identity: dict[str, Any]) -> ModelHandle:
-    """A model with some tensors replaced, built on first use of `.model`; the input where there are none.
-
-    Its digest is of the model, the recipe and its data (`identity`), and of the new tensors: other code of a recipe, or
-    a wall-clock limit, gives another model.
-    """
+    """A model with some tensors replaced, built on first use of `.model`; the input where there are none. Its digest is
+    of the model, the recipe and its data (`identity`), and of the new tensors: other code of a recipe, or a wall-clock
+    limit, gives another model."""
     if not result.tensors:
         return handle
     return dataclasses.replace(

@@ -104,10 +104,7 @@ def each_alone(slots: Slots, units: Sequence[Unit], cost: Callable[[Slots], floa
 
 def one_shot(slots: Slots, costs: Mapping[Unit, float], wanted: Wanted) -> tuple[Unit, ...]:
     """The parts of lowest cost (the first at a tie), in that order, each if it is still wanted when its turn comes.
-
-    Raises:
-        PlanError: a part's cost is infinite, and those of finite cost are not enough.
-    """
+    Raises PlanError: a part's cost is infinite, and those of finite cost are not enough."""
     removed: list[Unit] = []
     for unit in sorted(costs, key=lambda u: costs[u]):
         left = without(slots, unit)

@@ -122,10 +122,8 @@ def single(scores: Scores, start: SearchState, n_layers: int, low: float, high: 
 
 
 def sizes(state: SearchState, n_layers: int, commit_open_window: bool = True) -> range:
-    """Layers left that some end of the search from here on can have; bounds, from the fewest to the most.
-
-    Fewest: every candidate passes. Most: none does; or, where an open window is forgotten, all do.
-    """
+    """Layers left that some end of the search from here on can have; bounds, from the fewest to the most. Fewest: every
+    candidate passes. Most: none does; or, where an open window is forgotten, all do."""
     committed = sum(g.stop - g.start - 1 for g in state.groups)
     window = state.high - state.low - 1  # removed once the open window is committed; 0 for a single layer
     least = most = committed + (window if commit_open_window else 0)
@@ -206,9 +204,7 @@ def best_of_size(scores: Scores, start: SearchState, n_layers: int, layers: int,
 def _bisect(at: Callable[[float], PathPlan | None], layers: int, low: float, high: float,
             show: Callable[[str], None]) -> list[PathPlan]:
     """Plans met on the way to a threshold in [low, high) that leaves `layers` layers; the last has that size, if any.
-
-    Layers left rise with the threshold on the whole, not strictly, so a size may be missed that the path has.
-    """
+    Layers left rise with the threshold on the whole, not strictly, so a size may be missed that the path has."""
     met: list[PathPlan] = []
     while len(met) < PROBES and low < high and (plan := at((low + high) / 2)):
         met.append(plan)

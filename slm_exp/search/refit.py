@@ -62,11 +62,7 @@ class Refits:
 
     @cached_property
     def tokens(self) -> CalibrationTokens:
-        """Those to fit on.
-
-        Raises:
-            DataError: they are too few, or share text with those that are scored on.
-        """
+        """Those to fit on. Raises DataError: they are too few, or share text with those that are scored on."""
         task = self.task
         tokens = task.similarity.fit_source().draw(task.handle, task.seed, task.tokens)
         if len(tokens.tokens_NT) < 2:
@@ -91,12 +87,8 @@ class Refits:
         return math.ceil(share * (self.task.handle.n_layers + refits))
 
     def weights(self, slot: Slot, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All parameters of a marked slot's layer that differ from its module's own.
-
-        Args:
-            weights: those that differ without a refit.
-        Cost: one block forward over the fitting tokens, and the normal equations of one projection.
-        """
+        """All parameters of a marked slot's layer that differ from its module's own. `weights`: those that differ
+        without a refit. Cost: one block forward over the fitting tokens, and the normal equations of one projection."""
         if slot not in self._kept:
             room = KEPT_BYTES
             for old in reversed([*self._kept]):

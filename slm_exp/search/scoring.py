@@ -78,19 +78,15 @@ class ScoringEngine:
 
     @property
     def block_forwards(self) -> int:
-        """Decoder-layer passes that the requested values take, the dense pass and the commits included.
-
-        A layer that lacks a sublayer counts one half, and the total is rounded up; the head is not counted. Counted as
-        if nothing had been in the store: the cost of a search is a property of the search.
-        """
+        """Decoder-layer passes that the requested values take, the dense pass and the commits included. A layer that
+        lacks a sublayer counts one half, and the total is rounded up; the head is not counted. Counted as if nothing
+        had been in the store: the cost of a search is a property of the search."""
         return math.ceil(self._cost.spent) + self._refits.block_forwards(len(self._cost.refits))
 
     @property
     def dense_states(self) -> list[Tensor]:
         """The states entering layers 0..L-1 and the last layer's output, before the final norm: L + 1 of [N, T, D].
-
-        Cost: L block forwards, once.
-        """
+        Cost: L block forwards, once."""
         assert self._top == self.n_layers, "this engine does not keep them all"
         return self._dense_pass
 
@@ -127,11 +123,8 @@ class ScoringEngine:
         return self._runners[dtype]
 
     def score(self, model: Model, dtype: str | None = None) -> float:
-        """The model against the dense one by the task's similarity, after the final norm; 1 is identical.
-
-        Args:
-            dtype: its layers run in this one instead of the model's own, e.g. `bfloat16`.
-        """
+        """The model against the dense one by the task's similarity, after the final norm; 1 is identical. `dtype`: its
+        layers run in this one instead of the model's own, e.g. `bfloat16`."""
         return self.measure(model, "score", lambda last_NTD: self._against(last_NTD), dtype)
 
     def loss(self, model: Model) -> float:
@@ -187,10 +180,8 @@ class ScoringEngine:
         self._cost.commit(slots)
 
     def block(self, slot: Slot, h_NTD: Tensor, dtype: str | None = None) -> Tensor:
-        """One layer on any states, merged, scaled and refitted as it runs: [N, T, D] -> [N, T, D]. Not counted.
-
-        A merged layer is combined again each time it runs: a twentieth of running it, and nothing to keep.
-        """
+        """One layer on any states, merged, scaled and refitted as it runs: [N, T, D] -> [N, T, D]. Not counted. A
+        merged layer is combined again each time it runs: a twentieth of running it, and nothing to keep."""
         weights, handle = slot.weights, self.task.handle
         if slot.merged:
             weights = self.task.rule.merge(handle.layout, list(handle.layers[slice(*slot.merged)])).weights

@@ -88,10 +88,8 @@ class SearchState:
         return replace(self, low=self.low - 1)
 
     def reject(self) -> SearchState:
-        """The candidate failed: commit what passed before, go on with a window of the layer that failed.
-
-        The released code scores that one-layer window too: the model it has just committed, which passed already.
-        """
+        """The candidate failed: commit what passed before, go on with a window of the layer that failed. The released
+        code scores that one-layer window too: the model it has just committed, which passed already."""
         return replace(self.close(), low=self.low - 1, high=self.low)
 
     def close(self) -> SearchState:
@@ -110,10 +108,8 @@ class SearchState:
         return state
 
     def block_forwards(self, n_layers: int) -> tuple[int, int]:
-        """Of a search from here on, the dense pass left out: (if every candidate passes, if none does).
-
-        Either way every layer below the window is in question once; what passes shortens the candidates that follow.
-        """
+        """Of a search from here on, the dense pass left out: (if every candidate passes, if none does). Either way
+        every layer below the window is in question once; what passes shortens the candidates that follow."""
         spent = []
         for verdict in (SearchState.accept, SearchState.reject):
             state, blocks = self, 0

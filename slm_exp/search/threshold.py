@@ -61,11 +61,9 @@ class Screen:
         return replace(step, score=score, accepted=score > self.threshold, screened=False)
 
     def decide(self, state: SearchState) -> Step:
-        """A decision on the screened score where that is safe, else on the exact one.
-
-        Rounding errors grow with the layers they pass through, so the first candidate NEAR the threshold at every
-        doubling of depth is scored in both dtypes, however safe it looks.
-        """
+        """A decision on the screened score where that is safe, else on the exact one. Rounding errors grow with the
+        layers they pass through, so the first candidate NEAR the threshold at every doubling of depth is scored in both
+        dtypes, however safe it looks."""
         assert state.candidate is not None
         score = self.engine.score(state.candidate, self.dtype)
         step = Step(state, score, score > self.threshold, screened=self.dtype is not None)

@@ -76,11 +76,9 @@ def centred(gram_NN: Tensor, estimator: str) -> Tensor:
 
 
 def fingerprint(rows_ND: Tensor, kernel: Kernel, parts: Sequence[Tensor], estimator: str) -> Tensor:
-    """The centred Grams of all minibatches end to end: [N, D] of any float dtype -> [sum of n_b^2] float64.
-
-    The inner product of two fingerprints is HSIC summed over minibatches; their cosine is CKA.
-    Cost: O(N b D) time for minibatches of b rows; one minibatch at a time is cast to float64.
-    """
+    """The centred Grams of all minibatches end to end: [N, D] of any float dtype -> [sum of n_b^2] float64. The inner
+    product of two fingerprints is HSIC summed over minibatches; their cosine is CKA. Cost: O(N b D) time for
+    minibatches of b rows; one minibatch at a time is cast to float64."""
     import torch
 
     kernel = kernel.over(rows_ND)
@@ -89,10 +87,8 @@ def fingerprint(rows_ND: Tensor, kernel: Kernel, parts: Sequence[Tensor], estima
 
 
 def normalised(hsic_LL: Tensor) -> Tensor:
-    """CKA of every pair from HSIC of every pair; the one division. [L, L] float64 -> [L, L], 1 on the diagonal.
-
-    States that do not vary have HSIC 0 with themselves: they score 0 against any other, 1 against themselves.
-    """
+    """CKA of every pair from HSIC of every pair; the one division. [L, L] float64 -> [L, L], 1 on the diagonal. States
+    that do not vary have HSIC 0 with themselves: they score 0 against any other, 1 against themselves."""
     root = hsic_LL.diagonal().sqrt()
     root = root.where(root > 0, 1)
     out = hsic_LL / root[:, None] / root[None, :]

@@ -198,11 +198,8 @@ class Pruner(Width):
         return dataclasses.replace(target, asked=method.target_ratio, depth=target.asked, share=self.share)
 
     def ratio_for(self, method: DepthMethod, dense: ModelHandle, handle: ModelHandle) -> float:
-        """What to remove, as a share of `handle`'s decoder layers.
-
-        Raises:
-            PlanError: with `share`, depth has already removed the whole target.
-        """
+        """What to remove, as a share of `handle`'s decoder layers. Raises PlanError: with `share`, depth has already
+        removed the whole target."""
         if self.share is None or method.target_ratio is None:
             return RATIO if self.ratio is None else self.ratio
         if self.order == "after":
@@ -317,10 +314,8 @@ class Pruner(Width):
         return None if self._allocation == "score" else out
 
     def decide(self, task: WidthTask) -> WidthDecision:
-        """Which heads and channels stay.
-
-        Cost: that of the scores (see the member); with allocation=ecoflap two half passes per projection more.
-        """
+        """Which heads and channels stay. Cost: that of the scores (see the member); with allocation=ecoflap two half
+        passes per projection more."""
         handle, full, importance = task.handle, sizes.full_shape(task.handle.config), None
         selected = self._selected(task.slots, task.n_dense)
         if self._allocation == "ecoflap":

@@ -147,11 +147,9 @@ Gradients = dict[tuple[int, str], "Tensor"]
 
 
 def gradients(handle: ModelHandle, tokens: CalibrationTokens, second: bool) -> tuple[Gradients, Gradients]:
-    """Gradient of the mean next-token loss, and mean over samples of each sample's squared gradient.
-
-    Both float32, by (layer, projection); the latter empty unless `second`. Samples pass one at a time. The model's
-    own parameters never require gradients and hold none afterwards.
-    """
+    """Gradient of the mean next-token loss, and mean over samples of each sample's squared gradient. Both float32, by
+    (layer, projection); the latter empty unless `second`. Samples pass one at a time. The model's own parameters never
+    require gradients and hold none afterwards."""
     import torch
     from torch.nn.functional import cross_entropy
 

@@ -35,18 +35,13 @@ class MergeRule(Component, ABC):
 
     @abstractmethod
     def combine(self, weights: Sequence[Tensor]) -> Tensor:
-        """One projection's merged weight from that projection of each layer, lowest first (two or more).
-
-        Returns one of `weights` itself where the rule selects (no copy), else a new tensor of the same dtype.
-        Arithmetic is float32 or wider.
-        """
+        """One projection's merged weight from that projection of each layer, lowest first (two or more). Returns one of
+        `weights` itself where the rule selects (no copy), else a new tensor of the same dtype. Arithmetic is float32 or
+        wider."""
 
     def merge(self, layout: LayerLayout, layers: Sequence[nn.Module]) -> Merged:
-        """The layer that a window of layers (lowest first, two or more) becomes. Modifies nothing.
-
-        Raises:
-            ArchitectureError: the layers do not have the same parameters in the same shapes.
-        """
+        """The layer that a window of layers (lowest first, two or more) becomes. Modifies nothing. Raises
+        ArchitectureError: the layers do not have the same parameters in the same shapes."""
         sources = [dict(layer.named_parameters()) for layer in layers]
         for i, other in enumerate(sources[1:], 1):
             for name in sorted(set(sources[0]) | set(other)):
