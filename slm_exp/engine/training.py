@@ -104,8 +104,7 @@ class Training:
         trainer.accelerator.wait_for_everyone()
         return model, {
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "precision": "bfloat16" if trainer.args.bf16 else "float32",
-            "estimate": estimate,
+            "precision": "bfloat16" if trainer.args.bf16 else "float32", "estimate": estimate,
             "steps": trainer.state.global_step, "steps_planned": estimate["steps"],
             "best_step": trainer.state.best_global_step if self.held_out else None,
             "loss": [[h["step"], h["loss"]] for h in history if "loss" in h],

@@ -34,7 +34,7 @@ class LayerScores(NamedTuple):
 
     query_H: Tensor
     kv_K: Tensor
-    """Zero where a method looks at query heads only."""
+    """Zero where a method looks at query heads only: see `query_scores`."""
     channel_F: Tensor
 
     def group_K(self) -> Tensor:
@@ -67,6 +67,11 @@ class Costs:
 
     def size(self, shape: Shape) -> int:
         return self.fixed + self.attention(shape.heads, shape.kv_heads) + shape.channels * self.channel
+
+
+def query_scores(query_H: Tensor, channel_F: Tensor, config: PretrainedConfig) -> LayerScores:
+    """Of a method that looks at query heads only."""
+    return LayerScores(query_H, query_H.new_zeros(config.num_key_value_heads), channel_F)
 
 
 def full_shape(config: PretrainedConfig) -> Shape:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from slm_exp.core.cost import Count
-from slm_exp.core.errors import ConfigError, PlanError, require, require_one_of
+from slm_exp.core.errors import NOT_FINITE, ConfigError, PlanError, require, require_one_of
 from slm_exp.core.registry import Component
 from slm_exp.core.together import Together
 from slm_exp.core.types import Group, MergePlan, Sublayer, Target, Trial
@@ -274,7 +274,7 @@ def lowest(scores: Mapping[int, float], n: int, shown: Callable[[float], float] 
     for i, score in scores.items():
         if score != score:
             raise PlanError(f"layer {i} has a score that is not a number: its weights or states are not finite. "
-                            "Use model.dtype=float32 or bfloat16; if it is float32 already, the weights are damaged.")
+                            f"{NOT_FINITE}")
     dropped = set(sorted(scores, key=lambda i: (scores[i], i))[:n])
     trace = tuple(Trial(i, i, shown(score), i in dropped) for i, score in sorted(scores.items()))
     return Selection(tuple(sorted(dropped)), trace=trace, block_forwards=block_forwards)

@@ -112,7 +112,7 @@ class SLM(Method):
 
     def plan(self, task: PlanTask) -> MergePlan:
         """Decide. Cost: L block forwards for the dense model, then 1 + the layers above the window per candidate."""
-        from slm_exp.search.sliding import slide
+        from slm_exp.search.threshold import slide
 
         layers, size = self.layers_left(task.handle), None
         if layers is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from slm_exp.core.errors import PlanError
+from slm_exp.core.errors import NOT_FINITE, PlanError
 from slm_exp.core.types import Kind, Trial
 from slm_exp.engine.progress import ticking
 
@@ -119,7 +119,7 @@ def _check_finite(costs: Mapping[Unit, float], taken: Unit) -> None:
     if not math.isfinite(costs[taken]):
         good = sum(map(math.isfinite, costs.values()))
         raise PlanError(f"{len(costs) - good} of {len(costs)} parts have a score that is not a finite number. "
-                        "Use model.dtype=float32 or bfloat16; if it is float32 already, the weights are damaged.")
+                        f"{NOT_FINITE}")
 
 
 def traced(costs: Mapping[Unit, float], taken: Collection[Unit], slots: Slots) -> list[Trial]:

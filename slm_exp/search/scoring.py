@@ -213,10 +213,9 @@ class ScoringEngine:
         """Values of one name for this model and these tokens, as far as the store has them."""
         if (name, dtype, merges) not in self._journals:
             task = self.task
-            inputs = journal_inputs(
-                name, model=task.handle.digest, device=task.handle.device.type, tokens=task.tokens.digest,
-                similarity=task.similarity, kernel=task.kernel, rule=task.rule if merges else None,
-                fit=self._refits.digest, dtype=dtype)
+            inputs = journal_inputs(name, model=task.handle.digest, device=task.handle.device.type, dtype=dtype,
+                                    tokens=task.tokens.digest, similarity=task.similarity, kernel=task.kernel,
+                                    rule=task.rule if merges else None, fit=self._refits.digest)
             self._journals[name, dtype, merges] = Journal(journal_of(task.store, inputs))
         return self._journals[name, dtype, merges]
 

@@ -10,7 +10,7 @@ from slm_exp.core.errors import ConfigError, require
 from slm_exp.core.registry import register
 from slm_exp.core.together import DepthMethod
 from slm_exp.core.widths import InputMeans, pack_floats, pack_indices
-from slm_exp.merging.sizes import Kept, LayerScores, head_dim, standardised, top
+from slm_exp.merging.sizes import Kept, LayerScores, head_dim, query_scores, standardised, top
 from slm_exp.models.base import ModelHandle
 from slm_exp.width.base import WidthTask
 from slm_exp.width.pruner import Choose, Extras, Pruner, Scored
@@ -48,10 +48,7 @@ class FLAP(Pruner):
         super().check_model(handle, method)
 
     def scores(self, task: WidthTask, choose: Choose) -> Scored:
-        import torch
-
         layout, config = task.handle.layout, task.handle.config
-        zero_K = torch.zeros(config.num_key_value_heads, dtype=torch.float64)
         out, means = [], []
         for i, stats in self.inputs(task, (layout.o, layout.mlp_out)):
             layer = task.handle.layers[i]
@@ -60,7 +57,7 @@ class FLAP(Pruner):
                 columns_C = layer.get_parameter(f"{name}.weight").detach().double().square().sum(0).cpu()
                 fluctuation[name] = stats[name].variance_C * columns_C
             query_H = standardised(fluctuation[layout.o].square()).view(config.num_attention_heads, -1).mean(1)
-            out.append(LayerScores(query_H, zero_K, standardised(fluctuation[layout.mlp_out])))
+            out.append(query_scores(query_H, standardised(fluctuation[layout.mlp_out]), config))
             means.append({name: s.mean_C for name, s in stats.items()})
         return Scored(out, means=means)
 
@@ -92,10 +89,7 @@ class WandaSP(Pruner):
     """Look at each layer's input as it is after the layers below were pruned."""
 
     def scores(self, task: WidthTask, choose: Choose) -> Scored:
-        import torch
-
         handle, layout, config = task.handle, task.handle.layout, task.handle.config
-        zero_K = torch.zeros(config.num_key_value_heads, dtype=torch.float64)
         out: list[LayerScores] = []
         steps = self.inputs(task, (layout.o, layout.mlp_out))
         step = next(steps, None)
@@ -104,7 +98,7 @@ class WandaSP(Pruner):
             weights = {n: handle.layers[i].get_parameter(f"{n}.weight").detach() for n in (layout.o, layout.mlp_out)}
             scores = {n: w.double().abs().mean(0).cpu() * stats[n].norm_C for n, w in weights.items()}
             query_H = scores[layout.o].view(config.num_attention_heads, -1).sum(1)
-            out.append(LayerScores(query_H, zero_K, scores[layout.mlp_out]))
+            out.append(query_scores(query_H, scores[layout.mlp_out], config))
             kept = choose(i, out[-1]) if self.sequential else None
             replaced = None
             if kept is not None:
@@ -112,7 +106,7 @@ class WandaSP(Pruner):
                 columns = [h * per + c for h in kept.query for c in range(per)]
                 replaced = {}
                 for name, stay in ((layout.o, columns), (layout.mlp_out, kept.channels)):
-                    pruned = torch.zeros_like(weights[name])
+                    pruned = weights[name].new_zeros(weights[name].shape)
                     pruned[:, stay] = weights[name][:, stay]
                     replaced[f"{name}.weight"] = pruned
             try:
@@ -154,19 +148,14 @@ class Minitron(Pruner):
         return self.hidden_size
 
     def scores(self, task: WidthTask, choose: Choose) -> Scored:
-        import torch
-
         layout, config = task.handle.layout, task.handle.config
-        zero_K = torch.zeros(config.num_key_value_heads, dtype=torch.float64)
-        hidden_D = torch.zeros(config.hidden_size, dtype=torch.float64)
-        out = []
+        out, norms = [], []
         # what q and the first MLP projection take in is what the layer's two norms give
         for _, stats in self.inputs(task, (layout.q, layout.mlp_in[0], layout.o, layout.mlp_out)):
             query_H = stats[layout.o].mean_abs_square_C.view(config.num_attention_heads, -1).sum(1).sqrt()
-            out.append(LayerScores(query_H, zero_K, stats[layout.mlp_out].mean_abs_square_C.sqrt()))
-            for norm in (layout.q, layout.mlp_in[0]):
-                hidden_D += stats[norm].mean_abs_square_C.sqrt()
-        return Scored(out, hidden_D=hidden_D)
+            out.append(query_scores(query_H, stats[layout.mlp_out].mean_abs_square_C.sqrt(), config))
+            norms += [stats[name].mean_abs_square_C.sqrt() for name in (layout.q, layout.mlp_in[0])]
+        return Scored(out, hidden_D=sum(norms[1:], norms[0]))
 
     def extras(self, task: WidthTask, kept: Sequence[Kept], found: Scored) -> Extras:
         if self.hidden_size is None or found.hidden_D is None:

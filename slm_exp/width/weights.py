@@ -11,7 +11,7 @@ from slm_exp.core.registry import register
 from slm_exp.core.together import DepthMethod
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.engine.progress import ticking
-from slm_exp.merging.sizes import LayerScores, full_shape
+from slm_exp.merging.sizes import LayerScores, full_shape, query_scores
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.layouts import LayerLayout
 from slm_exp.width.base import WidthTask
@@ -37,8 +37,7 @@ class Random(Pruner):
         def draw(n: int) -> torch.Tensor:
             return torch.rand(n, generator=generator, dtype=torch.float64)
 
-        zero_K = torch.zeros(shape.kv_heads, dtype=torch.float64)
-        return Scored([LayerScores(draw(shape.heads), zero_K, draw(shape.channels)) for _ in task.slots])
+        return Scored([query_scores(draw(shape.heads), draw(shape.channels), task.handle.config) for _ in task.slots])
 
 
 @register("width", "magnitude")

@@ -49,8 +49,7 @@ class MergeRule(Component, ABC):
                 if low != high:
                     raise ArchitectureError(
                         f"merging needs equal layers: {name} is {_shape(low)} in the window's lowest layer and "
-                        f"{_shape(high)} in layer {i} above it. Merge layers before pruning them to different widths."
-                    )
+                        f"{_shape(high)} in layer {i} above it. Merge layers before pruning them to different widths.")
         host = len(layers) - 1 if self.attention_from == "top" else 0
         matrices = {f"{projection}.weight" for projection in layout.projections}
         weights: dict[str, Tensor] = {}
