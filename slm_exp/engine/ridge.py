@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,20 +47,6 @@ class Moments:
         return self.rr + float(quadratic - 2 * (change_CD * self.xr_CD).sum())
 
 
-@contextmanager
-def input_of(layer: Any, module: str | None) -> Iterator[list[Tensor]]:
-    """What flows into a projection of a layer, call by call; nothing where none is named."""
-    seen: list[Tensor] = []
-    if module is None:
-        yield seen
-        return
-    hook = layer.get_submodule(module).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
 def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: Tensor, wanted_NTD: Tensor,
             held_N: Tensor, relative: bool = True, scale: float = 1.0) -> tuple[Moments, Moments]:
     """(fitted on, held out): what a projection of a layer sees against what the stream behind the layer lacks.
@@ -76,7 +62,8 @@ def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: T
     linear = layer.get_submodule(module) if module else None
     inputs = 0 if linear is None else linear.weight.shape[1] + (linear.bias is not None)
     fit, held = (Moments.empty(int(inputs), wanted_NTD.shape[-1], next(layer.parameters()).device) for _ in "12")
-    with input_of(layer, module) as seen:
+    seen: list[Tensor] = []
+    with linear.register_forward_pre_hook(lambda m, args: seen.append(args[0])) if module else nullcontext():
         for at in range(0, len(held_N), runner.rows):
             rows = slice(at, at + runner.rows)
             out_NTD = runner.block(slot, entering_NTD[rows])
@@ -91,12 +78,12 @@ def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, targ
     """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence."""
     if len(fit.xx_CC) > x_NTC.shape[-1]:  # a bias is the weight of ones
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
-    for moments, chosen_N in ((fit, ~held_N), (held, held_N)):
+    for sums, chosen_N in ((fit, ~held_N), (held, held_N)):
         x, t, r = (h[chosen_N].flatten(0, 1) for h in (x_NTC, target_NTD, target_NTD - out_NTD))
         norm_M = t.double().square().sum(1)
         weight_M = 1 / norm_M.clamp(min=1e-12) if relative else norm_M.new_ones(len(norm_M))
-        moments.add(x, r, weight_M)
-        moments.tt += float((weight_M * norm_M).sum())
+        sums.add(x, r, weight_M)
+        sums.tt += float((weight_M * norm_M).sum())
 
 
 def changed(layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: Tensor) -> dict[str, Tensor]:

@@ -71,13 +71,7 @@ def _kl(p_MV: Tensor, q_MV: Tensor) -> Tensor:
     return (p_MV.exp() * (p_MV - q_MV)).sum(-1)
 
 
-def _angular(p_MV: Tensor, q_MV: Tensor) -> Tensor:
-    return torch.nn.functional.cosine_similarity(p_MV, q_MV, -1).clamp(-1, 1).acos() / math.pi
-
-
-def _norm(p_MV: Tensor, q_MV: Tensor) -> Tensor:
-    return (p_MV - q_MV).norm(dim=-1)
-
-
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"js": _js, "kl": _kl, "angular": _angular, "norm": _norm}
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "js": _js, "kl": _kl, "norm": lambda p, q: (p - q).norm(dim=-1),
+    "angular": lambda p, q: torch.nn.functional.cosine_similarity(p, q, -1).clamp(-1, 1).acos() / math.pi}
 """Both logits [M, V] -> [M], by name."""

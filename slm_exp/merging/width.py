@@ -95,5 +95,5 @@ def narrower_config(config: PretrainedConfig, family: str, sizes: WidthSizes, bi
 def _build(handle: ModelHandle, width: WidthDecision) -> PreTrainedModel:
     from slm_exp.merging.build import narrowed
 
-    wide = handle.model
-    return narrowed(handle, width, narrower_config(wide.config, handle.layout.family, width.sizes, bool(width.means)))
+    config = narrower_config(handle.model.config, handle.layout.family, width.sizes, bool(width.means))
+    return narrowed(handle, width, config)

@@ -26,13 +26,11 @@ class Method(Component, ABC):
 
     uses_layer_similarity: ClassVar[bool] = False
     """Whether the plan depends on the layer similarity matrix (and so on the kernel)."""
-
     targets: ClassVar[tuple[str, ...]] = ()
     """Which of the settings that request a size it takes; at most one of them may be set."""
 
     compensate: str | None = None
     """magnitude: rescale the residual stream after every cut (Prune&Comp; see search/compensation.py)."""
-
     threshold: float | None = None
     """Accept a merge while the score stays above this."""
     target_layers: int | None = None

@@ -77,14 +77,12 @@ class FromPlan(Method):
         """The plan, for this model. Raises ConfigError: it is for another number of layers; says which of its layers
         are not there."""
         made, named = self._read
+        require(not named or made.n_layers == handle.n_layers, "method.path", self.path,
+                f"a plan for the {handle.n_layers} layers of {handle.name}", f"This one is for {made.n_layers}.")
         try:
-            if not named:
-                return replace(made, n_layers=handle.n_layers)
-            require(made.n_layers == handle.n_layers, "method.path", self.path,
-                    f"a plan for the {handle.n_layers} layers of {handle.name}", f"This one is for {made.n_layers}.")
+            return replace(made, n_layers=handle.n_layers)
         except PlanError as error:
             raise ConfigError(f"method.path = {self.path}; expected a plan for {handle.name}: {error}") from None
-        return made
 
     def identity(self) -> dict[str, Any]:
         effect = {k: v for k, v in self.given.effect().items() if k != "n_layers"}  # the model's, or refused

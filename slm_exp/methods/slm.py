@@ -48,11 +48,11 @@ class SLM(Method):
 
     def check(self) -> None:
         super().check()
-        wanted = "two scores in [-1, 1], the lower one first"
         ok = len(self.threshold_range) == 2 and -1 <= self.threshold_range[0] < self.threshold_range[1] <= 1
-        require(ok, "method.threshold_range", self.threshold_range, wanted, "For example [0.5,1.0].")
-        ok = self.max_evaluations is None or self.max_evaluations >= 1
-        require(ok, "method.max_evaluations", self.max_evaluations, "null or a whole number >= 1")
+        require(ok, "method.threshold_range", self.threshold_range, "two scores in [-1, 1], the lower one first",
+                "For example [0.5,1.0].")
+        require(self.max_evaluations is None or self.max_evaluations >= 1, "method.max_evaluations",
+                self.max_evaluations, "null or a whole number >= 1")
         for name in ("protect_first", "protect_last"):
             require(getattr(self, name) >= 0, f"method.{name}", getattr(self, name), "a whole number >= 0")
         if self.screen_dtype is not None:
@@ -81,25 +81,22 @@ class SLM(Method):
         """Where the search begins: the two layers below the protected top."""
         return SearchState.start(n_layers, self.protect_first, self.protect_last)
 
-    def _candidates(self, n_layers: int) -> int:
-        """Of one search: every layer below the window is in question once."""
-        start = self.start(n_layers)
-        return max(0, start.high - start.floor)
-
     def _fewest(self, n_layers: int) -> int:
-        """Layers left when every candidate passes."""
-        return max(1, n_layers - self._candidates(n_layers))
+        """Layers left when every candidate passes: every layer below the window is in question once."""
+        start = self.start(n_layers)
+        return max(1, n_layers - max(0, start.high - start.floor))
 
     def search_cost(self, n_layers: int, removed: int | None) -> Count:
-        n, candidates = n_layers, self._candidates(n_layers)
+        n, start = n_layers, self.start(n_layers)
+        candidates = max(0, start.high - start.floor)
         if self.target_layers is None and self.target_ratio is None:
-            least, most = self.start(n).block_forwards(n)
+            least, most = start.block_forwards(n)
             return Count(n + most, scores=candidates,
                          note=f"the search takes {n + least} to {n + most} block forwards, fewer the more it merges")
         budget = min(self.max_evaluations or BUDGET, 2**candidates)
-        each = 0.57 * n  # 6,450 block forwards for 379 candidates of 30 layers
-        note = f"up to {budget} candidates are scored for a size (method.max_evaluations)"
-        return Count(n + budget * each, scores=budget, note=note)
+        blocks = n + budget * (0.57 * n)  # 6,450 block forwards for 379 candidates of 30 layers
+        return Count(blocks, scores=budget,
+                     note=f"up to {budget} candidates are scored for a size (method.max_evaluations)")
 
     def plan_from_scores(self, n_layers: int, scores: Mapping[str, float], rule_name: str) -> MergePlan | None:
         if self.target_layers is not None or self.target_ratio is not None or self.compensate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -51,10 +51,9 @@ def _states(layers: nn.ModuleList, outputs: Sequence[int], detached: Sequence[in
             return (args[0].detach(), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}
 
-    hooks = [layers[i].register_forward_hook(partial(keep, i)) for i in outputs]
-    hooks += [layers[i].register_forward_pre_hook(cut, with_kwargs=True) for i in detached]
-    try:
+    with ExitStack() as hooks:
+        for i in outputs:
+            hooks.enter_context(layers[i].register_forward_hook(partial(keep, i)))
+        for i in detached:
+            hooks.enter_context(layers[i].register_forward_pre_hook(cut, with_kwargs=True))
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

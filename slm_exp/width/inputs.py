@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -90,12 +90,10 @@ def _listening(layer: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Inp
         else:
             stats[name] = found
 
-    hooks = [layer.get_submodule(name).register_forward_pre_hook(partial(heard, name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(layer.get_submodule(name).register_forward_pre_hook(partial(heard, name)))
         yield stats
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 EPSILON = 1e-3

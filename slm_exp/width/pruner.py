@@ -367,8 +367,7 @@ class Pruner(Width):
         uniform = len(set(shapes)) == 1 and sizes.legal(config, shapes[0], hidden)
         requested = sum(self.ratios) / len(self.ratios) if self.ratios else task.ratio
         names, spans = ("heads", "key-value heads", "channels"), map(_span, zip(*shapes, strict=True))
-        change = ", ".join(f"{name} {before} -> {span}"
-                           for name, before, span in zip(names, full, spans, strict=True))
+        change = ", ".join(f"{name} {before} -> {span}" for name, before, span in zip(names, full, spans, strict=True))
         notes = [f"width: {change}, snapped to legal sizes: {reached:.4f} of the decoder layers' parameters removed, "
                  f"{requested:.4f} requested."]
         if not uniform:
