@@ -63,7 +63,7 @@ def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: T
     inputs = 0 if linear is None else linear.weight.shape[1] + (linear.bias is not None)
     fit, held = (Moments.empty(int(inputs), wanted_NTD.shape[-1], next(layer.parameters()).device) for _ in "12")
     seen: list[Tensor] = []
-    with linear.register_forward_pre_hook(lambda m, args: seen.append(args[0])) if module else nullcontext():
+    with nullcontext() if linear is None else linear.register_forward_pre_hook(lambda m, args: seen.append(args[0])):
         for at in range(0, len(held_N), runner.rows):
             rows = slice(at, at + runner.rows)
             out_NTD = runner.block(slot, entering_NTD[rows])
