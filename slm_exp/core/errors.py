@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+NOT_FINITE = "Use model.dtype=float32 or bfloat16; if it is float32 already, the weights are damaged."
+"""The remedy where weights or states of a model are not finite."""
+
 
 class SlmError(Exception):
     """Base of every error this package raises on purpose; shown as one message, without a traceback."""

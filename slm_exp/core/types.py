@@ -68,7 +68,7 @@ class Cut(StrictValue):
 
 @dataclass(frozen=True)
 class Compensation(StrictValue):
-    """How the residual stream is rescaled after cuts: see merging/compensation.py."""
+    """How the residual stream is rescaled after cuts: see search/compensation.py."""
 
     kind: Literal["magnitude"]
     cuts: tuple[Cut, ...]

@@ -14,9 +14,8 @@ LOGITS = 1 << 24
 """Held at once: 64 MiB in float32, whatever the vocabulary and the batch."""
 
 
-def next_token_loss(
-    model: Any, batch: dict[str, Tensor], ce: float = 1.0, teacher: Any = None, temperature: float = 1.0
-) -> Tensor:
+def next_token_loss(model: Any, batch: dict[str, Tensor], ce: float = 1.0, teacher: Any = None,
+                    temperature: float = 1.0) -> Tensor:
     """Mean over the tokens to come of ce x their loss, plus KL(teacher || model) where there is a teacher (a model).
 
     Args:
@@ -41,10 +40,8 @@ def counted_states(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor
     return last_BTD[:, :-1][counted], labels[counted]
 
 
-def head_loss(
-    given_MD: Tensor, head_VD: Tensor, labels_M: Tensor, ce: float = 1.0,
-    teacher: tuple[Tensor, Tensor] | None = None, temperature: float = 1.0,
-) -> Tensor:
+def head_loss(given_MD: Tensor, head_VD: Tensor, labels_M: Tensor, ce: float = 1.0,
+              teacher: tuple[Tensor, Tensor] | None = None, temperature: float = 1.0) -> Tensor:
     """Mean over M tokens of ce x the loss of the labels, plus KL(teacher || student) where there is a teacher.
 
     The gradients are computed together with the loss, part by part of the tokens, so that no part is computed twice

@@ -17,10 +17,8 @@ LOG_EVERY_S = 20.0
 
 @contextmanager
 def ticking(what: str, total: int | None, unit: str = "model") -> Iterator[Callable[..., None]]:
-    """Show how many of `total` models (None: nobody knows) are done.
-
-    Yields a function to call after each, with what is known by then, and how many are done where that is not one more.
-    """
+    """Show how many of `total` models (None: nobody knows) are done. Yields a function to call after each, with what is
+    known by then, and how many are done where that is not one more."""
     done, logged = 0, time.monotonic()
 
     def tick(about: str = "", at: int | None = None) -> None:

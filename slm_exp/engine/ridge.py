@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
 
+from slm_exp.engine.runner import BlockRunner, Slot
 
 HELD = 5
 
@@ -30,8 +30,6 @@ class Moments:
 
     @classmethod
     def empty(cls, inputs: int, outputs: int, device: torch.device) -> Moments:
-        import torch
-
         xx_CC = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         return cls(xx_CC, xx_CC.new_zeros(inputs, outputs))
 
@@ -49,56 +47,48 @@ class Moments:
         return self.rr + float(quadratic - 2 * (change_CD * self.xr_CD).sum())
 
 
-@contextmanager
-def input_of(layer: Any, module: str | None) -> Iterator[list[Tensor]]:
-    """What flows into a projection of a layer, call by call; nothing where none is named."""
-    seen: list[Tensor] = []
-    if module is None:
-        yield seen
-        return
-    hook = layer.get_submodule(module).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-def empty_moments(layer: Any, module: str | None, outputs: int) -> Moments:
-    """Moments of a projection's inputs, and of ones where it has a bias; of nothing where none is named."""
-    linear = None if module is None else layer.get_submodule(module)
-    inputs = 0 if linear is None else linear.weight.shape[1] + (linear.bias is not None)
-    return Moments.empty(int(inputs), outputs, next(layer.parameters()).device)
-
-
-def add_tokens(
-    fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor, relative: bool
-) -> None:
-    """Count in what a projection saw, and what the stream behind its layer lacks, sequence by sequence.
+def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: Tensor, wanted_NTD: Tensor,
+            held_N: Tensor, relative: bool = True, scale: float = 1.0) -> tuple[Moments, Moments]:
+    """(fitted on, held out): what a projection of a layer sees against what the stream behind the layer lacks.
 
     Args:
-        x_NTC: the projection's inputs.
-        out_NTD: the stream behind the layer; target_NTD: what it should be.
-        held_N: sequences that go into `held`, the others into `fit`.
+        module: the projection; None for errors alone.
+        wanted_NTD: the stream behind the layer as it should be, up to `scale`.
+        held_N: sequences that are held out.
         relative: each token's error counts relative to its norm, as the next layer's norm sees it.
+    Cost: one forward of the layer. Its inputs join with ones where the projection has a bias.
     """
-    import torch
+    layer: Any = runner.handle.layers[slot.host]
+    linear = layer.get_submodule(module) if module else None
+    inputs = 0 if linear is None else linear.weight.shape[1] + (linear.bias is not None)
+    fit, held = (Moments.empty(int(inputs), wanted_NTD.shape[-1], next(layer.parameters()).device) for _ in "12")
+    seen: list[Tensor] = []
+    with nullcontext() if linear is None else linear.register_forward_pre_hook(lambda m, args: seen.append(args[0])):
+        for at in range(0, len(held_N), runner.rows):
+            rows = slice(at, at + runner.rows)
+            out_NTD = runner.block(slot, entering_NTD[rows])
+            target_NTD = wanted_NTD[rows].to(out_NTD.device) * scale
+            x_NTC = seen.pop() if module else out_NTD[..., :0]
+            add_tokens(fit, held, x_NTC, out_NTD, target_NTD, held_N[rows].to(out_NTD.device), relative)
+    return fit, held
 
+
+def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor,
+               relative: bool) -> None:
+    """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence."""
     if len(fit.xx_CC) > x_NTC.shape[-1]:  # a bias is the weight of ones
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
-    for moments, chosen_N in ((fit, ~held_N), (held, held_N)):
+    for sums, chosen_N in ((fit, ~held_N), (held, held_N)):
         x, t, r = (h[chosen_N].flatten(0, 1) for h in (x_NTC, target_NTD, target_NTD - out_NTD))
         norm_M = t.double().square().sum(1)
         weight_M = 1 / norm_M.clamp(min=1e-12) if relative else norm_M.new_ones(len(norm_M))
-        moments.add(x, r, weight_M)
-        moments.tt += float((weight_M * norm_M).sum())
+        sums.add(x, r, weight_M)
+        sums.tt += float((weight_M * norm_M).sum())
 
 
 def changed(layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: Tensor) -> dict[str, Tensor]:
-    """A projection's parameters, by name in the layer, with a change added, float32.
-
-    Args:
-        weights: parameters that replace the layer's own.
-    """
+    """A projection's parameters, by name in the layer, with a change added, float32. `weights`: parameters that replace
+    the layer's own."""
     linear = layer.get_submodule(module)
     width = linear.weight.shape[1]
     parts = {"weight": change_CD[:width].T} | ({} if linear.bias is None else {"bias": change_CD[width]})
@@ -108,8 +98,6 @@ def changed(layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: T
 
 def held_out(n: int) -> Tensor:
     """Which of n sequences are not fitted on [n]: every fifth, at least one. Ridges and changes are judged there."""
-    import torch
-
     held_N = torch.arange(n) % HELD == HELD - 1
     held_N[-1] |= not held_N.any()
     return held_N
@@ -125,8 +113,6 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float]) -> tuple[Tensor
         (change, ridge, squared residual left over `held`), or None where no ridge lowers it.
     Cost: one Cholesky factor of [C, C] and one product with [C, D] for every ridge.
     """
-    import torch
-
     best: tuple[Tensor, float, float] | None = None
     scale = float(fit.xx_CC.diagonal().mean())
     if not scale > 0:

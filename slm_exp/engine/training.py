@@ -74,17 +74,11 @@ class Training:
     """Of the checkpoints."""
     seed: int
     track: SectionLog | None = None
-    section: str = "recovery"
-    """Of what the tracker gets: `recovery/loss`, `recovery/lr`."""
+    """Gets `recovery/loss`, `recovery/lr`."""
 
     def run(self) -> tuple[nn.Module, dict[str, Any]] | None:
-        """The trained model and the report; None where no parameter trains.
-
-        Goes on from the last whole checkpoint in `folder`, with the same data order and dropout.
-
-        Raises:
-            SlmError: the disk has no room for the checkpoints.
-        """
+        """The trained model and the report; None where no parameter trains. Goes on from the last whole checkpoint in
+        `folder`, with the same data order and dropout. Raises SlmError: the disk has no room for the checkpoints."""
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(self.seed)
             model = self.student()
@@ -110,8 +104,7 @@ class Training:
         trainer.accelerator.wait_for_everyone()
         return model, {
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "precision": "bfloat16" if trainer.args.bf16 else "float32",
-            "estimate": estimate,
+            "precision": "bfloat16" if trainer.args.bf16 else "float32", "estimate": estimate,
             "steps": trainer.state.global_step, "steps_planned": estimate["steps"],
             "best_step": trainer.state.best_global_step if self.held_out else None,
             "loss": [[h["step"], h["loss"]] for h in history if "loss" in h],
@@ -221,13 +214,12 @@ class _Progress(TrainerCallback):
             log.info("step %d of %d: %s", state.global_step, state.max_steps,
                      ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         if values and self.training.track:
-            self.training.track.log({self.training.section: {**values, "step": state.global_step}})
+            self.training.track.log({"recovery": {**values, "step": state.global_step}})
 
 
 class _Trainer(Trainer):
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+                     ) -> Any:
         own = model(**inputs)["loss"]
         if num_items_in_batch is not None and model.training:  # as Trainer does: micro-batches weigh by tokens
             own = own * ((inputs["labels"][:, 1:] >= 0).sum() / num_items_in_batch)
@@ -251,10 +243,8 @@ def _of_first_process(value: bool, device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next step, instead of giving it to the system and asking again.
-
-    A step of a 106 M parameter model otherwise meets 440,000 page faults. Only glibc knows how.
-    """
+    """Have the C library keep what is freed for the next step, instead of giving it to the system and asking again. A
+    step of a 106 M parameter model otherwise meets 440,000 page faults. Only glibc knows how."""
     no_mmap, never_trim = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
     with contextlib.suppress(OSError, AttributeError):
         for option in (no_mmap, never_trim):
@@ -297,11 +287,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 @contextlib.contextmanager
 def checkpoints_in(folder: Path) -> Iterator[None]:
-    """Remove the checkpoints after a training and what is made of it; where that fails they stay, to go on from.
-
-    Raises:
-        SlmError: the disk is full (what that raises differs between the libraries that write).
-    """
+    """Remove the checkpoints after a training and what is made of it; where that fails they stay, to go on from. Raises
+    SlmError: the disk is full (what that raises differs between the libraries that write)."""
     try:
         yield
     except Exception as cause:
@@ -316,9 +303,8 @@ def checkpoints_in(folder: Path) -> Iterator[None]:
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is a full disk (or quota)."""
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
-            return True
-        if "No space left" in str(error) or "PytorchStreamWriter failed writing" in str(error):
+        words = ("os error 28", "No space left", "PytorchStreamWriter failed writing")
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(w in str(error) for w in words):
             return True
         error = error.__cause__ or error.__context__
     return False

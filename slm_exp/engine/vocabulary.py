@@ -40,31 +40,23 @@ def mean_loss(runner: BlockRunner, last_NTD: Tensor) -> float:
         return total / targets_M.numel()
 
 
-class PredictionDistance:
+def prediction_distance(runner: BlockRunner, dense_NTD: Tensor, last_NTD: Tensor, kind: str) -> float:
     """How far a model's next-token predictions are from the dense model's: mean over all tokens, 0 is identical.
 
-    Kinds:
-        js: Jensen-Shannon divergence, [KL(P||M) + KL(Q||M)] / 2 with M = (P + Q) / 2, in nats (at most log 2).
-        kl: KL(P||Q), P the dense model's.
-        angular: angle between the logits over pi, 0 to 1.
-        norm: Euclidean distance of the logits.
-    Cost of one value: the head over the calibration set twice (the dense logits are computed again, not kept).
+    Args:
+        dense_NTD, last_NTD: [N, T, D] last hidden states of both, after the final norm.
+        kind: js, the Jensen-Shannon divergence [KL(P||M) + KL(Q||M)] / 2 with M = (P + Q) / 2, in nats (at most log 2);
+            kl, KL(P||Q), P the dense model's; angular, the angle between the logits over pi, 0 to 1; or norm, their
+            Euclidean distance.
+    Cost: the head over the calibration set twice (the dense logits are computed again, not kept).
     """
-
-    def __init__(self, runner: BlockRunner, dense_NTD: Tensor, kind: str) -> None:
-        """`dense_NTD`: [N, T, D] the dense model's last hidden states, after the final norm."""
-        self.runner, self.dense_MD = runner, dense_NTD.flatten(0, 1)
-        self._of = DISTANCES[kind]
-
-    def __call__(self, last_NTD: Tensor) -> float:
-        n_words = self.runner.model.get_output_embeddings().weight.shape[0]
-        rows = max(1, PIECE // n_words)
-        total = 0.0
-        with torch.inference_mode():
-            for dense, x in zip(self.dense_MD.split(rows), last_NTD.flatten(0, 1).split(rows), strict=True):
-                p, q = self.runner.logits(dense).float(), self.runner.logits(x).float()
-                total += float(self._of(p, q).double().sum())
-        return total / len(self.dense_MD)
+    rows = max(1, PIECE // runner.model.get_output_embeddings().weight.shape[0])
+    dense_MD, total = dense_NTD.flatten(0, 1), 0.0
+    with torch.inference_mode():
+        for dense, x in zip(dense_MD.split(rows), last_NTD.flatten(0, 1).split(rows), strict=True):
+            p, q = runner.logits(dense).float(), runner.logits(x).float()
+            total += float(DISTANCES[kind](p, q).double().sum())
+    return total / len(dense_MD)
 
 
 def _js(p_MV: Tensor, q_MV: Tensor) -> Tensor:
@@ -79,13 +71,7 @@ def _kl(p_MV: Tensor, q_MV: Tensor) -> Tensor:
     return (p_MV.exp() * (p_MV - q_MV)).sum(-1)
 
 
-def _angular(p_MV: Tensor, q_MV: Tensor) -> Tensor:
-    return torch.nn.functional.cosine_similarity(p_MV, q_MV, -1).clamp(-1, 1).acos() / math.pi
-
-
-def _norm(p_MV: Tensor, q_MV: Tensor) -> Tensor:
-    return (p_MV - q_MV).norm(dim=-1)
-
-
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"js": _js, "kl": _kl, "angular": _angular, "norm": _norm}
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "js": _js, "kl": _kl, "norm": lambda p, q: (p - q).norm(dim=-1),
+    "angular": lambda p, q: torch.nn.functional.cosine_similarity(p, q, -1).clamp(-1, 1).acos() / math.pi}
 """Both logits [M, V] -> [M], by name."""

@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from slm_exp.models.layouts import LayerLayout
 
-def shared_copy(
-    model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = None, config: PretrainedConfig | None = None,
-    layer_list: str = "", layers: Sequence[int] | None = None,
-) -> PreTrainedModel:
+
+def shared_copy(model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = None,
+                config: PretrainedConfig | None = None, layer_list: str = "",
+                layers: Sequence[int] | None = None) -> PreTrainedModel:
     """A copy of a model's modules that shares every tensor but those given; tied ones stay tied.
 
     The input stays as it is. What is changed in the copy afterwards must be replaced, not written into.
@@ -63,8 +64,15 @@ def _number(model: PreTrainedModel, layer_list: str, layers: Sequence[int]) -> N
     placed: dict[str, Any] | None = getattr(model, "hf_device_map", None)
     if placed:
         numbers = {f"{layer_list}.{old}": f"{layer_list}.{at}" for at, old in enumerate(layers)}
-        model.hf_device_map = {  # type: ignore[assignment]
-            numbers.get(name, name): device
-            for name, device in placed.items()
-            if name in numbers or not name.startswith(f"{layer_list}.")
-        }
+        model.hf_device_map = {numbers.get(name, name): device for name, device in placed.items()  # type: ignore[assignment]
+                               if name in numbers or not name.startswith(f"{layer_list}.")}
+
+
+def scaled_outputs(layout: LayerLayout, layer: nn.Module, weights: Mapping[str, Tensor], scale: float
+                   ) -> dict[str, Tensor]:
+    """The parameters through which a layer adds to the stream, multiplied; new tensors of the same dtype. `weights`:
+    parameters that replace the layer's own."""
+    own = dict(layer.named_parameters())
+    names = [f"{module}.{part}" for module in (layout.o, layout.mlp_out) for part in ("weight", "bias")]
+    return {name: (t.to(torch.promote_types(t.dtype, torch.float32)) * scale).to(t.dtype)
+            for name in names if (t := weights.get(name, own.get(name))) is not None}

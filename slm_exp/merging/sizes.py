@@ -34,7 +34,7 @@ class LayerScores(NamedTuple):
 
     query_H: Tensor
     kv_K: Tensor
-    """Zero where a method looks at query heads only."""
+    """Zero where a method looks at query heads only: see `query_scores`."""
     channel_F: Tensor
 
     def group_K(self) -> Tensor:
@@ -69,6 +69,11 @@ class Costs:
         return self.fixed + self.attention(shape.heads, shape.kv_heads) + shape.channels * self.channel
 
 
+def query_scores(query_H: Tensor, channel_F: Tensor, config: PretrainedConfig) -> LayerScores:
+    """Of a method that looks at query heads only."""
+    return LayerScores(query_H, query_H.new_zeros(config.num_key_value_heads), channel_F)
+
+
 def full_shape(config: PretrainedConfig) -> Shape:
     """The widths every layer of an unpruned config has."""
     return Shape(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)
@@ -76,15 +81,11 @@ def full_shape(config: PretrainedConfig) -> Shape:
 
 def costs_of(handle: ModelHandle, hidden_size: int | None = None) -> Costs:
     """Parameters per unit, from shapes alone; with another hidden size where one is given."""
-    config = handle.config
+    config, layout, shape = copy.deepcopy(handle.config), handle.layout, full_shape(handle.config)
     if hidden_size is not None:
-        config = copy.deepcopy(config)
-        config.head_dim = head_dim(handle.config)
-        config.hidden_size = hidden_size
-    layout = handle.layout
+        config.head_dim, config.hidden_size = head_dim(config), hidden_size
     layer = layout.layers(empty_model(config))[0]
     size = {name: p.numel() for name, p in layer.named_parameters()}
-    shape = full_shape(handle.config)
 
     def rows(name: str, units: int) -> int:
         return (size[f"{name}.weight"] + size.get(f"{name}.bias", 0)) // units
@@ -104,23 +105,19 @@ def head_dim(config: PretrainedConfig) -> int:
 
 def legal(config: PretrainedConfig, shape: Shape, hidden_size: int | None = None) -> bool:
     """Whether the family's own config class accepts these widths (Llama's wants hidden_size % heads == 0)."""
-    about = config.to_dict() | {
-        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": head_dim(config),
-        "intermediate_size": shape.channels, "hidden_size": hidden_size or config.hidden_size,
-    }
+    sizes = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": head_dim(config),
+             "intermediate_size": shape.channels, "hidden_size": hidden_size or config.hidden_size}
     try:
-        type(config).from_dict(about)
+        type(config).from_dict(config.to_dict() | sizes)
     except Exception:  # huggingface_hub's StrictDataclassError, or ValueError from older checks
         return False
     return True
 
 
 def attention_shapes(full: Shape, units: str) -> list[tuple[int, int]]:
-    """(query heads, key-value heads) that grouped-query attention allows, fewest first.
-
-    kv_groups takes whole groups away; within_groups the same number of query heads from every group. Where each
-    key-value head has one query head, both are whole heads.
-    """
+    """(query heads, key-value heads) that grouped-query attention allows, fewest first. kv_groups takes whole groups
+    away; within_groups the same number of query heads from every group. Where each key-value head has one query head,
+    both are whole heads."""
     per = full.heads // full.kv_heads
     if units == "kv_groups" or per == 1:
         return [(per * k, k) for k in range(1, full.kv_heads + 1)]
@@ -131,11 +128,9 @@ def fit(full: Shape, costs: Costs, attention: float, layer: float, shapes: Seque
     """The widths nearest to so many parameters: heads first, for attention alone, then channels for the whole layer.
 
     Args:
-        full: the widest possible.
         attention, layer: parameters to be left, of attention's projections and of the layer.
         shapes: (query heads, key-value heads) to choose from.
-    Returns:
-        None where every choice leaves no MLP channel.
+    Returns: None where every choice leaves no MLP channel.
     """
     beyond: Shape | None = None
     for heads, kv_heads in sorted(shapes, key=lambda s: abs(costs.attention(*s) - attention)):
@@ -166,9 +161,8 @@ class Unit(NamedTuple):
     cost: int
 
 
-def allocate_by_score(
-    scores: dict[int, LayerScores], full: Shape, costs: Costs, units: str, remove: float, compare: str
-) -> dict[int, Shape]:
+def allocate_by_score(scores: dict[int, LayerScores], full: Shape, costs: Costs, units: str, remove: float,
+                      compare: str) -> dict[int, Shape]:
     """Widths of every layer when the units of lowest value go first, whichever layer they are in.
 
     One group of heads and one block of 8 channels stay in every layer, so the removed parameters come within one
@@ -213,10 +207,8 @@ def allocate_by_score(
         removed += unit.cost
         a, m = gone[unit.layer]
         gone[unit.layer] = (a + 1, m) if unit.kind == 0 else (a, m + 1)
-    return {
-        i: Shape(*shapes[len(shapes) - 1 - a], full.channels - (0 if m == 0 else last + (m - 1) * CHANNELS))
-        for i, (a, m) in gone.items()
-    }
+    return {i: Shape(*shapes[len(shapes) - 1 - a], full.channels - (0 if m == 0 else last + (m - 1) * CHANNELS))
+            for i, (a, m) in gone.items()}
 
 
 def standardised(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from slm_exp.core.errors import PlanError
 from slm_exp.core.files import digest
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.rules.base import MergeRule
+from slm_exp.merging.width import apply_width
 from slm_exp.models.base import ModelHandle, empty_model
 from slm_exp.models.layouts import LayerLayout
 
@@ -23,12 +24,9 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
 
     Kept layers, embeddings and head are the dense model's own tensors, not copies; only combined projections are
     new. A removed sublayer keeps its place with its output projection at zero, so that the checkpoint is an ordinary
-    one; a layer without both is gone. The dense model stays as it is. So do not train the result without cloning what
-    you train.
+    one; a layer without both is gone. So do not train the result without cloning what you train.
 
     Args:
-        handle: the dense model.
-        plan: which layers are merged or removed, and how wide they become (`width`, in the order it names).
         rule: what a merged layer is made of; needed when the plan has groups.
     Raises:
         PlanError: the plan is for another number of layers or another rule, or asks for what is not done here.
@@ -41,8 +39,6 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
     if plan.groups and rule is not None and plan.rule and plan.rule != rule.name:
         raise PlanError(f"the plan was made with merge_rule={plan.rule}, not {rule.name}.")
     if plan.width:
-        from slm_exp.merging.width import apply_width
-
         depth = dataclasses.replace(plan, width=None)
         if plan.width.order == "before":
             return apply_plan(apply_width(handle, plan.width), depth, rule)
@@ -50,17 +46,10 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
     effect = {**plan.effect(), "rule": rule.name if plan.groups and rule is not None else None}
     unchanged = plan.n_layers_out == plan.n_layers and not plan.sublayers and "compensation" not in effect
     return ModelHandle(
-        name=handle.name,
-        config=_shorter_config(handle.layout, handle.config, _hosts(plan, rule)),
-        layout=handle.layout,
-        digest=handle.digest if unchanged else digest({"model": handle.digest, "plan": effect}),
-        device=handle.device,
-        load_model=lambda: _built(handle, plan, rule),
-        load_tokenizer=lambda: handle.tokenizer,
-        note=handle.note,
-        random=handle.random,
-        lineage={"base": handle.name, "base_digest": handle.digest, "plan": effect},
-    )
+        handle.name, _shorter_config(handle.layout, handle.config, _hosts(plan, rule)), handle.layout,
+        digest=handle.digest if unchanged else digest({"model": handle.digest, "plan": effect}), device=handle.device,
+        load_model=lambda: _built(handle, plan, rule), load_tokenizer=lambda: handle.tokenizer, note=handle.note,
+        random=handle.random, lineage={"base": handle.name, "base_digest": handle.digest, "plan": effect})
 
 
 def _hosts(plan: MergePlan, rule: MergeRule | None) -> list[int]:
@@ -100,10 +89,8 @@ def sublayer_sizes(handle: ModelHandle, layer: int = 0) -> dict[str, int]:
 
 
 def zeroed(compressed: ModelHandle, plan: MergePlan) -> int:
-    """Parameters that a plan's sublayers leave in the checkpoint, and in `n_params`, without effect.
-
-    An engine that skips such sublayers could leave them out.
-    """
+    """Parameters that a plan's sublayers leave in the checkpoint, and in `n_params`, without effect. An engine that
+    skips such sublayers could leave them out."""
     at = {slot.start: i for i, slot in enumerate(plan.slots)}
     return sum(sublayer_sizes(compressed, at[s.layer])[s.kind] for s in plan.sublayers)
 

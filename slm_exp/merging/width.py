@@ -32,22 +32,13 @@ def apply_width(handle: ModelHandle, width: WidthDecision) -> ModelHandle:
     _check(handle, width)
     about = width.to_json()
     return ModelHandle(
-        name=handle.name,
-        config=narrower_config(handle.config, handle.layout.family, width.sizes, width.means is not None),
-        layout=handle.layout,
+        handle.name, narrower_config(handle.config, handle.layout.family, width.sizes, width.means is not None),
+        handle.layout, device=handle.device,
         digest=digest({"model": handle.digest, "width": {name: about[name] for name in EFFECT if about.get(name)}}),
-        device=handle.device,
-        load_model=lambda: _build(handle, width),
-        load_tokenizer=lambda: handle.tokenizer,
-        note=handle.note,
+        load_model=lambda: _build(handle, width), load_tokenizer=lambda: handle.tokenizer, note=handle.note,
         random=handle.random,
-        lineage={
-            "base": handle.lineage.get("base", handle.name),
-            "base_digest": handle.lineage.get("base_digest", handle.digest),
-            **{k: v for k, v in handle.lineage.items() if k not in ("base", "base_digest")},
-            "width": {k: about.get(k) for k in ("method", "ratio", "reached", "uniform", "sizes")},
-        },
-    )
+        lineage={"base": handle.name, "base_digest": handle.digest, **handle.lineage,
+                 "width": {k: about.get(k) for k in ("method", "ratio", "reached", "uniform", "sizes")}})
 
 
 def _check(handle: ModelHandle, width: WidthDecision) -> None:
@@ -81,11 +72,8 @@ def _check(handle: ModelHandle, width: WidthDecision) -> None:
 
 
 def narrower_config(config: PretrainedConfig, family: str, sizes: WidthSizes, biases: bool) -> PretrainedConfig:
-    """A copy of a config that describes the narrower model: an ordinary one where all layers have one width.
-
-    Args:
-        biases: whether the model gets biases of attention and MLP.
-    """
+    """A copy of a config that describes the narrower model, maybe with `biases` of attention and MLP: an ordinary one
+    where all layers have one width."""
     changes: dict[str, Any] = {"head_dim": head_dim(config), "hidden_size": sizes.hidden}
     if biases:
         changes |= {"attention_bias": True, "mlp_bias": True}
@@ -105,7 +93,7 @@ def narrower_config(config: PretrainedConfig, family: str, sizes: WidthSizes, bi
 
 
 def _build(handle: ModelHandle, width: WidthDecision) -> PreTrainedModel:
-    from slm_exp.merging.narrowing import narrowed
+    from slm_exp.merging.build import narrowed
 
-    wide = handle.model
-    return narrowed(handle, width, narrower_config(wide.config, handle.layout.family, width.sizes, bool(width.means)))
+    config = narrower_config(handle.model.config, handle.layout.family, width.sizes, bool(width.means))
+    return narrowed(handle, width, config)

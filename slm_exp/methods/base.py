@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from slm_exp.core.cost import Count
-from slm_exp.core.errors import ConfigError, PlanError, require, require_one_of
+from slm_exp.core.errors import NOT_FINITE, ConfigError, PlanError, require, require_one_of
 from slm_exp.core.registry import Component
 from slm_exp.core.together import Together
 from slm_exp.core.types import Group, MergePlan, Sublayer, Target, Trial
@@ -26,11 +26,35 @@ class Method(Component, ABC):
 
     uses_layer_similarity: ClassVar[bool] = False
     """Whether the plan depends on the layer similarity matrix (and so on the kernel)."""
+    targets: ClassVar[tuple[str, ...]] = ()
+    """Which of the settings that request a size it takes; at most one of them may be set."""
 
     compensate: str | None = None
-    """magnitude: rescale the residual stream after every cut (Prune&Comp; see merging/compensation.py)."""
+    """magnitude: rescale the residual stream after every cut (Prune&Comp; see search/compensation.py)."""
+    threshold: float | None = None
+    """Accept a merge while the score stays above this."""
+    target_layers: int | None = None
+    """Layers to be left."""
+    target_ratio: float | None = None
+    """Share of parameters to remove."""
 
     def check(self) -> None:
+        for name in SIZES:
+            if name not in self.targets:
+                require(getattr(self, name) is None, f"method.{name}", getattr(self, name), *self.no_target(name))
+        requested = {f"method.{name}": getattr(self, name) for name in SIZES if getattr(self, name) is not None}
+        if len(requested) > 1:
+            got = ", ".join(f"{k} = {v}" for k, v in requested.items())
+            raise ConfigError("set at most one of method.threshold, method.target_layers, method.target_ratio; got "
+                              f"{got}. Reset one with, e.g., method.threshold=null.")
+        if self.threshold is not None:
+            require(-1 <= self.threshold <= 1, "method.threshold", self.threshold, "a score in [-1, 1]",
+                    "Scores are similarities to the dense model, 1 is identical: try 0.9.")
+        if self.target_layers is not None:
+            require(self.target_layers >= 1, "method.target_layers", self.target_layers, "a whole number >= 1")
+        if self.target_ratio is not None:
+            require(0 < self.target_ratio < 1, "method.target_ratio", self.target_ratio,
+                    "a share of the parameters in (0, 1)", "0.1 removes a tenth.")
         if self.compensate is not None:
             require_one_of("method.compensate", self.compensate, COMPENSATIONS)
 
@@ -38,14 +62,9 @@ class Method(Component, ABC):
         """An option that is off leaves no trace: what was named before there was the option keeps its name."""
         return {k: v for k, v in super().identity().items() if k != "compensate" or v is not None}
 
-    @property
-    def target_ratio(self) -> float | None:
-        """The share of the parameters that is to be removed, where that is how the size is requested."""
-        return None
-
-    def with_ratio(self, ratio: float) -> Method:
+    def with_ratio(self, ratio: float) -> Self:
         """The same method for another `target_ratio`; of one that has such a target."""
-        raise TypeError(f"method={self.name} has no target_ratio.")
+        return replace(self, target_ratio=ratio)
 
     @property
     def replays(self) -> MergePlan | None:
@@ -76,29 +95,36 @@ class Method(Component, ABC):
 
     def check_model(self, handle: ModelHandle) -> None:
         """Raise ConfigError where this model has no such size. Called before weights load; may not load them."""
+        self.layers_left(handle)
 
     def layers_left(self, handle: ModelHandle) -> int | None:
         """Layers that the plan will leave, where the config says it; None where the search decides. Loads no weights.
-
-        Raises:
-            ConfigError: this model has no such size.
-        """
+        Raises ConfigError: this model has no such size."""
         return None
+
+    def no_target(self, name: str) -> tuple[str, str]:
+        """What is expected of a setting that the method does not take, and the remedy."""
+        return f"null: method={self.name} takes a size", f"Set {_either(self.targets)} instead."
+
+    def requested_layers(self, handle: ModelHandle, fewest: int, hint: str) -> int | None:
+        """Layers to be left by `target_ratio` or `target_layers`; None where neither is set. Loads no weights. Raises
+        ConfigError: the size cannot be reached; names the nearest."""
+        if self.target_ratio is not None:
+            return layers_for_ratio(handle, self.target_ratio, fewest)
+        if self.target_layers is not None:
+            require(fewest <= self.target_layers <= handle.n_layers, "method.target_layers", self.target_layers,
+                    f"{fewest} to {handle.n_layers} for {handle.name}", hint)
+        return self.target_layers
 
     def bounds(self, n_layers: int) -> tuple[int, int] | None:
         """The fewest and the most layers that a search may leave; None where that is not known."""
         return None
 
     def cost(self, n_layers: int, removed: int | None) -> Count:
-        """Block forwards, losses and scores of the search, its compensation included.
-
-        Args:
-            removed: layers that the plan removes; None where nobody knows yet.
-        """
+        """Of the search and its compensation; `removed`: layers that the plan removes, None where nobody knows yet."""
         count = self.search_cost(n_layers, removed)
-        if not self.compensate:
-            return count
-        return Count(count.blocks + 2 * n_layers, count.heads, count.scores + 1, count.note)
+        more = 2 * n_layers if self.compensate else 0
+        return replace(count, blocks=count.blocks + more, scores=count.scores + bool(more))
 
     def search_cost(self, n_layers: int, removed: int | None) -> Count:
         """`cost` without a compensation: one look at the dense states and one compressed model, which runs anew from
@@ -106,72 +132,12 @@ class Method(Component, ABC):
         return Count(2 * n_layers - (removed or 0))
 
     def plan_from_scores(self, n_layers: int, scores: Mapping[str, float], rule_name: str) -> MergePlan | None:
-        """The plan, where scores that an earlier search kept decide it; None where they do not.
-
-        Args:
-            scores: the entries of the journal of this model, tokens, rule and similarity (`search.inputs`).
-        """
+        """The plan, where scores that an earlier search kept (see `search.inputs`) decide it; None where not."""
         return None
 
     @abstractmethod
     def plan(self, task: PlanTask) -> MergePlan:
         """Decide. Weights are left bit for bit as they were, also on an exception."""
-
-
-@dataclass
-class Sized(Method):
-    """A method with settings that request a size: at most one of them, and only one that it takes."""
-
-    targets: ClassVar[tuple[str, ...]] = ()
-    """Those it takes."""
-
-    threshold: float | None = None
-    """Accept a merge while the score stays above this."""
-    target_layers: int | None = None
-    """Layers to be left."""
-    target_ratio: float | None = None
-    """Share of parameters to remove."""
-
-    def check(self) -> None:
-        for name in SIZES:
-            if name not in self.targets:
-                require(getattr(self, name) is None, f"method.{name}", getattr(self, name), *self.no_target(name))
-        requested = {f"method.{name}": getattr(self, name) for name in SIZES if getattr(self, name) is not None}
-        if len(requested) > 1:
-            raise ConfigError(
-                "set at most one of method.threshold, method.target_layers, method.target_ratio; got "
-                + ", ".join(f"{k} = {v}" for k, v in requested.items())
-                + ". Reset one with, e.g., method.threshold=null."
-            )
-        if self.threshold is not None:
-            require(-1 <= self.threshold <= 1, "method.threshold", self.threshold, "a score in [-1, 1]",
-                    "Scores are similarities to the dense model, 1 is identical: try 0.9.")
-        if self.target_layers is not None:
-            require(self.target_layers >= 1, "method.target_layers", self.target_layers, "a whole number >= 1")
-        if self.target_ratio is not None:
-            require(0 < self.target_ratio < 1, "method.target_ratio", self.target_ratio,
-                    "a share of the parameters in (0, 1)", "0.1 removes a tenth.")
-        super().check()
-
-    def with_ratio(self, ratio: float) -> Method:
-        return replace(self, target_ratio=ratio)
-
-    def no_target(self, name: str) -> tuple[str, str]:
-        """What is expected of a setting that the method does not take, and the remedy."""
-        return f"null: method={self.name} takes a size", f"Set {_either(self.targets)} instead."
-
-    def requested_layers(self, handle: ModelHandle, fewest: int, hint: str) -> int | None:
-        """Layers to be left by `target_ratio` or `target_layers`; None where neither is set. Loads no weights.
-
-        Raises:
-            ConfigError: the size cannot be reached; names the nearest.
-        """
-        if self.target_ratio is not None:
-            return layers_for_ratio(handle, self.target_ratio, fewest)
-        if self.target_layers is not None:
-            require(fewest <= self.target_layers <= handle.n_layers, "method.target_layers", self.target_layers,
-                    f"{fewest} to {handle.n_layers} for {handle.name}", hint)
-        return self.target_layers
 
 
 @dataclass(frozen=True)
@@ -191,7 +157,7 @@ class Selection:
 
 
 @dataclass
-class Baseline(Sized):
+class Baseline(Method):
     """A method that removes a requested number of layers, never by a threshold.
 
     A subclass gives `choose`, and its published `protect_first` and `protect_last` as defaults.
@@ -226,9 +192,6 @@ class Baseline(Sized):
     def uses_merge_rule(self) -> bool:
         return self.merge
 
-    def check_model(self, handle: ModelHandle) -> None:
-        self.layers_to_remove(handle)
-
     def layers_left(self, handle: ModelHandle) -> int | None:
         return handle.n_layers - self.layers_to_remove(handle)
 
@@ -238,18 +201,14 @@ class Baseline(Sized):
         return range(low, max(low, n_layers - self.protect_last))
 
     def layers_to_remove(self, handle: ModelHandle) -> int:
-        """How many layers the requested size takes away. Loads no weights.
-
-        Raises:
-            ConfigError: the size cannot be reached; names the nearest.
-        """
+        """How many layers the requested size takes away. Loads no weights. Raises ConfigError: the size cannot be
+        reached; names the nearest."""
         n = handle.n_layers
         hint = f"method.protect_first={self.protect_first} and protect_last={self.protect_last} keep layers."
         if self.merge:
             hint += " With method.merge=true one more stays, into which the others are merged."
-        left = self.requested_layers(
-            handle, fewest=max(1, n - max(0, len(self.removable(n)) - (self.keeps_one or self.merge))),
-            hint=hint if self.protect_first + self.protect_last else "")
+        fewest = max(1, n - max(0, len(self.removable(n)) - (self.keeps_one or self.merge)))
+        left = self.requested_layers(handle, fewest, hint if self.protect_first + self.protect_last else "")
         assert left is not None
         return n - left
 
@@ -267,11 +226,9 @@ class Baseline(Sized):
         n, dropped, groups = task.handle.n_layers, selection.dropped, selection.groups
         if self.merge and dropped:
             dropped, groups = (), (*groups, *merged_runs(dropped, n, self.removable(n)))
-        plan = MergePlan(
-            n_layers=n, groups=groups, dropped=dropped, sublayers=selection.sublayers, method=self.name,
-            rule=task.rule.name if groups else "", similarity=task.similarity.name, trace=selection.trace,
-            block_forwards=selection.block_forwards,
-        )
+        plan = MergePlan(n, groups, dropped, sublayers=selection.sublayers, method=self.name, trace=selection.trace,
+                         rule=task.rule.name if groups else "", similarity=task.similarity.name,
+                         block_forwards=selection.block_forwards)
         requested = next(value for name in self.targets if (value := getattr(self, name)) is not None)
         target = Target(requested, True, plan.n_layers_out, threshold=selection.threshold,
                         sublayers=len(selection.sublayers) if self.removes_sublayers else None)
@@ -279,21 +236,15 @@ class Baseline(Sized):
 
 
 def layers_for_ratio(handle: ModelHandle, ratio: float, fewest: int) -> int:
-    """How many layers are left when about `ratio` of the parameters is gone: the nearest size. Loads no weights.
-
-    Args:
-        fewest: layers that any plan leaves.
-    Raises:
-        ConfigError: even the nearest size is off by more than one layer's share; names it and its ratio.
-    """
+    """How many layers, `fewest` or more, are left when about `ratio` of the parameters is gone. Loads no weights.
+    Raises ConfigError: even the nearest size is off by more than one layer's share; names it and its ratio."""
     share = handle.layer_params / handle.n_params
     layers = min(range(fewest, handle.n_layers + 1), key=lambda n: abs((handle.n_layers - n) * share - ratio))
     reached = (handle.n_layers - layers) * share
     if abs(reached - ratio) > share:
-        raise ConfigError(
-            f"method.target_ratio = {ratio}; expected a share of the parameters that removing layers can reach. The "
-            f"nearest is {reached:.3f} ({layers} of {handle.n_layers} layers left); each layer is {share:.1%}."
-        )
+        raise ConfigError(f"method.target_ratio = {ratio}; expected a share of the parameters that removing layers "
+                          f"can reach. The nearest is {reached:.3f} ({layers} of {handle.n_layers} layers left); each "
+                          f"layer is {share:.1%}.")
     return layers
 
 
@@ -314,23 +265,17 @@ def greedy_cost(n_layers: int, parts: float, removals: int, per_layer: int = 1, 
     return Count(blocks + 2 * n_layers, tried * heads)
 
 
-def lowest(
-    scores: Mapping[int, float], n: int, shown: Callable[[float], float] = float
-) -> tuple[tuple[int, ...], tuple[Trial, ...]]:
-    """The n layers of lowest score (the lower layer at a tie), and the trace of all.
-
-    Args:
-        shown: what the trace holds of a score.
-    Raises:
-        PlanError: a score is not a number; names its layer.
-    """
+def lowest(scores: Mapping[int, float], n: int, shown: Callable[[float], float] = float,
+           block_forwards: int = 0) -> Selection:
+    """The n layers of lowest score (the lower layer at a tie) go; the trace holds what `shown` makes of the scores.
+    Raises PlanError: a score is not a number; names its layer."""
     for i, score in scores.items():
         if score != score:
             raise PlanError(f"layer {i} has a score that is not a number: its weights or states are not finite. "
-                            "Use model.dtype=float32 or bfloat16; if it is float32 already, the weights are damaged.")
+                            f"{NOT_FINITE}")
     dropped = set(sorted(scores, key=lambda i: (scores[i], i))[:n])
     trace = tuple(Trial(i, i, shown(score), i in dropped) for i, score in sorted(scores.items()))
-    return tuple(sorted(dropped)), trace
+    return Selection(tuple(sorted(dropped)), trace=trace, block_forwards=block_forwards)
 
 
 def merged_runs(dropped: Iterable[int], n_layers: int, free: range | None = None) -> tuple[Group, ...]:

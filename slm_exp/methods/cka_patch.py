@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.registry import register
@@ -46,11 +47,7 @@ class CKAPatch(Baseline):
 
 def segments(similarity_KK: np.ndarray, n: int) -> list[tuple[int, int]]:
     """Items 0..K-1 in n runs [start, stop) of least total scatter; at a tie the lower items run together.
-
-    Args:
-        similarity_KK: [K, K] similarities, 1 on the diagonal.
-    Cost: K^2 n steps of arithmetic.
-    """
+    `similarity_KK` is 1 on the diagonal. Cost: K^2 n steps of arithmetic."""
     import numpy as np
 
     k = len(similarity_KK)
@@ -64,16 +61,13 @@ def segments(similarity_KK: np.ndarray, n: int) -> list[tuple[int, int]]:
     best = {(0, 0): (0.0, 0)}  # (runs, items) -> least scatter, and where the last run starts
     for runs in range(1, n + 1):
         for stop in range(runs, k - (n - runs) + 1):
-            best[runs, stop] = min(
-                ((best[runs - 1, a][0] + scatter(a, stop), a) for a in range(runs - 1, stop) if (runs - 1, a) in best),
-                key=lambda cut: (round(cut[0], 12), -cut[1]),
-            )
-    out, stop = [], k
+            starts = (a for a in range(runs - 1, stop) if (runs - 1, a) in best)
+            best[runs, stop] = min(((best[runs - 1, a][0] + scatter(a, stop), a) for a in starts),
+                                   key=lambda cut: (round(cut[0], 12), -cut[1]))
+    ends = [k]
     for runs in range(n, 0, -1):
-        start = best[runs, stop][1]
-        out.append((start, stop))
-        stop = start
-    return out[::-1]
+        ends.append(best[runs, ends[-1]][1])
+    return [*pairwise(reversed(ends))]
 
 
 def _mean_pair(similarity_KK: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from slm_exp.core.registry import available, register
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.methods.base import Sized
+from slm_exp.methods.base import Method
 from slm_exp.models.base import ModelHandle
 from slm_exp.search.task import PlanTask
 
@@ -23,7 +23,7 @@ DEFAULT_RULE = "top_layer"
 
 @register("method", "from_plan")
 @dataclass
-class FromPlan(Sized):
+class FromPlan(Method):
     """Do what a plan.json says; no search. Any run's will do; `groups`, `dropped` and `rule` suffice.
 
     The plan's merge rule is used, its compensation applied as it stands (`compensate` finds it anew), and its score
@@ -56,11 +56,8 @@ class FromPlan(Sized):
 
     @property
     def given(self) -> MergePlan:
-        """The plan as it stands in the file; where that names no `n_layers`, for the fewest it can be for.
-
-        Raises:
-            ConfigError: there is no such file, or it is no plan.
-        """
+        """The plan as it stands in the file; where that names no `n_layers`, for the fewest it can be for. Raises
+        ConfigError: there is no such file, or it is no plan."""
         return self._read[0]
 
     @cached_property
@@ -77,20 +74,15 @@ class FromPlan(Sized):
             raise ConfigError(f"method.path = {self.path}; expected {wanted}: {why}.") from None
 
     def plan_for(self, handle: ModelHandle) -> MergePlan:
-        """The plan, for this model.
-
-        Raises:
-            ConfigError: it is for another number of layers; says which of its layers are not there.
-        """
+        """The plan, for this model. Raises ConfigError: it is for another number of layers; says which of its layers
+        are not there."""
         made, named = self._read
+        require(not named or made.n_layers == handle.n_layers, "method.path", self.path,
+                f"a plan for the {handle.n_layers} layers of {handle.name}", f"This one is for {made.n_layers}.")
         try:
-            if not named:
-                return replace(made, n_layers=handle.n_layers)
-            require(made.n_layers == handle.n_layers, "method.path", self.path,
-                    f"a plan for the {handle.n_layers} layers of {handle.name}", f"This one is for {made.n_layers}.")
+            return replace(made, n_layers=handle.n_layers)
         except PlanError as error:
             raise ConfigError(f"method.path = {self.path}; expected a plan for {handle.name}: {error}") from None
-        return made
 
     def identity(self) -> dict[str, Any]:
         effect = {k: v for k, v in self.given.effect().items() if k != "n_layers"}  # the model's, or refused
@@ -100,11 +92,8 @@ class FromPlan(Sized):
         return bool(self.given.groups)
 
     def merge_rule(self, requested: MergeRule) -> MergeRule:
-        """The plan's rule, where the plan merges and names one.
-
-        Raises:
-            ConfigError: `requested` is another than the plan's and not the default, or the plan's is unknown.
-        """
+        """The plan's rule, where the plan merges and names one. Raises ConfigError: `requested` is another than the
+        plan's and not the default, or the plan's is unknown."""
         name = self.given.rule
         if not (self.given.groups and name) or requested.name == name:
             return requested
@@ -118,20 +107,15 @@ class FromPlan(Sized):
         return self.plan_for(handle).n_layers_out
 
     def check_model(self, handle: ModelHandle) -> None:
-        self.plan_for(handle)
-        if self.given.width:
-            self._check_width(handle)
-
-    def _check_width(self, handle: ModelHandle) -> None:
-        """Raise ConfigError where the plan's width is incomplete or for another model. Loads no weights."""
+        super().check_model(handle)
+        if not self.given.width:
+            return
         rule = available("merge_rule").get(self.given.rule or DEFAULT_RULE)
         try:
             apply_plan(handle, self.plan_for(handle), rule() if rule else None)  # type: ignore[arg-type]
         except (PlanError, AttributeError, IndexError, TypeError, ValueError) as error:
-            why = str(error)
-        else:
-            return
-        raise ConfigError(f"method.path = {self.path}; expected a plan whose width fits {handle.name}: {why}.")
+            raise ConfigError(f"method.path = {self.path}; expected a plan whose width fits {handle.name}: {error}."
+                              ) from None
 
     def plan(self, task: PlanTask) -> MergePlan:
         made = self.plan_for(task.handle)

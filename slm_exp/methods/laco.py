@@ -51,8 +51,7 @@ class LaCo(Baseline):
                 "merge_rule=keep_low keeps a window's lowest layer and removes the others.")
 
     def search_cost(self, n_layers: int, removed: int | None) -> Count:
-        n = n_layers
-        return Count(n * n / 2 + 2 * n - (removed or 0), scores=n,
+        return Count(n_layers**2 / 2 + 2 * n_layers - (removed or 0), scores=n_layers,
                      note="laco tries thresholds until the size is met")
 
     def choose(self, task: PlanTask, n_remove: int) -> Selection:
@@ -76,11 +75,10 @@ class LaCo(Baseline):
                          task.engine.evaluations)
         return Selection(groups=_merged(groups), trace=trace, threshold=threshold if n_remove else None)
 
-    def collapse(
-        self, score: Callable[[Groups], float], n_layers: int, n_remove: int, threshold: float
-    ) -> tuple[Groups, tuple[Trial, ...]]:
+    def collapse(self, score: Callable[[Groups], float], n_layers: int, n_remove: int,
+                 threshold: float) -> tuple[Groups, tuple[Trial, ...]]:
         """The released loop at one threshold: the layers left, as groups of original ones, and every candidate."""
-        groups = tuple(Group(i, i + 1) for i in range(n_layers))
+        groups = MergePlan(n_layers).slots
         trace: list[Trial] = []
         low = max(n_layers - 1 - self.protect_last - min(self.window, n_remove + 1), self.protect_first)
         while low >= self.protect_first and (left := n_remove - (n_layers - len(groups))):

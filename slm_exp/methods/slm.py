@@ -10,10 +10,10 @@ from slm_exp.core.cost import Count
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import register
 from slm_exp.core.types import MergePlan, Target
-from slm_exp.methods.base import SIZES, Sized
+from slm_exp.methods.base import SIZES, Method
 from slm_exp.models.base import ModelHandle
+from slm_exp.search.path import BUDGET
 from slm_exp.search.state import SearchState
-from slm_exp.search.target import BUDGET
 from slm_exp.search.task import PlanTask
 
 THRESHOLD = 0.9
@@ -22,7 +22,7 @@ THRESHOLD = 0.9
 
 @register("method", "slm")
 @dataclass
-class SLM(Sized):
+class SLM(Method):
     """Merge layers from the top downwards while the model's last hidden state stays similar to the dense one's.
 
     A window grows downwards while the trial model scores above the threshold; what passed becomes one layer, and the
@@ -48,11 +48,11 @@ class SLM(Sized):
 
     def check(self) -> None:
         super().check()
-        wanted = "two scores in [-1, 1], the lower one first"
         ok = len(self.threshold_range) == 2 and -1 <= self.threshold_range[0] < self.threshold_range[1] <= 1
-        require(ok, "method.threshold_range", self.threshold_range, wanted, "For example [0.5,1.0].")
-        ok = self.max_evaluations is None or self.max_evaluations >= 1
-        require(ok, "method.max_evaluations", self.max_evaluations, "null or a whole number >= 1")
+        require(ok, "method.threshold_range", self.threshold_range, "two scores in [-1, 1], the lower one first",
+                "For example [0.5,1.0].")
+        require(self.max_evaluations is None or self.max_evaluations >= 1, "method.max_evaluations",
+                self.max_evaluations, "null or a whole number >= 1")
         for name in ("protect_first", "protect_last"):
             require(getattr(self, name) >= 0, f"method.{name}", getattr(self, name), "a whole number >= 0")
         if self.screen_dtype is not None:
@@ -70,9 +70,6 @@ class SLM(Sized):
     def _threshold(self) -> float:
         return THRESHOLD if self.threshold is None else self.threshold
 
-    def check_model(self, handle: ModelHandle) -> None:
-        self.layers_left(handle)
-
     def layers_left(self, handle: ModelHandle) -> int | None:
         return self.requested_layers(handle, self._fewest(handle.n_layers),
                                      "method.protect_first and protect_last keep layers.")
@@ -84,25 +81,22 @@ class SLM(Sized):
         """Where the search begins: the two layers below the protected top."""
         return SearchState.start(n_layers, self.protect_first, self.protect_last)
 
-    def _candidates(self, n_layers: int) -> int:
-        """Of one search: every layer below the window is in question once."""
-        start = self.start(n_layers)
-        return max(0, start.high - start.floor)
-
     def _fewest(self, n_layers: int) -> int:
-        """Layers left when every candidate passes."""
-        return max(1, n_layers - self._candidates(n_layers))
+        """Layers left when every candidate passes: every layer below the window is in question once."""
+        start = self.start(n_layers)
+        return max(1, n_layers - max(0, start.high - start.floor))
 
     def search_cost(self, n_layers: int, removed: int | None) -> Count:
-        n, candidates = n_layers, self._candidates(n_layers)
+        n, start = n_layers, self.start(n_layers)
+        candidates = max(0, start.high - start.floor)
         if self.target_layers is None and self.target_ratio is None:
-            least, most = self.start(n).block_forwards(n)
+            least, most = start.block_forwards(n)
             return Count(n + most, scores=candidates,
                          note=f"the search takes {n + least} to {n + most} block forwards, fewer the more it merges")
         budget = min(self.max_evaluations or BUDGET, 2**candidates)
-        each = 0.57 * n  # 6,450 block forwards for 379 candidates of 30 layers
-        note = f"up to {budget} candidates are scored for a size (method.max_evaluations)"
-        return Count(n + budget * each, scores=budget, note=note)
+        blocks = n + budget * (0.57 * n)  # 6,450 block forwards for 379 candidates of 30 layers
+        return Count(blocks, scores=budget,
+                     note=f"up to {budget} candidates are scored for a size (method.max_evaluations)")
 
     def plan_from_scores(self, n_layers: int, scores: Mapping[str, float], rule_name: str) -> MergePlan | None:
         if self.target_layers is not None or self.target_ratio is not None or self.compensate:
@@ -115,7 +109,7 @@ class SLM(Sized):
 
     def plan(self, task: PlanTask) -> MergePlan:
         """Decide. Cost: L block forwards for the dense model, then 1 + the layers above the window per candidate."""
-        from slm_exp.search.sliding import slide
+        from slm_exp.search.threshold import slide
 
         layers, size = self.layers_left(task.handle), None
         if layers is not None:

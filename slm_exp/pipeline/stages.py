@@ -224,7 +224,8 @@ BUILT = ("core/types.py", "core/widths.py", "models", "merging")
 EVALUATE_DENSE = Stage(
     "evaluate_dense", "dense_report", lambda x: x.cfg.evaluation.run(x.dense), EvalReport,
     lambda x: {**x.on(x.dense), **x.cfg.evaluation.measured_by()},
-    code=lambda x: (*BUILT, "evaluation", "calibration", "engine/fused.py"), libraries=("torch", "transformers", "lm_eval"),
+    code=lambda x: (*BUILT, "evaluation", "calibration", "engine/fused.py"),
+    libraries=("torch", "transformers", "lm_eval"),
     works=lambda x: x.cfg.evaluation.measures, cache="evaluate",
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.core.cost import Work
 from slm_exp.core.files import digest, write_json
-from slm_exp.core.registry import Component
+from slm_exp.core.registry import Component, register
 from slm_exp.core.together import SectionLog, Together
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.models.base import ModelHandle
@@ -51,11 +51,7 @@ class RecoveryResult:
     """`recovery` of the record."""
 
     def save(self, folder: Path) -> None:
-        """Write recovered.safetensors and recovered.json.
-
-        Raises:
-            OSError: they cannot be written, e.g. the disk is full.
-        """
+        """Raises OSError where the files cannot be written, e.g. because the disk is full."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -114,22 +110,34 @@ class Recovery(Component, ABC):
         """New tensors for the compressed model. Neither model is changed, bit for bit, also on an exception."""
 
 
-def with_tensors(handle: ModelHandle, result: RecoveryResult, identity: dict[str, Any]) -> ModelHandle:
-    """A model with some tensors replaced, built on first use of `.model`; the input where there are none.
+@register("recovery", "none")
+@dataclass
+class NoRecovery(Recovery):
+    """No recovery."""
 
-    Its digest is of the model, the recipe and its data (`identity`), and of the new tensors: other code of a recipe, or
-    a wall-clock limit, gives another model.
-    """
+    changes_weights: ClassVar[bool] = False
+
+    def stored(self) -> bool:
+        return False
+
+    def cost(self, sizes: Sizes, layers: float) -> tuple[Work, list[str]]:
+        return Work(), []
+
+    def recover(self, task: RecoveryTask) -> RecoveryResult:
+        return RecoveryResult()
+
+
+def with_tensors(handle: ModelHandle, result: RecoveryResult, identity: dict[str, Any]) -> ModelHandle:
+    """A model with some tensors replaced, built on first use of `.model`; the input where there are none. Its digest is
+    of the model, the recipe and its data (`identity`), and of the new tensors: other code of a recipe, or a wall-clock
+    limit, gives another model."""
     if not result.tensors:
         return handle
     return dataclasses.replace(
-        handle,
-        digest=digest({"model": handle.digest, **identity, "tensors": tensors_digest(result.tensors)}),
-        load_model=lambda: copy_with(handle.model, result.tensors),
-        load_tokenizer=lambda: handle.tokenizer,
+        handle, digest=digest({"model": handle.digest, **identity, "tensors": tensors_digest(result.tensors)}),
+        load_model=lambda: copy_with(handle.model, result.tensors), load_tokenizer=lambda: handle.tokenizer,
         lineage={**(handle.lineage or {"base": handle.name, "base_digest": handle.digest}),
-                 "recovery": identity["recovery"]},
-    )
+                 "recovery": identity["recovery"]})
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -144,7 +152,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def copy_with(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A copy of a model's modules that shares every tensor but those given: see `merging.sharing.shared_copy`."""
+    """See `merging.sharing.shared_copy`."""
     from slm_exp.merging.sharing import shared_copy
 
     return shared_copy(model, tensors)

@@ -44,11 +44,8 @@ class Examples(NamedTuple):
 
 
 def read_rows(data: str, path: str | None, dense: ModelHandle) -> list[dict[str, str]]:
-    """The rows of a source: all with `instruction` and `output`, or all with `text`.
-
-    Raises:
-        ConfigError / DataError: a file or repo that cannot be had, rows without the needed fields; names the remedy.
-    """
+    """The rows of a source: all with `instruction` and `output`, or all with `text`. Raises ConfigError / DataError: a
+    file or repo that cannot be had, rows without the needed fields; names the remedy."""
     if data == "bundled":
         return [{"text": d.text} for d in Bundled(seq_len=512).documents(dense)[1]]
     if data == "hub":
@@ -82,11 +79,8 @@ def expected_rows(data: str, path: str | None, seq_len: int, held_out: int) -> f
 
 
 def checked(row: Any, where: str) -> dict[str, str]:
-    """A row's needed fields: instruction, output and the optional input; or text.
-
-    Raises:
-        DataError: they are absent or no text.
-    """
+    """A row's needed fields: instruction, output and the optional input; or text. Raises DataError: they are absent or
+    no text."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: a JSON {type(row).__name__}; expected an object.")
     wanted = ("text",) if "text" in row and "instruction" not in row else ("instruction", "output")
@@ -99,19 +93,14 @@ def checked(row: Any, where: str) -> dict[str, str]:
     return {name: str(row[name]) for name in (*wanted, "input") if row.get(name)} | {n: row[n] for n in wanted}
 
 
-def make_examples(
-    rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None, seq_len: int, held_out: int, seed: int
-) -> Examples:
-    """Tokenise, shuffle by the seed, and hold some out (at most a fifth of them).
-
-    Raises:
-        DataError: no tokenizer, or fewer than two examples.
-    """
+def make_examples(rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None, seq_len: int,
+                  held_out: int, seed: int) -> Examples:
+    """Tokenise, shuffle by the seed, and hold some out (at most a fifth of them). Raises DataError: no tokenizer, or
+    fewer than two examples."""
     if tokenizer is None:
         raise DataError("the model has no tokenizer; recovery by training reads text.")
-    prose = [row["text"] for row in rows if "text" in row]
     made = [instruction_example(row, tokenizer, seq_len) for row in rows if "text" not in row]
-    made += packed(prose, tokenizer, seq_len)
+    made += packed([row["text"] for row in rows if "text" in row], tokenizer, seq_len)
     good = [e for e in made if any(label != IGNORED for label in e["labels"][1:])]  # the first token is not predicted
     if len(good) < 2:
         raise DataError(f"recovery: {len(good)} examples with something to learn in {len(rows)} rows; 2 are needed. "
@@ -122,10 +111,8 @@ def make_examples(
 
 
 def instruction_example(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> dict[str, list[int]]:
-    """Prompt and answer, cut to `seq_len`; the prompt is not trained on. EOS follows where there is room.
-
-    Source: prompter and tokenisation of Alpaca-LoRA, as in lora_retrain.py of Shortened-LLaMA.
-    """
+    """Prompt and answer, cut to `seq_len`; the prompt is not trained on. EOS follows where there is room. Source:
+    prompter and tokenisation of Alpaca-LoRA, as in lora_retrain.py of Shortened-LLaMA."""
     prompt = (WITH_INPUT if row.get("input") else WITHOUT_INPUT).format(**row)
     start = tokenizer(next(reader.slices(prompt)), verbose=False)["input_ids"]
     ids = tokenizer(next(reader.slices(prompt + row["output"])), verbose=False)["input_ids"][:seq_len]
@@ -151,19 +138,14 @@ def packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: in
 
 
 def left_padded(examples: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
-    """A batch: rows filled on the left to a multiple of eight, what was filled neither attended to nor trained on.
-
-    Nor is a row's first token, which only padding comes before.
-    """
+    """A batch: rows filled on the left to a multiple of eight, what was filled neither attended to nor trained on. Nor
+    is a row's first token, which only padding comes before."""
     import torch
 
     longest = -(-max(len(e["input_ids"]) for e in examples) // 8) * 8
-
-    def fill(name: str, with_: int) -> Tensor:
-        return torch.tensor([[with_] * (longest - len(e["input_ids"])) + e[name] for e in examples])
-
-    attended = [[0] * (longest - len(e["input_ids"])) + [1] * len(e["input_ids"]) for e in examples]
-    batch = {"input_ids": fill("input_ids", pad), "labels": fill("labels", IGNORED),
-             "attention_mask": torch.tensor(attended)}
+    whole = [{**e, "attention_mask": [1] * len(e["input_ids"])} for e in examples]
+    filled = {"input_ids": pad, "labels": IGNORED, "attention_mask": 0}
+    batch = {name: torch.tensor([[value] * (longest - len(e[name])) + e[name] for e in whole])
+             for name, value in filled.items()}
     batch["labels"][batch["attention_mask"].cumsum(1) <= 1] = IGNORED
     return batch

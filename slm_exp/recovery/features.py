@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,10 @@ def feature_loss(task: RecoveryTask, model: nn.Module, batch: dict[str, Tensor],
         batch: `input_ids`, `attention_mask` and `labels`, each [B, T]; only tokens that are trained on count.
         window: layers from each layer beside a cut on.
     """
-    student: Any = model
-    starts = beside_cuts(task.plan)
+    student, dense = cast(Any, model), cast(Any, task.dense.model)
+    starts, last, scales = beside_cuts(task.plan), slot_ends(task.plan), stream_scales(task.plan)
     blocks = sorted({b for s in starts for b in range(s, min(s + window, task.handle.n_layers))})
-    last, scales = slot_ends(task.plan), stream_scales(task.plan)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    dense: Any = task.dense.model
     with torch.no_grad(), _states(task.dense.layers, [last[b] - 1 for b in blocks]) as wanted:
         dense.get_decoder()(**inputs, use_cache=False)
     with _states(task.handle.layout.layers(student), blocks, detached=starts) as given:
@@ -39,27 +38,22 @@ def feature_loss(task: RecoveryTask, model: nn.Module, batch: dict[str, Tensor],
 
 
 @contextmanager
-def _states(
-    layers: nn.ModuleList, outputs: Sequence[int], detached: Sequence[int] = ()
-) -> Iterator[Mapping[int, Tensor]]:
+def _states(layers: nn.ModuleList, outputs: Sequence[int], detached: Sequence[int] = ()
+            ) -> Iterator[Mapping[int, Tensor]]:
     """The outputs of some layers during a pass; what enters the `detached` ones carries no gradient."""
     seen: dict[int, Tensor] = {}
 
-    def keep(i: int) -> Any:
-        def hook(module: Any, args: Any, out: Any) -> None:
-            seen[i] = out[0] if isinstance(out, tuple) else out
-
-        return hook
+    def keep(i: int, module: Any, args: Any, out: Any) -> None:
+        seen[i] = out[0] if isinstance(out, tuple) else out
 
     def cut(module: Any, args: Any, kwargs: Any) -> Any:
         if args:
             return (args[0].detach(), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}
 
-    hooks = [layers[i].register_forward_hook(keep(i)) for i in outputs]
-    hooks += [layers[i].register_forward_pre_hook(cut, with_kwargs=True) for i in detached]
-    try:
+    with ExitStack() as hooks:
+        for i in outputs:
+            hooks.enter_context(layers[i].register_forward_hook(partial(keep, i)))
+        for i in detached:
+            hooks.enter_context(layers[i].register_forward_pre_hook(cut, with_kwargs=True))
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

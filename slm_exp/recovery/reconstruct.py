@@ -90,11 +90,8 @@ class Reconstruct(Recovery):
         return FitSource(self.path, self.n_samples, self.seq_len, self.field, CALLED)
 
     def draw(self, task: RecoveryTask) -> CalibrationTokens:
-        """The tokens to fit on: none from a document that the plan was found with, where documents are known.
-
-        Raises:
-            DataError: too few or too short texts.
-        """
+        """The tokens to fit on: none from a document that the plan was found with, where documents are known. Raises
+        DataError: too few or too short texts."""
         return self._source().draw(task.dense, task.seed, task.tokens)
 
     def recover(self, task: RecoveryTask) -> RecoveryResult:

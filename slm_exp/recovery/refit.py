@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slm_exp.core.types import CalibrationTokens, Group
-from slm_exp.engine.ridge import Moments, add_tokens, changed, empty_moments, held_out, input_of, ridge_step
+from slm_exp.engine.ridge import Moments, changed, held_out, moments, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.recovery.base import RecoveryTask
 from slm_exp.recovery.cuts import beside_cuts, slot_ends, stream_scales
@@ -44,9 +44,8 @@ class Refitted(NamedTuple):
     """The one chosen for each; None where no change helped."""
 
 
-def refit(
-    task: RecoveryTask, tokens: CalibrationTokens, settings: Settings
-) -> tuple[dict[str, Tensor], list[Refitted]]:
+def refit(task: RecoveryTask, tokens: CalibrationTokens, settings: Settings
+          ) -> tuple[dict[str, Tensor], list[Refitted]]:
     """New tensors of the compressed model by name, and what was done layer by layer."""
     with tempfile.TemporaryDirectory(prefix="slm_exp-reconstruct-") as where:
         return _Refit(settings, task, tokens, Path(where)).run()
@@ -128,20 +127,10 @@ class _Refit:
                     weights = weights | changed(self.task.handle.layers[position], module, weights, step[0])
         return weights, Refitted(position, list(slot), errors, modules * self.settings.passes, ridges)
 
-    def _moments(
-        self, position: int, module: str | None, weights: dict[str, Tensor], scale: float
-    ) -> tuple[Moments, Moments]:
-        """(fitted on, held out): inputs of a projection against what the layer's output lacks; without one, errors."""
-        layer = self.task.handle.layers[position]
-        fit, held = (empty_moments(layer, module, self.dense_NTD.shape[-1]) for _ in "12")
-        with input_of(layer, module) as seen:
-            for rows in self.batches:
-                out_NTD = self.short.block(Slot(position, weights), self.short_NTD[rows])
-                target_NTD = self.dense_NTD[rows].to(out_NTD.device) * scale
-                x_NTC = seen.pop() if module else out_NTD[..., :0]
-                add_tokens(fit, held, x_NTC, out_NTD, target_NTD, self.held_N[rows],
-                           self.settings.weighting == "relative")
-        return fit, held
+    def _moments(self, position: int, module: str | None, weights: dict[str, Tensor], scale: float
+                 ) -> tuple[Moments, Moments]:
+        return moments(self.short, Slot(position, weights), module, self.short_NTD, self.dense_NTD, self.held_N,
+                       self.settings.weighting == "relative", scale)
 
 
 def _on_disk(path: Path, shape: tuple[int, ...]) -> Tensor:

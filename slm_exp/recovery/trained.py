@@ -6,6 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +29,13 @@ log = logging.getLogger(__name__)
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("auto", "bfloat16", "float32")
+
+
+def next_token_loss(model: nn.Module, batch: dict[str, Tensor], *args: Any) -> Tensor:
+    """See `engine.head_loss.next_token_loss`."""
+    from slm_exp.engine import head_loss
+
+    return head_loss.next_token_loss(model, batch, *args)
 
 
 @dataclass
@@ -147,8 +155,7 @@ class Trained(Recovery):
         """A copy of the compressed model in which the named parameters are its own, in float32, and trained."""
         model = task.handle.model
         copy = copy_with(model, {name: model.get_parameter(name).detach().clone() for name in names})
-        for name in names:
-            p = copy.get_parameter(name)
+        for p in map(copy.get_parameter, names):
             p.data = p.data.float()
             p.requires_grad_(True)
         return copy
@@ -160,16 +167,7 @@ class Trained(Recovery):
 
     def loss(self, task: RecoveryTask, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The mean loss of a micro-batch, here of the tokens to come."""
-        return self.next_token_loss(model, batch)
-
-    @staticmethod
-    def next_token_loss(
-        model: nn.Module, batch: dict[str, Tensor], ce: float = 1.0, teacher: Any = None, temperature: float = 1.0
-    ) -> Tensor:
-        """See `engine.head_loss`."""
-        from slm_exp.engine import head_loss
-
-        return head_loss.next_token_loss(model, batch, ce, teacher, temperature)
+        return next_token_loss(model, batch)
 
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         """Train. Cost: estimated, logged and reported before the first step."""
@@ -187,12 +185,10 @@ class Trained(Recovery):
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         key = digest({**self.identity(), "model": task.handle.digest, "seed": task.seed})
         training = Training(
-            name=f"recovery={self.name}", recipe=self, student=lambda: self.student(task),
-            loss=lambda model, batch: self.loss(task, model, batch), train=examples.train, held_out=examples.held_out,
-            collate=lambda rows: left_padded(rows, pad), device=task.handle.device,
+            f"recovery={self.name}", self, lambda: self.student(task), partial(self.loss, task), examples.train,
+            examples.held_out, collate=partial(left_padded, pad=pad), device=task.handle.device,
             half=str(task.handle.model.dtype) != "torch.float32", folder=task.folder / "recovery" / key, seed=task.seed,
-            track=task.track,
-        )
+            track=task.track)
         with checkpoints_in(training.folder):
             done = training.run()
             if done is None:

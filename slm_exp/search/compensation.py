@@ -1,4 +1,12 @@
-"""Finishing a plan that was found: its compensation (merging/compensation.py says what that is), score and cost."""
+"""Finishing a plan that was found: its score and cost, and Prune&Comp's compensation of magnitude.
+
+Layers add to a stream that grows on its way up. Where layers are cut out, the stream that arrives above is too small,
+and what the layers above add weighs too much. Source: arXiv:2507.18212, whose code multiplies everything below a cut
+(embeddings, attention and MLP outputs) by alpha. Here what the layers above add is divided by alpha instead: every
+layer and the final norm read the stream through an RMS norm, so the two are the same function up to the norms'
+epsilon, and the embeddings stay as they are, so that a tied head is not rescaled with them. Biases of the output
+projections are scaled with the weights; the released code leaves them.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +39,8 @@ def magnitudes(engine: ScoringEngine, plan: MergePlan) -> tuple[Compensation, in
     A cut's layers and what is left of them both run on the states of the compressed model, compensated below; alpha is
     the mean over samples and channels of the ratio of mean absolute values over tokens.
 
-    Returns:
-        The compensation, and the block forwards it took beyond the dense pass: none for one run of removed layers,
-        else at most one for each layer from the first cut up. A cut at the very top is left out: the final norm undoes
-        any factor.
+    A cut at the very top is left out: the final norm undoes any factor. Returned with it: the block forwards beyond the
+    dense pass, none for one run of removed layers, else at most one for each layer from the first cut up.
     """
     dense, scale, forwards = engine.dense_states, 1.0, 0
     kept = dict(zip((slot.start for slot in plan.slots), slots_of(plan, engine.task.rule), strict=True))

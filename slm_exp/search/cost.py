@@ -19,10 +19,8 @@ ROUNDS = 5
 
 
 def sizes(dense: ModelHandle, rule: MergeRule, plans: Iterable[PathPlan], seq_len: int) -> tuple[SizeCost, ...]:
-    """What every size among plans of a threshold path costs to run, by its best plan; the smallest first.
-
-    Cost: the models of all sizes, which share what they do not merge, and ROUNDS + 1 prefills of each.
-    """
+    """What every size among plans of a threshold path costs to run, by its best plan; the smallest first. Cost: the
+    models of all sizes, which share what they do not merge, and ROUNDS + 1 prefills of each."""
     best: dict[int, PathPlan] = {}
     for plan in plans:
         if plan.n_layers not in best or plan.final_score > best[plan.n_layers].final_score:
@@ -30,18 +28,14 @@ def sizes(dense: ModelHandle, rule: MergeRule, plans: Iterable[PathPlan], seq_le
     models = {n: apply_plan(dense, MergePlan(dense.n_layers, plan.groups, rule=rule.name), rule)
               for n, plan in sorted(best.items())}
     seconds = latencies(models, seq_len)
-    return tuple(
-        SizeCost(n, handle.n_params, 1 - handle.n_params / dense.n_params, flops_per_token(dense, n, seq_len),
-                 seconds[n], best[n].final_score, (best[n].low, best[n].high))
-        for n, handle in models.items())
+    return tuple(SizeCost(n, handle.n_params, 1 - handle.n_params / dense.n_params, flops_per_token(dense, n, seq_len),
+                          seconds[n], best[n].final_score, (best[n].low, best[n].high)) for n, handle in models.items())
 
 
 def flops_per_token(handle: ModelHandle, n_layers: int, seq_len: int) -> float:
-    """Floating-point operations of one token of a prefill over `seq_len` tokens, with `n_layers` of the layers.
-
-    Two per weight of every matrix product (head included, embedding look-up not), and 4 x width x the tokens seen
-    (half the sequence on average) for attention. Norms and activations, well under 1 %, are left out.
-    """
+    """Floating-point operations of one token of a prefill over `seq_len` tokens, with `n_layers` of the layers. Two per
+    weight of every matrix product (head included, embedding look-up not), and 4 x width x the tokens seen (half the
+    sequence on average) for attention. Norms and activations, well under 1 %, are left out."""
     model = empty_model(handle.config)
     layer = handle.layout.layers(model)[0]
     weights = {name: layer.get_parameter(f"{name}.weight") for name in handle.layout.projections}
@@ -51,10 +45,8 @@ def flops_per_token(handle: ModelHandle, n_layers: int, seq_len: int) -> float:
 
 
 def latencies(models: Mapping[int, ModelHandle], seq_len: int) -> dict[int, float]:
-    """Median seconds of a prefill over one sequence, for models by number of layers.
-
-    The models take turns within every round, so that the ratios hold on a machine whose speed drifts.
-    """
+    """Median seconds of a prefill over one sequence, for models by number of layers. The models take turns within every
+    round, so that the ratios hold on a machine whose speed drifts."""
     times: dict[int, list[float]] = {n: [] for n in models}
     for turn in range(ROUNDS + 1):  # the first is not counted
         for n, handle in models.items():

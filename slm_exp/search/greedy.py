@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from slm_exp.core.errors import PlanError
-from slm_exp.core.types import SUBLAYERS, Kind, Trial
+from slm_exp.core.errors import NOT_FINITE, PlanError
+from slm_exp.core.types import Kind, Trial
 from slm_exp.engine.progress import ticking
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ class Unit(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind or 'layer'} {self.layer}"
+
+
+Wanted = Callable[[Sequence[Unit], Unit], bool]
+"""Whether a part may go, given those removed so far."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +59,8 @@ def position(slots: Slots, unit: Unit) -> int:
     return next(i for i, slot in enumerate(slots) if slot.host == unit.layer)
 
 
-def sublayers(layers: Sequence[int]) -> list[Unit]:
-    """Both sublayers of each layer, in the order in which they run."""
-    return [Unit(i, kind) for i in layers for kind in SUBLAYERS]
-
-
-def greedy(
-    engine: ScoringEngine,
-    units: Sequence[Unit],
-    cost: Callable[[Slots], float],
-    wanted: Callable[[Sequence[Unit], Unit], bool],
-    what: str,
-    last: Sequence[Unit] = (),
-) -> Removed:
+def greedy(engine: ScoringEngine, units: Sequence[Unit], cost: Callable[[Slots], float], wanted: Wanted, what: str,
+           last: Sequence[Unit] = ()) -> Removed:
     """Remove one part at a time, each time the one without which `cost` is lowest (the lower one at a tie).
 
     What was removed becomes the base of `engine`, so a candidate runs only the layers from its part upwards.
@@ -75,8 +68,7 @@ def greedy(
     Args:
         units: what may go, from the bottom up.
         cost: of a model; lower is better.
-        wanted: whether a part may go, given those removed so far; the search ends when none may.
-        what: for the progress shown.
+        wanted: the search ends when no part is.
         last: parts that may go only when none of `units` may.
     Raises:
         PlanError: every candidate's cost is infinite.
@@ -100,9 +92,7 @@ def greedy(
     return Removed(tuple(removed), tuple(trace))
 
 
-def each_alone(
-    slots: Slots, units: Sequence[Unit], cost: Callable[[Slots], float], what: str
-) -> dict[Unit, float]:
+def each_alone(slots: Slots, units: Sequence[Unit], cost: Callable[[Slots], float], what: str) -> dict[Unit, float]:
     """The cost of a model without each part, one at a time."""
     costs: dict[Unit, float] = {}
     with ticking(what, len(units)) as tick:
@@ -112,14 +102,9 @@ def each_alone(
     return costs
 
 
-def one_shot(
-    slots: Slots, costs: Mapping[Unit, float], wanted: Callable[[Sequence[Unit], Unit], bool]
-) -> tuple[Unit, ...]:
+def one_shot(slots: Slots, costs: Mapping[Unit, float], wanted: Wanted) -> tuple[Unit, ...]:
     """The parts of lowest cost (the first at a tie), in that order, each if it is still wanted when its turn comes.
-
-    Raises:
-        PlanError: a part's cost is infinite, and those of finite cost are not enough.
-    """
+    Raises PlanError: a part's cost is infinite, and those of finite cost are not enough."""
     removed: list[Unit] = []
     for unit in sorted(costs, key=lambda u: costs[u]):
         left = without(slots, unit)
@@ -134,10 +119,10 @@ def _check_finite(costs: Mapping[Unit, float], taken: Unit) -> None:
     if not math.isfinite(costs[taken]):
         good = sum(map(math.isfinite, costs.values()))
         raise PlanError(f"{len(costs) - good} of {len(costs)} parts have a score that is not a finite number. "
-                        "Use model.dtype=float32 or bfloat16; if it is float32 already, the weights are damaged.")
+                        f"{NOT_FINITE}")
 
 
 def traced(costs: Mapping[Unit, float], taken: Collection[Unit], slots: Slots) -> list[Trial]:
     """The candidates as a plan's trace: scores are costs with the sign turned, so that higher is better."""
-    return [Trial(p, p, -min(cost, INFINITE), u in taken)
-            for u, cost in costs.items() for p in [position(slots, u)]]
+    at = {unit: position(slots, unit) for unit in costs}
+    return [Trial(at[u], at[u], -min(cost, INFINITE), u in taken) for u, cost in costs.items()]

@@ -38,10 +38,8 @@ def journal_of(store: StageStore, inputs: Inputs) -> Path | None:
     return store.entry("scores", inputs, SCORED_BY) if store.folder else None
 
 
-def journal_inputs(
-    value: str, *, model: str, device: str, tokens: str, similarity: Similarity, kernel: Kernel,
-    rule: MergeRule | None, fit: str | None, dtype: str | None = None,
-) -> Inputs:
+def journal_inputs(value: str, *, model: str, device: str, tokens: str, similarity: Similarity, kernel: Kernel,
+                   rule: MergeRule | None, fit: str | None, dtype: str | None = None) -> Inputs:
     """What the journal of one kind of value depends on (see `journal_of`). Needs no weights.
 
     Args:
@@ -54,7 +52,7 @@ def journal_inputs(
     if (similarity.after is None) != (fit is None):
         raise ValueError(f"similarity.after = {similarity.after}, and the digest of the tokens of the fit is {fit}.")
     out: Inputs = {"value": value, "model": model, "device": device, "tokens": tokens, "computed_in": dtype,
-                           "rule": rule and rule.identity(), "after": similarity.after, "fit": fit}
+                   "rule": rule and rule.identity(), "after": similarity.after, "fit": fit}
     if value == "score":
         out["similarity"] = similarity.name
         if similarity.uses_kernel():

@@ -1,11 +1,9 @@
 """`similarity.after=reconstruct`: a candidate is scored as it is after the layer beside each of its cuts is refitted.
 
-The refit here is the core of `recovery=reconstruct`: the layer's `down_proj` (its `o_proj`, where it lost the MLP),
-once, by ridge regression in float64, so that the residual stream after the cut is the dense model's again. It is
-fitted on the dense stream that enters the layer, not on that of a model recovered so far: so a refit depends on one cut
-alone, is computed once for all candidates that have the cut, and a candidate still starts from states that are known.
-
-Fitted and scored on disjoint tokens: a score on those of the fit would reward overfitting.
+The core of `recovery=reconstruct`: the layer's `down_proj` (its `o_proj`, where it lost the MLP), once, by ridge
+regression in float64, fitted on the dense stream that enters the layer, not on that of a model recovered so far: so a
+refit depends on one cut alone and is computed once for all candidates that have it. Fitted and scored on disjoint
+tokens: a score on those of the fit would reward overfitting.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from torch import Tensor
 from slm_exp.calibration.fit import shared_sequences
 from slm_exp.core.errors import DataError
 from slm_exp.core.types import CalibrationTokens
-from slm_exp.engine.ridge import add_tokens, changed, empty_moments, held_out, input_of, ridge_step
+from slm_exp.engine.ridge import changed, held_out, moments, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.search.inputs import SearchInputs
 
@@ -40,10 +38,8 @@ def with_refits(slots: tuple[Slot, ...], n_layers: int) -> tuple[Slot, ...]:
     starts = [slot.merged.start if slot.merged else slot.host for slot in slots]
     starts[:1] = [0]  # what is removed at the very bottom, the lowest layer left takes over
     ends = [*starts[1:], n_layers]
-    return tuple(
-        replace(slot, refit=(start, end)) if end - start > 1 or slot.without else slot
-        for slot, start, end in zip(slots, starts, ends, strict=True)
-    )
+    return tuple(replace(slot, refit=(start, end)) if end - start > 1 or slot.without else slot
+                 for slot, start, end in zip(slots, starts, ends, strict=True))
 
 
 def note(task: SearchInputs) -> tuple[str, ...]:
@@ -66,11 +62,7 @@ class Refits:
 
     @cached_property
     def tokens(self) -> CalibrationTokens:
-        """Those to fit on.
-
-        Raises:
-            DataError: they are too few, or share text with those that are scored on.
-        """
+        """Those to fit on. Raises DataError: they are too few, or share text with those that are scored on."""
         task = self.task
         tokens = task.similarity.fit_source().draw(task.handle, task.seed, task.tokens)
         if len(tokens.tokens_NT) < 2:
@@ -95,12 +87,8 @@ class Refits:
         return math.ceil(share * (self.task.handle.n_layers + refits))
 
     def weights(self, slot: Slot, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All parameters of a marked slot's layer that differ from its module's own.
-
-        Args:
-            weights: those that differ without a refit.
-        Cost: one block forward over the fitting tokens, and the normal equations of one projection.
-        """
+        """All parameters of a marked slot's layer that differ from its module's own. `weights`: those that differ
+        without a refit. Cost: one block forward over the fitting tokens, and the normal equations of one projection."""
         if slot not in self._kept:
             room = KEPT_BYTES
             for old in reversed([*self._kept]):
@@ -113,24 +101,13 @@ class Refits:
 
     def _refit(self, slot: Slot, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert slot.refit is not None
-        start, end = slot.refit
-        states = self._states
-        handle, runner = self.task.handle, self._runner
-        kind = "attention" if "mlp" in slot.without else "mlp"
-        (module,) = handle.layout.outputs[kind]
-        layer = handle.layers[slot.host]
-        fit, held = (empty_moments(layer, module, states[0].shape[-1]) for _ in "12")
-        held_N = held_out(len(states[0]))
+        (start, end), states, handle = slot.refit, self._states, self.task.handle
+        (module,) = handle.layout.outputs["attention" if "mlp" in slot.without else "mlp"]
         plain = Slot(slot.host, weights, without=slot.without)
-        with input_of(layer, module) as seen:
-            for at in range(0, len(held_N), runner.rows):
-                rows = slice(at, at + runner.rows)
-                out_NTD = runner.block(plain, states[start][rows])
-                target_NTD = states[end][rows].to(out_NTD.device)
-                add_tokens(fit, held, seen.pop(), out_NTD, target_NTD, held_N[rows].to(out_NTD.device), True)
+        fit, held = moments(self._runner, plain, module, states[start], states[end], held_out(len(states[0])))
         step = ridge_step(fit, held, RIDGES)
         with torch.inference_mode():
-            return changed(layer, module, weights, step[0]) if step else {}
+            return changed(handle.layers[slot.host], module, weights, step[0]) if step else {}
 
     @cached_property
     def _runner(self) -> BlockRunner:

@@ -19,9 +19,9 @@ from slm_exp.core.cache.journal import Journal
 from slm_exp.core.types import Group, MergePlan
 from slm_exp.engine.gradients import layer_gradients
 from slm_exp.engine.runner import BlockRunner, Slot
-from slm_exp.engine.vocabulary import PredictionDistance, mean_loss
-from slm_exp.merging.compensation import scaled_outputs
+from slm_exp.engine.vocabulary import mean_loss, prediction_distance
 from slm_exp.merging.rules.base import MergeRule
+from slm_exp.merging.sharing import scaled_outputs
 from slm_exp.search.inputs import SearchInputs, journal_inputs, journal_of
 from slm_exp.search.refit import Refits, with_refits
 from slm_exp.search.state import Candidate, layers_key
@@ -40,11 +40,9 @@ def slot_of(group: Group, rule: MergeRule) -> Slot:
 
 def slots_of(plan: MergePlan, rule: MergeRule) -> Slots:
     """The layers of the model that a plan makes, bottom to top. Touches no weights: the engine does."""
-    return tuple(
-        replace(slot_of(group, rule), scale=scale,
-                without=frozenset(s.kind for s in plan.sublayers if s.layer == group.start))
-        for group, scale in zip(plan.slots, plan.scales, strict=True)
-    )
+    gone = {group: frozenset(s.kind for s in plan.sublayers if s.layer == group.start) for group in plan.slots}
+    return tuple(replace(slot_of(group, rule), scale=scale, without=gone[group])
+                 for group, scale in zip(plan.slots, plan.scales, strict=True))
 
 
 class ScoringEngine:
@@ -70,7 +68,6 @@ class ScoringEngine:
         self._unnamed = 0
         self._journals: dict[tuple[str, str | None, bool], Journal] = {}
         self._runners: dict[str | None, BlockRunner] = {}
-        self._distances: dict[str, PredictionDistance] = {}
         self._refits = Refits(task)
         self._cost = _Cost(self.dense)
 
@@ -81,20 +78,15 @@ class ScoringEngine:
 
     @property
     def block_forwards(self) -> int:
-        """Decoder-layer passes that the requested values take, the dense pass and the commits included.
-
-        A layer that lacks a sublayer counts one half, and the total is rounded up. The head is not counted (a loss over
-        SmolLM2's vocabulary takes as long as eight layers). Counted as if nothing had been in the store: the cost of
-        a search is a property of the search.
-        """
+        """Decoder-layer passes that the requested values take, the dense pass and the commits included. A layer that
+        lacks a sublayer counts one half, and the total is rounded up; the head is not counted. Counted as if nothing
+        had been in the store: the cost of a search is a property of the search."""
         return math.ceil(self._cost.spent) + self._refits.block_forwards(len(self._cost.refits))
 
     @property
     def dense_states(self) -> list[Tensor]:
         """The states entering layers 0..L-1 and the last layer's output, before the final norm: L + 1 of [N, T, D].
-
-        Cost: L block forwards, once.
-        """
+        Cost: L block forwards, once."""
         assert self._top == self.n_layers, "this engine does not keep them all"
         return self._dense_pass
 
@@ -131,11 +123,8 @@ class ScoringEngine:
         return self._runners[dtype]
 
     def score(self, model: Model, dtype: str | None = None) -> float:
-        """The model against the dense one by the task's similarity, after the final norm; 1 is identical.
-
-        Args:
-            dtype: its layers run in this one instead of the model's own, e.g. `bfloat16`.
-        """
+        """The model against the dense one by the task's similarity, after the final norm; 1 is identical. `dtype`: its
+        layers run in this one instead of the model's own, e.g. `bfloat16`."""
         return self.measure(model, "score", lambda last_NTD: self._against(last_NTD), dtype)
 
     def loss(self, model: Model) -> float:
@@ -143,18 +132,16 @@ class ScoringEngine:
         return self.measure(model, "loss", lambda last_NTD: mean_loss(self.runner, last_NTD))
 
     def distance(self, model: Model, kind: str) -> float:
-        """How far its predictions are from the dense model's, see `engine.vocabulary.PredictionDistance`."""
-        return self.measure(model, kind, lambda last_NTD: self._distance(kind)(last_NTD))
+        """How far its predictions are from the dense model's, see `engine.vocabulary.prediction_distance`."""
+        return self.measure(model, kind, lambda h_NTD: prediction_distance(self.runner, self._dense_last, h_NTD, kind))
 
-    def _distance(self, kind: str) -> PredictionDistance:
-        if kind not in self._distances:
-            dense_NTD = self.runner.finish(self.dense_states[-1])
-            self._distances[kind] = PredictionDistance(self.runner, dense_NTD, kind)
-        return self._distances[kind]
+    @cached_property
+    def _dense_last(self) -> Tensor:
+        """After the final norm."""
+        return self.runner.finish(self.dense_states[-1])
 
     def gradients(self) -> Iterator[tuple[int, dict[str, tuple[Tensor, Tensor]]]]:
-        """Every dense layer's parameters with their gradients, from the top down: `engine.gradients.layer_gradients`.
-        Not counted."""
+        """See `engine.gradients.layer_gradients`. Not counted."""
         return layer_gradients(self.runner, self.dense_states)
 
     def measure(self, model: Model, name: str, of: Callable[[Tensor], float], dtype: str | None = None) -> float:
@@ -193,12 +180,9 @@ class ScoringEngine:
         self._cost.commit(slots)
 
     def block(self, slot: Slot, h_NTD: Tensor, dtype: str | None = None) -> Tensor:
-        """One layer on any states, merged, scaled and refitted as it runs: [N, T, D] -> [N, T, D]. Not counted.
-
-        A merged layer is combined again each time it runs: a twentieth of running it, and nothing to keep.
-        """
-        weights = slot.weights
-        handle = self.task.handle
+        """One layer on any states, merged, scaled and refitted as it runs: [N, T, D] -> [N, T, D]. Not counted. A
+        merged layer is combined again each time it runs: a twentieth of running it, and nothing to keep."""
+        weights, handle = slot.weights, self.task.handle
         if slot.merged:
             weights = self.task.rule.merge(handle.layout, list(handle.layers[slice(*slot.merged)])).weights
         if slot.scale != 1:
@@ -229,10 +213,9 @@ class ScoringEngine:
         """Values of one name for this model and these tokens, as far as the store has them."""
         if (name, dtype, merges) not in self._journals:
             task = self.task
-            inputs = journal_inputs(
-                name, model=task.handle.digest, device=task.handle.device.type, tokens=task.tokens.digest,
-                similarity=task.similarity, kernel=task.kernel, rule=task.rule if merges else None,
-                fit=self._refits.digest, dtype=dtype)
+            inputs = journal_inputs(name, model=task.handle.digest, device=task.handle.device.type, dtype=dtype,
+                                    tokens=task.tokens.digest, similarity=task.similarity, kernel=task.kernel,
+                                    rule=task.rule if merges else None, fit=self._refits.digest)
             self._journals[name, dtype, merges] = Journal(journal_of(task.store, inputs))
         return self._journals[name, dtype, merges]
 

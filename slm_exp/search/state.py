@@ -17,11 +17,7 @@ from slm_exp.core.types import Group
 
 
 def layers_key(layers: Iterable[tuple[Any, ...]]) -> str:
-    """What a trial model is called in a journal of scores.
-
-    Args:
-        layers: bottom to top, each (start, stop) of the original layers in it, and what else is done to it.
-    """
+    """A trial model's name in a journal: `layers` are (start, stop) of original ones, and what else is done to each."""
     return json.dumps([layer[0] if layer == (layer[0], layer[0] + 1) else layer for layer in layers])
 
 
@@ -92,24 +88,17 @@ class SearchState:
         return replace(self, low=self.low - 1)
 
     def reject(self) -> SearchState:
-        """The candidate failed: commit what passed before, go on with a window of the layer that failed.
-
-        The released code scores that one-layer window too: the model it has just committed, which passed already.
-        """
+        """The candidate failed: commit what passed before, go on with a window of the layer that failed. The released
+        code scores that one-layer window too: the model it has just committed, which passed already."""
         return replace(self.close(), low=self.low - 1, high=self.low)
 
     def close(self) -> SearchState:
         """Commit the open window, if there is one."""
-        if self.open_group is None:
-            return self
-        return replace(self, high=self.low + 1, groups=(*self.groups, self.open_group))
+        group = self.open_group
+        return replace(self, high=self.low + 1, groups=(*self.groups, group)) if group else self
 
     def replay(self, n_layers: int, threshold: float, scores: Mapping[str, float]) -> SearchState | None:
-        """The end of the search from here, by scores that are known already; None where one is missing.
-
-        Args:
-            scores: of candidates by `Candidate.key`.
-        """
+        """The end of the search from here, by known `scores` (by `Candidate.key`); None where one is missing."""
         state = self
         while candidate := state.candidate:
             score = scores.get(candidate.key(n_layers))
@@ -119,10 +108,8 @@ class SearchState:
         return state
 
     def block_forwards(self, n_layers: int) -> tuple[int, int]:
-        """Of a search from here on, the dense pass left out: (if every candidate passes, if none does).
-
-        Either way every layer below the window is in question once; what passes shortens the candidates that follow.
-        """
+        """Of a search from here on, the dense pass left out: (if every candidate passes, if none does). Either way
+        every layer below the window is in question once; what passes shortens the candidates that follow."""
         spent = []
         for verdict in (SearchState.accept, SearchState.reject):
             state, blocks = self, 0

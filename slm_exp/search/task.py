@@ -28,20 +28,14 @@ class PlanTask(SearchInputs):
 
     def scored(self, plan: MergePlan, compensate: str | None) -> MergePlan:
         """A plan with its compensation, its final score, what its sublayers leave behind, and the engine's cost added.
-
-        Cost: what the engine has spent so far, one model, and for a compensation one pass over the dense layers.
-        """
+        Cost: what the engine has spent so far, one model, and for a compensation one pass over the dense layers."""
         from slm_exp.search.compensation import scored
 
         return scored(self.engine, plan, compensate)
 
     def on(self, handle: ModelHandle, with_matrix: bool) -> PlanTask:
-        """The task for the model to be cut, which is not the dense one where width comes before depth.
-
-        Args:
-            with_matrix: whether the layer similarity matrix is needed: a narrower model has its own.
-        Cost: that of the matrix.
-        """
+        """The task for the model to be cut, which is not the dense one where width comes before depth. `with_matrix`:
+        whether the layer similarity matrix is needed: a narrower model has its own. Cost: that of the matrix."""
         if handle is self.handle:
             return self
         matrix = layer_similarity(handle, self.tokens, self.kernel, self.similarity) if with_matrix else None

@@ -1,13 +1,19 @@
-"""The search at one threshold: score, compare, go on. A low-precision screen gives most scores."""
+"""The search at one threshold (score, compare, go on; a low-precision screen gives most scores), and sliding layer
+merging carried through: that search, or the one for a size, and the plan it ends in."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
 
+from slm_exp.core.types import MergePlan, Neighbour, Target, Trial
 from slm_exp.engine.progress import ticking
+from slm_exp.search.cost import sizes
+from slm_exp.search.path import best_of_size
+from slm_exp.search.refit import note
 from slm_exp.search.scoring import ScoringEngine
 from slm_exp.search.state import SearchState
+from slm_exp.search.task import PlanTask
 
 log = logging.getLogger(__name__)
 
@@ -36,26 +42,14 @@ class Step:
         return f"layers {self.state.low}..{self.state.high} score {self.score:.4f}, merged {groups}"
 
 
-def search(engine: ScoringEngine, start: SearchState, threshold: float) -> list[Step]:
-    """Every decision of the search from `start`, each on a score in the model's own dtype."""
-    steps: list[Step] = []
-    with ticking(f"search at {threshold:g}", max(0, start.low - start.floor + 1), "layer") as tick:
-        state = start
-        while candidate := state.candidate:
-            score = engine.score(candidate)
-            steps.append(Step(state, score, score > threshold))
-            state = steps[-1].next
-            tick(str(steps[-1]), start.low - state.low)
-    return steps
-
-
 @dataclass
 class Screen:
     """What is known about the error of a cheaper dtype: the largest difference where both scores are known."""
 
     engine: ScoringEngine
     threshold: float
-    dtype: str
+    dtype: str | None
+    """None: there is no screen, every score is exact."""
     error: float = 0.0
     depth: int = 0
     """Blocks of the deepest candidate measured."""
@@ -73,34 +67,33 @@ class Screen:
         return replace(step, score=score, accepted=score > self.threshold, screened=False)
 
     def decide(self, state: SearchState) -> Step:
-        """A decision on the screened score where that is safe, else on the exact one.
-
-        Rounding errors grow with the layers they pass through, so the first candidate NEAR the threshold at every
-        doubling of depth is scored in both dtypes, however safe it looks.
-        """
+        """A decision on the screened score where that is safe, else on the exact one. Rounding errors grow with the
+        layers they pass through, so the first candidate NEAR the threshold at every doubling of depth is scored in both
+        dtypes, however safe it looks."""
         assert state.candidate is not None
         score = self.engine.score(state.candidate, self.dtype)
-        step = Step(state, score, score > self.threshold, screened=True)
+        step = Step(state, score, score > self.threshold, screened=self.dtype is not None)
         blocks = state.candidate.blocks(self.engine.n_layers)
-        if blocks >= 2 * self.depth and abs(score - self.threshold) < NEAR:
+        measure = step.screened and blocks >= 2 * self.depth and abs(score - self.threshold) < NEAR
+        if measure:
             self.depth = blocks
-            return self.exact(step)
-        return self.exact(step) if self.unsafe(step) else step
+        return self.exact(step) if measure or self.unsafe(step) else step
 
     def unsafe(self, step: Step) -> bool:
         return step.screened and not abs(step.score - self.threshold) > self.margin
 
 
-def screened_search(engine: ScoringEngine, start: SearchState, threshold: float, dtype: str) -> list[Step]:
-    """The decisions of `search`, most of them on scores computed in `dtype`.
+def search(engine: ScoringEngine, start: SearchState, threshold: float, screen_dtype: str | None = None) -> list[Step]:
+    """Every decision of the search from `start`, on scores in the model's own dtype, or a screen's where that is safe.
 
     A screened score within a margin of the threshold is computed again in the model's own dtype. The margin is
     SAFETY times the largest difference measured so far; when a later measurement widens it, earlier decisions that
     are no longer safe are repeated too, and where one turns out differently the search goes back to it.
     """
-    screen = Screen(engine, threshold, dtype)
+    screen = Screen(engine, threshold, screen_dtype)
     steps: list[Step] = []
-    with ticking(f"search at {threshold:g}, screened in {dtype}", max(0, start.low - start.floor + 1), "layer") as tick:
+    what = f"search at {threshold:g}" + (f", screened in {screen_dtype}" if screen_dtype else "")
+    with ticking(what, max(0, start.low - start.floor + 1), "layer") as tick:
         state = start
         while state.candidate:
             steps.append(screen.decide(state))
@@ -112,10 +105,45 @@ def screened_search(engine: ScoringEngine, start: SearchState, threshold: float,
                         break
             state = steps[-1].next
             tick(str(steps[-1]), start.low - state.low)
-    log.info(
-        "%s scores differed by at most %.1e from exact ones; those within %.1e of the threshold were repeated.",
-        dtype,
-        screen.error,
-        screen.margin,
-    )
+    if screen_dtype:
+        log.info("%s scores differed by at most %.1e from exact ones; those within %.1e of the threshold were "
+                 "repeated.", screen_dtype, screen.error, screen.margin)
     return steps
+
+
+def slide(task: PlanTask, start: SearchState, threshold: float, size: Target | None,
+          threshold_range: tuple[float, float], budget: int, commit_open_window: bool,
+          screen_dtype: str | None) -> MergePlan:
+    """The plan that the search from a state ends in.
+
+    Args:
+        threshold: decides where no size is requested.
+        size: requested; `layers` are to be left, by a threshold in `threshold_range`, after at most `budget` scores.
+    Cost: L block forwards for the dense model, then 1 + the layers above the window per candidate.
+    """
+    n_layers = task.handle.n_layers
+    engine = ScoringEngine(task, top=start.high)
+    if size is not None:
+        assert size.layers is not None
+        low, high = threshold_range
+        best = best_of_size(engine, start, n_layers, size.layers, low, high, commit_open_window, budget)
+        threshold = (best.plan.low + best.plan.high) / 2
+        size = replace(size, complete=best.complete, threshold=(best.plan.low, best.plan.high),
+                       neighbours=tuple(Neighbour(p.low, p.n_layers, p.final_score) for p in best.neighbours),
+                       sizes=sizes(task.handle, task.rule, best.met, int(task.tokens.tokens_NT.shape[1])))
+        screen_dtype = None  # the path's scores are exact and known
+    steps = search(engine, start, threshold, screen_dtype)
+    end = steps[-1].next if steps else start
+    notes: tuple[str, ...] = ()
+    if window := end.open_group:
+        about = f"layers {window.start}..{window.stop - 1} had passed when the search reached the bottom"
+        if commit_open_window:
+            end = end.close()
+            notes = (f"{about}: merged; the released code would leave them (method.commit_open_window=false).",)
+        else:
+            notes = (f"{about}: left as they are, as the released code does.",)
+    final = 1.0 if end.model is None else engine.score(end.model)  # known already, unless it was screened
+    trace = tuple(Trial(s.state.low, s.state.high, s.score, s.accepted) for s in steps)
+    return MergePlan(n_layers, end.groups, rule=task.rule.name, similarity=task.similarity.name, threshold=threshold,
+                     target=size, final_score=final, trace=trace, evaluations=engine.evaluations,
+                     block_forwards=engine.block_forwards, notes=(*notes, *note(task)))

@@ -14,13 +14,10 @@ from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Component
 from slm_exp.kernels.base import Kernel
 from slm_exp.models.base import ModelHandle
+from slm_exp.models.sizes import Sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from slm_exp.kernels.base import Kernel
-    from slm_exp.models.base import ModelHandle
-    from slm_exp.models.sizes import Sizes
 
 AFTER = ("reconstruct",)
 FIT = ("fit_path", "fit_samples", "fit_seq_len")
@@ -28,7 +25,7 @@ CALLED = (("calibration.path", "similarity.fit_path"), ("calibration.n_samples",
           ("calibration.seq_len", "similarity.fit_seq_len"))
 
 GRAM_BYTES = 2**29
-"""Of Gram matrices held at once, at most."""
+"""Of Gram matrices of all layers at once. Beyond it (30 layers: 8,700 tokens) the model runs again for the rest."""
 
 Scorer = Callable[["Tensor"], float]
 

@@ -32,9 +32,8 @@ SHUFFLE_SEED = 0
 def minibatches(n_rows: int, batch: int) -> list[Tensor]:
     """Row numbers 0..n_rows-1 in the fixed shuffle, cut into minibatches of at most `batch` rows.
 
-    No row is left out and no minibatch is a stump: sizes differ by at most one (1270 rows make five of 254, not
-    four of 256 and one of 246), because a minibatch counts the same whatever its size. Where cutting would leave
-    fewer than 4 rows in one, there is one minibatch less and `batch` is exceeded (5 rows at batch 4: one of 5).
+    No row is left out, and sizes differ by at most one, because a minibatch counts the same whatever its size. Where
+    cutting would leave fewer than 4 rows in one, there is one minibatch less and `batch` is exceeded.
 
     Raises:
         DataError: fewer than 4 rows.
@@ -42,10 +41,9 @@ def minibatches(n_rows: int, batch: int) -> list[Tensor]:
     import torch
 
     if n_rows < MIN_ROWS:
-        raise DataError(
-            f"CKA has {n_rows} tokens to look at; it needs at least {MIN_ROWS}. Raise calibration.n_samples or "
-            "calibration.seq_len (similarity.skip_first_token leaves one token of each sequence out)."
-        )
+        raise DataError(f"CKA has {n_rows} tokens to look at; it needs at least {MIN_ROWS}. Raise "
+                        "calibration.n_samples or calibration.seq_len (similarity.skip_first_token leaves one token of "
+                        "each sequence out).")
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(SHUFFLE_SEED))
     return list(order.tensor_split(min(math.ceil(n_rows / batch), n_rows // MIN_ROWS)))
 
@@ -78,24 +76,19 @@ def centred(gram_NN: Tensor, estimator: str) -> Tensor:
 
 
 def fingerprint(rows_ND: Tensor, kernel: Kernel, parts: Sequence[Tensor], estimator: str) -> Tensor:
-    """The centred Grams of all minibatches end to end: [N, D] of any float dtype -> [sum of n_b^2] float64.
-
-    The inner product of two fingerprints is HSIC summed over minibatches; their cosine is CKA.
-    Cost: O(N b D) time for minibatches of b rows; one minibatch at a time is cast to float64.
-    """
+    """The centred Grams of all minibatches end to end: [N, D] of any float dtype -> [sum of n_b^2] float64. The inner
+    product of two fingerprints is HSIC summed over minibatches; their cosine is CKA. Cost: O(N b D) time for
+    minibatches of b rows; one minibatch at a time is cast to float64."""
     import torch
 
     kernel = kernel.over(rows_ND)
-    return torch.cat(
-        [centred(kernel.gram(rows_ND[part.to(rows_ND.device)].double()), estimator).flatten() for part in parts]
-    )
+    grams = (kernel.gram(rows_ND[part.to(rows_ND.device)].double()) for part in parts)
+    return torch.cat([centred(gram_BB, estimator).flatten() for gram_BB in grams])
 
 
 def normalised(hsic_LL: Tensor) -> Tensor:
-    """CKA of every pair from HSIC of every pair; the one division. [L, L] float64 -> [L, L], 1 on the diagonal.
-
-    States that do not vary have HSIC 0 with themselves: they score 0 against any other, 1 against themselves.
-    """
+    """CKA of every pair from HSIC of every pair; the one division. [L, L] float64 -> [L, L], 1 on the diagonal. States
+    that do not vary have HSIC 0 with themselves: they score 0 against any other, 1 against themselves."""
     root = hsic_LL.diagonal().sqrt()
     root = root.where(root > 0, 1)
     out = hsic_LL / root[:, None] / root[None, :]
@@ -105,15 +98,10 @@ def normalised(hsic_LL: Tensor) -> Tensor:
 def cka(x_ND: Tensor, y_ND: Tensor, kernel: Kernel, estimator: str = "unbiased", batch: int = 256) -> float:
     """The similarity of two sets of states, up to what the kernel ignores. Row i of both belongs to token i.
 
-    Minibatches of a fixed shuffle, HSIC summed over them, one division. A batch of N rows is the whole set at once.
-
     Args:
-        x_ND: [N, D] states of any float dtype; computed in float64.
-        y_ND: [N, E] states of the same tokens.
-        estimator: `unbiased` or `biased`, see `centred`.
-        batch: rows per minibatch, see `minibatches`.
-    Returns:
-        A score in [-1, 1]; 1 is identical. 1 as well when neither side varies, 0 when one does not.
+        x_ND, y_ND: [N, D] and [N, E] states of any float dtype; computed in float64.
+        estimator, batch: see `centred` and `minibatches`.
+    Returns: a score in [-1, 1]; 1 is identical. 1 as well when neither side varies, 0 when one does not.
     Raises:
         DataError: fewer than 4 rows.
     """

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 from tqdm import tqdm
 
-from slm_exp.core.errors import DataError
+from slm_exp.core.errors import NOT_FINITE, DataError
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity
 from slm_exp.kernels.base import Kernel
 from slm_exp.models.base import ModelHandle
-from slm_exp.similarity.base import Similarity
+from slm_exp.similarity.base import GRAM_BYTES, Similarity
 from slm_exp.similarity.cka import fingerprint, minibatches, normalised, token_rows
 
-GRAM_BYTES = 2**29
-"""Memory for the Gram matrices of all layers. Beyond it (30 layers: 8,700 tokens) the model runs again for the rest."""
 
-
-def layer_similarity(
-    handle: ModelHandle, tokens: CalibrationTokens, kernel: Kernel, similarity: Similarity
-) -> LayerSimilarity:
+def layer_similarity(handle: ModelHandle, tokens: CalibrationTokens, kernel: Kernel, similarity: Similarity
+                     ) -> LayerSimilarity:
     """CKA of the outputs of every pair of decoder layers, before the final norm, on the same tokens.
 
     Only one layer's states are held at a time, and the Gram matrices of all layers for as many minibatches as fit
-    into `GRAM_BYTES`; their pairs are then one matrix product.
+    into `GRAM_BYTES`; their pairs are then one matrix product. Of `similarity` only CKA's settings are used.
 
-    Args:
-        kernel: of the Gram matrices.
-        similarity: its `estimator`, `batch` and `skip_first_token` are used; its acceptance score is not.
     Raises:
         DataError: fewer than 4 tokens, or a layer's states are not finite.
     Cost: L block forwards (a few times that beyond `GRAM_BYTES`); L N T b (D + L) multiplications in float64.
@@ -38,7 +31,6 @@ def layer_similarity(
     parts = minibatches(n_samples * (n_tokens - similarity.skip_first_token), similarity.batch)
     per_pass = max(1, GRAM_BYTES // (handle.n_layers * len(parts[0]) ** 2 * 8))
     passes = [parts[i : i + per_pass] for i in range(0, len(parts), per_pass)]
-
     runner = BlockRunner(handle, tokens.tokens_NT)
     hsic_LL = torch.zeros(handle.n_layers, handle.n_layers, dtype=torch.float64)
     with torch.inference_mode(), tqdm(total=len(passes) * handle.n_layers, desc="similarity", unit="layer") as bar:
@@ -49,15 +41,11 @@ def layer_similarity(
             for i in range(handle.n_layers):
                 h_NTD = runner.block(Slot(i), h_NTD)
                 if not h_NTD.isfinite().all():
-                    raise DataError(
-                        f"the output of layer {i} holds values that are not finite in {h_NTD.dtype}. "
-                        "Use model.dtype=float32 or bfloat16; if it is float32 already, the weights are damaged."
-                    )
+                    raise DataError(f"the output of layer {i} holds values that are not finite in {h_NTD.dtype}. "
+                                    f"{NOT_FINITE}")
                 rows = token_rows(h_NTD, similarity.skip_first_token)
                 grams_LF[i] = fingerprint(rows, kernel, some, similarity.estimator)
                 bar.update()
             hsic_LL += (grams_LF @ grams_LF.mT).cpu()
-    return LayerSimilarity(
-        normalised(hsic_LL).float().numpy(), kernel.name, similarity.estimator, similarity.skip_first_token,
-        similarity.batch,
-    )
+    return LayerSimilarity(normalised(hsic_LL).float().numpy(), kernel.name, similarity.estimator,
+                           similarity.skip_first_token, similarity.batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -23,7 +23,7 @@ from slm_exp.width.base import M, Width, WidthTask
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slm_exp.width.inputs import InputStats
+    from slm_exp.width.inputs import Walk
 
 ALLOCATIONS = ("equal", "score", "ecoflap")
 RATIO = 0.2
@@ -198,11 +198,8 @@ class Pruner(Width):
         return dataclasses.replace(target, asked=method.target_ratio, depth=target.asked, share=self.share)
 
     def ratio_for(self, method: DepthMethod, dense: ModelHandle, handle: ModelHandle) -> float:
-        """What to remove, as a share of `handle`'s decoder layers.
-
-        Raises:
-            PlanError: with `share`, depth has already removed the whole target.
-        """
+        """What to remove, as a share of `handle`'s decoder layers. Raises PlanError: with `share`, depth has already
+        removed the whole target."""
         if self.share is None or method.target_ratio is None:
             return RATIO if self.ratio is None else self.ratio
         if self.order == "after":
@@ -221,7 +218,6 @@ class Pruner(Width):
         if self.ratios is not None:
             require(len(self.ratios) == handle.n_layers, "width.ratios", self.ratios,
                     f"{handle.n_layers} shares, one per layer of {handle.name}")
-        self.check_biases(handle)
         ratio = self._expected_ratio(method, handle)
         try:
             self._plan_sizes(handle, slots, handle.n_layers, ratio)
@@ -246,12 +242,9 @@ class Pruner(Width):
         """Parameters that a narrower stream takes from embeddings, head and last norm: all in proportion to it."""
         return (handle.n_params - self._layers_size(handle)) * (1 - self._hidden(handle) / handle.config.hidden_size)
 
-    def check_biases(self, handle: ModelHandle) -> None:
-        """Raise ConfigError where this pruner needs biases that the family has no switch for."""
-
     def _hidden(self, handle: ModelHandle) -> int:
         """Hidden size of the result."""
-        return int(handle.config.hidden_size)
+        return self.new_hidden_size or int(handle.config.hidden_size)
 
     def protected_range(self, n_layers: int) -> tuple[int, int]:
         """The published [start, stop) of layers to narrow when uniform=false and no range is given."""
@@ -269,15 +262,11 @@ class Pruner(Width):
                             f"of {n_dense}. Widen it, e.g. width.layers=[0,{n_dense}].")
         return found
 
-    def _plan_sizes(
-        self, handle: ModelHandle, slots: Sequence[Group], n_dense: int, ratio: float,
-        importance: Sequence[float] | None = None,
-    ) -> list[Shape] | None:
+    def _plan_sizes(self, handle: ModelHandle, slots: Sequence[Group], n_dense: int, ratio: float,
+                    importance: Sequence[float] | None = None) -> list[Shape] | None:
         """Widths of every layer, or None where scores decide. From shapes alone.
 
         Args:
-            slots: what each of the handle's layers stands for.
-            n_dense: layers of the dense model.
             importance: per selected layer, for ECoFLaP.
         Raises:
             ConfigError: the ratio leaves no head or no channel; says how much is possible.
@@ -295,16 +284,16 @@ class Pruner(Width):
         selected = self._selected(slots, n_dense)
         if self._allocation == "given":
             assert self.ratios is not None
-            means = [sum(self.ratios[s.start : s.stop]) / (s.stop - s.start) for s in slots]
-            local = {p: means[p] for p in selected}
+            of = {p: self.ratios[slots[p].start : slots[p].stop] for p in selected}
+            local = {p: sum(ratios) / len(ratios) for p, ratios in of.items()}
         elif importance is not None:
             local = dict(zip(selected, ecoflap_ratios(importance, ratio * len(slots) / len(selected)), strict=True))
         else:
             local = dict.fromkeys(selected, ratio * len(slots) / len(selected))
         if not shapes:
             raise ConfigError(f"width.hidden_size = {hidden}: {type(handle.config).__name__} accepts it with no number "
-                              "of heads that is possible here. Try a multiple of "
-                              f"{full.heads} (the number of heads), e.g. {hidden // full.heads * full.heads}.")
+                              f"of heads that is possible here. Try a multiple of {full.heads} (the number of heads), "
+                              f"e.g. {hidden // full.heads * full.heads}.")
         whole = wide.size(full)
         most = 1 - costs.size(sizes.smallest(full, shapes)) / whole
         out = [full] * len(slots)
@@ -316,8 +305,7 @@ class Pruner(Width):
                 raise ConfigError(
                     f"width.ratio = {ratio:g}{where}: expected at most {most * len(selected) / len(slots):.3f} for "
                     f"{handle.name}; more leaves no attention head or no MLP channel (one group of "
-                    f"{shapes[0][0]} heads and {sizes.CHANNELS} channels stay). Remove layers as well."
-                )
+                    f"{shapes[0][0]} heads and {sizes.CHANNELS} channels stay). Remove layers as well.")
             least = 1 - costs.size(full) / whole
             if r < least - 1e-9:
                 raise ConfigError(f"width.hidden_size = {hidden} alone removes {least:.3f} of every decoder layer; "
@@ -326,27 +314,18 @@ class Pruner(Width):
         return None if self._allocation == "score" else out
 
     def decide(self, task: WidthTask) -> WidthDecision:
-        """Which heads and channels stay.
-
-        Cost: that of the scores (see the member); with allocation=ecoflap two half passes per projection more.
-        """
-        handle, full = task.handle, sizes.full_shape(task.handle.config)
-        importance = None
+        """Which heads and channels stay. Cost: that of the scores (see the member); with allocation=ecoflap two half
+        passes per projection more."""
+        handle, full, importance = task.handle, sizes.full_shape(task.handle.config), None
         selected = self._selected(task.slots, task.n_dense)
         if self._allocation == "ecoflap":
-            from slm_exp.width.ecoflap import layer_importance
+            from slm_exp.width.inputs import layer_importance
 
             every = layer_importance(handle, task.tokens, self.ecoflap_samples, task.seed)
             importance = [every[p] for p in selected]
         shapes = self._plan_sizes(handle, task.slots, task.n_dense, task.ratio, importance)
-
-        def choose(layer: int, scores: LayerScores) -> Kept | None:
-            return None if shapes is None else sizes.select(scores, shapes[layer])
-
-        found = self.scores(task, choose)
-        scores = found.layers
-        hidden = self._hidden(handle)
-        costs = sizes.costs_of(handle, hidden)
+        found = self.scores(task, lambda layer, s: None if shapes is None else sizes.select(s, shapes[layer]))
+        scores, costs = found.layers, sizes.costs_of(handle, self._hidden(handle))
         whole = sizes.costs_of(handle).size(full)
         if shapes is None:
             remove = task.ratio * whole * len(task.slots)
@@ -358,20 +337,15 @@ class Pruner(Width):
 
     @abstractmethod
     def scores(self, task: WidthTask, choose: Choose) -> Scored:
-        """The scores of every layer's units, bottom to top.
-
-        `choose` says which units of a layer stay, where that is known before all layers have scores, for methods
-        that look at a layer's input after pruning the ones below.
-        """
+        """The scores of every layer's units, bottom to top. `choose` says which of a layer stay, where that is known
+        before all layers have scores, for methods that look at a layer's input after pruning the ones below."""
 
     @property
     def adds_biases(self) -> bool:
         """Whether the result has biases that the model at hand has not."""
         return False
 
-    def inputs(
-        self, task: WidthTask, names: Sequence[str]
-    ) -> Generator[tuple[int, dict[str, InputStats]], Mapping[str, Tensor] | None, None]:
+    def inputs(self, task: WidthTask, names: Sequence[str]) -> Walk:
         """What flows into the named projections, layer by layer: see `slm_exp.width.inputs`."""
         from slm_exp.width.inputs import walk
 
@@ -385,19 +359,15 @@ class Pruner(Width):
         return WidthSizes(heads=[s.heads for s in shapes], kv_heads=[s.kv_heads for s in shapes],
                           channels=[s.channels for s in shapes], hidden=self._hidden(handle))
 
-    def _decision(
-        self, task: WidthTask, shapes: Sequence[Shape], kept: Sequence[Kept], costs: Costs, whole: int, extras: Extras
-    ) -> WidthDecision:
+    def _decision(self, task: WidthTask, shapes: Sequence[Shape], kept: Sequence[Kept], costs: Costs, whole: int,
+                  extras: Extras) -> WidthDecision:
         config = task.handle.config
         full, hidden = sizes.full_shape(config), self._hidden(task.handle)
         reached = 1 - sum(costs.size(s) for s in shapes) / (whole * len(shapes))
         uniform = len(set(shapes)) == 1 and sizes.legal(config, shapes[0], hidden)
         requested = sum(self.ratios) / len(self.ratios) if self.ratios else task.ratio
-        change = ", ".join(
-            f"{name} {before} -> {_span(values)}"
-            for name, before, values in zip(("heads", "key-value heads", "channels"), full, zip(*shapes, strict=True),
-                                            strict=True)
-        )
+        names, spans = ("heads", "key-value heads", "channels"), map(_span, zip(*shapes, strict=True))
+        change = ", ".join(f"{name} {before} -> {span}" for name, before, span in zip(names, full, spans, strict=True))
         notes = [f"width: {change}, snapped to legal sizes: {reached:.4f} of the decoder layers' parameters removed, "
                  f"{requested:.4f} requested."]
         if not uniform:
@@ -427,17 +397,10 @@ def ecoflap_ratios(importance: Sequence[float], ratio: float) -> list[float]:
     """
     n = len(importance)
     floor = 1 - min(ratio + ECOFLAP_SLACK, 1.0)
-    keep = [floor] * n
-    rest = n * (1 - ratio - floor)
+    keep, rest = [floor] * n, n * (1 - ratio - floor)
     weights = [max(float(x), 0.0) for x in importance]
-    if not sum(weights):
-        weights = [1.0] * n
-    while rest > 1e-12:
-        room = [i for i in range(n) if keep[i] < 1 - 1e-12]
-        total = sum(weights[i] for i in room)
-        if not room:
-            break
-        given = 0.0
+    while rest > 1e-12 and (room := [i for i in range(n) if keep[i] < 1 - 1e-12]):
+        total, given = sum(weights[i] for i in room), 0.0
         for i in room:
             part = min(1 - keep[i], rest * (weights[i] / total if total else 1 / len(room)))
             keep[i] += part

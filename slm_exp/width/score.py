@@ -11,11 +11,8 @@ from slm_exp.width.base import NarrowedScore
 
 
 def narrowed_score(task: PlanTask, compressed: ModelHandle) -> NarrowedScore:
-    """The score of the narrowed model, which the search has not seen. Cost: one pass through both models.
-
-    Args:
-        task: the run's, whose handle is the dense model.
-    """
+    """The score of the narrowed model, which the search has not seen. Cost: one pass through both models. `task`: the
+    run's, whose handle is the dense model."""
     if int(compressed.config.hidden_size) != int(task.handle.config.hidden_size):
         return NarrowedScore(None)
     against = task.similarity.against(_last_state(task, task.handle), task.kernel)

@@ -6,10 +6,9 @@ import math
 
 import pytest
 
-from slm_exp.search.path import follow, sizes
+from slm_exp.search.path import best_of_size, follow, sizes
 from slm_exp.search.path import single as plan_at
 from slm_exp.search.state import Candidate, SearchState
-from slm_exp.search.target import best_of_size
 
 
 class Table:

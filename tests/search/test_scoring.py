@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from slm_exp.core.cache.store import StageStore
 from slm_exp.core.registry import available
 from slm_exp.core.types import Group, MergePlan, Sublayer
 from slm_exp.engine.runner import BlockRunner, Slot
-from slm_exp.engine.vocabulary import PredictionDistance
+from slm_exp.engine.vocabulary import prediction_distance
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.search.scoring import ScoringEngine, entry_key, slots_of
 from slm_exp.search.state import Candidate
@@ -214,7 +215,7 @@ def test_distances_of_predictions_by_their_definitions(models: ScoringEngine, to
     plain = {"js": (kl(p, m) + kl(q, m)) / 2, "kl": kl(p, q), "angular": angle, "norm": (a - b).norm(dim=-1)}
     dense = models.runner.finish(models.dense_states[-1])
     for kind, expected in plain.items():
-        distance = PredictionDistance(models.runner, dense, kind)
+        distance = partial(prediction_distance, models.runner, dense, kind=kind)
         assert models.measure(slots, kind, distance) == pytest.approx(float(expected.mean()), rel=1e-4), kind
         assert distance(dense) == pytest.approx(0, abs=1e-3), kind
 

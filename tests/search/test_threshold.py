@@ -7,7 +7,7 @@ import random
 import pytest
 
 from slm_exp.search.state import Candidate, SearchState
-from slm_exp.search.threshold import SAFETY, screened_search, search
+from slm_exp.search.threshold import SAFETY, search
 
 
 class TwoScores:
@@ -31,7 +31,7 @@ def test_an_error_within_the_margin_changes_no_decision(seed: int) -> None:
     """Errors spread by a factor of two, the margin is four times the largest seen."""
     error = 10 ** -random.Random(seed).uniform(1, 4)
     scorer, start = TwoScores(seed, error), SearchState.start(20)
-    exact, screened = search(scorer, start, 0.5), screened_search(scorer, start, 0.5, "cheap")
+    exact, screened = search(scorer, start, 0.5), search(scorer, start, 0.5, "cheap")
     assert [(s.state, s.accepted) for s in screened] == [(s.state, s.accepted) for s in exact]
     for step in screened:
         if step.screened:
@@ -40,7 +40,7 @@ def test_an_error_within_the_margin_changes_no_decision(seed: int) -> None:
 
 def test_what_is_far_from_the_threshold_is_not_repeated() -> None:
     scorer = TwoScores(0, 1e-6, spread=0.09)
-    steps = screened_search(scorer, SearchState.start(20), 0.5, "cheap")
+    steps = search(scorer, SearchState.start(20), 0.5, "cheap")
     repeated = [c for c, dtype in scorer.asked if dtype is None]
     # only the measurements at every doubling of depth
     assert [c.blocks(20) for c in repeated] == [2, 4, 8, 16][: len(repeated)]
@@ -50,7 +50,7 @@ def test_what_is_far_from_the_threshold_is_not_repeated() -> None:
 def test_errors_are_measured_only_where_they_could_decide() -> None:
     """Scores far from the threshold have errors of their own, which would only widen the margin."""
     scorer = TwoScores(0, 1e-2)
-    steps = screened_search(scorer, SearchState.start(20), 0.9, "cheap")
+    steps = search(scorer, SearchState.start(20), 0.9, "cheap")
     assert all(step.screened for step in steps)
     assert all(dtype == "cheap" for _, dtype in scorer.asked)
 
@@ -69,7 +69,7 @@ def test_a_margin_that_widens_repeats_earlier_decisions_and_goes_back() -> None:
             return exact if dtype is None else cheap
 
     start = SearchState.start(8)
-    steps = screened_search(Scripted(), start, 0.5, "cheap")  # type: ignore[arg-type]
+    steps = search(Scripted(), start, 0.5, "cheap")  # type: ignore[arg-type]
     assert steps[1].state.candidate == Candidate(4, 5, ())
     assert steps[1].accepted
     assert not steps[1].screened

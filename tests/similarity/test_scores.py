@@ -8,10 +8,8 @@ import torch
 
 from slm_exp.core.errors import ConfigError
 from slm_exp.kernels.linear import Linear
-from slm_exp.similarity.angular import Angular
 from slm_exp.similarity.cka import CKA
-from slm_exp.similarity.flat_cosine import FlatCosine
-from slm_exp.similarity.token_cosine import TokenCosine
+from slm_exp.similarity.directions import Angular, FlatCosine, TokenCosine
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ import torch
 from slm_exp.core.registry import available
 from slm_exp.core.types import MergePlan
 from slm_exp.width.base import WidthTask
-from slm_exp.width.ecoflap import EPSILON, layer_importance
-from slm_exp.width.inputs import InputStats
+from slm_exp.width.inputs import EPSILON, InputStats, layer_importance
 
 HEADS, KV, PER = 4, 2, 8
 

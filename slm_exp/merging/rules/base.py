@@ -35,27 +35,21 @@ class MergeRule(Component, ABC):
 
     @abstractmethod
     def combine(self, weights: Sequence[Tensor]) -> Tensor:
-        """One projection's merged weight from that projection of each layer, lowest first (two or more).
-
-        Returns one of `weights` itself where the rule selects (no copy), else a new tensor of the same dtype.
-        Arithmetic is float32 or wider.
-        """
+        """One projection's merged weight from that projection of each layer, lowest first (two or more). Returns one of
+        `weights` itself where the rule selects (no copy), else a new tensor of the same dtype. Arithmetic is float32 or
+        wider."""
 
     def merge(self, layout: LayerLayout, layers: Sequence[nn.Module]) -> Merged:
-        """The layer that a window of layers (lowest first, two or more) becomes. Modifies nothing.
-
-        Raises:
-            ArchitectureError: the layers do not have the same parameters in the same shapes.
-        """
+        """The layer that a window of layers (lowest first, two or more) becomes. Modifies nothing. Raises
+        ArchitectureError: the layers do not have the same parameters in the same shapes."""
         sources = [dict(layer.named_parameters()) for layer in layers]
         for i, other in enumerate(sources[1:], 1):
             for name in sorted(set(sources[0]) | set(other)):
-                low, high = (s[name].shape if name in s else None for s in (sources[0], other))
+                low, high = ("x".join(map(str, s[name].shape)) if name in s else "missing" for s in (sources[0], other))
                 if low != high:
                     raise ArchitectureError(
-                        f"merging needs equal layers: {name} is {_shape(low)} in the window's lowest layer and "
-                        f"{_shape(high)} in layer {i} above it. Merge layers before pruning them to different widths."
-                    )
+                        f"merging needs equal layers: {name} is {low} in the window's lowest layer and {high} in layer "
+                        f"{i} above it. Merge layers before pruning them to different widths.")
         host = len(layers) - 1 if self.attention_from == "top" else 0
         matrices = {f"{projection}.weight" for projection in layout.projections}
         weights: dict[str, Tensor] = {}
@@ -67,7 +61,3 @@ class MergeRule(Component, ABC):
             if merged is not own:
                 weights[name] = merged
         return Merged(host, weights)
-
-
-def _shape(shape: Sequence[int] | None) -> str:
-    return "missing" if shape is None else "x".join(map(str, shape))
