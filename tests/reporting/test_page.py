@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decisions import keeps_first
+from builders.models import keeps_first
 from make_run import TASKS, L, make_run, plan, similarity
 from pages import Page, table
 
