@@ -57,8 +57,8 @@ def test_the_contents_of_the_fit_decide_the_run_id_and_its_place_does_not(tmp_pa
 @pytest.mark.parametrize("name", ["reconstruct", "feature_distill"])
 def test_streams_of_another_size_are_refused(name: str) -> None:
     extra = ["recovery.data=bundled"] if name != "reconstruct" else []
+    narrow = ["width=minitron", "width.ratio=0.2", "width.hidden_size=24"]
     with pytest.raises(ConfigError, match=rf"width\.hidden_size = 24; expected null with recovery={name}"):
-        narrow = ["width=minitron", "width.ratio=0.2", "width.hidden_size=24"]
         compose_run([*QUICK, *FIRST, *narrow, f"recovery={name}", *extra])
 
 

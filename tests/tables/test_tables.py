@@ -15,9 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from builders.records import make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_runs import make_run
 
 from slm_exp.cli.main import main
 from slm_exp.evaluation.base import SEVEN
@@ -204,7 +204,7 @@ def test_seeds_give_a_mean_and_an_interval(tmp_path: Path, capsys) -> None:
     assert rows["slm (top_layer)"]["average"] == f"{spread(values).mean:.2f}"
     assert rows["slm (top_layer)"]["average ±"] == f"{spread(values).half:.2f}"
     assert rows["slm (top_layer)"]["average mark"] == BEST
-    assert rows["slm (top_layer)"]["plan"] == "14-15 (3 of 3)"
+    assert rows["slm (top_layer)"]["plan"] == "14-17 (3 of 3)"
     assert (rows["slm (top_layer)"]["layers"], rows["slm (top_layer)"]["layers ±"]) == ("27.0", "0.0")
     shutil.rmtree(folders[0])
     text = drawn(capsys, *words)
@@ -332,7 +332,7 @@ def test_quantities_of_a_record(rules: Path) -> None:
     assert quantity("removed").value(dense) == 0
     zeroed = changed(run, params=run.record.raw["params"] | {"zeroed": 3_540_096})
     assert quantity("removed_or_zeroed").value(zeroed) == pytest.approx(100 * 4 * 3_540_096 / 134_515_008)
-    assert quantity("plan").value(run) == "14-15"
+    assert quantity("plan").value(run) == "14-17"
     assert quantity("config.method.target_layers").value(run) == 27
     assert quantity("perplexity.nothing").value(run) is None
     cell = {"median": 2.0, "q1": 1.9, "q3": 2.3}
