@@ -35,7 +35,7 @@ def apply_width(handle: ModelHandle, width: WidthDecision) -> ModelHandle:
         name=handle.name,
         config=narrower_config(handle.config, handle.layout.family, width.sizes, width.means is not None),
         layout=handle.layout,
-        digest=digest({"model": handle.digest, "width": {name: about[name] for name in EFFECT if about.get(name)}}),
+        digest=narrowed_digest(handle.digest, width),
         device=handle.device,
         load_model=lambda: _build(handle, width),
         load_tokenizer=lambda: handle.tokenizer,
@@ -48,6 +48,12 @@ def apply_width(handle: ModelHandle, width: WidthDecision) -> ModelHandle:
             "width": {k: about.get(k) for k in ("method", "ratio", "reached", "uniform", "sizes")},
         },
     )
+
+
+def narrowed_digest(model: str, width: WidthDecision) -> str:
+    """The digest of the narrower model, from the wider one's."""
+    about = width.to_json()
+    return digest({"model": model, "width": {name: about[name] for name in EFFECT if about.get(name)}})
 
 
 def _check(handle: ModelHandle, width: WidthDecision) -> None:

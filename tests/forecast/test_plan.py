@@ -107,7 +107,7 @@ def test_width_hits_are_known(call):
     (Path(run_dir) / "record.json").unlink()
     after = planned(call, "width=magnitude", "save_model=false").jobs[0]
     assert after.stages["width"] == "cached"
-    assert after.stages["evaluate"] == "unknown"  # which model it is, only the run knows
+    assert after.stages["evaluate"] == "cached"  # the decision gives the narrower model's digest
 
 
 def test_a_grid_shares_what_its_jobs_have_in_common(call):
