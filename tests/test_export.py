@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from decisions import keeps_first
+from builders.models import keeps_first
 
 from slm_exp.cli import export
 from slm_exp.core.errors import ConfigError, PlanError

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.models import new_task
+from builders.runs import QUICK, tiny_config, tiny_run
 
 from slm_exp.cli.path import main
-from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import ConfigError, PlanError, StageError
 from slm_exp.core.registry import available
-from slm_exp.launch.compose import compose_run
 from slm_exp.methods.slm import SLM
 from slm_exp.pipeline import run as pipeline
 from slm_exp.search.path import Path as ThresholdPath
@@ -29,17 +29,12 @@ from slm_exp.search.scoring import ScoringEngine
 from slm_exp.search.task import PlanTask
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=4",
-         "calibration.seq_len=32"]  # fmt: skip
 WIDE = "method.threshold_range=[-1.0,1.0]"
 
 
 @pytest.fixture
 def task(tiny_handle: Any, tokens: Any, tmp_path: Path) -> PlanTask:
-    return PlanTask(
-        tiny_handle, tokens, available("similarity")["flat_cosine"](), available("kernel")["linear"](),
-        available("merge_rule")["top_layer"](), None, StageStore(tmp_path / "cache"),
-    )  # type: ignore[arg-type]  # fmt: skip
+    return new_task(tiny_handle, tokens, cache=tmp_path / "cache")
 
 
 def path_of(task: PlanTask, low: float = -1, high: float = 1) -> tuple[ThresholdPath, ScoringEngine]:
@@ -102,9 +97,7 @@ def test_the_command_writes_what_the_contract_says(tmp_path: Path, capsys: pytes
     # one run at a threshold in the middle of the path makes that plan, from the same scores
     middle = plans[len(plans) // 2]
     threshold = (middle["threshold_low"] + middle["threshold_high"]) / 2
-    cfg = compose_run([*QUICK, f"method.threshold={threshold}", f"cache.dir={tmp_path / 'c'}"])
-    cfg.save_model = False
-    record = pipeline.run(cfg, tmp_path / "run")
+    record = tiny_run(tmp_path / "run", f"method.threshold={threshold}", cache=tmp_path / "c")
     assert record["plan"]["groups"] == middle["groups"]
     assert record["plan"]["final_score"] == middle["final_score"]
 
@@ -200,8 +193,7 @@ def test_every_size_is_the_best_plan_of_that_size(task: PlanTask) -> None:
 
 
 def run_tiny(tmp_path: Path, *overrides: str) -> dict[str, Any]:
-    cfg = compose_run([*QUICK, f"cache.dir={tmp_path / 'c'}", *overrides])
-    cfg.save_model = False
+    cfg = tiny_config(tmp_path / "c", *overrides)
     return pipeline.run(cfg, tmp_path / cfg.run_id)
 
 

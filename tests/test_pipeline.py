@@ -6,28 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders.runs import QUICK, tiny_run
 
 from slm_exp.core.errors import ProtocolError, StageError
 from slm_exp.core.types import MergePlan
 from slm_exp.launch.compose import compose_run
-from slm_exp.pipeline import run as pipeline
 from slm_exp.runs import record as records
 
 STAGES = ["load", "calibrate", "similarity", "evaluate_dense", "plan", "merge", "width", "recover", "evaluate", "save",
           "report"]
-QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=4",
-         "calibration.seq_len=32", "method.threshold=0.5"]
+HALF = "method.threshold=0.5"
 
 
 @pytest.fixture
 def run(tmp_path):
-    def go(*overrides: str, folder: str = "run") -> dict:
-        cfg = compose_run([*QUICK, f"cache.dir={tmp_path / 'cache'}", *overrides])
-        if cfg.save_model is None:
-            cfg.save_model = False
-        return pipeline.run(cfg, tmp_path / folder, overrides)
-
-    return go
+    return lambda *overrides, folder="run": tiny_run(tmp_path / folder, HALF, *overrides)
 
 
 def test_a_run_leaves_what_the_contract_says(run, tmp_path):
@@ -155,9 +148,7 @@ def test_a_kernel_that_decides_nothing_is_said_and_shares_the_plan(run):
 
 
 def _run_in_process(folder: Path) -> None:
-    cfg = compose_run([*QUICK, f"cache.dir={folder.parent / 'cache'}"])
-    cfg.save_model = False
-    pipeline.run(cfg, folder)
+    tiny_run(folder, HALF)
 
 
 def test_two_processes_on_one_folder_compute_once(tmp_path):

@@ -17,7 +17,7 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.launch.jobs import check_all
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "outputs" / "README.md", ROOT / "sweeps" / "README.md",
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "outputs" / "README.md", ROOT / "sweeps" / "README.md",
          *sorted((ROOT / "docs").rglob("*.md"))]
 SMALL = ["model=tiny", "evaluation=none", "tracking=none"]
 FOREIGN = ("pip", ".", "wandb", "squeue", "sbatch", "export", "eval", "mergekit-yaml", "mergekit-multi")
@@ -73,7 +73,7 @@ def test_every_command_is_one_that_exists(page, command, tmp_path, monkeypatch):
         pytest.fail(f"{page}: {command}: a command this test does not know")
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text())
     for target, anchor in links:
@@ -116,6 +116,76 @@ def test_the_readmes_method_runs_as_it_stands(tmp_path):
     assert done.returncode == 0, done.stderr
     (record,) = tmp_path.glob("outputs/*/record.json")
     assert json.loads(record.read_text())["plan"]["dropped"] == [3, 4]
+
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+OWN = {"kernel": "triangle", "similarity": "last_token", "merge_rule": "ends", "method": "alone", "width": "low_first",
+       "recovery": "gain"}  # fmt: skip
+PROGRAM = """
+import json, sys
+import {modules}
+heavy = [name for name in ("torch", "transformers", "lm_eval", "wandb") if name in sys.modules]
+from slm_exp.cli.plan import make_plan
+from slm_exp.cli.run import main
+(job,) = make_plan({forecast!r}, tflops=1.0).jobs
+heavy += [name for name in ("torch", "transformers", "lm_eval", "wandb") if name in sys.modules]
+print(json.dumps([heavy, job.problem, job.layers, job.block_forwards]))
+sys.exit(main({merged!r}) or main({removed!r}))
+"""
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory):
+    """What a plan and two runs leave that use every member of CONTRIBUTING's files: (the plan's line, records)."""
+    folder = tmp_path_factory.mktemp("members")
+    blocks = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.S)
+    for i, block in enumerate(blocks):
+        (folder / f"own_{i}.py").write_text(block)
+    common = [*SMALL, f"cache.dir={folder / 'cache'}", "save_model=false", "runtime=cpu"]
+    merged = [*common, "kernel=triangle", "similarity=last_token", "merge_rule=ends", "method.threshold=0.3",
+              f"hydra.run.dir={folder / 'merged'}"]  # fmt: skip
+    removed = [*common, "method=alone", "method.target_layers=6", "width=low_first", "recovery=gain",
+               f"hydra.run.dir={folder / 'removed'}"]  # fmt: skip
+    modules = ", ".join(f"own_{i}" for i in range(len(blocks)))
+    program = PROGRAM.format(modules=modules, forecast=removed, merged=merged, removed=removed)
+    (folder / "mine.py").write_text(program)
+    done = subprocess.run([sys.executable, "mine.py"], cwd=folder, capture_output=True, text=True, timeout=300,
+                          env=_env())
+    assert done.returncode == 0, done.stderr
+    planned = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
+    return planned, *(json.loads((folder / name / "record.json").read_text()) for name in ("merged", "removed"))
+
+
+def test_the_files_of_contributing_declare_one_member_of_each_kind():
+    assert dict(re.findall(r'@register\("(\w+)", "(\w+)"\)', CONTRIBUTING)) == OWN
+
+
+def test_the_files_of_contributing_run_as_they_stand(members):
+    _, merged, removed = members
+    of_merged, of_removed = ("kernel", "similarity", "merge_rule"), ("method", "width", "recovery")
+    for record, groups in ((merged, of_merged), (removed, of_removed)):
+        assert record["status"] == "finished"
+        assert {group: record["config"][group]["name"] for group in groups} == {group: OWN[group] for group in groups}
+    assert merged["plan"]["groups"]
+    assert merged["plan"]["rule"] == "ends"
+    assert removed["layers"] == {"before": 8, "after": 6}
+    scores = {trial["low"]: trial["score"] for trial in removed["plan"]["trace"]}
+    assert removed["plan"]["dropped"] == sorted(sorted(scores, key=lambda i: -scores[i])[:2])
+    assert removed["plan"]["width"]["method"] == "low_first"
+    assert removed["recovery"]["factor"] == 1.05
+
+
+def test_the_files_of_contributing_load_nothing_heavy_and_are_forecast(members):
+    (heavy, problem, layers, block_forwards), _, removed = members
+    assert heavy == []
+    assert not problem
+    assert layers == 6
+    assert block_forwards == pytest.approx(removed["plan"]["block_forwards"], rel=0.25)
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`(?:slm_exp/)?([\w/]+/\w+\.py)`", CONTRIBUTING))))
+def test_files_that_contributing_names_exist(path):
+    assert (ROOT / "slm_exp" / path).is_file() or (ROOT / path).is_file()
 
 
 def _env() -> dict[str, str]:

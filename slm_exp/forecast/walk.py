@@ -17,10 +17,12 @@ from slm_exp.core.cache.store import Inputs, StageStore
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import digest, plain
 from slm_exp.core.types import CalibrationTokens, MergePlan
+from slm_exp.core.widths import WidthDecision
+from slm_exp.merging.width import narrowed_digest
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
-from slm_exp.pipeline.stages import CALIBRATE, LOAD, PLAN, Experiment, Stage, Unknown, steps
+from slm_exp.pipeline.stages import CALIBRATE, LOAD, PLAN, WIDTH_AFTER, Experiment, Stage, Unknown, known, steps
 from slm_exp.search.inputs import journal_inputs, journal_of
 
 CACHED, SHARED, COMPUTE, MAYBE, NOTHING = "cached", "shared", "compute", "unknown", "-"
@@ -89,6 +91,7 @@ def walk(cfg: RunConfig, model: Sketch, lookup: Lookup, save_model: bool) -> Out
     x.dense = model.handle
     if model.digest.startswith("?"):
         x.dense = replace(model.handle, digest=Unknown(model.digest))
+        vars(x.dense).update(n_params=model.handle.n_params, layer_params=model.handle.layer_params)  # as in the sketch
     LOAD.then(x)
     for step in (step for step in steps(cfg) if step.name not in ("load", "save", "report")):
         states = [_advance(stage, x, lookup, out) for stage in step.stages if stage.when(x)]
@@ -117,8 +120,12 @@ def _advance(stage: Stage[Any], x: Experiment, lookup: Lookup, out: Outline) -> 
         if value is None:
             out.plan, out.plan_from = value, _ = _plan(x)
     setattr(x, stage.field, Unknown(stage.name, inputs, x.model.digest) if value is None else value)
-    if stage.field == "width":  # what stands in for the model has no modules to narrow
-        x.model = cast(ModelHandle, Unknown(x.model.digest))
+    if stage.field == "width":  # what stands in for the model has no modules to narrow; its digest may be known
+        wider, x.model = x.model, cast(ModelHandle, Unknown(x.model.digest))
+        stage.then(x)
+        if isinstance(value, WidthDecision) and not isinstance(wider, Unknown) and stage is WIDTH_AFTER:
+            x.model = replace(wider, digest=known(narrowed_digest, wider.digest, value))
+        return state
     stage.then(x)
     return state
 

@@ -34,11 +34,17 @@ def apply_width(handle: ModelHandle, width: WidthDecision) -> ModelHandle:
     return ModelHandle(
         handle.name, narrower_config(handle.config, handle.layout.family, width.sizes, width.means is not None),
         handle.layout, device=handle.device,
-        digest=digest({"model": handle.digest, "width": {name: about[name] for name in EFFECT if about.get(name)}}),
+        digest=narrowed_digest(handle.digest, width),
         load_model=lambda: _build(handle, width), load_tokenizer=lambda: handle.tokenizer, note=handle.note,
         random=handle.random,
         lineage={"base": handle.name, "base_digest": handle.digest, **handle.lineage,
                  "width": {k: about.get(k) for k in ("method", "ratio", "reached", "uniform", "sizes")}})
+
+
+def narrowed_digest(model: str, width: WidthDecision) -> str:
+    """The digest of the narrower model, from the wider one's."""
+    about = width.to_json()
+    return digest({"model": model, "width": {name: about[name] for name in EFFECT if about.get(name)}})
 
 
 def _check(handle: ModelHandle, width: WidthDecision) -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import chromium
 import pytest
+from builders.pages import make_sweep, page_run
 from chromium import Page
-from make_run import make_run
-from make_sweep import make_sweep
 
 from slm_exp.reporting.page import write_report
 from slm_exp.reporting.sweep import write_sweep_report
@@ -204,7 +203,7 @@ def test_the_skip_link_comes_first(page: Page) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_nothing_is_wider_than_the_window(page: Page, sweep: Path, tmp_path: Path, width: int, dark: bool) -> None:
     kinds = ("finished", "failed", "running", "baseline", "bare")
-    for path in [sweep / "report.html"] + [write_report(make_run(sweep / f"{kind}-run", kind)) for kind in kinds]:
+    for path in [sweep / "report.html"] + [write_report(page_run(sweep / f"{kind}-run", kind)) for kind in kinds]:
         page.open(path, width, dark=dark)
         wide = page.js("document.documentElement.scrollWidth")
         assert wide <= width, f"{path.parent.name} is {wide} px wide"

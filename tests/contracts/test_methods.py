@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from builders.models import new_task
 
 from slm_exp.core import registry
-from slm_exp.core.cache.store import StageStore
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.search.task import PlanTask
-from slm_exp.similarity.layers import layer_similarity
 
 METHODS = sorted(registry.available("method"))
 
@@ -42,11 +41,7 @@ def make_method(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def task(tiny_handle: Any, tokens: Any) -> PlanTask:
-    similarity = registry.available("similarity")["flat_cosine"]()
-    kernel = registry.available("kernel")["linear"]()
-    alike = layer_similarity(tiny_handle, tokens, kernel, similarity)
-    rule = registry.available("merge_rule")["top_layer"]()
-    return PlanTask(tiny_handle, tokens, similarity, kernel, rule, alike, StageStore(None))
+    return new_task(tiny_handle, tokens, matrix=True)
 
 
 def last_state(model: Any, tokens: Any) -> torch.Tensor:

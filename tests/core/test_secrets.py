@@ -7,15 +7,13 @@ import logging
 from pathlib import Path
 
 import pytest
+from builders.runs import QUICK
 
 from slm_exp.core import secrets
 from slm_exp.core.errors import StageError
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import compose_run
 from slm_exp.pipeline import run as pipeline
-
-QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=2",
-         "calibration.seq_len=16"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

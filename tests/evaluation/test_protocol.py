@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.runs import tiny_run
 
 from slm_exp.core.errors import ConfigError, ProtocolError, StageError
 from slm_exp.core.files import write_json
@@ -16,7 +17,6 @@ from slm_exp.evaluation.protocol import Protocol, differences, mixed, read_proto
 from slm_exp.evaluation.report import TaskScore
 from slm_exp.launch.compose import compose_run
 from slm_exp.models.base import ModelHandle
-from slm_exp.pipeline import run as pipeline
 
 FIELDS: dict[str, Any] = {
     "lm_eval": "0.4.13", "limit": 20, "add_bos": False, "dtype": "float32", "max_length": 8192,
@@ -135,10 +135,8 @@ def test_overrides() -> None:
 
 class TestInARun:
     def run(self, folder: Path, *overrides: str) -> dict[str, Any]:
-        cfg = compose_run(["model=tiny", "model.layers=3", "tracking=none", "runtime=cpu", "evaluation.limit=2",
-                           "evaluation.tasks=[piqa]", "cache.enabled=false", *overrides])
-        cfg.save_model = False
-        return pipeline.run(cfg, folder)
+        return tiny_run(folder, "model.layers=3", "evaluation.limit=2", "evaluation.tasks=[piqa]",
+                        "cache.enabled=false", *overrides)
 
     def test_the_gate_stops_before_compressing(self, tmp_path: Path) -> None:
         with pytest.raises(StageError, match=r"evaluate_dense.*piqa: expected 101 to 102"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.runs import tiny_run
 
 from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.types import MergePlan, Sublayer
@@ -22,7 +23,6 @@ from slm_exp.evaluation.settings import Case
 from slm_exp.launch.compose import compose_run
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.base import ModelHandle
-from slm_exp.pipeline import run as pipeline
 
 SMALL = {"speed_runs": 3, "speed_discard": 1, "speed_batches": [2], "speed_prompts": [5], "speed_new": [2],
          "speed_grid_runs": 2}  # fmt: skip
@@ -185,10 +185,7 @@ def test_in_a_run(tmp_path: Path, clock: list[int]) -> None:
     from slm_exp.reporting.summary import summary
 
     def run(folder: str) -> dict[str, Any]:
-        cfg = compose_run(["model=tiny", "tracking=none", "runtime=cpu", "evaluation=speed", "calibration.n_samples=4",
-                           "calibration.seq_len=32", "method.threshold=0.5", f"cache.dir={tmp_path / 'cache'}"])
-        cfg.save_model = False
-        return pipeline.run(cfg, tmp_path / folder)
+        return tiny_run(tmp_path / folder, "evaluation=speed", "method.threshold=0.5")
 
     record = run("one")
     assert record == json.loads((tmp_path / "one" / "record.json").read_text())

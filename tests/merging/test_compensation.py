@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from builders.models import new_task
 
 from slm_exp.core import registry
-from slm_exp.core.cache.store import StageStore
 from slm_exp.core.types import Compensation, Cut, MergePlan
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.methods.base import Selection
@@ -20,17 +20,6 @@ from slm_exp.search.task import PlanTask
 from slm_exp.similarity.layers import layer_similarity
 
 METHODS = registry.available("method")
-
-
-@pytest.fixture
-def task(tiny_handle: Any, tokens: Any) -> PlanTask:
-    return task_of(tiny_handle, tokens)
-
-
-def task_of(handle: Any, tokens: Any) -> PlanTask:
-    return PlanTask(handle, tokens, registry.available("similarity")["flat_cosine"](),
-                    registry.available("kernel")["linear"](), registry.available("merge_rule")["top_layer"](), None,
-                    StageStore(None))
 
 
 def states_of(model: Any, tokens: Any) -> list[torch.Tensor]:
@@ -77,7 +66,7 @@ def test_one_cut_is_the_published_function(make_tiny: Any, tokens: Any) -> None:
     model = copy.deepcopy(handle.model)
     cut(model, 3, 6, alpha)
     plan = METHODS["angular"](target_layers=5, compensate="magnitude", protect_first=3, protect_last=2).plan(
-        task_of(handle, tokens))
+        new_task(handle, tokens))
     assert plan.dropped == (3, 4, 5)
     assert plan.compensation is not None
     assert plan.compensation.cuts == (Cut(3, 6, pytest.approx(alpha, rel=1e-5)),)  # type: ignore[arg-type]
@@ -93,7 +82,7 @@ def test_tied_embeddings_and_biases_come_out_the_same(make_tiny: Any, tokens: An
     for layer in handle.layers:  # a bias in each output projection, as Llama's attention_bias and mlp_bias give
         for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
             module.bias = torch.nn.Parameter(torch.randn(32, generator=torch.Generator().manual_seed(1)) / 5, False)
-    plan = METHODS["last"](target_layers=6, protect_last=2, compensate="magnitude").plan(task_of(handle, tokens))
+    plan = METHODS["last"](target_layers=6, protect_last=2, compensate="magnitude").plan(new_task(handle, tokens))
     assert plan.dropped == (4, 5)
     reference = copy.deepcopy(handle.model)
     reference.lm_head.weight = torch.nn.Parameter(reference.lm_head.weight.detach().clone(), False)

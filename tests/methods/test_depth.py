@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders.models import new_task
 
 from slm_exp.core import registry
-from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import ConfigError, PlanError
 from slm_exp.core.types import MergePlan
 from slm_exp.launch.compose import compose_run
@@ -23,7 +23,6 @@ from slm_exp.methods.base import Baseline, merged_runs
 from slm_exp.methods.cka_patch import segments
 from slm_exp.methods.from_plan import DEFAULT_RULE
 from slm_exp.search.task import PlanTask
-from slm_exp.similarity.layers import layer_similarity
 
 METHODS = registry.available("method")
 BASELINES = sorted(
@@ -31,17 +30,9 @@ BASELINES = sorted(
 )
 
 
-def new_task(handle: Any, tokens: Any, rule: str = "top_layer") -> PlanTask:
-    similarity = registry.available("similarity")["flat_cosine"]()
-    kernel = registry.available("kernel")["linear"]()
-    alike = layer_similarity(handle, tokens, kernel, similarity)
-    return PlanTask(handle, tokens, similarity, kernel, registry.available("merge_rule")[rule](), alike,
-                    StageStore(None))
-
-
 @pytest.fixture
 def task(tiny_handle: Any, tokens: Any) -> PlanTask:
-    return new_task(tiny_handle, tokens)
+    return new_task(tiny_handle, tokens, matrix=True)
 
 
 def states_of(handle: Any, tokens: Any) -> list[torch.Tensor]:
@@ -82,7 +73,7 @@ def test_shortgpt_sees_the_last_layer_before_the_final_norm(tiny_handle: Any, to
     for module in (last.self_attn.o_proj, last.mlp.down_proj):
         module.weight.data.zero_()
     tiny_handle.model.model.norm.weight.data[::2] *= -30
-    plan = METHODS["shortgpt"](target_layers=7).plan(new_task(tiny_handle, tokens))
+    plan = METHODS["shortgpt"](target_layers=7).plan(new_task(tiny_handle, tokens, matrix=True))
     assert plan.dropped == (7,)
     assert plan.final_score == pytest.approx(1, abs=1e-6)
 
@@ -106,7 +97,7 @@ def test_angular_reaches_both_ends(where: int, tiny_handle: Any, tokens: Any) ->
     for layer in tiny_handle.layers[where : where + 2]:
         for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
             module.weight.data.zero_()
-    plan = METHODS["angular"](target_layers=6).plan(new_task(tiny_handle, tokens))
+    plan = METHODS["angular"](target_layers=6).plan(new_task(tiny_handle, tokens, matrix=True))
     assert plan.dropped == (where, where + 1)
 
 
@@ -124,7 +115,7 @@ def test_taylor_is_the_sum_of_absolute_products_with_the_gradient_of_all_samples
 ) -> None:
     """Signed sums cancel: over the samples, before the absolute value, they must; over the weights they must not."""
     handle = make_tiny(family)
-    task = new_task(handle, tokens)
+    task = new_task(handle, tokens, matrix=True)
     salience = [sum(float(x.sum()) for n, x in layer.items() if n.endswith("weight"))
                 for layer in gradients(handle, tokens)]
     plan = METHODS["shortened_taylor"](target_layers=5, protect_first=0, protect_last=0).plan(task)
@@ -143,7 +134,7 @@ def test_magnitude_is_the_sum_of_absolute_weights(task: PlanTask) -> None:
 
 
 def test_biases_do_not_count(make_tiny: Any, tokens: Any) -> None:
-    task = new_task(make_tiny("qwen2"), tokens)
+    task = new_task(make_tiny("qwen2"), tokens, matrix=True)
     scores = {}
     for name in ("shortened_magnitude", "shortened_taylor"):
         method = METHODS[name](target_layers=7, protect_first=0, protect_last=0)

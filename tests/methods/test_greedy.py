@@ -9,25 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from builders.models import new_task
 
-from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import ConfigError, PlanError
 from slm_exp.core.registry import available
 from slm_exp.core.types import MergePlan, Sublayer
 from slm_exp.engine.runner import BlockRunner
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.search.task import PlanTask
 
 METHODS = available("method")
 KINDS = ("attention", "mlp")
 
 
 def plan_of(handle: Any, tokens: Any, name: str, folder: Path | None = None, **fields: Any) -> MergePlan:
-    similarity, kernel = available("similarity")["flat_cosine"](), available("kernel")["linear"]()
-    rule = available("merge_rule")["top_layer"]()
     method: Any = METHODS[name](**fields)
     method.check_model(handle)
-    return method.plan(PlanTask(handle, tokens, similarity, kernel, rule, None, StageStore(folder)))
+    return method.plan(new_task(handle, tokens, cache=folder))
 
 
 def reduced(units: list[Any]) -> MergePlan:
@@ -331,14 +328,8 @@ def test_what_is_zeroed_is_told(make_tiny: Any, tokens: Any) -> None:
     assert apply_plan(handle, plan).n_params == handle.n_params
 
 
-def test_a_run_states_what_is_removed_and_what_is_only_zeroed(tmp_path: Path) -> None:
-    from slm_exp.launch.compose import compose_run
-    from slm_exp.pipeline import run as pipeline
-
-    cfg = compose_run(["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=4",
-                       "calibration.seq_len=32", "method=llm_drop", "method.target_sublayers=3", "save_model=false",
-                       f"cache.dir={tmp_path / 'cache'}"])
-    record = pipeline.run(cfg, tmp_path / "run", [])
+def test_a_run_states_what_is_removed_and_what_is_only_zeroed(run: Any, tmp_path: Path) -> None:
+    record = run("method=llm_drop", "method.target_sublayers=3")
     plan, params = record["plan"], record["params"]
     assert [half["kind"] for half in plan["sublayers"]] == ["attention"] * 3
     assert record["layers"] == {"before": 8, "after": 8}

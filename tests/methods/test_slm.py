@@ -25,15 +25,6 @@ from slm_exp.search.state import Candidate
 from slm_exp.search.task import PlanTask
 
 
-@pytest.fixture
-def task(tiny_handle: Any, tokens: Any) -> PlanTask:
-    return PlanTask(
-        tiny_handle, tokens, registry.available("similarity")["flat_cosine"](),
-        registry.available("kernel")["linear"](), registry.available("merge_rule")["top_layer"](),
-        None, StageStore(None),  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
 def candidate_of(slots: Slots) -> Candidate:
     window, *above = (slot.merged for slot in slots if slot.merged)
     return Candidate(window.start, window.stop - 1, tuple(reversed(above)))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decisions import keeps_first
+from builders.models import keeps_first
 
 from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.registry import available

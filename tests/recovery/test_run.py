@@ -12,22 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders.runs import QUICK, tiny_run
 
 from slm_exp.core.errors import ConfigError
 from slm_exp.launch.compose import compose_run
-from slm_exp.pipeline import run as pipeline
 
-QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=4",
-         "calibration.seq_len=32", "method=first", "method.target_layers=6", "save_model=false"]  # fmt: skip
+FIRST = ("method=first", "method.target_layers=6")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
-    def go(*overrides: str, folder: str = "run") -> dict[str, Any]:
-        cfg = compose_run([*QUICK, f"cache.dir={tmp_path / 'cache'}", *overrides])
-        return pipeline.run(cfg, tmp_path / folder, overrides)
-
-    return go
+    return lambda *overrides, folder="run": tiny_run(tmp_path / folder, *FIRST, *overrides)
 
 
 def stage(record: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +49,7 @@ def test_the_contents_of_the_fit_decide_the_run_id_and_its_place_does_not(tmp_pa
     ids = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         np.save(tmp_path / f"{name}.npy", np.random.default_rng(seed).integers(0, 256, (8, 16)))
-        cfg = compose_run([*QUICK, "recovery=reconstruct", f"recovery.path={tmp_path / name}.npy"])
+        cfg = compose_run([*QUICK, *FIRST, "recovery=reconstruct", f"recovery.path={tmp_path / name}.npy"])
         ids.append(cfg.run_id)
     assert ids[0] == ids[1] != ids[2]
 
@@ -62,13 +57,14 @@ def test_the_contents_of_the_fit_decide_the_run_id_and_its_place_does_not(tmp_pa
 @pytest.mark.parametrize("name", ["reconstruct", "feature_distill"])
 def test_streams_of_another_size_are_refused(name: str) -> None:
     extra = ["recovery.data=bundled"] if name != "reconstruct" else []
+    narrow = ["width=minitron", "width.ratio=0.2", "width.hidden_size=24"]
     with pytest.raises(ConfigError, match=rf"width\.hidden_size = 24; expected null with recovery={name}"):
-        compose_run([*QUICK, "width=minitron", "width.ratio=0.2", "width.hidden_size=24", f"recovery={name}", *extra])
+        compose_run([*QUICK, *FIRST, *narrow, f"recovery={name}", *extra])
 
 
 def test_a_half_precision_model_has_no_float32_training() -> None:
     with pytest.raises(ConfigError, match=r"recovery.precision = float32; expected auto or bfloat16 with model.dtype"):
-        compose_run([*QUICK, "model.dtype=bfloat16", "recovery=full", "recovery.precision=float32"])
+        compose_run([*QUICK, *FIRST, "model.dtype=bfloat16", "recovery=full", "recovery.precision=float32"])
 
 
 def test_a_narrowed_model_is_refitted_in_every_layer(run: Any) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from builders.models import new_task
 from released import search as released_search
 
 from slm_exp.core import registry
-from slm_exp.core.cache.store import StageStore
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.methods.slm import SLM
-from slm_exp.search.task import PlanTask
 
 FAMILIES = {
     "llama": {},
@@ -22,13 +21,6 @@ FAMILIES = {
     "qwen2": {"sliding_window": 5},
     "qwen3": {"sliding_window": 5},
 }
-
-
-def make_task(handle: Any, tokens: Any, rule: str = "top_layer", similarity: str = "flat_cosine") -> PlanTask:
-    rule_config = registry.available("merge_rule")[rule]()
-    similarity_config = registry.available("similarity")[similarity]()
-    kernel = registry.available("kernel")["linear"]()
-    return PlanTask(handle, tokens, similarity_config, kernel, rule_config, None, StageStore(None))  # type: ignore[arg-type]
 
 
 def thresholds(model: Any, tokens_NT: Any, rule: str, n: int, seed: int) -> list[float]:
@@ -41,7 +33,7 @@ def thresholds(model: Any, tokens_NT: Any, rule: str, n: int, seed: int) -> list
 
 def compare(handle: Any, tokens: Any, rule: str, threshold: float, scores_within: float = 1e-5) -> None:
     plain = released_search(handle.model, tokens.tokens_NT, threshold, rule)
-    plan = SLM(threshold=threshold, commit_open_window=False).plan(make_task(handle, tokens, rule))
+    plan = SLM(threshold=threshold, commit_open_window=False).plan(new_task(handle, tokens, rule))
     assert [tuple(g) for g in plan.groups] == sorted(plain.groups)
     # the released loop also scores every committed model again, as a window of one layer
     asked = [(low, high, s) for low, high, s in plain.scores if low < high]
@@ -94,7 +86,7 @@ def test_real_weights_give_the_published_groups(rule: str, groups: list[tuple[in
     model = registry.available("model")["smollm2_135m"]()
     handle = model.open(torch.device("cpu"), Path(default_cache_dir()))  # type: ignore[attr-defined]
     tokens = CalibrationTokens(np.load(file), str(file))
-    plan = SLM(threshold=0.9, commit_open_window=False).plan(make_task(handle, tokens, rule))
+    plan = SLM(threshold=0.9, commit_open_window=False).plan(new_task(handle, tokens, rule))
     assert [tuple(g) for g in plan.groups] == groups
     assert plan.evaluations == 28
     if rule == "top_layer":

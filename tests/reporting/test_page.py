@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decisions import keeps_first
-from make_run import TASKS, L, make_run, plan, similarity
+from builders.models import keeps_first
+from builders.pages import KINDS, TASKS, page_run, plan, similarity
+from builders.records import L
 from pages import Page, table
 
 from slm_exp.cli import report
@@ -24,16 +25,14 @@ from slm_exp.core.types import Group, MergePlan, Trial
 from slm_exp.reporting import charts, svg
 from slm_exp.reporting.page import signed, size_change, write_report
 
-KINDS = ("finished", "failed", "running", "baseline", "recovered", "bare")
-
 
 @pytest.fixture
 def page(tmp_path: Path) -> Page:
-    return Page(write_report(make_run(tmp_path)).read_text())
+    return Page(write_report(page_run(tmp_path)).read_text())
 
 
 def of(kind: str, folder: Path, **changes: Any) -> Page:
-    make_run(folder, kind)
+    page_run(folder, kind)
     record = json.loads((folder / "record.json").read_text())
     write_json(folder / "record.json", {**record, **changes})
     return Page(write_report(folder).read_text())
@@ -95,7 +94,7 @@ def test_stages_parameters_and_command(page: Page) -> None:
     assert ["evaluate", "56 s"] in stages
     assert table(page, "Parameters")[2] == ["removed", "10,620,288", "7.9 %"]
     (command,) = [e for e in page.all("pre") if e["attrs"].get("id") == "command"]
-    assert command["text"] == "python -m slm_exp method.threshold=0.9 'evaluation.corpora={wikitext2: wiki.txt}'"
+    assert command["text"] == "python -m slm_exp method.threshold=0.9 'evaluation.corpora={wikitext2: wikitext2}'"
     assert "threshold: 0.9" in page.all("pre")[1]["text"]
     assert "the released code would drop it" in page.text("section", "warnings")[0]
 
@@ -212,7 +211,7 @@ def test_text_from_outside_is_shown_not_run(tmp_path: Path) -> None:
 
 
 def test_nan_in_the_matrix_does_not_break_the_script(tmp_path: Path) -> None:
-    make_run(tmp_path)
+    page_run(tmp_path)
     broken = similarity()
     broken.matrix_LL[0, 1] = np.nan
     broken.save(tmp_path)
@@ -223,7 +222,7 @@ def test_nan_in_the_matrix_does_not_break_the_script(tmp_path: Path) -> None:
 
 
 def test_the_record_in_hand_wins_over_the_one_on_disk(tmp_path: Path) -> None:
-    make_run(tmp_path, "running")
+    page_run(tmp_path, "running")
     record = json.loads((tmp_path / "record.json").read_text())
     for given, shown in ((None, "died"), ({**record, "status": "finished"}, "finished")):
         assert Page(write_report(tmp_path, given).read_text()).text("span", "status") == [shown]
@@ -232,7 +231,7 @@ def test_the_record_in_hand_wins_over_the_one_on_disk(tmp_path: Path) -> None:
 def test_a_run_is_at_work_while_its_folder_is_held_and_has_died_otherwise(tmp_path: Path) -> None:
     from filelock import FileLock
 
-    make_run(tmp_path, "running")
+    page_run(tmp_path, "running")
     with FileLock(tmp_path / ".lock"):
         page = Page(write_report(tmp_path).read_text())
     assert page.text("span", "status") == ["running"]
@@ -250,7 +249,7 @@ def test_without_evaluation_there_is_still_a_page(tmp_path: Path) -> None:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good, bad = make_run(tmp_path / "good"), tmp_path / "bad"
+    good, bad = page_run(tmp_path / "good"), tmp_path / "bad"
     bad.mkdir()
     assert report.main([str(bad), str(good)]) == 1
     captured = capsys.readouterr()

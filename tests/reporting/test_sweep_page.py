@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from make_run import L, make_run
-from make_sweep import KERNELS, make_cell, make_sweep
+from builders.pages import KERNELS, make_cell, make_sweep, page_run
+from builders.records import L
 from pages import Page, table
 
 from slm_exp.cli import report
@@ -29,7 +29,7 @@ from slm_exp.runs.sweep import SweepFolder
 def sweep(folder: Path) -> Path:
     """Three runs without a definition."""
     for name, threshold, kind in (("ccc", 0.9, "finished"), ("aaa", 0.8, "finished"), ("bbb", 0.85, "failed")):
-        edit(make_run(folder / name, kind), lambda record, name=name, threshold=threshold: (
+        edit(page_run(folder / name, kind), lambda record, name=name, threshold=threshold: (
             record["config"]["method"].update(threshold=threshold), record["config"]["tracking"].update(tags=name)))
     return folder
 
@@ -218,8 +218,8 @@ def test_paths_are_found_or_given_and_only_drawn_with_their_model(tmp_path: Path
     folder = sweep(tmp_path / "sweep")
     plans = [{"threshold_low": low, "threshold_high": high, "n_layers": n, "final_score": high, "groups": []}
              for low, high, n in ((0.7, 0.83, 26), (0.83, 0.9, 27), (0.9, 1.0, 30))]
-    told = {"plans": plans, "unknown": [], "model": {"name": "smollm2_135m", "digest": "9d1b7e0c55aa4433"},
-            "calibration": {"digest": "77aa10b2c3d4e5f6"},
+    record = json.loads((folder / "aaa" / "record.json").read_text())
+    told = {"plans": plans, "unknown": [], "model": record["model"], "calibration": record["calibration"],
             "config": {"merge_rule": {"name": "top_layer"}, "similarity": {"name": "flat_cosine"}}}
     write_json(folder / "path.json", told)
     write_json(tmp_path / "other" / "path.json", told | {"model": {"digest": "another"}})
@@ -304,7 +304,7 @@ def test_results_of_different_protocols_are_not_shown_side_by_side(tmp_path: Pat
 
 
 def test_sweeps_without_plans_or_measurements_still_have_a_page(tmp_path: Path) -> None:
-    make_run(tmp_path / "aaa", "bare")
+    page_run(tmp_path / "aaa", "bare")
     page = Page(write_sweep_report(tmp_path).read_text())
     assert len(table(page, "Every run")) == 1
     empty = tmp_path / "empty"

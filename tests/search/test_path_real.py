@@ -6,14 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders.models import new_task
 
-from slm_exp.core.cache.store import StageStore
-from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.methods.slm import SLM
 from slm_exp.search.path import follow
 from slm_exp.search.scoring import ScoringEngine
-from slm_exp.search.task import PlanTask
 
 RELEASED = 832
 """Block forwards of one released search of 30 layers at threshold 0.9."""
@@ -24,16 +22,14 @@ RELEASED = 832
 def test_single_searches_end_where_the_path_says(smol_handle, rule, tmp_path: Path) -> None:
     words = smol_handle.tokenizer(Path("README.md").read_text())["input_ids"][: 4 * 32]
     tokens = CalibrationTokens(np.array(words, dtype="int32").reshape(4, 32), "readme", tuple("abcd"))
-    parts = [available(group)[name]() for group, name in
-             (("similarity", "flat_cosine"), ("kernel", "linear"), ("merge_rule", rule))]  # fmt: skip
-    task = PlanTask(smol_handle, tokens, *parts, None, StageStore(tmp_path))  # type: ignore[arg-type]
+    task = new_task(smol_handle, tokens, rule, cache=tmp_path)
     start = SLM().start(30)
     scorer = ScoringEngine(task, top=start.high)
     path = follow(scorer, start, 30, 0.88, 0.95)
     assert path.complete
     assert len(path.plans) > 3
     assert scorer.block_forwards <= 0.45 * RELEASED * len(path.plans)
-    alone = PlanTask(smol_handle, tokens, *parts, None, StageStore(None))  # type: ignore[arg-type]
+    alone = new_task(smol_handle, tokens, rule)
     for plan in path.plans[:: max(1, len(path.plans) // 5)]:
         for threshold in (plan.low, (plan.low + plan.high) / 2):
             single = SLM(threshold=threshold).plan(alone)

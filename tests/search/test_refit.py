@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders.models import new_task
 
-from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, Group, MergePlan, Sublayer
@@ -37,9 +37,7 @@ def make_task(make_tiny: Any, tokens: CalibrationTokens, tmp_path: Path) -> Any:
 
     def go(handle: Any = None, name: str = "token_cosine", **fields: Any) -> PlanTask:
         fields = {"after": "reconstruct", "fit_path": str(tmp_path / "fit.npy")} | fields
-        similarity, kernel = available("similarity")[name](**fields), available("kernel")["linear"]()
-        rule = available("merge_rule")["top_layer"]()
-        return PlanTask(handle or make_tiny(), tokens, similarity, kernel, rule, None, StageStore(tmp_path / "cache"))
+        return new_task(handle or make_tiny(), tokens, similarity=name, cache=tmp_path / "cache", **fields)
 
     return go
 

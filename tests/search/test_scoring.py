@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders.models import new_task
 
-from slm_exp.core.cache.store import StageStore
 from slm_exp.core.registry import available
 from slm_exp.core.types import Group, MergePlan, Sublayer
 from slm_exp.engine.runner import BlockRunner, Slot
@@ -25,8 +25,7 @@ ATTENTION, MLP = frozenset({"attention"}), frozenset({"mlp"})
 
 
 def make_task(handle: Any, tokens: Any, folder: Path | None = None, rule: str = "mean") -> PlanTask:
-    similarity, kernel = available("similarity")["flat_cosine"](), available("kernel")["linear"]()
-    return PlanTask(handle, tokens, similarity, kernel, available("merge_rule")[rule](), None, StageStore(folder))
+    return new_task(handle, tokens, rule, cache=folder)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from made_runs import answers, make_run
+from builders.records import answers, make_run
 
 from slm_exp.cli.main import main
 from slm_exp.core.errors import SlmError

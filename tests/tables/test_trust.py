@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
-from made_runs import make_run
+from builders.records import change_record, make_run
 
 from slm_exp.cli.main import main
 from slm_exp.core.errors import ConfigError, ProtocolError
@@ -45,11 +44,6 @@ def runs_of(folder: Path, name: str, **changes: object) -> list[Path]:
             for i, overrides in enumerate(cells(name))]
 
 
-def set_record(folder: Path, **changes: object) -> None:
-    path = folder / "record.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_the_dense_row_is_of_its_own_blocks_model(tmp_path: Path) -> None:
     name = table(tmp_path)
     for overrides in cells(name):
@@ -57,7 +51,7 @@ def test_the_dense_row_is_of_its_own_blocks_model(tmp_path: Path) -> None:
         made = make_run(tmp_path / "runs", overrides, model={"digest": str(half), "name": "m"})
         measured = find_runs([made])[0].record.raw["eval"]
         measured["dense"]["average"] = 0.1 if half else 0.9
-        set_record(made, eval=measured)
+        change_record(made, eval=measured)
     grid = fill(read_table(name), find_runs([tmp_path / "runs"]))
     assert [dict(rows)["dense"][0].text for _, rows in grid.blocks] == ["90.00", "10.00"]
 
@@ -105,18 +99,18 @@ def test_folders_given_twice_links_and_equal_names(tmp_path: Path) -> None:
         record = find_runs([tmp_path / where])[0].record.raw
         for side in record["eval"].values():
             side["protocol"] = {"hash": where, "fields": {"limit": limit, "tasks": {"boolq": {}}}}
-        set_record(tmp_path / where / "run", eval=record["eval"])
+        change_record(tmp_path / where / "run", eval=record["eval"])
     with pytest.raises(ProtocolError, match="limit: 20 and 10"):
         sweep_grid(find_runs([tmp_path / "a", tmp_path / "b"]))
     record["eval"] |= {"compressed": {"protocol": {"hash": "0", "fields": {"tasks": {}, "perplexity": {}}}}}
-    set_record(tmp_path / "b" / "run", eval=record["eval"])
+    change_record(tmp_path / "b" / "run", eval=record["eval"])
     rows = [name for name, _ in sweep_grid(find_runs([tmp_path / "a", tmp_path / "b"])).blocks[0][1]]
     assert [name for name in rows if name != "dense"] == [str(tmp_path / where / "run") for where in "ab"]
 
 
 def test_a_run_that_no_process_holds_has_died(tmp_path: Path) -> None:
     [first, *_] = runs_of(tmp_path, table(tmp_path))
-    set_record(first, status="running")
+    change_record(first, status="running")
     assert any(e.note == DIED for e in sweep_grid(find_runs([first])).entries())
 
 

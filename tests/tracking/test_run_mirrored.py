@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from builders.runs import QUICK
 from readback import offline_runs
 
 from slm_exp.core.errors import StageError
@@ -13,12 +14,11 @@ from slm_exp.launch.compose import compose_run
 from slm_exp.pipeline import run as pipeline
 from slm_exp.runs.tracking.base import flat
 
-QUICK = ["model=tiny", "evaluation=none", "tracking=wandb", "runtime=cpu", "calibration.n_samples=4",
-         "calibration.seq_len=32", "method.threshold=0.5", "save_model=false"]
+MIRRORED = [*QUICK, "tracking=wandb", "method.threshold=0.5", "save_model=false"]
 
 
 def test_summary_and_config_equal_the_record(tmp_path: Path) -> None:
-    overrides = [*QUICK, f"cache.dir={tmp_path / 'cache'}"]
+    overrides = [*MIRRORED, f"cache.dir={tmp_path / 'cache'}"]
     for _ in range(2):  # the second time it is finished and makes no second run
         pipeline.run(compose_run(overrides), tmp_path / "run", overrides, "thresholds")
     record = json.loads((tmp_path / "run" / "record.json").read_text())
@@ -41,7 +41,7 @@ def test_a_failed_run_is_closed_as_failed(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("slm_exp.pipeline.stages.apply_plan", explode)
     with pytest.raises(StageError):
-        pipeline.run(compose_run([*QUICK, f"cache.dir={tmp_path / 'cache'}"]), tmp_path / "run")
+        pipeline.run(compose_run([*MIRRORED, f"cache.dir={tmp_path / 'cache'}"]), tmp_path / "run")
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     (run,) = offline_runs(tmp_path / "run")
     assert (run.exit_code, run.summary["status"]) == (1, record["status"])

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from builders.runs import QUICK, tiny_run
 
 from slm_exp.core.errors import ConfigError, StageError
 from slm_exp.core.registry import available
@@ -18,11 +19,9 @@ from slm_exp.merging.sizes import Costs, Shape, allocate_by_score, attention_sha
 from slm_exp.merging.width import apply_width
 from slm_exp.methods.cka_patch import segments
 from slm_exp.methods.slm import SLM
-from slm_exp.pipeline import run as pipeline
 from slm_exp.similarity.layers import layer_similarity
 
-QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calibration.n_samples=2",
-         "calibration.seq_len=32", "method.threshold=0.5"]  # fmt: skip
+SMALL = ("calibration.n_samples=2", "method.threshold=0.5")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +43,7 @@ QUICK = ["model=tiny", "evaluation=none", "tracking=none", "runtime=cpu", "calib
 )
 def test_bad_settings_are_refused_while_composing(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        compose_run([*QUICK, *overrides])
+        compose_run([*QUICK, *SMALL, *overrides])
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
@@ -107,12 +106,7 @@ def test_score_allocation_takes_the_lowest_wherever_they_are():
 
 @pytest.fixture
 def run(tmp_path):
-    def go(*overrides: str, folder: str = "run") -> dict:
-        cfg = compose_run([*QUICK, f"cache.dir={tmp_path / 'cache'}", *overrides])
-        cfg.save_model = False
-        return pipeline.run(cfg, tmp_path / folder, overrides)
-
-    return go
+    return lambda *overrides, folder="run": tiny_run(tmp_path / folder, *SMALL, *overrides)
 
 
 @pytest.mark.parametrize("order", ["after", "before"])

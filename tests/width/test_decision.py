@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from decisions import keeps_first
+from builders.models import keeps_first
 
 from slm_exp.core.cost import Tokens
 from slm_exp.core.errors import PlanError
