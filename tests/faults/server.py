@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,12 +43,12 @@ class Server:
                                          text=True, env=env)
 
     def call(self, program: str, *words: object, kill_after: float | None = None, cwd: Path = ROOT,
-             limit: float = 120) -> Ended:
+             limit: float = 120, env: Mapping[str, str] | None = None) -> Ended:
         """`slm WORDS` or `slm-exp WORDS`, killed with SIGKILL, and all that it started, after some seconds."""
         assert self._process.stdin
         assert self._process.stdout
         about = {"program": program, "argv": list(map(str, words)), "kill_after": kill_after, "cwd": str(cwd),
-                 "limit": limit}
+                 "limit": limit, "env": dict(env or {})}
         self._process.stdin.write(json.dumps(about) + "\n")
         self._process.stdin.flush()
         return Ended(*json.loads(self._process.stdout.readline()))
@@ -80,6 +80,7 @@ def _carry_out(request: dict[str, Any]) -> Ended:
             for fd in (1, 2):
                 os.dup2(out.fileno(), fd)
             os.chdir(request["cwd"])
+            os.environ.update(request["env"])
             status = _child(request["program"], request["argv"])
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
