@@ -32,9 +32,6 @@ def code_digest(files: Sequence[str]) -> str:
     """Digest of the syntax trees of files of the package, 16 hex digits; an edit of code there changes it.
 
     Comments, docstrings and calls that only log do not count. A folder stands for all files below it.
-    Raises:
-        OSError: a file is not there.
-        SyntaxError: it is not Python.
     """
     out = {}
     for name in code_files(files):

@@ -52,11 +52,9 @@ def stop_ids(model: PreTrainedModel, eos: int | None) -> set[int]:
 
 
 def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: set[int]) -> list[list[int]]:
-    """The most likely token, again and again, for each prompt until one of `ends`, `ended` or `room`.
+    """The most likely tokens after each prompt, until `ended` or `room` or with one of `ends`, which is included.
 
     Prompts are padded on the left and share each forward pass; the cache of rows that are done is dropped.
-    Returns:
-        The generated tokens of each prompt, the one that ended it included.
     Raises:
         DataError: NaN or infinite logits.
         RuntimeError: there is no cache to go on from.

@@ -66,6 +66,7 @@ def run_tasks(
     batch_size: int | None = None, add_bos: bool | None = None, backend: str = "fast",
 ) -> TaskResults:
     """Evaluate a model in memory on the first `limit` documents of each task; model and tokenizer are left as they are.
+
     Raises:
         DataError: a model that gives NaN or infinite logits.
     Cost: on two CPU cores about as long as the requests' tokens take forwards; building them is milliseconds.

@@ -69,12 +69,10 @@ def refuse_broken(highest: Tensor) -> None:
 
 
 def make_room(error: BaseException, device: torch.device, alone: str = "") -> None:
-    """Free what the device holds in reserve after memory ran out; raise where that is not what happened.
+    """After memory ran out free what the device holds in reserve; any other error is raised again.
 
-    Args:
-        alone: what does not fit even alone, if it was alone.
     Raises:
-        DataError: it was alone.
+        DataError: `alone` says what does not fit even by itself.
     """
     if not out_of_memory(error):
         raise error
