@@ -64,8 +64,7 @@ FOLDER_OPTION = click.option("--dir", metavar="DIR", type=FOLDER, expose_value=F
               "slm cache prune --max-size 20GB --dry-run": "say what would go",
               "slm cache verify --repair": "read everything, remove what is damaged"},
     exits={0: "done", 1: "verify found damage that stays", 2: "a wrong call"},
-    notes="The folder is --dir, else $SLM_EXP_CACHE, else ~/.cache/slm_exp. A run computes what is not there.",
-)  # fmt: skip
+    notes="The folder is --dir, else $SLM_EXP_CACHE, else ~/.cache/slm_exp. A run computes what is not there.")
 @FOLDER_OPTION
 @click.pass_context
 def main(ctx: click.Context) -> int:

@@ -22,8 +22,7 @@ another question (sweep=calibration_seeds)."""
               "slm compare outputs/RUN_ID outputs/OTHER_ID": "two runs"},
     exits={0: "compared, also where nothing differs", 2: "a wrong call, or runs that cannot be compared"},
     notes="RUN is a run's folder; FOLDER:dense is its dense model. The first is what the others are compared with; a "
-          "single run is compared with its own dense model. " + ABOUT,
-)  # fmt: skip
+          "single run is compared with its own dense model. " + ABOUT)
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="for programs")
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")

@@ -47,8 +47,7 @@ class Bash(shell_completion.BashComplete):
     examples={'eval "$(slm completion bash)"': "for this shell only",
               **{line: f"{shell}, for good" for shell, line in SHELLS.items()}},
     exits={0: "the script is on stdout", 2: "a wrong call"},
-    notes='The run itself has Hydra\'s own completion, of every field: eval "$(slm-exp -sc install=bash)" (zsh, fish).',
-)  # fmt: skip
+    notes='The run itself has Hydra\'s own completion, of every field: eval "$(slm-exp -sc install=bash)" (zsh, fish).')
 @click.argument("shell", type=OneOf(sorted(SHELLS)))
 @click.pass_context
 def main(ctx: click.Context, shell: str) -> None:

@@ -90,8 +90,7 @@ def judged(name: str, good: bool, found: str, remedy: str, otherwise: str = OFF)
     examples={"slm doctor": "everything that can be known in a few seconds",
               "slm doctor --full": "also a run of model=tiny, every byte of the cache, the hub and the W&B server",
               "slm doctor --json": "for programs"},
-    exits={0: "nothing is off", 1: "something is; its remedy stands below it", 2: "a wrong call"},
-)  # fmt: skip
+    exits={0: "nothing is off", 1: "something is; its remedy stands below it", 2: "a wrong call"})
 @click.option("--full", is_flag=True, help="also what takes longer (about a minute)")
 @click.option("--json", "as_json", is_flag=True, help="for programs")
 @click.option("--output", type=FOLDER, default=Path("outputs"), metavar="DIR", help="where runs go")
@@ -123,8 +122,7 @@ def examine(cache: Path, output: Path, full: bool = False) -> Iterator[Finding]:
         "outputs": lambda: folder("outputs", output, DISK, "hydra.run.dir=FOLDER"),
         "scratch": lambda: folder("scratch", Path(tempfile.gettempdir()), DISK, "TMPDIR=FOLDER", NOTE),
         "memory": memory, "threads": threads, "hub": hub, "wandb": lambda: wandb(output), "launchers": launchers,
-        "torch": lambda: torch_and_driver(torch),
-    }  # fmt: skip
+        "torch": lambda: torch_and_driver(torch)}
     if full:
         checks |= {"hub server": lambda: server("hub", os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
                                                 "hub models and data have to be in the local cache; the defaults need "

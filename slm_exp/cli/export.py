@@ -26,8 +26,7 @@ from slm_exp.runs.mergekit import FORMATS, mergekit, read_plan
     exits={0: "the file is written", 1: "the plan cannot be expressed; says why", 2: "a wrong call"},
     notes="RUN_OR_PLAN is a run's folder, or a plan.json. Removed layers and sublayers, compensation and every merge "
           "rule can be expressed. Width pruning, recovery and models whose layers differ in attention cannot: take the "
-          "checkpoint in model/ instead.",
-)  # fmt: skip
+          "checkpoint in model/ instead.")
 @click.argument("source", metavar="RUN_OR_PLAN")
 @click.option("--format", type=OneOf(FORMATS), default="mergekit", help="the tool that reads it (default: mergekit)")
 @click.option("--model", metavar="FOLDER_OR_REPO", help="the dense model; a run's own by default")

@@ -52,8 +52,7 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
         "sizes": [dataclasses.asdict(size) for size in sizes(dense, cfg.merge_rule, path.plans, seq_len)],
         "seq_len": seq_len,
         "model": {"name": dense.name, "note": dense.note, "digest": dense.digest, "n_layers": dense.n_layers},
-        "calibration": tokens.describe(), "config": masked(cfg.resolved()), "device": cfg.runtime.describe(device),
-    }  # fmt: skip
+        "calibration": tokens.describe(), "config": masked(cfg.resolved()), "device": cfg.runtime.describe(device)}
     write_json(out / "path.json", result)
     tokens.save(out)
     draw_staircase(result, out / "path.png")

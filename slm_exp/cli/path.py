@@ -24,8 +24,7 @@ from slm_exp.runs.record import check_writable
     exits={0: "the whole range is known", 1: "method.max_evaluations ended it; the same command with more goes on",
            2: "a wrong call"},
     notes="The overrides are those of a run; method.threshold, target sizes, evaluation, width, recovery and "
-          "tracking play no part. A killed path goes on where it was.",
-)  # fmt: skip
+          "tracking play no part. A killed path goes on where it was.")
 @overrides_argument()
 def main(overrides: Sequence[str]) -> int:
     folder = next((o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")), None)

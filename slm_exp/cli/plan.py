@@ -24,8 +24,7 @@ from slm_exp.forecast.plan import make_plan, show
     exits={0: "every job could start", 2: "a wrong call, or a job that would fail before its weights load; says why"},
     notes="The overrides are those of a run; comma lists, sweep=NAME and -m make a grid, table=NAME the jobs that "
           "fill a table. Sizes that only a search can tell are shown as bounds. Times are those of a "
-          "machine left alone, from speeds measured once (ten seconds) and kept in the cache.",
-)  # fmt: skip
+          "machine left alone, from speeds measured once (ten seconds) and kept in the cache.")
 @overrides_argument()
 @click.option("-m", "--multirun", is_flag=True, help="a grid, also where nothing is swept")
 @click.option("--json", "as_json", is_flag=True, help="everything, for programs")

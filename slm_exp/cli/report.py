@@ -19,7 +19,7 @@ from slm_exp.cli.command import FOLDER, command
               help="on a sweep's page, show averages measured by different protocols side by side")
 @click.option("--path", "paths", metavar="PATH.JSON", multiple=True, type=FOLDER,
               help="on a sweep's page, draw this result of `slm path` beside the runs (one that lies in the folder is "
-                   "found); may be given several times")  # fmt: skip
+                   "found); may be given several times")
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
 def main(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], verify: bool) -> int:
     from slm_exp.reporting.sweep import write_reports

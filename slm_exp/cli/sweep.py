@@ -91,8 +91,7 @@ def taken_from(sweep: SweepFolder, extra: Sequence[str]) -> list[str]:
               "slm sweep rerun --failed outputs/multirun/threshold_rule": "those that failed or died"},
     exits={0: "every cell is finished", 1: "a cell is not; it is named", 2: "a wrong call, or a folder in use"},
     notes="resume and rerun take groups, fields and the launcher's own settings from the folder's sweep.json; what "
-          "could run code is taken from the command line only.",
-)  # fmt: skip
+          "could run code is taken from the command line only.")
 @click.pass_context
 def main(ctx: click.Context) -> None:
     if ctx.invoked_subcommand is None:
@@ -113,7 +112,7 @@ def _status(folder: Path, as_json: bool) -> int:
 
 
 @main.command("resume", help="run every cell that is not finished; recompute nothing that is. "
-                             "SETTING is Hydra's, for now: hydra.launcher.workers=4")  # fmt: skip
+                             "SETTING is Hydra's, for now: hydra.launcher.workers=4")
 @DIR
 @SETTINGS
 def _resume(folder: Path, overrides: tuple[str, ...]) -> int:

@@ -17,8 +17,7 @@ from slm_exp.cli.command import FOLDER, command
               "slm sync --dry-run outputs/multirun/threshold_rule": "what would be sent"},
     exits={0: "everything below the folders is sent", 1: "a run was not sent; says why", 2: "a wrong call"},
     notes="DIR is a run's folder, a sweep's, or any above. Needs a login: `wandb login`, or WANDB_API_KEY. "
-          "WANDB_BASE_URL names a server of your own.",
-)  # fmt: skip
+          "WANDB_BASE_URL names a server of your own.")
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=FOLDER)
 @click.option("--dry-run", is_flag=True, help="list what would be sent, send nothing")
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")

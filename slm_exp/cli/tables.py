@@ -35,8 +35,7 @@ def _complete_name(ctx: click.Context, param: click.Parameter, incomplete: str) 
               "slm tables main outputs --missing": "the commands that fill what is missing",
               "slm tables main outputs --format md,tex --out tables": "two formats, into files"},
     exits={0: "the table is written", 2: "a wrong call, or numbers of different protocols"},
-    notes=_notes,
-)  # fmt: skip
+    notes=_notes)
 @click.argument("name", metavar="NAME", shell_complete=_complete_name)
 @click.argument("words", metavar="[PARAM=VALUE or DIR]...", nargs=-1, type=click.Path())
 @click.option("--format", "formats", default="md", metavar="md,tex,csv,html",

@@ -61,8 +61,7 @@ class JobPlan:
             "known": self.known or None, "params": self.params, "flops_per_token": self.flops_per_token,
             "flops": self.flops, "block_forwards": self.block_forwards,
             "stages": [{"name": n, "state": s, "seconds": self.seconds.get(n)} for n, s in self.stages.items()],
-            "seconds": self.total, "notes": self.notes,
-        }  # fmt: skip
+            "seconds": self.total, "notes": self.notes}
 
 
 @dataclass
@@ -120,8 +119,7 @@ class GridPlan:
                        "core_hours": None if hours is None or self.device == "cuda" else hours * self.threads,
                        "flops": sum(j.flops for j in self.to_run), "memory_bytes": self.memory,
                        "verification_bytes": self.verifying, "device_memory_bytes": self.device_memory},
-            "machine": asdict(self.machine) if self.machine else None, "notes": self.notes,
-        })  # fmt: skip
+            "machine": asdict(self.machine) if self.machine else None, "notes": self.notes})
 
 
 def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | None = None,
@@ -155,7 +153,7 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
         grid.machine = machine(Path(first.cache.dir), device, dtype, grid.threads, anew)
     else:
         grid.notes.append("no GPU is visible here, so times are not known: --tflops N gives those of a machine that "
-                          "sustains N TFLOP/s.")  # fmt: skip
+                          "sustains N TFLOP/s.")
     for job, cfg in command.jobs:
         grid.jobs.append(_job_plan(grid, job, cfg, sketches[repr(cfg.model)], lookup))
     grid.notes += dict.fromkeys(note for plan in grid.to_run for note in plan.notes)
@@ -295,7 +293,7 @@ def show(grid: GridPlan) -> str:
         if model.sizes:
             about = (f"{model.sizes.n_layers} layers, {model.sizes.total / 1e6:,.1f} M parameters, "
                      f"{model.sizes.flops_per_token(grid.seq_len) / 1e9:.3g} GFLOP a token at {grid.seq_len}, "
-                     f"{human(model.bytes)} in {model.dtype}")  # fmt: skip
+                     f"{human(model.bytes)} in {model.dtype}")
         lines.append(f"model     {model.name}: {about}")
     lines += ["", f"  {'stage':<15}{'compute':>8}{'cached':>8}{'shared':>8}{'unknown':>8}{'time':>14}"]
     for name in dict.fromkeys(name for job in todo for name in job.stages):
@@ -338,7 +336,7 @@ def _after(job: JobPlan, grid: GridPlan) -> str:
     if job.layers is not None and job.params is not None and model:
         gone = 1 - job.params / model.total
         return (f"{job.layers} of {model.n_layers} layers, {job.params / 1e6:,.1f} M parameters ({-100 * gone:+.1f} %) "
-                f"{job.known}").rstrip()  # fmt: skip
+                f"{job.known}").rstrip()
     if job.bounds:
         how = f" ({job.known})" if job.known else ", which only the search decides"
         return f"{job.bounds[0]} to {job.bounds[1]} layers{how}"

@@ -150,7 +150,7 @@ def _plan(x: Experiment) -> tuple[MergePlan | None, str]:
     if x.store.folder is None or unknown or cfg.similarity.after:  # the tokens of a refit are not drawn here
         return None, ""
     inputs = journal_inputs("score", model=x.model.digest, device=x.model.device.type, tokens=x.tokens.digest,
-                            similarity=cfg.similarity, kernel=cfg.kernel, rule=cfg.merge_rule, fit=None)  # fmt: skip
+                            similarity=cfg.similarity, kernel=cfg.kernel, rule=cfg.merge_rule, fit=None)
     scores, _ = journal.read(journal_of(x.store, inputs) or Path())
     plan = method.plan_from_scores(x.model.n_layers, scores, cfg.merge_rule.name)
     return plan, "from scores in the cache" if plan else ""

@@ -135,8 +135,7 @@ class Recorder:
             "config": masked(self.cfg.resolved()), "versions": versions(), "code": package_digest(), "device": None,
             "git": git_state(), "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": None,
             "pid": os.getpid(), "stages": [], "warnings": [], "eval": {"dense": None, "compressed": None},
-            "error": None,
-        }  # fmt: skip
+            "error": None}
         self.write()
         write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.record["config"])))
         return self

@@ -201,8 +201,7 @@ LOAD = Stage("load", "dense", _load, then=_loaded)
 CALIBRATE = Stage(
     "calibrate", "tokens", lambda x: x.cfg.calibration.draw(x.dense, x.cfg.seed), CalibrationTokens,
     lambda x: {"source": x.cfg.calibration.identity(), "seed": x.cfg.seed, "tokenizer": x.dense.digest},
-    code=lambda x: ("calibration", "core/types.py", "core/text.py", "models"), libraries=("transformers",), small=True,
-)  # fmt: skip
+    code=lambda x: ("calibration", "core/types.py", "core/text.py", "models"), libraries=("transformers",), small=True)
 
 
 def _similarity(x: Experiment) -> LayerSimilarity:
@@ -214,8 +213,7 @@ def _similarity(x: Experiment) -> LayerSimilarity:
 SIMILARITY = Stage(
     "similarity", "similarity", _similarity, LayerSimilarity,
     lambda x: {**x.on(x.dense), "tokens": x.tokens.digest, **x.cfg.matrix_identity()},
-    code=lambda x: ("core/types.py", "similarity", "kernels", "engine", "models"),
-)  # fmt: skip
+    code=lambda x: ("core/types.py", "similarity", "kernels", "engine", "models"))
 
 BUILT = ("core/types.py", "core/widths.py", "models", "merging")
 """What a compressed model is built by: the result of any stage that looks at one depends on it."""
@@ -225,9 +223,7 @@ EVALUATE_DENSE = Stage(
     "evaluate_dense", "dense_report", lambda x: x.cfg.evaluation.run(x.dense), EvalReport,
     lambda x: {**x.on(x.dense), **x.cfg.evaluation.measured_by()},
     code=lambda x: (*BUILT, "evaluation", "calibration", "engine/fused.py"),
-    libraries=("torch", "transformers", "lm_eval"),
-    works=lambda x: x.cfg.evaluation.measures, cache="evaluate",
-)  # fmt: skip
+    libraries=("torch", "transformers", "lm_eval"), works=lambda x: x.cfg.evaluation.measures, cache="evaluate")
 
 # --- width: of the dense model before the plan, or of the merged one
 
@@ -263,8 +259,7 @@ WIDTH_BEFORE: Stage[Any] = Stage(
                                                              x.cfg.seed, n_dense=x.dense.n_layers)),
     WidthDecision, _width_inputs,
     code=lambda x: (*BUILT, "width", "engine", "search", "similarity", "kernels"),
-    works=lambda x: x.cfg.width.prunes, then=_narrow, small=True,
-)  # fmt: skip
+    works=lambda x: x.cfg.width.prunes, then=_narrow, small=True)
 WIDTH_AFTER = replace(WIDTH_BEFORE, then=_narrow_the_merged)
 
 # --- plan
@@ -289,8 +284,7 @@ PLAN = Stage(
                "method": _depth_method(x).identity(), "seed": x.cfg.seed},
     code=lambda x: (*BUILT, *code_of(x.cfg.method, x.cfg.width), "search", "engine", "similarity", "kernels",
                     "calibration"),
-    then=_decided, small=True,
-)  # fmt: skip
+    then=_decided, small=True)
 
 # --- merge
 
@@ -314,8 +308,7 @@ RESCORE = Stage(
     lambda x: {**x.on(x.dense), "compressed": x.model.digest, "tokens": x.tokens.digest,
                "similarity": x.cfg.similarity.identity(), "kernel": x.cfg.kernel.identity()},
     code=lambda x: (*BUILT, "width/score.py", "engine", "similarity", "kernels"),
-    cache="width", when=lambda x: x.plan.width is not None, then=_rescored,
-)  # fmt: skip
+    cache="width", when=lambda x: x.plan.width is not None, then=_rescored)
 """The final score of a model that is narrower than the one the search saw: where the plan came with its width."""
 RESCORE_NARROWED = replace(RESCORE, when=lambda x: x.width is not None)
 
@@ -344,15 +337,12 @@ RECOVER = Stage(
                                                   x.cfg.seed)),
     RecoveryResult, _recover_inputs,
     code=lambda x: (*BUILT, "recovery", "calibration", "engine"), libraries=("torch", "transformers", "peft"),
-    works=lambda x: x.cfg.recovery.changes_weights, then=_recovered,
-)  # fmt: skip
+    works=lambda x: x.cfg.recovery.changes_weights, then=_recovered)
 
 # --- evaluate
 
-EVALUATE = replace(
-    EVALUATE_DENSE, name="evaluate", field="report", compute=lambda x: x.cfg.evaluation.run(x.model),
-    inputs=lambda x: {**x.on(x.model), **x.cfg.evaluation.measured_by()},
-)  # fmt: skip
+EVALUATE = replace(EVALUATE_DENSE, name="evaluate", field="report", compute=lambda x: x.cfg.evaluation.run(x.model),
+                   inputs=lambda x: {**x.on(x.model), **x.cfg.evaluation.measured_by()})
 
 TIME = Stage("time", "speed", lambda x: x.cfg.evaluation.time(x.dense, x.model), when=lambda x: x.cfg.evaluation.times)
 """Latency of both models in turns; a timing never comes from the cache."""

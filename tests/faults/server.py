@@ -121,7 +121,6 @@ def main() -> None:
 
     if os.environ.get("SLM_EXP_FAULTS"):  # runs that are attacked evaluate
         import lm_eval  # noqa: F401
-
         import slm_exp.evaluation.measure  # noqa: F401
 
     torch.set_num_threads(1)
