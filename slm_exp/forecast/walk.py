@@ -21,7 +21,7 @@ from slm_exp.merging.width import narrowed_digest
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
-from slm_exp.pipeline.stages import CALIBRATE, LOAD, PLAN, WIDTH_AFTER, Experiment, Stage, Unknown, known, steps
+from slm_exp.pipeline.stages import CALIBRATE, LOAD, PLAN, Experiment, Stage, Unknown, known, steps
 from slm_exp.search.inputs import journal_inputs, journal_of
 
 CACHED, SHARED, COMPUTE, MAYBE, NOTHING = "cached", "shared", "compute", "unknown", "-"
@@ -132,7 +132,8 @@ def _advance(stage: Stage[Any], x: Experiment, lookup: Lookup, out: Outline) -> 
     if stage.field == "width":  # what stands in for the model has no modules to narrow; its digest may be known
         wider, x.model = x.model, cast(ModelHandle, Unknown(x.model.digest))
         stage.then(x)
-        if isinstance(value, WidthDecision) and not isinstance(wider, Unknown) and stage is WIDTH_AFTER:
+        shared = x.cfg.width.order == "before" and x.cfg.width.share is not None  # then the plan asks for its sizes
+        if isinstance(value, WidthDecision) and not isinstance(wider, Unknown) and not shared:
             x.model = replace(wider, digest=known(narrowed_digest, wider.digest, value))
         return state
     stage.then(x)
@@ -149,7 +150,7 @@ def _value(stage: Stage[Any], x: Experiment, entry: Path | None) -> Any:
         if stage.light:
             value = stage.compute(x)
             return None if isinstance(value, Unknown) else value
-    except (OSError, ValueError, KeyError, TypeError, SlmError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SlmError):  # a stand-in has no modules
         return None
     return None
 
