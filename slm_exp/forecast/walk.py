@@ -22,7 +22,7 @@ from slm_exp.merging.width import narrowed_digest
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
-from slm_exp.pipeline.stages import CALIBRATE, LOAD, PLAN, WIDTH_AFTER, Experiment, Stage, Unknown, known, steps
+from slm_exp.pipeline.stages import CALIBRATE, LOAD, PLAN, Experiment, Stage, Unknown, known, steps
 from slm_exp.search.inputs import journal_inputs, journal_of
 
 CACHED, SHARED, COMPUTE, MAYBE, NOTHING = "cached", "shared", "compute", "unknown", "-"
@@ -123,7 +123,8 @@ def _advance(stage: Stage[Any], x: Experiment, lookup: Lookup, out: Outline) -> 
     if stage.field == "width":  # what stands in for the model has no modules to narrow; its digest may be known
         wider, x.model = x.model, cast(ModelHandle, Unknown(x.model.digest))
         stage.then(x)
-        if isinstance(value, WidthDecision) and not isinstance(wider, Unknown) and stage is WIDTH_AFTER:
+        shared = x.cfg.width.order == "before" and x.cfg.width.share is not None  # then the plan asks for its sizes
+        if isinstance(value, WidthDecision) and not isinstance(wider, Unknown) and not shared:
             x.model = replace(wider, digest=known(narrowed_digest, wider.digest, value))
         return state
     stage.then(x)
@@ -132,7 +133,7 @@ def _advance(stage: Stage[Any], x: Experiment, lookup: Lookup, out: Outline) -> 
 
 def _value(stage: Stage[Any], x: Experiment, entry: Path | None) -> Any:
     """A small value from the cache or a file, or one that costs nothing to compute; None where only the run knows."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SlmError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, SlmError):  # a stand-in's parts
         if entry is not None and stage.small and stage.kind is not None:
             return stage.kind.load(entry)  # type: ignore[attr-defined]
         if stage.light or (stage is CALIBRATE and x.cfg.calibration.reads_ids):

@@ -236,7 +236,7 @@ class Pruner(Width):
 
     def _layers_size(self, handle: ModelHandle) -> int:
         """Parameters of all decoder layers."""
-        return sizes.costs_of(handle).size(sizes.full_shape(handle.config)) * handle.n_layers
+        return handle.layer_params * handle.n_layers
 
     def _outside(self, handle: ModelHandle) -> float:
         """Parameters that a narrower stream takes from embeddings, head and last norm: all in proportion to it."""

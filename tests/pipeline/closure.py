@@ -6,6 +6,7 @@ All earlier stages come from the cache that the caller filled, so what runs is t
 function called, and of every module imported, while it computes.
 """
 
+import functools
 import json
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import slm_exp
 PACKAGE = Path(slm_exp.__file__).resolve().parent
 
 
+@functools.cache  # called for every call of a function
 def inside(name: str | None) -> str | None:
     """A file of the package, relative to it."""
     if not name or name.startswith("<"):
