@@ -12,7 +12,7 @@ from slm_exp.kernels.linear import Linear
 from slm_exp.kernels.rbf import RBF
 from slm_exp.similarity import layers
 from slm_exp.similarity.cka import CKA, cka
-from slm_exp.similarity.directions import FlatCosine
+from slm_exp.similarity.flat_cosine import FlatCosine
 from slm_exp.similarity.layers import layer_similarity
 
 

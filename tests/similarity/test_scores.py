@@ -8,8 +8,10 @@ import torch
 
 from slm_exp.core.errors import ConfigError
 from slm_exp.kernels.linear import Linear
+from slm_exp.similarity.angular import Angular
 from slm_exp.similarity.cka import CKA
-from slm_exp.similarity.directions import Angular, FlatCosine, TokenCosine
+from slm_exp.similarity.flat_cosine import FlatCosine
+from slm_exp.similarity.token_cosine import TokenCosine
 
 
 @pytest.fixture(scope="module")

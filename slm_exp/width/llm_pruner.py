@@ -1,100 +1,35 @@
-"""Width pruning by weights alone, by weights and gradients (LLM-Pruner), or by chance."""
+"""First- or second-order estimate of the loss change, summed over a unit's rows and columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slm_exp.core.errors import ConfigError, require, require_one_of
+from slm_exp.core.errors import ConfigError, require_one_of
 from slm_exp.core.registry import register
 from slm_exp.core.together import DepthMethod
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.engine.progress import ticking
-from slm_exp.merging.sizes import LayerScores, full_shape, query_scores
 from slm_exp.models.base import ModelHandle
-from slm_exp.models.layouts import LayerLayout
 from slm_exp.width.base import WidthTask
 from slm_exp.width.pruner import Choose, Pruner, Scored
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-    from transformers import PretrainedConfig
+from slm_exp.width.magnitude import coupled_sums
 
-
-@register("width", "random")
-@dataclass
-class Random(Pruner):
-    """Uniformly random heads and channels, from the run's seed."""
-
-    def scores(self, task: WidthTask, choose: Choose) -> Scored:
-        import torch
-
-        generator = torch.Generator().manual_seed(task.seed)
-        shape = full_shape(task.handle.config)
-
-        def draw(n: int) -> torch.Tensor:
-            return torch.rand(n, generator=generator, dtype=torch.float64)
-
-        return Scored([query_scores(draw(shape.heads), draw(shape.channels), task.handle.config) for _ in task.slots])
-
-
-@register("width", "magnitude")
-@dataclass
-class Magnitude(Pruner):
-    """Sum of |w| (norm 1) or of w squared (norm 2) over all rows and columns that go with a unit.
-
-    As LLM-Pruner's magnitude criterion (arXiv:2305.11627). Needs no tokens. Cost: one pass over the weights.
-    """
-
-    compare: ClassVar[str] = "per_parameter"
-    norm: int = 1
-    """1 or 2."""
-
-    def check(self) -> None:
-        super().check()
-        require(self.norm in (1, 2), "width.norm", self.norm, "1 or 2")
-
-    def scores(self, task: WidthTask, choose: Choose) -> Scored:
-        layout = task.handle.layout
-        out = []
-        for layer in task.handle.layers:
-            weights = {name: layer.get_parameter(f"{name}.weight").detach() for name in layout.projections}
-            salience = {name: w.double().abs() ** self.norm for name, w in weights.items()}
-            out.append(coupled_sums(salience, layout, task.handle.config))
-        return Scored(out)
-
-
-def coupled_sums(salience: Mapping[str, Tensor], layout: LayerLayout, config: PretrainedConfig,
-                 signed_rows: bool = False) -> LayerScores:
-    """Sum elements' salience over the rows (q, k, v, MLP in) and columns (o, MLP out) that go with each unit.
-
-    Args:
-        salience: by projection, in the shape of its weight ([out, in]).
-        signed_rows: sum a row or column with signs, and take absolute values of those sums only.
-    """
-
-    def line_sums(name: str, dim: int) -> Tensor:
-        sums = salience[name].sum(dim)
-        return sums.abs() if signed_rows else sums
-
-    query_H = (line_sums(layout.q, 1) + line_sums(layout.o, 0)).view(config.num_attention_heads, -1).sum(1)
-    kv_K = (line_sums(layout.k, 1) + line_sums(layout.v, 1)).view(config.num_key_value_heads, -1).sum(1)
-    channel_F = line_sums(layout.mlp_out, 0)
-    for name in layout.mlp_in:
-        channel_F = channel_F + line_sums(name, 1)
-    return LayerScores(query_H.double().cpu(), kv_K.double().cpu(), channel_F.double().cpu())
-
-
-FIRST, LAST = 4, 2
-"""Layers at the bottom and the top that the published runs leave as they are."""
 SALIENCE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "param_first": lambda w, g, h: (w * g).abs(),
     "param_second": lambda w, g, h: (w * w * h).abs(),
     "param_mix": lambda w, g, h: (w * g - 0.5 * w * w * h).abs(),
     "vectorize": lambda w, g, h: w * g,
 }
+
+Gradients = dict[tuple[int, str], "Tensor"]
+
+FIRST, LAST = 4, 2
+"""Layers at the bottom and the top that the published runs leave as they are."""
 
 
 @register("width", "llm_pruner")
@@ -140,9 +75,6 @@ class LLMPruner(Pruner):
                 salience[name] = SALIENCE[self.taylor](w, g, squares.pop((i, name), g))
             out.append(coupled_sums(salience, layout, task.handle.config, signed_rows=self.taylor == "vectorize"))
         return Scored(out)
-
-
-Gradients = dict[tuple[int, str], "Tensor"]
 
 
 def gradients(handle: ModelHandle, tokens: CalibrationTokens, second: bool) -> tuple[Gradients, Gradients]:

@@ -1,0 +1,77 @@
+"""LoRA as Shortened-LLaMA and SLM retrain: rank 8 on q, k, v, o, gate, up, down, on alpaca-cleaned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from slm_exp.core.errors import require
+from slm_exp.core.registry import register
+from slm_exp.core.runtime import rank
+from slm_exp.models.sizes import Sizes
+from slm_exp.recovery.base import RecoveryTask, copy_with
+from slm_exp.recovery.cuts import zeroed_modules
+from slm_exp.recovery.trained import Trained
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@register("recovery", "lora")
+@dataclass
+class Lora(Trained):
+    """LoRA as Shortened-LLaMA and SLM retrain: rank 8 on q, k, v, o, gate, up, down, on alpaca-cleaned.
+
+    The adapter is saved in `lora/` of the folder of the run that trains it (for peft, on the compressed model without
+    recovery) and merged in float32; the merged weights take the model's dtype. Prompts are not trained on.
+
+    Source: lora_retrain.py of github.com/Nota-NetsPresso/shortened-llm with the settings of its scripts. Differences:
+    the rows held out are sampled by the run's seed; examples whose answer was cut away are left out and counted.
+    """
+
+    forwards: ClassVar[float] = 2.5
+    data: str = "hub"
+    seq_len: int = 256
+    epochs: float = 2.0
+    held_out: int = 2000
+    r: int = 8
+    """Rank."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.05
+    """Of what flows into the adapters, while training."""
+
+    def check(self) -> None:
+        super().check()
+        require(self.r >= 1, "recovery.r", self.r, "a whole number >= 1")
+        require(self.alpha > 0, "recovery.alpha", self.alpha, "a number > 0")
+        require(0 <= self.dropout < 1, "recovery.dropout", self.dropout, "a share in [0, 1)")
+
+    def memory(self, sizes: Sizes) -> float:
+        return super().memory(sizes) * 0.05
+
+    def student(self, task: RecoveryTask) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        names = [name.rpartition(".")[2] for name in task.handle.layout.projections]
+        config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, bias="none",  # type: ignore[arg-type]
+                            target_modules=names, exclude_modules=zeroed_modules(task.handle, task.plan) or None,
+                            task_type="CAUSAL_LM")
+        model = get_peft_model(copy_with(task.handle.model, {}), config)
+        if self.gradient_checkpointing:
+            model.enable_input_require_grads()
+        return model
+
+    def result(self, task: RecoveryTask, model: nn.Module) -> dict[str, Tensor]:
+        import torch
+
+        peft, merged = cast(Any, model), {}
+        if rank() == 0:
+            peft.save_pretrained(task.folder / "lora")
+        for name, module in peft.get_base_model().named_modules():
+            if hasattr(module, "lora_A"):
+                weight = module.get_base_layer().weight
+                with torch.no_grad():
+                    a, b = (getattr(module, part)["default"].weight.float() for part in ("lora_A", "lora_B"))
+                    merged[f"{name}.weight"] = (weight.float() + module.scaling["default"] * (b @ a)).to(weight.dtype)
+        return merged
