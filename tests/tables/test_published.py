@@ -146,7 +146,7 @@ def test_a_layer_set_is_a_plan_of_its_model(path: Path) -> None:
     assert plan.rule == ""
     assert plan.method
     assert re.search(r"arXiv \d{4}\.\d{5}|\w@[0-9a-f]{7}", plan.notes[0])
-    attention, mlp = (len(plan.dropped) + sum(s["kind"] == kind for s in plan.sublayers)
+    attention, mlp = (len(plan.dropped) + sum(s.kind == kind for s in plan.sublayers)
                       for kind in ("attention", "mlp"))
     match path.stem.split("_")[-2:]:
         case ["sublayers", n]:
