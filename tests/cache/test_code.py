@@ -7,6 +7,8 @@ import pytest
 from slm_exp.core.cache import code
 from slm_exp.core.cache.code import code_digest
 from slm_exp.core.cache.store import StageStore
+from slm_exp.launch.compose import compose_run
+from slm_exp.pipeline.stages import Experiment, steps
 
 SOURCE = '''
 """About the module."""
@@ -86,3 +88,14 @@ def test_what_the_caller_says_decides_the_key(package, tmp_path):
     assert len(keys) == 3
     with pytest.raises(ValueError, match="thoughts"):
         store.entry("thoughts", {}, one)
+
+
+def test_every_declared_file_is_there(tmp_path):
+    cfg = compose_run(["model=tiny", "evaluation=none", "tracking=none"])
+    x = Experiment(cfg, tmp_path, StageStore(None))
+    kept = [stage for step in steps(cfg) for stage in step.stages if stage.kind]
+    assert {stage.name for stage in kept} >= {"calibrate", "similarity", "plan", "width", "recover", "evaluate"}
+    for stage in kept:
+        for path in stage.code(x):
+            assert (code.PACKAGE / path).exists(), stage.name
+        assert code_digest(stage.code(x)), stage.name
