@@ -6,9 +6,18 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+LONGEST = 4000
+
 
 class SlmError(Exception):
-    """Base of every error this package raises on purpose; shown as one message, without a traceback."""
+    """Base of every error this package raises on purpose; shown as one message, without a traceback.
+
+    What a file holds may be quoted in it: a message of more than LONGEST characters is cut.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 class ConfigError(SlmError):
