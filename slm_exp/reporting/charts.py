@@ -162,6 +162,8 @@ def candidates(plan: MergePlan) -> Markup:
 def intervals(rows: Sequence[Comparison]) -> Markup:
     """One line per task: dense and compressed with one standard error to each side, on one scale."""
     both = [e for row in rows for e in (row.dense, row.compressed) if e]
+    if not both:
+        return Markup("")
     least = max(0.0, min(e.value - (e.stderr or 0) for e in both))
     scale = Axis([least, max(least + 0.01, *(e.value + (e.stderr or 0) for e in both))])  # all may be equal
     x = scale.across

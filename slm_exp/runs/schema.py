@@ -169,6 +169,10 @@ class Measurement(Section):
     def _fields_are_a_mapping(cls, protocol: JsonObject) -> JsonObject:
         if not isinstance(protocol.get("fields") or {}, dict):
             raise ValueError(f"fields = {protocol['fields']!r}; expected a mapping.")
+        if not isinstance((protocol.get("fields") or {}).get("perplexity") or {}, dict | list):
+            raise ValueError(f"fields.perplexity = {protocol['fields']['perplexity']!r}; expected a mapping.")
+        if not isinstance(protocol.get("hash") or "", str):
+            raise ValueError(f"hash = {protocol['hash']!r}; expected text.")
         return protocol
 
     @field_validator("tasks", mode="before")

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import Timeout
+from pydantic import field_validator
 
 from slm_exp import __version__
 from slm_exp.core.documents import Section, parse
@@ -136,6 +137,13 @@ class StoredJob(Section):
     folder: str
     slug: str
     save_model: bool
+
+    @field_validator("folder")
+    @classmethod
+    def _a_path(cls, folder: str) -> str:
+        if "\0" in folder or any(len(os.fsencode(part)) > 255 for part in folder.split("/")):
+            raise ValueError(f"{folder[:60]!r} is no name of a folder.")
+        return folder
 
 
 class StoredSweep(Section):

@@ -315,12 +315,12 @@ def provenance(runs: Sequence[Measured]) -> list[str]:
         if fields.get("tasks"):
             out.append(f"Protocol {name}: lm-eval {fields.get('lm_eval')}, {limit}{dtype}.")
         elif fields.get("perplexity"):
-            out.append(f"Protocol {name}: perplexity of {', '.join(fields['perplexity'])}{dtype}.")
+            out.append(f"Protocol {name}: perplexity of {', '.join(map(str, fields['perplexity']))}{dtype}.")
     timed = [r.speed.protocol for r in records if r.speed.protocol]
     if timed and all(p == timed[0] for p in timed):
         speed = timed[0]
         threads = f"{speed['threads']} threads" if speed.get("threads") else ""
-        where = ", ".join(filter(None, (speed.get("dtype"), speed.get("device"), threads)))
+        where = ", ".join(map(str, filter(None, (speed.get("dtype"), speed.get("device"), threads))))
         out.append(f"Speed: {speed.get('runs')} runs in turn with the dense model, "
                    f"the first {speed.get('discard')} left out; {where}.")
     unverified = say_unverified({m.run.folder: m.run for m in runs}.values())

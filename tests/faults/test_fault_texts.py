@@ -45,7 +45,7 @@ def evil_run(at: Path, text: str, status: str) -> Path:
 
 
 @pytest.mark.parametrize("status", ["finished", "failed"])
-@pytest.mark.parametrize("text", EVIL)
+@pytest.mark.parametrize("text", attack.some(EVIL))
 def test_a_text_does_nothing_where_it_is_shown(
     text: str, status: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +70,7 @@ def test_a_text_does_nothing_where_it_is_shown(
     assert "alert(1)</script>" not in page
 
 
-@pytest.mark.parametrize("text", EVIL)
+@pytest.mark.parametrize("text", attack.some(EVIL))
 def test_a_text_does_nothing_in_the_state_of_a_sweep(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,7 +101,7 @@ SECRETS = {"HF_TOKEN": "hf_abcdefghij", "WANDB_API_KEY": "0123456789wandb", "MY_
 
 
 @pytest.mark.parametrize("name", attack.some(list(SECRETS)))
-@pytest.mark.parametrize("field", ["tracking.project", "calibration.path", "cache.dir", "method.path"])
+@pytest.mark.parametrize("field", attack.some(["tracking.project", "calibration.path", "cache.dir", "method.path"]))
 def test_a_secret_reaches_no_output_and_no_file(
     name: str, field: str, server: Server, tmp_path: Path
 ) -> None:
