@@ -66,12 +66,13 @@ def input_of(layer: Any, module: str | None) -> Iterator[list[Tensor]]:
 def empty_moments(layer: Any, module: str | None, outputs: int) -> Moments:
     """Moments of a projection's inputs, and of ones where it has a bias; of nothing where none is named."""
     linear = None if module is None else layer.get_submodule(module)
-    inputs = 0 if linear is None else linear.weight.shape[1] + (linear.bias is not None)
+    inputs = 0 if linear is None else linear.weight.shape[_inputs_dim(linear)] + (linear.bias is not None)
     return Moments.empty(int(inputs), outputs, next(layer.parameters()).device)
 
 
 def add_tokens(
-    fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor, relative: bool
+    fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor, relative: bool,
+    factor: float = 1.0,
 ) -> None:
     """Count in what a projection saw, and what the stream behind its layer lacks, sequence by sequence.
 
@@ -80,11 +81,14 @@ def add_tokens(
         out_NTD: the stream behind the layer; target_NTD: what it should be.
         held_N: sequences that go into `held`, the others into `fit`.
         relative: each token's error counts relative to its norm, as the next layer's norm sees it.
+        factor: what the projection's output is multiplied by on its way into the stream.
     """
     import torch
 
     if len(fit.xx_CC) > x_NTC.shape[-1]:  # a bias is the weight of ones
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
+    if factor != 1:
+        x_NTC = x_NTC * factor
     for moments, chosen_N in ((fit, ~held_N), (held, held_N)):
         x, t, r = (h[chosen_N].flatten(0, 1) for h in (x_NTC, target_NTD, target_NTD - out_NTD))
         norm_M = t.double().square().sum(1)
@@ -100,10 +104,16 @@ def changed(layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: T
         weights: parameters that replace the layer's own.
     """
     linear = layer.get_submodule(module)
-    width = linear.weight.shape[1]
-    parts = {"weight": change_CD[:width].T} | ({} if linear.bias is None else {"bias": change_CD[width]})
+    width = linear.weight.shape[_inputs_dim(linear)]
+    weight = change_CD[:width].T if _inputs_dim(linear) else change_CD[:width]
+    parts = {"weight": weight} | ({} if linear.bias is None else {"bias": change_CD[width]})
     old = {name: weights.get(f"{module}.{name}", getattr(linear, name)) for name in parts}
     return {f"{module}.{name}": (old[name].double() + part).float() for name, part in parts.items()}
+
+
+def _inputs_dim(linear: Any) -> int:
+    """Which dimension of a linear module's weight counts inputs: the second, of GPT-2's Conv1D the first."""
+    return 0 if type(linear).__name__ == "Conv1D" else 1
 
 
 def held_out(n: int) -> Tensor:

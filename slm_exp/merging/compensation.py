@@ -15,17 +15,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from slm_exp.models.layouts import LayerLayout
+from slm_exp.models.layout import LayerLayout
 
 
 def scaled_outputs(layout: LayerLayout, layer: nn.Module, weights: Mapping[str, Tensor], scale: float
                    ) -> dict[str, Tensor]:
     """The parameters through which a layer adds to the stream, multiplied; new tensors of the same dtype.
 
+    Output projections and their biases; where a norm stands behind them, its gain.
+
     Args:
         weights: parameters that replace the layer's own.
     """
     own = dict(layer.named_parameters())
-    names = [f"{module}.{part}" for module in (layout.o, layout.mlp_out) for part in ("weight", "bias")]
-    return {name: (t.to(torch.promote_types(t.dtype, torch.float32)) * scale).to(t.dtype)
-            for name in names if (t := weights.get(name, own.get(name))) is not None}
+    out = {}
+    for name, offset in layout.written(layer).items():
+        t = weights.get(name, own[name])
+        out[name] = (t.to(torch.promote_types(t.dtype, torch.float32)) * scale + offset * (scale - 1)).to(t.dtype)
+    return out

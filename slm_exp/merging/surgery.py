@@ -12,7 +12,7 @@ from slm_exp.core.files import digest
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.models.base import ModelHandle, empty_model
-from slm_exp.models.layouts import LayerLayout
+from slm_exp.models.layout import LayerLayout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from slm_exp.models.layouts import LayerLayout
+    from slm_exp.models.layout import LayerLayout
 
 
 @dataclass

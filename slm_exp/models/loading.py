@@ -21,7 +21,8 @@ from slm_exp.models.config_file import read_config_file
 from slm_exp.models.files import TOKENIZER
 from slm_exp.models.handle import empty_model
 from slm_exp.models.layerwise import PREFIX, layerwise_classes
-from slm_exp.models.layouts import LayerLayout, layout_for
+from slm_exp.models.layout import LayerLayout
+from slm_exp.models.layouts import layout_for
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:

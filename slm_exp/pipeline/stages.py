@@ -227,7 +227,7 @@ def _similarity(x: Experiment) -> LayerSimilarity:
 SIMILARITY = Stage(
     "similarity", "similarity", _similarity, LayerSimilarity,
     lambda x: {**x.on(x.dense), "tokens": x.tokens.digest, **x.cfg.matrix_identity()},
-    code=lambda x: ("similarity", "kernels", "engine", "models/layouts.py"),
+    code=lambda x: ("similarity", "kernels", "engine", "models/layout.py", "models/layouts.py", "models/families"),
 )  # fmt: skip
 
 BUILT = ("core/types.py", "models", "merging")

@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +116,7 @@ class Refits:
         states = self._states
         handle, runner = self.task.handle, self._runner
         kind = "attention" if "mlp" in slot.without else "mlp"
-        (module,) = handle.layout.outputs[kind]
+        (module,) = handle.layout.fitted[kind] or handle.layout.fitted["attention"]
         layer = handle.layers[slot.host]
         fit, held = (empty_moments(layer, module, states[0].shape[-1]) for _ in "12")
         held_N = held_out(len(states[0]))
@@ -127,7 +126,8 @@ class Refits:
                 rows = slice(at, at + runner.rows)
                 out_NTD = runner.block(plain, states[start][rows])
                 target_NTD = states[end][rows].to(out_NTD.device)
-                add_tokens(fit, held, seen.pop(), out_NTD, target_NTD, held_N[rows].to(out_NTD.device), True)
+                add_tokens(fit, held, seen.pop(), out_NTD, target_NTD, held_N[rows].to(out_NTD.device), True,
+                           handle.layout.residual_factor(handle.config))
         step = ridge_step(fit, held, RIDGES)
         with torch.inference_mode():
             return changed(layer, module, weights, step[0]) if step else {}
@@ -141,11 +141,12 @@ class Refits:
     def _states(self) -> list[Tensor]:
         """The dense states of the fitting tokens entering layers 0..L-1, and the last one's output."""
         runner = BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32)
-        layer: Any = self.task.handle.layers[0].get_submodule(self.task.handle.layout.mlp_out)
-        if self.tokens.tokens_NT.size < 2 * layer.weight.shape[1]:
+        layout = self.task.handle.layout
+        (module,) = layout.fitted["mlp"] or layout.fitted["attention"]
+        inputs = len(empty_moments(self.task.handle.layers[0], module, 1).xx_CC)
+        if self.tokens.tokens_NT.size < 2 * inputs:
             log.warning("similarity.after=reconstruct fits %d inputs on %d tokens; several times as many tokens are "
-                        "better (similarity.fit_samples, similarity.fit_seq_len).", layer.weight.shape[1],
-                        self.tokens.tokens_NT.size)
+                        "better (similarity.fit_samples, similarity.fit_seq_len).", inputs, self.tokens.tokens_NT.size)
         states = [runner.embed()]
         for i in range(self.task.handle.n_layers):
             states.append(runner.block(Slot(i), states[-1]))

@@ -37,7 +37,7 @@ REFIT = ("calibration/fit.py", "engine/ridge.py")
 CODE = {  # what computes each stage, where the caller does not say so itself
     "model": Code(("models/gguf.py",)),
     "calibrate": Code(("calibration", "core/types.py", "core/text.py"), ("transformers",)),
-    "similarity": Code(("similarity", "kernels", "engine", "models/layouts.py")),
+    "similarity": Code(("similarity", "kernels", "engine", "models/layout.py", "models/layouts.py", "models/families")),
     "plan": Code((*BUILT, "methods", "search", "engine", "similarity", "kernels", *REFIT, "calibration")),
     "scores": Code((*BUILT, "search", "engine", "similarity", "kernels", *REFIT)),
     "width": Code((*BUILT, "width", "search", "engine", "similarity", "kernels")),

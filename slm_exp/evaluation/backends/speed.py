@@ -163,7 +163,7 @@ def notes(dense: ModelHandle, compressed: ModelHandle, cells: Sequence[Cell]) ->
 def silent_sublayers(handle: ModelHandle) -> int:
     """Sublayers whose output projections are all zeros: they cost time and do nothing."""
     return sum(
-        all(not layer.get_submodule(name).weight.any() for name in names)  # type: ignore[operator, union-attr]
+        all(not p.any() for name in names for p in layer.get_submodule(name).parameters() if p.dim() > 1)
         for layer in handle.layers for names in handle.layout.outputs.values()
     )  # fmt: skip
 
@@ -183,9 +183,8 @@ def generation_flops(handle: ModelHandle, case: Case) -> float:
     pairs = tokens * (tokens + 1) / 2
     total = 2 * case.new * handle.model.get_output_embeddings().weight.numel()  # type: ignore[operator, union-attr]
     for layer in handle.layers:
-        weights = {name: layer.get_submodule(name).weight for name in layout.projections}
-        total += 2 * tokens * sum(w.numel() for w in weights.values())  # type: ignore[operator, union-attr, misc]
-        total += 4 * pairs * weights[layout.q].shape[0]  # type: ignore[index, operator]
+        total += 2 * tokens * layout.work(layer, handle.config)
+        total += 4 * pairs * layout.attention_width(layer)
     return float(case.batch * total)
 
 
