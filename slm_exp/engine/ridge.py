@@ -85,6 +85,7 @@ def add_tokens(
     """
     import torch
 
+    x_NTC = x_NTC.reshape(*out_NTD.shape[:2], x_NTC.shape[-1])  # OPT's MLP sees all tokens in one row
     if len(fit.xx_CC) > x_NTC.shape[-1]:  # a bias is the weight of ones
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
     if factor != 1:

@@ -75,7 +75,7 @@ def _quantised(config: PretrainedConfig, layout: LayerLayout) -> str | None:
 
 def _not_causal(config: PretrainedConfig, layout: LayerLayout) -> str | None:
     names = getattr(config, "architectures", None) or []
-    if names and not any(name.endswith("ForCausalLM") for name in names):
+    if names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return f"architectures = {names}: not a causal language model (its weights would lack the output head)."
     return None
 

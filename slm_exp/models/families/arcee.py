@@ -7,5 +7,4 @@ from slm_exp.models.layout import LayerLayout
 LAYOUT = LayerLayout(
     "arcee",
     mlp_in=("mlp.up_proj",),
-    fields=("pretraining_tp",),
 )

@@ -11,7 +11,7 @@ LAYOUT = LayerLayout(
     logit_cap="final_logit_softcapping",
     attention_per_layer=True,
     fields=("hidden_activation", "query_pre_attn_scalar", "sliding_window", "final_logit_softcapping",
-            "attn_logit_softcapping", "rope_parameters"),
-    fixed={"use_bidirectional_attention": (None, False)},
+            "rope_parameters"),
+    fixed={"use_bidirectional_attention": (None, False), "attn_logit_softcapping": (None,)},  # sdpa leaves a cap out
     window="whole",
 )

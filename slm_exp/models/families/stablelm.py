@@ -6,6 +6,7 @@ from slm_exp.models.layout import LayerLayout
 
 LAYOUT = LayerLayout(
     "stablelm",
+    no_width="its config has no head_dim: the heads make up the hidden size",
     fields=("layer_norm_eps", "use_qkv_bias", "use_parallel_residual", "hidden_dropout"),
     fixed={"qk_layernorm": (False,)},
 )
