@@ -18,6 +18,7 @@ from slm_exp.models.files import (
     SMALL,
     folder_digest,
     has_weights,
+    headers,
     inspect,
     safetensors_only,
     short_name,
@@ -65,9 +66,10 @@ class HF(ModelSource):
     def sketch(self, cache_dir: Path, device_type: str) -> Sketch:
         folder, name = self._folder(), self.path
         notes: tuple[str, ...] = ()
-        contents = None
+        contents = tensors = None
         if folder is not None:
             inspect(folder)
+            tensors = headers(folder) if has_weights(folder) else None
             name = short_name(folder)
             config: Fields | None = read_config_file(folder)
             if large := unread(folder):
@@ -84,7 +86,7 @@ class HF(ModelSource):
         saved = str((config or {}).get("dtype") or (config or {}).get("torch_dtype") or "float32")
         dtype = saved.removeprefix("torch.") if self.dtype == "auto" else self.dtype
         value = digest({**contents, "dtype": dtype}) if contents else f"{UNKNOWN}{self.path}{self.revision}{dtype}"
-        return sketch_of(name, value, config, dtype, device_type, notes=notes)
+        return sketch_of(name, value, config, dtype, device_type, notes=notes, tensors=tensors)
 
     def weights_bytes(self) -> int | None:
         """As stored, twice that where half-precision weights may be widened to float32."""

@@ -326,8 +326,8 @@ def test_lora_trains_the_layouts_projections(family, ids):
 
 @every_family
 def test_width_is_pruned_or_refused_with_the_reason(family, tokens, ids):
-    from slm_exp.methods.slm import SLM
     from slm_exp.merging.width import apply_width
+    from slm_exp.methods.slm import SLM
     from slm_exp.width.base import WidthTask
     from slm_exp.width.magnitude import Magnitude
 
@@ -346,7 +346,7 @@ def test_width_is_pruned_or_refused_with_the_reason(family, tokens, ids):
     again.load_state_dict(narrow.model.state_dict())
     close(logits(narrow.model, ids), logits(again, ids))
     if not handle.layout.layerwise:
-        with pytest.raises(ConfigError, match="width.uniform = False; expected true with layers of"):
+        with pytest.raises(ConfigError, match=r"width.uniform = False; expected true with layers of"):
             Magnitude(ratio=0.4, uniform=False).check_model(handle, SLM())
 
 
