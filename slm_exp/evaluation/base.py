@@ -67,6 +67,8 @@ class Evaluation(Settings):
             DataError: the latter.
         """
         files = {n: w for n, w in self.corpora.items() if w.endswith(FILES) and Path(w).stat().st_size <= CHECKED_BYTES}
+        if any(not where.endswith(".npy") for where in self.wanted_corpora().values()):
+            handle.require_room("evaluation.ppl_seq_len", self.ppl_seq_len)
         load_corpora(files, handle, self.ppl_seq_len, self.ppl_bos)
         longest = getattr(handle.config, "max_position_embeddings", None) or math.inf
         for case in self.cases() if self.times else ():

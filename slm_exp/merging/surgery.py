@@ -59,6 +59,7 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
         load_tokenizer=lambda: handle.tokenizer,
         note=handle.note,
         random=handle.random,
+        licences=handle.licences,
         lineage={"base": handle.name, "base_digest": handle.digest, "plan": effect},
     )
 

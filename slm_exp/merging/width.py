@@ -44,6 +44,7 @@ def apply_width(handle: ModelHandle, width: WidthDecision) -> ModelHandle:
         load_tokenizer=lambda: handle.tokenizer,
         note=handle.note,
         random=handle.random,
+        licences=handle.licences,
         lineage={
             "base": handle.lineage.get("base", handle.name),
             "base_digest": handle.lineage.get("base_digest", handle.digest),

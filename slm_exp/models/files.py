@@ -19,7 +19,7 @@ from slm_exp.models.config_file import read_config_file
 from slm_exp.models.layouts import FAMILIES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SMALL = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, weight index
+SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")  # config, tokenizer, weight index, licence
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
@@ -37,6 +37,7 @@ BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".
 """What old checkpoints hold beside weights."""
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header, as the library has it."""
 
@@ -86,6 +87,12 @@ def weight_files(folder: Path) -> list[str]:
     if not names:
         raise ConfigError(f"{where} names no files. {again}")
     return sorted(set(names))
+
+
+def licence_files(folder: Path) -> tuple[Path, ...]:
+    """Licence and notice files of a folder."""
+    return tuple(sorted(path for path in folder.iterdir()
+                        if path.is_file() and path.name.upper().startswith(LICENCES) and path.suffix != ".safetensors"))
 
 
 def has_weights(folder: Path) -> bool:
@@ -143,8 +150,32 @@ def inspect(folder: Path) -> None:
         if (folder / name).is_file():
             tensors |= check_header(folder, name)
     _floats(folder, tensors)
+    _tokenizer(folder, about.get("vocab_size"))
     if about.get("model_type") in FAMILIES and all((folder / name).is_file() for name in names):
         _counted(folder, about, tensors)
+
+
+def _tokenizer(folder: Path, vocab: int | None) -> None:
+    """Refuse a tokenizer that appends EOS, or whose vocabulary the embedding has not.
+
+    Special tokens beside the vocabulary may lie beyond the embedding (Gemma 3's image token does): text gives none.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        words, steps = about["model"]["vocab"], about.get("post_processor") or {}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return  # the tokenizer's own reader says what is wrong
+    highest = max(words.values(), default=0) if isinstance(words, dict) else len(words) - 1
+    if vocab and highest >= vocab:
+        raise ConfigError(f"model.path = {folder}: tokenizer.json has ids outside the vocabulary: up to {highest}, the "
+                          f"embedding has vocab_size = {vocab} rows. Take the tokenizer that belongs to this model.")
+    for step in steps.get("processors", [steps]):
+        if (step.get("single") or [{}])[-1].get("SpecialToken"):
+            name = step["single"][-1]["SpecialToken"].get("id")
+            raise ConfigError(f"model.path = {folder}: tokenizer.json appends {name!r} to every text "
+                              "(add_eos_token), so answers would be cut. Set add_eos_token to false and save the "
+                              "tokenizer again, or take the last entry out of post_processor.single.")
 
 
 def _floats(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -231,6 +262,10 @@ def safetensors_only(names: Sequence[str], where: str) -> None:
         ConfigError: pickled weights only, an adapter, GGUF, or no model at all.
     """
     if "adapter_config.json" in names:
+        if WEIGHTS in names or INDEX in names:
+            raise ConfigError(f"{where}: a PEFT adapter (adapter_config.json) beside a whole model, which transformers "
+                              "would load on top. Move adapter_config.json and adapter_model.safetensors elsewhere, or "
+                              "merge the adapter (peft: `merge_and_unload()`, then `save_pretrained`).")
         raise ConfigError(f"{where}: a PEFT adapter, not a whole model. Merge it into its base model first "
                           "(peft: `merge_and_unload()`, then `save_pretrained`).")
     if WEIGHTS in names or INDEX in names:

@@ -20,6 +20,7 @@ from slm_exp.models.files import (
     has_weights,
     headers,
     inspect,
+    licence_files,
     safetensors_only,
     short_name,
     unread,
@@ -123,7 +124,8 @@ class HF(ModelSource):
 
         return ModelHandle(name=name, config=config, layout=layout, digest=digest({**contents, "dtype": dtype}),
                            device=device, load_model=load,
-                           load_tokenizer=lambda: loading.read_tokenizer(folder, self.trust_remote_code))
+                           load_tokenizer=lambda: loading.read_tokenizer(folder, self.trust_remote_code),
+                           licences=licence_files(folder))
 
     def _folder(self) -> Path | None:
         folder = Path(self.path).expanduser()

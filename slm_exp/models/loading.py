@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ from slm_exp.models.layerwise import PREFIX, layerwise_classes
 from slm_exp.models.layout import LayerLayout
 from slm_exp.models.layouts import layout_for
 
+log = logging.getLogger(__name__)
+
+LEFT_BEHIND: dict[str, Any] = {"return_dict": True, "output_attentions": False, "output_hidden_states": False,
+                               "attn_implementation": "eager"}  # fmt: skip
+"""What a session may have left in config.json of how it ran the model, and what is taken instead."""
+
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """Read config.json.
@@ -32,16 +39,23 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
         ArchitectureError: transformers does not know the model type.
         ConfigError: the file is missing or cannot be read.
     """
-    kind = read_config_file(folder).get("model_type")
+    about = read_config_file(folder)
+    kind = about.get("model_type")
+    left = {name: value for name, value in LEFT_BEHIND.items() if name in about}
     if str(kind).startswith(PREFIX):
         layerwise_classes()  # this package's own: nothing in the folder is run
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **left)
     except Exception as cause:
         reason = _first_line(cause)
         if kind not in CONFIG_MAPPING:
             raise ArchitectureError(f"model_type = {kind!r} is not known to transformers ({reason}).") from cause
         raise ConfigError(f"model.path = {folder}: config.json of type {kind!r} is refused ({reason}).") from cause
+    if "attn_implementation" in left:
+        log.warning("config.json has attn_implementation = %s; the family's default is used.",
+                    about["attn_implementation"])
+        config._attn_implementation = None
+    return config
 
 
 def read_model_config(folder: Path, trust_remote_code: bool = False) -> tuple[PretrainedConfig, LayerLayout]:

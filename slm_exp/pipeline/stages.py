@@ -195,6 +195,7 @@ def check_model(cfg: RunConfig, dense: ModelHandle) -> None:
     Raises:
         ConfigError / DataError: names the field.
     """
+    dense.require_room(f"calibration.{'path' if cfg.calibration.reads_ids else 'seq_len'}", cfg.calibration.shape().t)
     cfg.width.check_model(dense, cfg.method)
     cfg.width.check_depth(cfg.method, dense)
     cfg.evaluation.check_data(dense.random)

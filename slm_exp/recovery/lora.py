@@ -69,6 +69,8 @@ class Lora(Trained):
 
         peft: Any = model
         if rank() == 0:
+            for adapter in peft.peft_config.values():  # it fits the compressed model alone, which has no place yet
+                adapter.base_model_name_or_path = None
             peft.save_pretrained(task.folder / "lora")
         base = peft.get_base_model()
         merged = {}
