@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
 
 from slm_exp.core.errors import ArchitectureError, CheckpointError, ConfigError, SlmError
 from slm_exp.models.config_file import read_config_file
-from slm_exp.models.files import TOKENIZER
+from slm_exp.models.files import TOKENIZER, has_weights, headers
 from slm_exp.models.handle import empty_model
 from slm_exp.models.layerwise import PREFIX, layerwise_classes
 from slm_exp.models.layout import LayerLayout
@@ -68,13 +69,35 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> tuple[Pr
     config = read_config(folder, trust_remote_code)
     try:
         layout = layout_for(config)
-        layout.check(empty_model(config))
+        model = empty_model(config)
+        layout.check(model)
+        if has_weights(folder):
+            _check_shapes(folder, model)
     except SlmError:
         raise
     except Exception as cause:
         reason = f"{type(cause).__name__}: {_first_line(cause)}"
         raise ConfigError(f"model.path = {folder}: no model can be built by config.json ({reason}).") from cause
     return config, layout
+
+
+def _check_shapes(folder: Path, model: PreTrainedModel) -> None:
+    """Refuse weights whose headers have another shape than the model for a tensor of the same name.
+
+    Raises:
+        CheckpointError: names tensors and shapes.
+    """
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    odd = [f"{name} {tensor.shape} for {wanted[name]}" for name, tensor in headers(folder).items()
+           if name in wanted and tensor.shape != wanted[name]]  # fmt: skip
+    if odd:
+        raise _misfit(folder, "have other shapes than config.json says:", odd)
+
+
+def _misfit(folder: Path, problem: str, keys: Collection[str]) -> CheckpointError:
+    first = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return CheckpointError(f"the weights in {folder} {problem} {first}. "
+                           "config.json and the weights belong to different models; copy both again.")
 
 
 def _first_line(error: Exception) -> str:
@@ -136,9 +159,7 @@ def load_weights(
         ("hold, beyond what config.json counts,", extra_layers),
     ):
         if keys:
-            first = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise CheckpointError(f"the weights in {folder} {problem} {first}. "
-                                  "config.json and the weights belong to different models; copy both again.")
+            raise _misfit(folder, problem, keys)
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ConfigError(f"model.device_map = {device_map}: the model does not fit the visible devices, and weights "
                           "put off to disk cannot be merged. Use more devices or a smaller model.dtype.")
