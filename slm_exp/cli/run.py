@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from slm_exp.core.errors import ConfigError, SlmError, did_you_mean
+from slm_exp.core.errors import ConfigError, SlmError, StageError, did_you_mean
 from slm_exp.core.logs import mask_logs
 from slm_exp.core.runtime import rank, world
 from slm_exp.core.secrets import masked
@@ -92,7 +92,8 @@ def _job(cfg: DictConfig) -> None:
         print(f"run {run_cfg.run_id} failed: {message}\nIts record: {folder / 'record.json'}", file=sys.stderr)
         if multirun:  # a plain message: other processes get to unpickle it
             raise SlmError(message) from None
-        raise SystemExit(1) from None
+        refused = isinstance(error, StageError) and error.stage == "load" and isinstance(error.__cause__, SlmError)
+        raise SystemExit(2 if refused else 1) from None
     from slm_exp.reporting.summary import summary
 
     print(summary(record, folder))

@@ -37,7 +37,7 @@ BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".
 """What old checkpoints hold beside weights."""
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
-LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY", "GEMMA_TERMS")
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header, as the library has it."""
 
