@@ -68,9 +68,9 @@ class Evaluation(Settings):
         """
         tokenizer = handle.tokenizer if self.tasks else None
         if tokenizer is not None and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-            raise ConfigError(f"evaluation.tasks: the tokenizer of {handle.name} has neither a BOS nor an EOS token, "
-                              "so a request without context has nothing to be scored after. Set bos_token or eos_token in "
-                              "its tokenizer_config.json, or evaluation.tasks=[].")
+            raise ConfigError(f"evaluation.tasks: the tokenizer of {handle.name} has neither a BOS nor an EOS token, so "
+                              "nothing stands before a request without context. Set bos_token or eos_token in its "
+                              "tokenizer_config.json, or evaluation.tasks=[].")
         files = {n: w for n, w in self.corpora.items() if w.endswith(FILES) and Path(w).stat().st_size <= CHECKED_BYTES}
         if any(not where.endswith(".npy") for where in self.wanted_corpora().values()):
             handle.require_room("evaluation.ppl_seq_len", self.ppl_seq_len)
