@@ -68,7 +68,7 @@ class Evaluation(Settings):
         """
         tokenizer = handle.tokenizer if self.tasks else None
         if tokenizer is not None and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-            raise ConfigError(f"evaluation.tasks: the tokenizer of {handle.name} has neither a BOS nor an EOS token, so "
+            raise ConfigError(f"evaluation.tasks: the tokenizer of {handle.name} has neither BOS nor EOS, so "
                               "nothing stands before a request without context. Set bos_token or eos_token in its "
                               "tokenizer_config.json, or evaluation.tasks=[].")
         files = {n: w for n, w in self.corpora.items() if w.endswith(FILES) and Path(w).stat().st_size <= CHECKED_BYTES}
