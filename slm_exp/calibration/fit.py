@@ -41,6 +41,8 @@ class FitSource:
     def check(self, dense: ModelHandle) -> None:
         """Raise ConfigError or DataError where it cannot be drawn from."""
         with self._named():
+            if not self.is_tokens:
+                dense.require_room("calibration.seq_len", self.seq_len)
             self._source().draw(dense, 0)
 
     def draw(self, dense: ModelHandle, seed: int, avoid: CalibrationTokens) -> CalibrationTokens:

@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from slm_exp.cli.command import run_command
-from slm_exp.core.errors import ConfigError, SlmError, did_you_mean
+from slm_exp.core.errors import ConfigError, SlmError, StageError, did_you_mean
 from slm_exp.core.logs import mask_logs, print_anything
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.runtime import rank, world
@@ -102,7 +102,8 @@ def _job(cfg: DictConfig) -> None:
         print(f"run {run_cfg.run_id} failed: {message}\nIts record: {folder / 'record.json'}", file=sys.stderr)
         if multirun:  # a plain message: other processes get to unpickle it
             raise SlmError(message) from None
-        raise SystemExit(1) from None
+        refused = isinstance(error, StageError) and error.stage == "load" and isinstance(error.__cause__, SlmError)
+        raise SystemExit(2 if refused else 1) from None
     from slm_exp.reporting.summary import summary
 
     print(summary(record, folder))

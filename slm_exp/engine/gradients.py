@@ -61,6 +61,7 @@ def _last_state_gradient(runner: BlockRunner, last_NTD: Tensor) -> Tensor:
         x_TD = _ordinary(last_NTD[row].to(device, torch.float32)).requires_grad_()
         with torch.enable_grad():
             logits_TV = torch.func.functional_call(head, of_head, torch.func.functional_call(norm, of_norm, x_TD[:-1]))
+            logits_TV = runner.handle.layout.logits(runner.handle.config, logits_TV)
             loss = torch.nn.functional.cross_entropy(logits_TV, targets_T.to(device), reduction="sum") / n_targets
         if not loss.isfinite():
             raise DataError(f"the loss of calibration sample {row} is not finite; there is no gradient. "

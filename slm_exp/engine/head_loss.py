@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slm_exp.models.layouts import layout_for
+
 LOGITS = 1 << 24
 """Held at once: 64 MiB in float32, whatever the vocabulary and the batch."""
 
@@ -28,20 +30,27 @@ def next_token_loss(model: Any, batch: dict[str, Tensor], ce: float = 1.0, teach
             wanted_MD, _ = counted_states(teacher, batch)
         of_teacher = wanted_MD, teacher.get_output_embeddings().weight
     given_MD, labels_M = counted_states(model, batch)
-    return head_loss(given_MD, model.get_output_embeddings().weight, labels_M, ce, of_teacher, temperature)
+    cap = layout_for(model.config).cap(model.config)
+    return head_loss(given_MD, model.get_output_embeddings().weight, labels_M, ce, of_teacher, temperature, cap)
 
 
 def counted_states(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(last states [M, D], the tokens that follow [M]) of the M places where a token is trained on."""
+    """(last states [M, D], the tokens that follow [M]) of the M places where a token is trained on.
+
+    States are multiplied by what the family multiplies its logits by.
+    """
     labels = batch["labels"][:, 1:]
     counted = labels >= 0
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     last_BTD: Tensor = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
-    return last_BTD[:, :-1][counted], labels[counted]
+    factor = layout_for(model.config).logit_factor(model.config)
+    states_MD = last_BTD[:, :-1][counted]
+    return states_MD if factor == 1 else states_MD * factor, labels[counted]
 
 
 def head_loss(given_MD: Tensor, head_VD: Tensor, labels_M: Tensor, ce: float = 1.0,
-              teacher: tuple[Tensor, Tensor] | None = None, temperature: float = 1.0) -> Tensor:
+              teacher: tuple[Tensor, Tensor] | None = None, temperature: float = 1.0,
+              cap: float | None = None) -> Tensor:
     """Mean over M tokens of ce x the loss of the labels, plus KL(teacher || student) where there is a teacher.
 
     The gradients are computed together with the loss, part by part of the tokens, so that no part is computed twice
@@ -51,11 +60,12 @@ def head_loss(given_MD: Tensor, head_VD: Tensor, labels_M: Tensor, ce: float = 1
     Args:
         teacher: last states [M, D'] and head [V, D'] of another model.
         temperature: both logits are divided by it for the divergence.
+        cap: both logits are cap x tanh(what the head gives / cap).
     Memory: LOGITS logits of each model in float32, and a float32 gradient of the head where it is trained.
     """
     device = given_MD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    loss: Tensor = _HeadLoss.apply(given_MD, head_VD, labels_M, ce, *(teacher or (None, None)), temperature, dtype)
+    loss: Tensor = _HeadLoss.apply(given_MD, head_VD, labels_M, ce, *(teacher or (None, None)), temperature, dtype, cap)
     return loss
 
 
@@ -63,7 +73,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, given_MD: Tensor, head_VD: Tensor, labels_M: Tensor, ce: float, teacher_MD: Tensor | None,
-        teacher_head_VD: Tensor | None, temperature: float, dtype: torch.dtype,
+        teacher_head_VD: Tensor | None, temperature: float, dtype: torch.dtype, cap: float | None,
     ) -> Tensor:
         with torch.autocast(given_MD.device.type, enabled=False):
             h, head = given_MD.to(dtype), head_VD.to(dtype)
@@ -74,9 +84,14 @@ class _HeadLoss(torch.autograd.Function):
             for at in range(0, len(h), rows):
                 x, labels = h[at : at + rows], labels_M[at : at + rows, None]
                 own = (x @ head.T).float()
+                bend = None if cap is None else own.div_(cap).tanh_().square().neg_().add_(1)  # slope of the cap
+                if cap is not None:
+                    own.mul_(cap)
                 slope: Any = 0.0
                 if teacher_MD is not None:
                     theirs = (teacher_MD[at : at + rows].to(dtype) @ others.T).float()
+                    if cap is not None:
+                        theirs = theirs.div_(cap).tanh_().mul_(cap)
                     log_q, log_p = ((z if temperature == 1 else z / temperature).log_softmax(1)
                                     for z in (own, theirs))
                     p = theirs.copy_(log_p).exp_()
@@ -89,6 +104,8 @@ class _HeadLoss(torch.autograd.Function):
                     loss -= ce * log_q.gather(1, labels).sum()
                     usual = log_q.exp_().scatter_add_(1, labels, -torch.ones_like(labels, dtype=log_q.dtype))
                     slope = usual.mul_(ce).add_(slope)
+                if bend is not None:
+                    slope = bend.mul_(slope)
                 slope = slope.to(dtype)
                 grad_h[at : at + rows] = slope @ head
                 if ctx.needs_input_grad[1]:
@@ -102,4 +119,4 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_head = ctx.saved_tensors
-        return (slopes[0] * grad_h, None if grad_head is None else slopes[0] * grad_head, *[None] * 6)
+        return (slopes[0] * grad_h, None if grad_head is None else slopes[0] * grad_head, *[None] * 7)

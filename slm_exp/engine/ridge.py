@@ -60,8 +60,9 @@ def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: T
     """
     layer: Any = runner.handle.layers[slot.host]
     linear = layer.get_submodule(module) if module else None
-    inputs = 0 if linear is None else linear.weight.shape[1] + (linear.bias is not None)
-    fit, held = (Moments.empty(int(inputs), wanted_NTD.shape[-1], next(layer.parameters()).device) for _ in "12")
+    inputs = 0 if linear is None else inputs_of(linear)
+    fit, held = (Moments.empty(inputs, wanted_NTD.shape[-1], next(layer.parameters()).device) for _ in "12")
+    factor = runner.handle.layout.residual_factor(runner.handle.config)
     seen: list[Tensor] = []
     with nullcontext() if linear is None else linear.register_forward_pre_hook(lambda m, args: seen.append(args[0])):
         for at in range(0, len(held_N), runner.rows):
@@ -69,15 +70,22 @@ def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: T
             out_NTD = runner.block(slot, entering_NTD[rows])
             target_NTD = wanted_NTD[rows].to(out_NTD.device) * scale
             x_NTC = seen.pop() if module else out_NTD[..., :0]
-            add_tokens(fit, held, x_NTC, out_NTD, target_NTD, held_N[rows].to(out_NTD.device), relative)
+            add_tokens(fit, held, x_NTC, out_NTD, target_NTD, held_N[rows].to(out_NTD.device), relative, factor)
     return fit, held
 
 
 def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor,
-               relative: bool) -> None:
-    """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence."""
+               relative: bool, factor: float = 1.0) -> None:
+    """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence.
+
+    Args:
+        factor: what the projection's output is multiplied by on its way into the stream.
+    """
+    x_NTC = x_NTC.reshape(*out_NTD.shape[:2], x_NTC.shape[-1])  # OPT's MLP sees all tokens in one row
     if len(fit.xx_CC) > x_NTC.shape[-1]:  # a bias is the weight of ones
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
+    if factor != 1:
+        x_NTC = x_NTC * factor
     for sums, chosen_N in ((fit, ~held_N), (held, held_N)):
         x, t, r = (h[chosen_N].flatten(0, 1) for h in (x_NTC, target_NTD, target_NTD - out_NTD))
         norm_M = t.double().square().sum(1)
@@ -90,10 +98,21 @@ def changed(layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: T
     """A projection's parameters, by name in the layer, with a change added, float32. `weights`: parameters that replace
     the layer's own."""
     linear = layer.get_submodule(module)
-    width = linear.weight.shape[1]
-    parts = {"weight": change_CD[:width].T} | ({} if linear.bias is None else {"bias": change_CD[width]})
+    width = linear.weight.shape[_inputs_dim(linear)]
+    weight = change_CD[:width].T if _inputs_dim(linear) else change_CD[:width]
+    parts = {"weight": weight} | ({} if linear.bias is None else {"bias": change_CD[width]})
     old = {name: weights.get(f"{module}.{name}", getattr(linear, name)) for name in parts}
     return {f"{module}.{name}": (old[name].double() + part).float() for name, part in parts.items()}
+
+
+def inputs_of(linear: Any) -> int:
+    """Inputs of a linear module, ones for its bias included."""
+    return int(linear.weight.shape[_inputs_dim(linear)]) + (linear.bias is not None)
+
+
+def _inputs_dim(linear: Any) -> int:
+    """Which dimension of a linear module's weight counts inputs: the second, of GPT-2's Conv1D the first."""
+    return 0 if type(linear).__name__ == "Conv1D" else 1
 
 
 def held_out(n: int) -> Tensor:

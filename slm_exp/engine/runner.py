@@ -6,6 +6,7 @@ any of them. The model itself is never modified.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -130,9 +131,10 @@ class BlockRunner:
         weight, bias = head.weight[vocabulary], head.bias
         with torch.inference_mode():
             x_MD = last_MD.to(weight.device, self.dtype)
-            return torch.nn.functional.linear(
+            out_MV = torch.nn.functional.linear(
                 x_MD, weight.to(self.dtype), None if bias is None else bias[vocabulary].to(self.dtype)
             )
+            return self.handle.layout.logits(self.handle.config, out_MV)
 
     def call(self, i: int, dtype: torch.dtype) -> dict[str, Any]:
         """What layer i is called with beside the states (mask, rotary tables), its floats in `dtype`."""
@@ -190,9 +192,10 @@ class BlockRunner:
     def _enter(self, tokens_BT: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """Run the decoder with its layers passing states through: (embedded tokens, every layer's keywords)."""
         calls: list[tuple[Tensor, dict[str, Any]]] = []
+        names = list(inspect.signature(type(self.handle.layers[0]).forward).parameters)[2:]  # after self and the states
 
-        def record(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-            calls.append((hidden_states, kwargs))
+        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append((hidden_states, dict(zip(names, args, strict=False)) | kwargs))
             return hidden_states
 
         decoder = self.model.get_submodule(self.handle.layout.decoder)

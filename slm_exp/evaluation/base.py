@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slm_exp.core.errors import DataError, ProtocolError, did_you_mean, require
+from slm_exp.core.errors import ConfigError, DataError, ProtocolError, did_you_mean, require
 from slm_exp.core.registry import register
 from slm_exp.evaluation import perplexity as texts
 from slm_exp.evaluation import task_index
@@ -64,8 +64,15 @@ class Evaluation(Settings):
             ConfigError: the former.
             DataError: the latter.
         """
+        tokenizer = handle.tokenizer if self.tasks else None
+        if tokenizer is not None and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise ConfigError(f"evaluation.tasks: the tokenizer of {handle.name} has neither BOS nor EOS, so "
+                              "nothing stands before a request without context. Set bos_token or eos_token in its "
+                              "tokenizer_config.json, or evaluation.tasks=[].")
         files = {n: w for n, w in self.corpora.items()
                  if w.endswith(texts.FILES) and Path(w).stat().st_size <= CHECKED_BYTES}
+        if any(not where.endswith(".npy") for where in self.wanted_corpora().values()):
+            handle.require_room("evaluation.ppl_seq_len", self.ppl_seq_len)
         texts.load_corpora(files, handle, self.ppl_seq_len, self.ppl_bos)
         longest = getattr(handle.config, "max_position_embeddings", None) or math.inf
         for case in self.cases() if self.times else ():

@@ -73,6 +73,8 @@ def scaled_outputs(layout: LayerLayout, layer: nn.Module, weights: Mapping[str, 
     """The parameters through which a layer adds to the stream, multiplied; new tensors of the same dtype. `weights`:
     parameters that replace the layer's own."""
     own = dict(layer.named_parameters())
-    names = [f"{module}.{part}" for module in (layout.o, layout.mlp_out) for part in ("weight", "bias")]
-    return {name: (t.to(torch.promote_types(t.dtype, torch.float32)) * scale).to(t.dtype)
-            for name in names if (t := weights.get(name, own.get(name))) is not None}
+    out = {}
+    for name, offset in layout.written(layer).items():  # projections and biases; the gain of a norm behind them
+        t = weights.get(name, own[name])
+        out[name] = (t.to(torch.promote_types(t.dtype, torch.float32)) * scale + offset * (scale - 1)).to(t.dtype)
+    return out

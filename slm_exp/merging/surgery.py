@@ -13,7 +13,7 @@ from slm_exp.core.types import MergePlan
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.width import apply_width
 from slm_exp.models.base import ModelHandle, empty_model
-from slm_exp.models.layouts import LayerLayout
+from slm_exp.models.layout import LayerLayout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -49,7 +49,8 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
         handle.name, _shorter_config(handle.layout, handle.config, _hosts(plan, rule)), handle.layout,
         digest=handle.digest if unchanged else digest({"model": handle.digest, "plan": effect}), device=handle.device,
         load_model=lambda: _built(handle, plan, rule), load_tokenizer=lambda: handle.tokenizer, note=handle.note,
-        random=handle.random, lineage={"base": handle.name, "base_digest": handle.digest, "plan": effect})
+        random=handle.random, licences=handle.licences,
+        lineage={"base": handle.name, "base_digest": handle.digest, "plan": effect})
 
 
 def _hosts(plan: MergePlan, rule: MergeRule | None) -> list[int]:

@@ -33,9 +33,10 @@ class ConfigFile(BaseModel):
     head_dim: Annotated[int, Field(ge=1, le=10**5)] | None = None
     vocab_size: Size | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=10**9)] | None = None
-    sliding_window: Annotated[int, Field(ge=1)] | None = None
+    sliding_window: Annotated[int, Field(ge=0)] | None = None
     rms_norm_eps: Positive | None = None
     rope_theta: Positive | None = None
+    pad_token_id: int | None = None
     initializer_range: FiniteFloat | None = None
     hidden_act: str | None = None
     tie_word_embeddings: bool | None = None
@@ -50,6 +51,9 @@ class ConfigFile(BaseModel):
         heads, kv = self.num_attention_heads, self.num_key_value_heads
         if heads and kv and heads % kv:
             raise ValueError(f"num_key_value_heads = {kv}; expected a divisor of num_attention_heads = {heads}.")
+        if self.pad_token_id is not None and self.vocab_size and self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"pad_token_id = {self.pad_token_id}; expected less than vocab_size = {self.vocab_size}. "
+                             "Set it to null, or to the id of another special token.")
         if "/" in (self.attn_implementation or ""):
             raise ValueError(f"attn_implementation = {self.attn_implementation}; expected none that names a "
                              "repository, whose code would run.")

@@ -6,16 +6,20 @@ Nothing is opened but JSON, text and safetensors: no pickle. Imports no torch.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from slm_exp.core.cache.digests import files_digest, must_be_read
-from slm_exp.core.errors import ConfigError
+from slm_exp.core.errors import CheckpointError, ConfigError
 from slm_exp.models.config_file import read_config_file
+from slm_exp.models.layouts import FAMILIES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SMALL = ("*.json", "*.model", "*.txt", "*.jinja")  # config, tokenizer, weight index
+SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")  # config, tokenizer, weight index, licence
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
@@ -28,8 +32,27 @@ TOKENIZER = (
 OPENED = (*TOKENIZER, "generation_config.json", "chat_template.jinja", "chat_template.json",
           "additional_chat_templates/*.jinja")
 """What is opened besides config and weights, where it is there."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".masked_bias")
+"""What old checkpoints hold beside weights."""
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY", "GEMMA_TERMS")
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header, as the library has it."""
+
+
+class Tensor(NamedTuple):
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    """As safetensors names it: F32, BF16, I8, ..."""
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def short_name(folder: Path) -> str:
@@ -66,6 +89,12 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(set(names))
 
 
+def licence_files(folder: Path) -> tuple[Path, ...]:
+    """Licence and notice files of a folder."""
+    return tuple(sorted(path for path in folder.iterdir()
+                        if path.is_file() and path.name.upper().startswith(LICENCES) and path.suffix != ".safetensors"))
+
+
 def has_weights(folder: Path) -> bool:
     """Whether every weight file is there."""
     return all((folder / name).is_file() for name in weight_files(folder))
@@ -98,6 +127,15 @@ def unread(folder: Path) -> list[Path]:
     return [path for path in opened_files(folder) if must_be_read(path)]
 
 
+def headers(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a model's weight files by name, from their headers.
+
+    Raises:
+        ConfigError: a file is not whole, or not safetensors.
+    """
+    return {name: tensor for file in weight_files(folder) for name, tensor in check_header(folder, file).items()}
+
+
 def inspect(folder: Path) -> None:
     """Refuse a folder that cannot work, by config.json and the headers of the weights alone.
 
@@ -106,15 +144,91 @@ def inspect(folder: Path) -> None:
     """
     safetensors_only(sorted(p.name for p in folder.iterdir()), f"model.path = {folder}")
     names = weight_files(folder)
-    if (folder / "config.json").is_file():  # else `opened_files` says what is missing
-        read_config_file(folder)
+    about = read_config_file(folder) if (folder / "config.json").is_file() else {}  # `opened_files` says if missing
+    tensors: dict[str, Tensor] = {}
     for name in names:
         if (folder / name).is_file():
-            check_header(folder, name)
+            tensors |= check_header(folder, name)
+    _floats(folder, tensors)
+    _tokenizer(folder, about.get("vocab_size"))
+    if about.get("model_type") in FAMILIES and all((folder / name).is_file() for name in names):
+        _counted(folder, about, tensors)
 
 
-def check_header(folder: Path, name: str) -> None:
-    """Refuse a weight file that is not whole.
+def _tokenizer(folder: Path, vocab: int | None) -> None:
+    """Refuse a tokenizer that appends EOS, or whose vocabulary the embedding has not.
+
+    Special tokens beside the vocabulary may lie beyond the embedding (Gemma 3's image token does): text gives none.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        words, steps = about["model"]["vocab"], about.get("post_processor") or {}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return  # the tokenizer's own reader says what is wrong
+    highest = max(words.values(), default=0) if isinstance(words, dict) else len(words) - 1
+    if vocab and highest >= vocab:
+        raise ConfigError(f"model.path = {folder}: tokenizer.json has ids outside the vocabulary: up to {highest}, the "
+                          f"embedding has vocab_size = {vocab} rows. Take the tokenizer that belongs to this model.")
+    for step in steps.get("processors", [steps]):
+        if (step.get("single") or [{}])[-1].get("SpecialToken"):
+            name = step["single"][-1]["SpecialToken"].get("id")
+            raise ConfigError(f"model.path = {folder}: tokenizer.json appends {name!r} to every text "
+                              "(add_eos_token), so answers would be cut. Set add_eos_token to false and save the "
+                              "tokenizer again, or take the last entry out of post_processor.single.")
+
+
+def _floats(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Refuse weights of a type that cannot be merged."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS and len(tensor.shape) > 1 and not name.endswith(BUFFERS):
+            raise ConfigError(f"model.path = {folder}: {tensor.file}: {name} is of type {tensor.dtype}; expected "
+                              f"{', '.join(FLOATS)}. Quantised weights cannot be merged: take the original checkpoint.")
+
+
+def _counted(folder: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Refuse weights whose layers or vocabulary are not those of config.json."""
+    where, again = f"model.path = {folder}", "config.json and the weights belong to different models; copy both again."
+    found = {int(at[1]) for name in tensors if (at := LAYER.search(name))}
+    n = about.get("num_hidden_layers") or about.get("n_layer")
+    if n and found and found != {*range(n)}:
+        odd = sorted(found ^ {*range(n)})[0]
+        what = "lack" if odd < n else "hold, beyond what config.json counts,"
+        layers = FAMILIES[about["model_type"]].layer_list
+        raise CheckpointError(f"the weights in {folder} {what} {layers}.{odd}. (num_hidden_layers = {n}). {again}")
+    head, embedding = (next((t for k, t in tensors.items() if k.endswith(names)), None)
+                       for names in (("lm_head.weight", "embed_out.weight"), EMBEDDINGS))
+    vocab = about.get("vocab_size")
+    if vocab and embedding and embedding.shape[0] != vocab:
+        raise CheckpointError(f"{where}: {embedding.file}: the embedding is of shape {list(embedding.shape)}; expected "
+                              f"vocab_size = {vocab} rows. {again}")
+    if about.get("tie_word_embeddings") and head and embedding and not _equal(folder, tensors):
+        raise ConfigError(f"{where}: config.json has tie_word_embeddings = True, but {head.file} holds an lm_head of "
+                          "its own. Set tie_word_embeddings to false in config.json, or delete lm_head.weight.")
+
+
+def _equal(folder: Path, tensors: dict[str, Tensor]) -> bool:
+    """Whether head and embedding hold the same bytes."""
+    pair = [next(k for k in tensors if k.endswith(names)) for names in (("lm_head.weight", "embed_out.weight"),
+                                                                         EMBEDDINGS)]
+    if tensors[pair[0]][:2] != tensors[pair[1]][:2]:
+        return False
+    parts = [_bytes(folder / tensors[name].file, name) for name in pair]
+    return all(a == b for a, b in zip(*parts, strict=True))
+
+
+def _bytes(path: Path, name: str) -> Iterator[bytes]:
+    """The bytes of one tensor, a megabyte at a time."""
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        start, stop = json.loads(f.read(length))[name]["data_offsets"]
+        f.seek(8 + length + start)
+        for at in range(start, stop, 1 << 20):
+            yield f.read(min(1 << 20, stop - at))
+
+
+def check_header(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a weight file; refuses one that is not whole.
 
     Raises:
         ConfigError: not safetensors, or cut off; says what it may be.
@@ -128,14 +242,17 @@ def check_header(folder: Path, name: str) -> None:
             raise ConfigError(f"{where} is a git-lfs pointer, not weights. Run `git lfs pull` there.")
         header = f.read(length) if length <= min(size, MAX_HEADER) else b""
     try:
-        tensors = [about for key, about in json.loads(header).items() if key != "__metadata__"]
-        ends = max((int(about["data_offsets"][1]) for about in tensors), default=0)
+        about = {key: value for key, value in json.loads(header).items() if key != "__metadata__"}
+        ends = max((int(value["data_offsets"][1]) for value in about.values()), default=0)
+        tensors = {key: Tensor(str(value["dtype"]), tuple(map(int, value["shape"])), name)
+                   for key, value in about.items()}  # fmt: skip
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as cause:
         raise ConfigError(f"{where} has no safetensors header; it is damaged or something else. Download it "
                           "again.") from cause
     if size != 8 + length + ends:
         raise ConfigError(f"{where} has {size} bytes; its header counts {8 + length + ends}. The download was cut off "
                           "or went wrong; download it again.")
+    return tensors
 
 
 def safetensors_only(names: Sequence[str], where: str) -> None:
@@ -145,6 +262,10 @@ def safetensors_only(names: Sequence[str], where: str) -> None:
         ConfigError: pickled weights only, an adapter, GGUF, or no model at all.
     """
     if "adapter_config.json" in names:
+        if WEIGHTS in names or INDEX in names:
+            raise ConfigError(f"{where}: a PEFT adapter (adapter_config.json) beside a whole model, which transformers "
+                              "would load on top. Move adapter_config.json and adapter_model.safetensors elsewhere, or "
+                              "merge the adapter (peft: `merge_and_unload()`, then `save_pretrained`).")
         raise ConfigError(f"{where}: a PEFT adapter, not a whole model. Merge it into its base model first "
                           "(peft: `merge_and_unload()`, then `save_pretrained`).")
     if WEIGHTS in names or INDEX in names:

@@ -1,4 +1,4 @@
-"""The embedded GGUF weights as an ordinary model folder. Imports torch."""
+"""GGUF weights as an ordinary model folder. Imports torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
     Cost: about 20 s and 1.5 GB of memory.
     """
-    log.warning("preparing SmolLM2-135M once (about 20 s; kept in the cache) ...")
+    log.warning("preparing %s once (20 s to a minute; kept in the cache) ...", gguf.stem)
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     about = read.config.to_dict()
     for name in ("quantization_config", "_model_name_or_path", "_name_or_path"):

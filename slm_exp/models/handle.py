@@ -6,13 +6,16 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from slm_exp.core.errors import require
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from slm_exp.models.layouts import LayerLayout
+    from slm_exp.models.layout import LayerLayout
 
 
 @dataclass
@@ -32,6 +35,8 @@ class ModelHandle:
     """Shown beside every number, e.g. that the embedded weights are dequantised."""
     random: bool = False
     """True for made-up weights (`model=tiny`)."""
+    licences: tuple[Path, ...] = ()
+    """Licence and notice files that came with the weights; they go along with what is made of these."""
     lineage: dict[str, Any] = field(default_factory=dict)
     """What was done to the dense model; empty for the dense model itself."""
 
@@ -60,6 +65,16 @@ class ModelHandle:
     @property
     def n_layers(self) -> int:
         return int(self.config.num_hidden_layers)
+
+    def require_room(self, field: str, tokens: int) -> None:
+        """Refuse sequences longer than the model has positions.
+
+        Raises:
+            ConfigError: names the field.
+        """
+        longest = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+        require(longest is None or tokens <= longest, field, tokens,
+                f"at most {longest}, the positions of {self.name} (max_position_embeddings)")
 
     @cached_property
     def n_params(self) -> int:

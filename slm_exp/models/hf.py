@@ -18,7 +18,9 @@ from slm_exp.models.files import (
     SMALL,
     folder_digest,
     has_weights,
+    headers,
     inspect,
+    licence_files,
     safetensors_only,
     short_name,
     unread,
@@ -65,9 +67,10 @@ class HF(ModelSource):
     def sketch(self, cache_dir: Path, device_type: str) -> Sketch:
         folder, name = self._folder(), self.path
         notes: tuple[str, ...] = ()
-        contents = None
+        contents = tensors = None
         if folder is not None:
             inspect(folder)
+            tensors = headers(folder) if has_weights(folder) else None
             name = short_name(folder)
             config: Fields | None = read_config_file(folder)
             if large := unread(folder):
@@ -84,7 +87,7 @@ class HF(ModelSource):
         saved = str((config or {}).get("dtype") or (config or {}).get("torch_dtype") or "float32")
         dtype = saved.removeprefix("torch.") if self.dtype == "auto" else self.dtype
         value = digest({**contents, "dtype": dtype}) if contents else f"{UNKNOWN}{self.path}{self.revision}{dtype}"
-        return sketch_of(name, value, config, dtype, device_type, notes=notes)
+        return sketch_of(name, value, config, dtype, device_type, notes=notes, tensors=tensors)
 
     def weights_bytes(self) -> int | None:
         """As stored, twice that where half-precision weights may be widened to float32."""
@@ -121,7 +124,8 @@ class HF(ModelSource):
 
         return ModelHandle(name=name, config=config, layout=layout, digest=digest({**contents, "dtype": dtype}),
                            device=device, load_model=load,
-                           load_tokenizer=lambda: loading.read_tokenizer(folder, self.trust_remote_code))
+                           load_tokenizer=lambda: loading.read_tokenizer(folder, self.trust_remote_code),
+                           licences=licence_files(folder))
 
     def _folder(self) -> Path | None:
         folder = Path(self.path).expanduser()

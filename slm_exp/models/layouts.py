@@ -1,93 +1,30 @@
-"""What a decoder layer is made of, per model family. Families are data; an unknown one is refused by name."""
+"""The layouts of all families: one file each in models/families. What is not understood is refused by name."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slm_exp.core.errors import ArchitectureError, did_you_mean
+from slm_exp.models import families
 from slm_exp.models.layerwise import PREFIX, has_own_code
+from slm_exp.models.layout import COMMON, LayerLayout
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 
-@dataclass(frozen=True)
-class LayerLayout:
-    """Names inside one family's model. Dotted names are relative to the causal LM or, below, to a layer."""
-
-    family: str
-    decoder: str = "model"
-    """The decoder without its head."""
-    layer_list: str = "model.layers"
-    final_norm: str = "model.norm"
-    q: str = "self_attn.q_proj"
-    k: str = "self_attn.k_proj"
-    v: str = "self_attn.v_proj"
-    o: str = "self_attn.o_proj"
-    mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    mlp_out: str = "mlp.down_proj"
-    attention_per_layer: bool = False
-    """Whether config.layer_types decides each layer's attention; else the whole model has one kind."""
-    per_layer_config: tuple[str, ...] = ("layer_types", "mlp_layer_types", "layer_widths")
-    """Config lists with one entry per layer."""
-    layer_counts: tuple[str, ...] = ("num_hidden_layers",)
-    """Config fields that equal the number of layers."""
-    layer_bounds: tuple[str, ...] = ("max_window_layers",)
-    """Config fields that split the stack: how many of the lower layers have some property."""
-
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """The matrices that merge rules combine; `.weight` of each."""
-        return (self.q, self.k, self.v, self.o, *self.mlp_in, self.mlp_out)
-
-    @property
-    def sublayers(self) -> dict[str, tuple[str, ...]]:
-        """The matrices of each sublayer."""
-        return {"attention": (self.q, self.k, self.v, self.o), "mlp": (*self.mlp_in, self.mlp_out)}
-
-    @property
-    def outputs(self) -> dict[str, tuple[str, ...]]:
-        """What writes each sublayer's output into the residual stream: with these at zero, it does nothing."""
-        return {"attention": (self.o,), "mlp": (self.mlp_out,)}
-
-    def layers(self, model: PreTrainedModel) -> torch.nn.ModuleList:
-        """The decoder layers, bottom to top."""
-        return model.get_submodule(self.layer_list)  # type: ignore[return-value]
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Refuse a model whose layers hold a tensor this layout does not account for. Shapes suffice: meta tensors do.
-
-        Everything in a layer must be one of `projections` or a vector (a norm gain or a bias), and all layers alike,
-        unless the config gives widths per layer (see width/layerwise.py).
-
-        Raises:
-            ArchitectureError: names the layer and the tensor.
-        """
-        shapes = [{name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in self.layers(model)]
-        matrices = {f"{name}.weight" for name in self.projections}
-        for i, has in enumerate(shapes):
-            where = f"{type(model).__name__} layer {i}"
-            for name in sorted(matrices - set(has)):
-                raise ArchitectureError(f"{where} has no {name}, which the {self.family} layout expects.")
-            for name, shape in has.items():
-                if name not in matrices and len(shape) > 1:
-                    raise ArchitectureError(f"{where} has {name} of shape {list(shape)}, unknown to the {self.family} "
-                                            "layout. See CONTRIBUTING, 'A new model family'.")
-            if has != shapes[0] and not has_own_code(model.config):
-                name = min(n for n in {*has, *shapes[0]} if has.get(n) != shapes[0].get(n))
-                raise ArchitectureError(f"{where}: {name} has shape {has.get(name)}, in layer 0 "
-                                        f"{shapes[0].get(name)}; only layers of one shape can be merged.")
+def _families() -> dict[str, LayerLayout]:
+    """Every LAYOUT in models/families, by its model_type. A new file there joins by lying there."""
+    names = sorted(found.name for found in pkgutil.iter_modules(families.__path__))
+    layouts = [importlib.import_module(f"{families.__name__}.{name}").LAYOUT for name in names]
+    return {layout.family: layout for layout in layouts}
 
 
-FAMILIES = {
-    "llama": LayerLayout("llama"),
-    "mistral": LayerLayout("mistral"),
-    "qwen2": LayerLayout("qwen2", attention_per_layer=True),
-    "qwen3": LayerLayout("qwen3", attention_per_layer=True),
-}
+FAMILIES = _families()
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 NOT_PER_LAYER = ("architectures", "eos_token_id", "bad_words_ids")  # lists whose length says nothing about layers
 
@@ -105,13 +42,20 @@ def layout_for(config: PretrainedConfig) -> LayerLayout:
         raise ArchitectureError(f"model_type = {family!r} is an encoder-decoder; only decoder-only models will do.")
     if family not in FAMILIES:
         raise ArchitectureError(f"model_type = {family!r} is not understood; known: {', '.join(sorted(FAMILIES))}. "
-                                f"{did_you_mean(family, FAMILIES)} See CONTRIBUTING, 'A new model family'.")
+                                f"{_meant(family)}See CONTRIBUTING, 'A new model family'.")
     layout = FAMILIES[family]
     for refused in _REFUSALS:
         reason = refused(config, layout)
         if reason:
             raise ArchitectureError(f"{type(config).__name__}: {reason}")
     return layout
+
+
+def _meant(family: str) -> str:
+    """A suggestion where the name is nobody's; a family that transformers knows was meant as it stands."""
+    from transformers import CONFIG_MAPPING
+
+    return "" if family in CONFIG_MAPPING else f"{did_you_mean(family, FAMILIES)} "
 
 
 def _widths(config: PretrainedConfig, layout: LayerLayout) -> str | None:
@@ -131,7 +75,7 @@ def _quantised(config: PretrainedConfig, layout: LayerLayout) -> str | None:
 
 def _not_causal(config: PretrainedConfig, layout: LayerLayout) -> str | None:
     names = getattr(config, "architectures", None) or []
-    if names and not any(name.endswith("ForCausalLM") for name in names):
+    if names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return f"architectures = {names}: not a causal language model (its weights would lack the output head)."
     return None
 
@@ -168,10 +112,31 @@ def _attention_kinds(config: PretrainedConfig, layout: LayerLayout) -> str | Non
     return None
 
 
-def _rope_per_layer(config: PretrainedConfig, layout: LayerLayout) -> str | None:
+def _rope_per_kind(config: PretrainedConfig, layout: LayerLayout) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [key for key, value in dict(rope).items() if isinstance(value, dict)]
-    return f"rope_parameters differ by layer type ({', '.join(kinds)}); not understood." if kinds else None
+    if not kinds or (layout.attention_per_layer and "rope_parameters" in layout.fields):
+        return None
+    return f"rope_parameters differ by layer type ({', '.join(kinds)}), but {layout.family} has one rotary table."
+
+
+def _unknown_fields(config: PretrainedConfig, layout: LayerLayout) -> str | None:
+    for name, allowed in layout.fixed.items():
+        value = getattr(config, name, allowed[0])
+        if value not in allowed:
+            return (f"{name} = {value!r} is not understood by the {layout.family} layout; expected "
+                    f"{' or '.join(map(repr, allowed))}.")
+    if layout.same_size and getattr(config, layout.same_size) != config.hidden_size:
+        return (f"{layout.same_size} = {getattr(config, layout.same_size)} projects states outside the decoder layers; "
+                f"expected hidden_size = {config.hidden_size}.")
+    for field in dataclasses.fields(type(config)):  # type: ignore[arg-type]
+        if field.name in COMMON or field.name in (*layout.fields, *layout.fixed, *layout.per_layer_config,
+                                                  *layout.layer_bounds, layout.same_size):
+            continue
+        value = getattr(config, field.name, field.default)
+        if value != field.default and field.default is not dataclasses.MISSING:
+            return f"{field.name} = {value!r} is unknown to the {layout.family} layout, which would ignore it."
+    return None
 
 
 _REFUSALS: tuple[Callable[[PretrainedConfig, LayerLayout], str | None], ...] = (
@@ -181,5 +146,6 @@ _REFUSALS: tuple[Callable[[PretrainedConfig, LayerLayout], str | None], ...] = (
     _heterogeneous,
     _unknown_lists,
     _attention_kinds,
-    _rope_per_layer,
+    _rope_per_kind,
+    _unknown_fields,
 )

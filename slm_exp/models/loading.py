@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,17 @@ from transformers import (
 
 from slm_exp.core.errors import ArchitectureError, CheckpointError, ConfigError, SlmError
 from slm_exp.models.config_file import read_config_file
-from slm_exp.models.files import TOKENIZER
+from slm_exp.models.files import TOKENIZER, has_weights, headers
 from slm_exp.models.handle import empty_model
 from slm_exp.models.layerwise import PREFIX, layerwise_classes
-from slm_exp.models.layouts import LayerLayout, layout_for
+from slm_exp.models.layout import LayerLayout
+from slm_exp.models.layouts import layout_for
+
+log = logging.getLogger(__name__)
+
+LEFT_BEHIND: dict[str, Any] = {"return_dict": True, "output_attentions": False, "output_hidden_states": False,
+                               "attn_implementation": "eager"}  # fmt: skip
+"""What a session may have left in config.json of how it ran the model, and what is taken instead."""
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -31,16 +40,23 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
         ArchitectureError: transformers does not know the model type.
         ConfigError: the file is missing or cannot be read.
     """
-    kind = read_config_file(folder).get("model_type")
+    about = read_config_file(folder)
+    kind = about.get("model_type")
+    left = {name: value for name, value in LEFT_BEHIND.items() if name in about}
     if str(kind).startswith(PREFIX):
         layerwise_classes()  # this package's own: nothing in the folder is run
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **left)
     except Exception as cause:
         reason = _first_line(cause)
         if kind not in CONFIG_MAPPING:
             raise ArchitectureError(f"model_type = {kind!r} is not known to transformers ({reason}).") from cause
         raise ConfigError(f"model.path = {folder}: config.json of type {kind!r} is refused ({reason}).") from cause
+    if "attn_implementation" in left:
+        log.warning("config.json has attn_implementation = %s; the family's default is used.",
+                    about["attn_implementation"])
+        config._attn_implementation = None
+    return config
 
 
 def read_model_config(folder: Path, trust_remote_code: bool = False) -> tuple[PretrainedConfig, LayerLayout]:
@@ -53,13 +69,35 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> tuple[Pr
     config = read_config(folder, trust_remote_code)
     try:
         layout = layout_for(config)
-        layout.check(empty_model(config))
+        model = empty_model(config)
+        layout.check(model)
+        if has_weights(folder):
+            _check_shapes(folder, model)
     except SlmError:
         raise
     except Exception as cause:
         reason = f"{type(cause).__name__}: {_first_line(cause)}"
         raise ConfigError(f"model.path = {folder}: no model can be built by config.json ({reason}).") from cause
     return config, layout
+
+
+def _check_shapes(folder: Path, model: PreTrainedModel) -> None:
+    """Refuse weights whose headers have another shape than the model for a tensor of the same name.
+
+    Raises:
+        CheckpointError: names tensors and shapes.
+    """
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    odd = [f"{name} {tensor.shape} for {wanted[name]}" for name, tensor in headers(folder).items()
+           if name in wanted and tensor.shape != wanted[name]]  # fmt: skip
+    if odd:
+        raise _misfit(folder, "have other shapes than config.json says:", odd)
+
+
+def _misfit(folder: Path, problem: str, keys: Collection[str]) -> CheckpointError:
+    first = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return CheckpointError(f"the weights in {folder} {problem} {first}. "
+                           "config.json and the weights belong to different models; copy both again.")
 
 
 def _first_line(error: Exception) -> str:
@@ -121,9 +159,7 @@ def load_weights(
         ("hold, beyond what config.json counts,", extra_layers),
     ):
         if keys:
-            first = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise CheckpointError(f"the weights in {folder} {problem} {first}. "
-                                  "config.json and the weights belong to different models; copy both again.")
+            raise _misfit(folder, problem, keys)
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ConfigError(f"model.device_map = {device_map}: the model does not fit the visible devices, and weights "
                           "put off to disk cannot be merged. Use more devices or a smaller model.dtype.")

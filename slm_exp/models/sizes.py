@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slm_exp.core.errors import ConfigError
+from slm_exp.models.files import BUFFERS, LAYER, Tensor
 from slm_exp.models.layouts import FAMILIES
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -64,6 +65,43 @@ class Sizes:
         return self.head_flops(1) + self.n_layers * self.block_flops(1, seq_len)
 
 
+ARITHMETIC = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+"""Families whose sizes follow from a config by `sizes_of`; the others' are read from the headers of their weights."""
+
+
+def named(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json, GPT-2's and OPT's under the names that other families use too."""
+    other = {"num_hidden_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head",
+             "intermediate_size": "ffn_dim"}
+    return {**{name: about[own] for name, own in other.items() if about.get(own) is not None}, **about}
+
+
+def sizes_in(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sizes:
+    """Sizes of any family from the headers of its weights.
+
+    Args:
+        tensors: by name, see `models.files.headers`.
+    Raises:
+        ConfigError: a field that is missing; names it.
+    """
+    about = named(config)
+    own = {name: t for name, t in tensors.items() if not name.endswith(BUFFERS)}
+    if about.get("tie_word_embeddings", config.get("model_type") in ("gpt2", "opt")):
+        own = {name: t for name, t in own.items() if not name.endswith("lm_head.weight")}
+    layers = {name: t for name, t in own.items() if LAYER.search(name)}
+    try:
+        n, d, v = (int(about[name]) for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
+        heads = int(about["num_attention_heads"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"a config of type {about.get('model_type')} lacks {error}.") from None
+    experts = about.get("num_local_experts") or about.get("num_experts") or 1
+    routed = float(about.get("num_experts_per_tok") or 1) / experts
+    matrices = sum(t.size * (routed if ".experts." in name else 1) for name, t in layers.items() if len(t.shape) > 1)
+    layer = sum(t.size for t in layers.values()) // max(1, n)
+    return Sizes(n, d, v, layer, sum(t.size for t in own.values()), int(matrices / max(1, n)),
+                 heads * int(about.get("head_dim") or d // heads), int(about.get("intermediate_size") or 4 * d))
+
+
 def sizes_of(config: Any) -> Sizes:
     """Sizes from a config's fields: a mapping (config.json) or an object.
 
@@ -74,6 +112,8 @@ def sizes_of(config: Any) -> Sizes:
     family = about.get("model_type")
     if family not in FAMILIES:
         raise ConfigError(f"model_type = {family}; expected one of {', '.join(FAMILIES)}.")
+    if family not in ARITHMETIC:
+        raise ConfigError(f"model_type = {family}: size unknown without the headers of its weights.")
     try:
         d, f, heads = (int(about[n]) for n in ("hidden_size", "intermediate_size", "num_attention_heads"))
         n, v = int(about["num_hidden_layers"]), int(about["vocab_size"])
@@ -88,10 +128,12 @@ def sizes_of(config: Any) -> Sizes:
         vectors += q + 2 * k
     elif about.get("attention_bias"):
         vectors += q + 2 * k + d
-    if family == "qwen3":
+    if family == "gemma3_text":
+        vectors += 2 * d  # four norms
+    if family in ("qwen3", "gemma3_text"):
         vectors += 2 * head
     if family == "llama" and about.get("mlp_bias"):
         vectors += 2 * f + d
     layer = matrices + vectors
-    total = n * layer + d + v * d * (1 if about.get("tie_word_embeddings") else 2)
+    total = n * layer + d + v * d * (1 if about.get("tie_word_embeddings", family == "gemma3_text") else 2)
     return Sizes(n, d, v, layer, total, matrices, q, f)

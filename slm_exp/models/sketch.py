@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from slm_exp.core.errors import ConfigError
+from slm_exp.models.files import Tensor
 from slm_exp.models.handle import ModelHandle
 from slm_exp.models.layouts import FAMILIES
-from slm_exp.models.sizes import BYTES, Sizes, sizes_of
+from slm_exp.models.sizes import BYTES, Sizes, named, sizes_in, sizes_of
 
 UNKNOWN = "?"
 """A digest that is not known here begins with it; what follows keeps unknown things apart."""
@@ -44,17 +45,18 @@ def unknown(name: str) -> Sketch:
 
 def sketch_of(
     name: str, value: str, config: Mapping[str, Any] | None, dtype: str, device_type: str, random: bool = False,
-    notes: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (), tensors: Mapping[str, Tensor] | None = None,
 ) -> Sketch:  # fmt: skip
     """A sketch by the fields of config.json; None where there is none.
 
     Args:
         value: the model's digest, or one that begins with UNKNOWN.
+        tensors: of its weights, where their headers have been read.
     """
     sizes = None
     if config is not None:
         try:
-            sizes = sizes_of(config)
+            sizes = sizes_in(config, tensors) if tensors else sizes_of(config)
         except ConfigError as error:
             notes = (*notes, f"{name}: its size is not known here: {error}")
     if sizes is None or config is None:
@@ -63,7 +65,7 @@ def sketch_of(
     def refuse() -> Any:
         raise AssertionError("a sketch has no weights")
 
-    handle = ModelHandle(name, SimpleNamespace(**config), FAMILIES[str(config["model_type"])], value,  # type: ignore[arg-type]
+    handle = ModelHandle(name, SimpleNamespace(**named(config)), FAMILIES[str(config["model_type"])], value,  # type: ignore[arg-type]
                          SimpleNamespace(type=device_type), refuse, refuse, random=random)  # type: ignore[arg-type]
     handle.__dict__ |= {"n_params": sizes.total, "layer_params": sizes.layer}  # cached properties: no empty model
     return Sketch(name, value, sizes, handle, dtype, random, notes)

@@ -28,7 +28,7 @@ class Tiny(ModelSource):
     """A random model; equal fields give bit-equal weights. Its numbers mean nothing."""
 
     family: str = "llama"
-    """llama, mistral, qwen2 or qwen3."""
+    """A file's name in models/families: llama, mistral, qwen2, qwen3, gemma2, phi3, mixtral, gpt2, ..."""
     layers: int = 8
     hidden: int = 32
     heads: int = 4
@@ -38,7 +38,8 @@ class Tiny(ModelSource):
     tied: bool = True
     """Input and output embeddings are one tensor."""
     sliding_window: int | None = None
-    """Tokens of a local attention window: in every layer (mistral) or the upper half (qwen2, qwen3)."""
+    """Tokens of a local attention window: in every layer, in the layers that the family's pattern says, or (qwen) the
+    upper half."""
     seed: int = 0
 
     def check(self) -> None:
@@ -54,8 +55,10 @@ class Tiny(ModelSource):
                 "Lower model.layers, model.hidden or model.vocab.")
         require(0 <= self.seed < 2**63, "model.seed", self.seed, "a whole number from 0 to 2^63 - 1")
         require(self.vocab >= N_BYTES + len(SPECIALS), "model.vocab", self.vocab, "a whole number >= 258")
-        require(self.sliding_window is None or (self.family != "llama" and self.sliding_window >= 1),
-                "model.sliding_window", self.sliding_window, "null, or a number >= 1 with a family other than llama")
+        windowed = bool(FAMILIES[self.family].window)
+        require(self.sliding_window is None or (windowed and self.sliding_window >= 1),
+                "model.sliding_window", self.sliding_window, "null, or a number >= 1 with a family other than llama",
+                "" if windowed else f"{self.family} has no local attention.")
         require(not self.path, "model.path", self.path, "nothing: model=tiny is made in memory",
                 "For a model on disk use model=hf.")
 
@@ -95,9 +98,10 @@ class Tiny(ModelSource):
         from transformers import AutoConfig
 
         window: Fields = {}
-        if self.family == "mistral":
+        kind = FAMILIES[self.family].window
+        if kind == "whole" and (self.sliding_window is not None or self.family == "mistral"):
             window = {"sliding_window": self.sliding_window}
-        elif self.family != "llama":
+        elif kind == "upper":
             window = {
                 "use_sliding_window": self.sliding_window is not None,
                 "sliding_window": self.sliding_window,
@@ -113,7 +117,7 @@ class Tiny(ModelSource):
             "model_type": self.family, "vocab_size": self.vocab, "hidden_size": self.hidden,
             "intermediate_size": 2 * self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "head_dim": self.hidden // self.heads,
-            "tie_word_embeddings": self.tied,
+            "tie_word_embeddings": self.tied, **FAMILIES[self.family].tiny,
         }  # fmt: skip
 
 
@@ -129,14 +133,14 @@ def random_weights(model: PreTrainedModel, seed: int) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            if name.endswith("norm.weight"):
+            if p.ndim == 1 and name.endswith(".weight"):  # a norm's gain
                 p.copy_(1 + 0.2 * noise)
             elif p.ndim == 1:
                 p.copy_(0.1 * noise)
-            elif "embed" in name:
+            elif "embed" in name or ".wte." in name or ".wpe." in name:
                 p.copy_(noise)
             else:
-                p.copy_(noise * (0.8 / p.shape[1] ** 0.5))
+                p.copy_(noise * (0.8 / p.shape[-1] ** 0.5))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:

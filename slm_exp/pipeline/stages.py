@@ -182,6 +182,7 @@ def _load(x: Experiment) -> ModelHandle:
 
 def check_model(cfg: RunConfig, dense: ModelHandle) -> None:
     """Refuse what this model cannot do, before weights load. Raises ConfigError or DataError, which name the field."""
+    dense.require_room(f"calibration.{'path' if cfg.calibration.reads_ids else 'seq_len'}", cfg.calibration.shape().t)
     cfg.width.check_model(dense, cfg.method)
     cfg.width.check_depth(cfg.method, dense)
     cfg.evaluation.check_data(dense.random)

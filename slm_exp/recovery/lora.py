@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from slm_exp.core.errors import require
+from slm_exp.core.files import read_json, write_json
 from slm_exp.core.registry import register
 from slm_exp.core.runtime import rank
 from slm_exp.models.sizes import Sizes
@@ -23,7 +24,8 @@ class Lora(Trained):
     """LoRA as Shortened-LLaMA and SLM retrain: rank 8 on q, k, v, o, gate, up, down, on alpaca-cleaned.
 
     The adapter is saved in `lora/` of the folder of the run that trains it (for peft, on the compressed model without
-    recovery) and merged in float32; the merged weights take the model's dtype. Prompts are not trained on.
+    recovery) and merged in float32; the merged weights take the model's dtype. Prompts are not trained on. Which
+    projections there are is the family's; routed experts stay as they are.
 
     Source: lora_retrain.py of github.com/Nota-NetsPresso/shortened-llm with the settings of its scripts. Differences:
     the rows held out are sampled by the run's seed; examples whose answer was cut away are left out and counted.
@@ -53,10 +55,11 @@ class Lora(Trained):
     def student(self, task: RecoveryTask) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        names = [name.rpartition(".")[2] for name in task.handle.layout.projections]
+        layout = task.handle.layout
+        names = [name.rpartition(".")[2] for name in layout.projections]
         config = LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, bias="none",  # type: ignore[arg-type]
                             target_modules=names, exclude_modules=zeroed_modules(task.handle, task.plan) or None,
-                            task_type="CAUSAL_LM")
+                            fan_in_fan_out=layout.transposed, task_type="CAUSAL_LM")
         model = get_peft_model(copy_with(task.handle.model, {}), config)
         if self.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -68,10 +71,15 @@ class Lora(Trained):
         peft, merged = cast(Any, model), {}
         if rank() == 0:
             peft.save_pretrained(task.folder / "lora")
+            about = task.folder / "lora" / "adapter_config.json"
+            # it fits the compressed model alone, which has no place yet; peft would load it on the dense one
+            write_json(about, {**read_json(about), "base_model_name_or_path": None})
         for name, module in peft.get_base_model().named_modules():
             if hasattr(module, "lora_A"):
                 weight = module.get_base_layer().weight
                 with torch.no_grad():
                     a, b = (getattr(module, part)["default"].weight.float() for part in ("lora_A", "lora_B"))
-                    merged[f"{name}.weight"] = (weight.float() + module.scaling["default"] * (b @ a)).to(weight.dtype)
+                    change = module.scaling["default"] * (b @ a)
+                    change = change.T if task.handle.layout.transposed else change
+                    merged[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
         return merged

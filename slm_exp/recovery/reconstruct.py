@@ -8,7 +8,7 @@ from typing import Any
 
 from slm_exp.calibration.fit import FitSource
 from slm_exp.core.cost import Work
-from slm_exp.core.errors import DataError, require, require_one_of
+from slm_exp.core.errors import ConfigError, DataError, require, require_one_of
 from slm_exp.core.registry import register
 from slm_exp.core.together import Together
 from slm_exp.core.types import CalibrationTokens
@@ -76,6 +76,9 @@ class Reconstruct(Recovery):
         return needs_dense_stream(others)
 
     def check_data(self, dense: ModelHandle) -> None:
+        if dense.layout.no_refit:
+            raise ConfigError(f"recovery=reconstruct: {dense.layout.family} layers cannot be refitted by regression: "
+                              f"{dense.layout.no_refit}. Take recovery=lora or another trained recovery.")
         self._source().check(dense)
 
     def cost(self, sizes: Sizes, layers: float) -> tuple[Work, list[str]]:

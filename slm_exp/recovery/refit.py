@@ -106,9 +106,9 @@ class _Refit:
         """One layer's new parameters by name inside it, and how the error fell."""
         removed = {s.kind for s in self.task.plan.sublayers if s.layer == slot.start}
         kinds = ("mlp", "attention") if self.settings.attention else ("mlp",)
-        modules = [m for kind in kinds if kind not in removed for m in self.layout.outputs[kind]]
-        if not modules:  # of this layer only the attention is left
-            modules = [*self.layout.outputs["attention"]]
+        modules = [m for kind in kinds if kind not in removed for m in self.layout.fitted[kind]]
+        if not modules:  # only the attention is left, or the MLP is a mixture of experts
+            modules = [*self.layout.fitted["attention"]]
         weights: dict[str, Tensor] = {}
         kept, lowest = weights, math.inf
         errors: list[float] = []

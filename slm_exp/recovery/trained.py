@@ -123,6 +123,7 @@ class Trained(Recovery):
     def check_data(self, dense: ModelHandle) -> None:
         if dense.tokenizer is None:
             raise DataError(f"recovery={self.name} reads text, and {dense.name} has no tokenizer.")
+        dense.require_room("recovery.seq_len", self.seq_len)
         read_rows(self.data, self.path, dense)
 
     def trains(self) -> bool:

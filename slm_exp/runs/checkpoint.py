@@ -26,11 +26,12 @@ from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.core.widths import WidthDecision
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.layerwise import has_own_code
-from slm_exp.models.saving import save_tokenizer
+from slm_exp.models.saving import for_older_readers, save_tokenizer
 from slm_exp.runs.reload import Json, tensor_digests
 from slm_exp.runs.schema import Record
 from slm_exp.runs.state import remove_stale
 
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 ROWS, LENGTH = 2, 32  # tokens whose logits are compared
 CARD = """\
 ---
@@ -87,6 +88,9 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
             model.save_pretrained(tmp, max_shard_size=max_shard_size)
         if not has_own_code(compressed.config):
             _name_no_code(tmp / "config.json")
+        for_older_readers(tmp / "config.json")
+        for path in compressed.licences:
+            shutil.copy(path, tmp / path.name)
         if compressed.tokenizer is not None:
             save_tokenizer(compressed.tokenizer, tmp)
         plan.save(tmp)
@@ -185,15 +189,18 @@ def _savable(generation: GenerationConfig | None) -> Iterator[None]:
     if generation is None:
         yield
         return
-    before = generation.do_sample
+    before = {name: getattr(generation, name) for name in ("do_sample", *SAMPLING)}
     try:
         try:
             generation.validate(strict=True)
         except ValueError:
-            generation.do_sample = True
+            for name in SAMPLING if before["do_sample"] is False else ():  # greedy: it never read them
+                setattr(generation, name, None)
+            generation.do_sample = before["do_sample"] is not False
         yield
     finally:
-        generation.do_sample = before
+        for name, value in before.items():
+            setattr(generation, name, value)
 
 
 def _flush(folder: Path) -> None:

@@ -38,10 +38,9 @@ def flops_per_token(handle: ModelHandle, n_layers: int, seq_len: int) -> float:
     sequence on average) for attention. Norms and activations, well under 1 %, are left out."""
     model = empty_model(handle.config)
     layer = handle.layout.layers(model)[0]
-    weights = {name: layer.get_parameter(f"{name}.weight") for name in handle.layout.projections}
     head: Any = model.get_output_embeddings()
-    attention = 4 * weights[handle.layout.q].shape[0] * (seq_len + 1) / 2
-    return 2 * head.weight.numel() + n_layers * (2 * sum(w.numel() for w in weights.values()) + attention)
+    attention = 4 * handle.layout.attention_width(layer) * (seq_len + 1) / 2
+    return 2 * head.weight.numel() + n_layers * (2 * handle.layout.work(layer, handle.config) + attention)
 
 
 def latencies(models: Mapping[int, ModelHandle], seq_len: int) -> dict[int, float]:

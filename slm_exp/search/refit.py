@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch import Tensor
 from slm_exp.calibration.fit import shared_sequences
 from slm_exp.core.errors import DataError
 from slm_exp.core.types import CalibrationTokens
-from slm_exp.engine.ridge import changed, held_out, moments, ridge_step
+from slm_exp.engine.ridge import changed, held_out, inputs_of, moments, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.search.inputs import SearchInputs
 
@@ -102,7 +101,8 @@ class Refits:
     def _refit(self, slot: Slot, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert slot.refit is not None
         (start, end), states, handle = slot.refit, self._states, self.task.handle
-        (module,) = handle.layout.outputs["attention" if "mlp" in slot.without else "mlp"]
+        kind = "attention" if "mlp" in slot.without else "mlp"
+        (module,) = handle.layout.fitted[kind] or handle.layout.fitted["attention"]
         plain = Slot(slot.host, weights, without=slot.without)
         fit, held = moments(self._runner, plain, module, states[start], states[end], held_out(len(states[0])))
         step = ridge_step(fit, held, RIDGES)
@@ -118,11 +118,12 @@ class Refits:
     def _states(self) -> list[Tensor]:
         """The dense states of the fitting tokens entering layers 0..L-1, and the last one's output."""
         runner = BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32)
-        layer: Any = self.task.handle.layers[0].get_submodule(self.task.handle.layout.mlp_out)
-        if self.tokens.tokens_NT.size < 2 * layer.weight.shape[1]:
+        layout = self.task.handle.layout
+        (module,) = layout.fitted["mlp"] or layout.fitted["attention"]
+        inputs = inputs_of(self.task.handle.layers[0].get_submodule(module))
+        if self.tokens.tokens_NT.size < 2 * inputs:
             log.warning("similarity.after=reconstruct fits %d inputs on %d tokens; several times as many tokens are "
-                        "better (similarity.fit_samples, similarity.fit_seq_len).", layer.weight.shape[1],
-                        self.tokens.tokens_NT.size)
+                        "better (similarity.fit_samples, similarity.fit_seq_len).", inputs, self.tokens.tokens_NT.size)
         states = [runner.embed()]
         for i in range(self.task.handle.n_layers):
             states.append(runner.block(Slot(i), states[-1]))

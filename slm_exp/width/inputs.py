@@ -115,7 +115,7 @@ def layer_importance(handle: ModelHandle, tokens: CalibrationTokens, n_samples: 
             h_NTD = runner.block(Slot(i), h_NTD)
         out = []
         for h_TD, ids_T in zip(runner.finish(h_NTD), ids_NT, strict=True):
-            logits_TV = head(h_TD[:-1]).float()  # type: ignore[operator]
+            logits_TV = handle.layout.logits(handle.config, head(h_TD[:-1])).float()  # type: ignore[operator]
             out.append(cross_entropy(logits_TV, ids_T[1:].to(logits_TV.device)).double())
         return torch.stack(out)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from slm_exp.core.errors import require
 from slm_exp.core.registry import register
 from slm_exp.merging.sizes import LayerScores
-from slm_exp.models.layouts import LayerLayout
+from slm_exp.models.layout import LayerLayout
 from slm_exp.width.base import WidthTask
 from slm_exp.width.pruner import Choose, Pruner, Scored
 

@@ -214,7 +214,14 @@ class Pruner(Width):
         return ratio
 
     def check_model(self, handle: ModelHandle, method: DepthMethod) -> None:
-        slots = MergePlan(handle.n_layers).slots
+        slots, layout = MergePlan(handle.n_layers).slots, handle.layout
+        if layout.no_width:
+            raise ConfigError(f"width = {self.name}: {layout.family} layers are not narrowed: {layout.no_width}. Take "
+                              "width=none and remove or merge layers.")
+        require(self.uniform or layout.layerwise, "width.uniform", self.uniform,
+                f"true with layers of {layout.family}, which have no code for widths of their own")
+        require(self._hidden(handle) == handle.config.hidden_size or layout.layerwise, "width.hidden_size",
+                self._hidden(handle), f"null with {layout.family}, whose constants follow the hidden size")
         if self.ratios is not None:
             require(len(self.ratios) == handle.n_layers, "width.ratios", self.ratios,
                     f"{handle.n_layers} shares, one per layer of {handle.name}")

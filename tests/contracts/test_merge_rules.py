@@ -74,7 +74,7 @@ def test_projections_are_combined_and_the_rest_is_one_layers(name: str, family: 
     merged = rule.merge(handle.layout, layers)
     assert merged.host == (2 if rule.attention_from == "top" else 0)
     host, low = dict(layers[merged.host].named_parameters()), dict(layers[0].named_parameters())
-    projections = {f"{p}.weight" for p in handle.layout.projections}
+    projections = set(handle.layout.matrices)
     assert projections < set(host)
     for n, own in host.items():
         got = merged.weights.get(n, own)

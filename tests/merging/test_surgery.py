@@ -46,7 +46,7 @@ def test_projections_are_combined_and_the_rest_is_the_lowest_layers(make_tiny, f
     dense, rule = make_tiny(family), RULES[name]()
     merged = apply_plan(dense, plan(name), rule).layers[3]  # of 4, 5, 6
     sources = dense.layers[4:7]
-    matrices = {f"{p}.weight" for p in dense.layout.projections}
+    matrices = set(dense.layout.matrices)
     vectors = sources[2] if rule.whole_layer else sources[0]
     for at, tensor in merged.named_parameters():
         wanted = rule.combine([s.get_parameter(at) for s in sources]) if at in matrices else vectors.get_parameter(at)
@@ -105,7 +105,7 @@ def test_counts_without_weights_are_right(make_tiny, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generates_with_the_cache_as_without(make_tiny, family, ids):
-    window = None if family == "llama" else 8
+    window = 8 if FAMILIES[family].window else None
     short = apply_plan(make_tiny(family, sliding_window=window), plan("mean", dropped=(3,)), RULES["mean"]())
     with_cache, without = (
         short.model.generate(
@@ -123,7 +123,7 @@ def test_the_search_saw_this_model(make_tiny, family, name, tokens):
     """The states the search scores a plan by, from overridden weights, are those of the model surgery makes."""
     from slm_exp.engine.runner import BlockRunner, Slot
 
-    dense, rule = make_tiny(family, sliding_window=None if family == "llama" else 8), RULES[name]()
+    dense, rule = make_tiny(family, sliding_window=8 if FAMILIES[family].window else None), RULES[name]()
     short = apply_plan(dense, plan(name, dropped=(7,)), rule)
     runner = BlockRunner(dense, tokens.tokens_NT)
     h = runner.embed()
@@ -135,7 +135,7 @@ def test_the_search_saw_this_model(make_tiny, family, name, tokens):
             slot = Slot(start + merged.host, merged.weights)
         h = runner.block(slot, h)
     with torch.no_grad():
-        ours = short.model.model(torch.as_tensor(tokens.tokens_NT).long(), use_cache=False).last_hidden_state
+        ours = short.model.get_decoder()(torch.as_tensor(tokens.tokens_NT).long(), use_cache=False).last_hidden_state
     torch.testing.assert_close(runner.finish(h), ours, rtol=0, atol=2e-5)
 
 

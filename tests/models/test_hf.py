@@ -140,7 +140,7 @@ def test_other_weights_are_refused(mine, file, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type = 'gpt2' is not understood; known: llama"),
+        ({"model_type": "bloom"}, r"model_type = 'bloom' is not understood; known: arcee"),
         ({"model_type": "nonesuch"}, r"model_type = 'nonesuch' is not known to transformers"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantization_config \(awq\)"),
         ({"skip_me": [1, 2, 3]}, r"skip_me = \[1, 2, 3\] has one entry per layer"),

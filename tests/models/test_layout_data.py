@@ -21,8 +21,14 @@ def config(family: str = "llama", **fields):
 @pytest.mark.parametrize(
     ("refused", "message"),
     [
-        (AutoConfig.for_model("gpt2"), r"model_type = 'gpt2' is not understood; known: llama, mistral, qwen2, qwen3"),
-        (AutoConfig.for_model("qwen2_moe"), r"'qwen2_moe' is not understood.*Did you mean qwen2"),
+        (AutoConfig.for_model("bloom"), r"model_type = 'bloom' is not understood; known: arcee, .*, qwen3_moe.* See"),
+        (AutoConfig.for_model("gemma"), r"'gemma' is not understood; known: [a-z0-9_, ]*\. See CONTRIBUTING"),
+        (config("opt", do_layer_norm_before=False), r"do_layer_norm_before = False .*expected True"),
+        (config("opt", word_embed_proj_dim=16), r"word_embed_proj_dim = 16 .*expected hidden_size = 32"),
+        (config("gpt2", scale_attn_by_inverse_layer_idx=True), r"scale_attn_by_inverse_layer_idx = True .*gpt2 layout"),
+        (config("qwen3_moe", mlp_only_layers=[1]), r"mlp_only_layers = \[1\] is not understood by the qwen3_moe"),
+        (config("gemma2", use_bidirectional_attention=True), r"use_bidirectional_attention = True"),
+        (config("cohere", use_qk_norm=True), r"use_qk_norm = True is not understood"),
         (AutoConfig.for_model("t5"), r"'t5' is an encoder-decoder"),
         (config(quantization_config={"quant_method": "gptq", "bits": 4}), r"quantization_config \(gptq\).*original"),
         (config(architectures=["LlamaForSequenceClassification"]), r"architectures = .*not a causal language model"),
@@ -32,7 +38,7 @@ def config(family: str = "llama", **fields):
         (config("qwen3", layer_types=["full_attention", "chunked_attention"] * 2), r"layer_types has 'chunked_attent"),
         (
             config(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
-            r"rope_parameters differ by layer type \(full_attention\)",
+            r"rope_parameters differ by layer type \(full_attention\), but llama has one rotary table",
         ),
     ],
 )
@@ -58,22 +64,28 @@ def test_harmless_extras_pass():
     layout_for(config(eos_token_id=[1, 2, 3, 4], my_note="x", mlp_layer_types=["dense"] * 4))
 
 
+def small(family: str):
+    return empty_model(config(family, pad_token_id=0, **FAMILIES[family].tiny))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_of_a_layer_is_accounted_for(family):
     import torch
 
-    model = empty_model(config(family))
+    model = small(family)
     layout = layout_for(model.config)
     layout.check(model)
-    layout.layers(model)[2].mlp.register_parameter("router", torch.nn.Parameter(torch.empty(4, 32, device="meta")))
-    with pytest.raises(ArchitectureError, match=r"layer 2 has mlp.router of shape \[4, 32\], unknown to the"):
+    layout.layers(model)[2].register_parameter("extra", torch.nn.Parameter(torch.empty(4, 32, device="meta")))
+    with pytest.raises(ArchitectureError, match=r"layer 2 has extra of shape \[4, 32\], unknown to the"):
         layout.check(model)
-    model = empty_model(config(family))
-    del layout.layers(model)[1].self_attn.v_proj
-    with pytest.raises(ArchitectureError, match=r"layer 1 has no self_attn.v_proj.weight"):
-        layout.check(model)
-    model = empty_model(config(family))
-    narrow = torch.nn.Parameter(torch.empty(48, 32, device="meta"))
-    layout.layers(model)[3].mlp.gate_proj.weight = narrow
-    with pytest.raises(ArchitectureError, match=r"layer 3: mlp.gate_proj.weight has shape \(48, 32\), in layer 0 \(64"):
+    for name in layout.matrices:
+        model = small(family)
+        module, _, leaf = name.rpartition(".")
+        delattr(layout.layers(model)[1].get_submodule(module), leaf)
+        with pytest.raises(ArchitectureError, match=rf"layer 1 has no {name}"):
+            layout.check(model)
+    model = small(family)
+    module = layout.layers(model)[3].get_submodule(layout.o)
+    module.weight = torch.nn.Parameter(torch.empty(7, 32, device="meta"))
+    with pytest.raises(ArchitectureError, match=rf"layer 3: {layout.o}.weight has shape \(7, 32\), in layer 0 \(32"):
         layout.check(model)

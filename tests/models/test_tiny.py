@@ -73,7 +73,7 @@ def test_bytes_round_trip_and_survive_saving(tmp_path: Path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"family": "lama"}, r"model.family = lama; expected one of llama, .*Did you mean llama"),
+        ({"family": "lama"}, r"model.family = lama; expected one of arcee, .*Did you mean llama"),
         ({"hidden": 36}, r"model.hidden = 36; expected a multiple of 2 x model.heads = 8"),
         ({"kv_heads": 3}, r"model.kv_heads = 3; expected a divisor of model.heads = 4"),
         ({"vocab": 100}, r"model.vocab = 100; expected a whole number >= 258"),

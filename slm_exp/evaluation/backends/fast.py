@@ -323,8 +323,10 @@ class TreeForward:
     def logits(self, h_PD: Tensor) -> Tensor:
         """[P, D] -> [P, V]."""
         if self.fused and type(self.head) is torch.nn.Linear and not self.head._forward_hooks:
-            return torch.ops.mkldnn._linear_pointwise(h_PD, self.head.weight, self.head.bias, "none", [], "")
-        return self.head(h_PD)  # type: ignore[no-any-return]
+            out_PV = torch.ops.mkldnn._linear_pointwise(h_PD, self.head.weight, self.head.bias, "none", [], "")
+        else:
+            out_PV = self.head(h_PD)
+        return layout_for(self.model.config).logits(self.model.config, out_PV)
 
     def _mask(self, visible_B1TT: Tensor, positions_BT: Tensor) -> Any:
         """What is added to attention scores, 0 or -inf, as the decoder takes it: a mask, or one per attention kind."""

@@ -165,9 +165,8 @@ def generation_flops(handle: ModelHandle, case: Case) -> float:
     pairs = tokens * (tokens + 1) / 2
     total = 2 * case.new * handle.model.get_output_embeddings().weight.numel()  # type: ignore[operator, union-attr]
     for layer in handle.layers:
-        weights = {name: layer.get_submodule(name).weight for name in layout.projections}
-        total += 2 * tokens * sum(w.numel() for w in weights.values())  # type: ignore[operator, union-attr, misc]
-        total += 4 * pairs * weights[layout.q].shape[0]  # type: ignore[index, operator]
+        total += 2 * tokens * layout.work(layer, handle.config)
+        total += 4 * pairs * layout.attention_width(layer)
     return float(case.batch * total)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from slm_exp.core.errors import ArchitectureError
 from slm_exp.core.registry import Component
-from slm_exp.models.layouts import LayerLayout
+from slm_exp.models.layout import LayerLayout
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +26,8 @@ class Merged(NamedTuple):
 
 @dataclass
 class MergeRule(Component, ABC):
-    """Combines projection matrices only; norms and biases stay the lowest layer's unless `whole_layer`."""
+    """Combines projection matrices (and routers and experts); norms and biases stay the lowest layer's unless
+    `whole_layer`."""
 
     attention_from: ClassVar[str] = "low"
     """Which layer's attention type, RoPE kind and per-layer config entries hold: the one that gives q and k."""
@@ -51,7 +52,7 @@ class MergeRule(Component, ABC):
                         f"merging needs equal layers: {name} is {low} in the window's lowest layer and {high} in layer "
                         f"{i} above it. Merge layers before pruning them to different widths.")
         host = len(layers) - 1 if self.attention_from == "top" else 0
-        matrices = {f"{projection}.weight" for projection in layout.projections}
+        matrices = set(layout.matrices)
         weights: dict[str, Tensor] = {}
         for name, own in sources[host].items():
             if name in matrices:

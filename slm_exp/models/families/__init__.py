@@ -1,0 +1,1 @@
+"""One file per model family: its LAYOUT, data only. A new file is found on arrival."""
