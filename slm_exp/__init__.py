@@ -1,4 +1,4 @@
-"""Sliding layer merging as a config-driven experiment: analyse, merge, heal, measure, record."""
+"""Sliding layer merging as a config-driven experiment: analyse, merge, recover, measure, record."""
 
 import os
 
