@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.core.cost import Work
 from slm_exp.core.files import digest, write_json
-from slm_exp.core.registry import Component, register
+from slm_exp.core.registry import Component
 from slm_exp.core.together import SectionLog, Together
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.models.base import ModelHandle
@@ -108,23 +108,6 @@ class Recovery(Component, ABC):
     @abstractmethod
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         """New tensors for the compressed model. Neither model is changed, bit for bit, also on an exception."""
-
-
-@register("recovery", "none")
-@dataclass
-class NoRecovery(Recovery):
-    """No recovery."""
-
-    changes_weights: ClassVar[bool] = False
-
-    def stored(self) -> bool:
-        return False
-
-    def cost(self, sizes: Sizes, layers: float) -> tuple[Work, list[str]]:
-        return Work(), []
-
-    def recover(self, task: RecoveryTask) -> RecoveryResult:
-        return RecoveryResult()
 
 
 def with_tensors(handle: ModelHandle, result: RecoveryResult, identity: dict[str, Any]) -> ModelHandle:

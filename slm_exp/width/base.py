@@ -6,12 +6,11 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 from slm_exp.core.cost import Tokens, Work
-from slm_exp.core.errors import require
 from slm_exp.core.files import write_json
-from slm_exp.core.registry import Component, register
+from slm_exp.core.registry import Component
 from slm_exp.core.together import DepthMethod, Together
 from slm_exp.core.types import CalibrationTokens, Group, Target
 from slm_exp.core.widths import WidthDecision
@@ -109,20 +108,3 @@ class Width(Component, ABC):
     def decide(self, task: WidthTask) -> WidthDecision | None:
         """Which units stay; None where nothing is pruned. Weights are left bit for bit as they were, also on an
         exception."""
-
-
-@register("width", "none")
-@dataclass
-class NoWidth(Width):
-    """No width pruning."""
-
-    prunes: ClassVar[bool] = False
-
-    def check(self) -> None:
-        require(self.order == "after", "width.order", self.order, "after with width=none", "For example width=flap.")
-
-    def identity(self) -> dict[str, Any]:
-        return {"name": self.name}  # nothing to order
-
-    def decide(self, task: WidthTask) -> None:
-        return None

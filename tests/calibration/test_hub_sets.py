@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from slm_exp.calibration.hub_sets import C4, BookCorpus, WikiText2
+from slm_exp.calibration.bookcorpus import BookCorpus
+from slm_exp.calibration.c4 import C4
+from slm_exp.calibration.wikitext2 import WikiText2
 from slm_exp.core.errors import DataError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -72,6 +72,8 @@ def configs(draw):
         out.append("method.target_sublayers=2")
     elif method != "slm" or draw(st.booleans()):
         out.append(f"method.target_layers={draw(st.integers(3, 4))}")
+        out += ["method.protect_first=0", "method.protect_last=1"] if method == "slm" else [
+            "method.protect_first=0", "method.protect_last=0"]
     else:
         out.append(f"method.threshold={draw(st.sampled_from([0.5, 0.9]))}")
     out += [f"merge_rule={draw(st.sampled_from(sorted(available('merge_rule'))))}", f"seed={draw(st.integers(0, 1))}"]

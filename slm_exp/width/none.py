@@ -1,0 +1,27 @@
+"""No width pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from slm_exp.core.errors import require
+from slm_exp.core.registry import register
+from slm_exp.width.base import Width, WidthTask
+
+
+@register("width", "none")
+@dataclass
+class NoWidth(Width):
+    """No width pruning."""
+
+    prunes: ClassVar[bool] = False
+
+    def check(self) -> None:
+        require(self.order == "after", "width.order", self.order, "after with width=none", "For example width=flap.")
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name}  # nothing to order
+
+    def decide(self, task: WidthTask) -> None:
+        return None
