@@ -19,7 +19,7 @@ from slm_exp.core.registry import available
 from slm_exp.core.types import MergePlan, Sublayer
 from slm_exp.engine.gradients import layer_gradients
 from slm_exp.engine.head_loss import next_token_loss
-from slm_exp.engine.ridge import add_tokens, changed, empty_moments, held_out, input_of, ridge_step
+from slm_exp.engine.ridge import changed, held_out, moments, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.merging.sharing import shared_copy
 from slm_exp.merging.surgery import apply_plan
@@ -47,7 +47,7 @@ VARIED = {  # another value, and how far the logits must move from it
     "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 16, "embedding_multiplier": 1.0, "logits_scaling": 1.0,
     "residual_multiplier": 1.0, "attention_multiplier": 1.0, "logit_scale": 1.0, "norm_topk_prob": False,
     "num_experts_per_tok": 1, "no_rope_layers": [1, 0, 1, 0] * 2, "use_parallel_residual": None,
-    "scale_attn_weights": False, "hidden_act": "relu", "hidden_activation": "relu", "activation_function": None,
+    "scale_attn_weights": False, "hidden_act": "relu", "hidden_activation": "relu", "activation_function": "gelu",
     "rope_parameters": None, "layer_types": None, "rms_norm_eps": 0.5, "layer_norm_eps": 0.5, "norm_epsilon": 0.5,
     "layer_norm_epsilon": 0.5,
 }  # fmt: skip
@@ -225,7 +225,7 @@ def test_prefix_reuse_scores_the_model_that_surgery_makes(family, rule, ids):
 
 @every_family
 def test_a_scale_multiplies_what_a_layer_adds(family, ids):
-    from slm_exp.merging.compensation import scaled_outputs
+    from slm_exp.merging.sharing import scaled_outputs
 
     handle = loud(family)
     runner = BlockRunner(handle, ids, fuse=False)
@@ -261,11 +261,9 @@ def test_a_refit_takes_away_what_a_projection_can(family, ids):
     without = frozenset({"attention"} if kind == "mlp" else {"mlp"})
     dense = runner.block(Slot(1, without=without), h)
     bent = {f"{module}.weight": layer.get_parameter(f"{module}.weight") * 0.5}
-    fit, held = (empty_moments(layer, module, 32) for _ in "12")
-    with input_of(layer, module) as seen:
-        out = runner.block(Slot(1, bent, without=without), h)
-        x = torch.cat(seen)
-    add_tokens(fit, held, x, out, dense, held_N, True, layout.residual_factor(handle.config))
+    slot = Slot(1, bent, without=without)
+    out = runner.block(slot, h)
+    fit, held = moments(runner, slot, module, h, dense, held_N)
     step = ridge_step(fit, held, [1e-9])
     assert step is not None
     again = runner.block(Slot(1, {**bent, **changed(layer, module, bent, step[0])}, without=without), h)
