@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py                  every model, on one thread
     python benchmarks/plan.py --records DIR    against the stages that finished records below DIR had to compute
-    python benchmarks/plan.py --documents      the tokens that documents of the seven tasks cost (planning/work.py)
+    python benchmarks/plan.py --documents      the tokens that documents of the seven tasks cost (evaluation/cost.py)
 
 Without --records both sides are processor seconds of one thread, children included, so that others at work on the
 machine do not count; records have seconds of the clock. Peak memory is the largest process's. Exit status 1 when a

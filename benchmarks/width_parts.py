@@ -2,7 +2,7 @@
 
     python benchmarks/width_parts.py --tokens X.npy --perplexity Y.npy --methods magnitude,llm_pruner --chunks 8
 
-Nothing of width/surgery.py runs: columns of o and of the MLP's last projection are set to zero in the loaded model, and
+Nothing of merging/width.py runs: columns of o and of the MLP's last projection are set to zero in the loaded model, and
 back. So the column `all` has to be the perplexity of the narrowed model (of flap's without its biases). `inside` leaves
 the first four and the last two layers whole, as LLM-Pruner's published runs do. `loudest` counts how many of layer 0's
 three channels that write most into the stream (largest input x norm of the column) are removed.

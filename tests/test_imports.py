@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import os
 import subprocess
@@ -87,3 +89,17 @@ def test_a_call_loads_nothing_heavy(call: str, ended: dict[str, Any]) -> None:
 def test_completions_are_those_of_the_word(ended: dict[str, Any]) -> None:
     assert ended["slm completes"][2].split() == ["plain,rbf"]
     assert "kernel=rbf" in ended["slm-exp completes"][2].split()
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")]),
+                         ids=lambda p: p.relative_to(ROOT).as_posix())  # fmt: skip
+def test_what_tests_and_benchmarks_import_exists(path: Path) -> None:
+    """Imports in functions too, and of tests that only a mark or an environment variable runs."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "slm_exp":
+            module = importlib.import_module(str(node.module))
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or importlib.import_module(f"{node.module}.{name}"), (node.lineno, name)
+        elif isinstance(node, ast.Import):
+            for name in (alias.name for alias in node.names if alias.name.split(".")[0] == "slm_exp"):
+                assert importlib.import_module(name), node.lineno

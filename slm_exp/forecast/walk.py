@@ -36,7 +36,7 @@ class Lookup:
     def __init__(self, folder: Path | None) -> None:
         self.store = StageStore(folder)
         self.coming: set[str] = set()
-        self._entries: dict[str, list[Inputs]] = {}
+        self._entries: dict[tuple[str, tuple[str, ...]], list[Inputs]] = {}
 
     def state(self, stage: Stage[Any], x: Experiment, inputs: Inputs) -> tuple[str, Path | None]:
         """CACHED with the entry's folder, SHARED, COMPUTE or MAYBE; a result that is to come is remembered."""
@@ -59,15 +59,16 @@ class Lookup:
 
     def _current(self, stage: Stage[Any], x: Experiment) -> list[Inputs]:
         """Inputs of the entries that today's code and libraries would use."""
-        if stage.folder not in self._entries:
+        of = stage.folder, stage.code(x)  # stages share folders, and each method has code of its own
+        if of not in self._entries:
             current: list[Inputs] = []
             for manifest in (self.store.folder or Path()).glob(f"{stage.folder}/[!.]*/manifest.json"):
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                     inputs = json.loads(manifest.read_text(encoding="utf-8"))["inputs"]
                     if stage.key(x, inputs) == manifest.parent.name:
                         current.append(inputs)
-            self._entries[stage.folder] = current
-        return self._entries[stage.folder]
+            self._entries[of] = current
+        return self._entries[of]
 
 
 @dataclass

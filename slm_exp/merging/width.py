@@ -1,4 +1,4 @@
-"""Carrying out a width decision: the narrower model's config and digest; its weights, on first use, by `narrowing`."""
+"""Carrying out a width decision: the narrower model's config and digest; its weights, on first use, by build.py."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class LayerLayout:
         """Refuse a model whose layers hold a tensor this layout does not account for. Shapes suffice: meta tensors do.
 
         Everything in a layer must be one of `matrices` or a vector (a norm gain or a bias), and all layers alike,
-        unless the config gives widths per layer (see width/layerwise.py).
+        unless the config gives widths per layer (see models/layerwise.py).
 
         Raises:
             ArchitectureError: names the layer and the tensor.

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from slm_exp.core.cache import digests
 from slm_exp.core.cache.digests import content_digest, files_digest
 from slm_exp.core.files import file_digest
+
+
+def overwrite(file: Path, stat: os.stat_result) -> None:
+    """Other content of the same size in the same inode, with the times put back."""
+    with open(file, "r+b") as f:
+        f.write(b"WEIGHTS")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 @pytest.fixture
@@ -49,9 +57,7 @@ def test_a_small_file_is_always_read(tmp_path):
     file = tmp_path / "a"
     file.write_bytes(b"weights")
     first, stat = content_digest(file), file.stat()
-    with open(file, "r+b") as f:
-        f.write(b"WEIGHTS")
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    overwrite(file, stat)
     assert content_digest(file) == file_digest(file) != first
 
 
@@ -70,9 +76,7 @@ def test_a_large_file_changed_with_its_times_put_back_is_read(tmp_path, read):
     file = tmp_path / "a"
     file.write_bytes(b"weights")
     first, stat = content_digest(file), file.stat()
-    with open(file, "r+b") as f:
-        f.write(b"WEIGHTS")
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    overwrite(file, stat)
     assert file.stat().st_ino == stat.st_ino
     assert content_digest(file) == file_digest(file) != first
 

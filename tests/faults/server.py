@@ -120,8 +120,7 @@ def main() -> None:
     from slm_exp.models.tiny import Tiny
 
     if os.environ.get("SLM_EXP_FAULTS"):  # runs that are attacked evaluate
-        import lm_eval  # noqa: F401
-        import slm_exp.evaluation.measure  # noqa: F401
+        import slm_exp.evaluation.backends.harness  # noqa: F401
 
     torch.set_num_threads(1)
     prepare_hydra()

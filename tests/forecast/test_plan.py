@@ -1,6 +1,7 @@
 """`slm plan`: jobs, cache hits and sizes, known without weights and without torch."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,18 @@ def test_a_grid_shares_what_its_jobs_have_in_common(call):
     about = json.loads(json.dumps(grid.to_json()))
     assert about["totals"]["jobs"] == 4
     assert about["jobs"][0]["params"] == grid.jobs[0].params
+
+
+@pytest.mark.parametrize("first", ["slm", "shortgpt"])
+def test_what_may_be_in_the_cache_does_not_depend_on_the_jobs_before(call, tmp_path, first):
+    """Each method's plans are current by that method's own code."""
+    run(call, "method=shortgpt", "method.target_layers=4")
+    (tmp_path / "run" / "record.json").unlink()
+    shutil.rmtree(tmp_path / "cache" / "calibrate")  # without tokens no key is known
+    second = "shortgpt" if first == "slm" else "slm"
+    jobs = planned(call, f"method={first},{second}", "method.target_layers=4").jobs
+    states = {name: job.stages["plan"] for name, job in zip((first, second), jobs, strict=True)}
+    assert states == {"slm": "compute", "shortgpt": "unknown"}
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from slm_exp.models.layout import LayerLayout
+from dataclasses import replace
 
-LAYOUT = LayerLayout(
-    "gemma3_text",
-    output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
-    norm_offset=1.0,
-    logit_cap="final_logit_softcapping",
-    attention_per_layer=True,
-    fields=("hidden_activation", "query_pre_attn_scalar", "sliding_window", "final_logit_softcapping",
-            "rope_parameters"),
-    fixed={"use_bidirectional_attention": (None, False), "attn_logit_softcapping": (None,)},  # sdpa leaves a cap out
-    window="whole",
+from slm_exp.models.families import gemma2
+
+LAYOUT = replace(
+    gemma2.LAYOUT,
+    family="gemma3_text",
+    fields=tuple(f for f in gemma2.LAYOUT.fields if f != "attn_logit_softcapping") + ("rope_parameters",),
+    fixed={**gemma2.LAYOUT.fixed, "attn_logit_softcapping": (None,)},  # sdpa leaves a cap out
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from slm_exp.models.layout import LayerLayout
+from dataclasses import replace
 
-LAYOUT = LayerLayout(
-    "olmo3",
-    output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+from slm_exp.models.families import olmo2
+
+LAYOUT = replace(
+    olmo2.LAYOUT,
+    family="olmo3",
     attention_per_layer=True,
     fields=("sliding_window", "rope_parameters"),
     window="whole",
-    no_width="q_norm and k_norm run over all heads together",
 )

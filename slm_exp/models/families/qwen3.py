@@ -1,13 +1,9 @@
-"""Qwen3: norms of queries and keys."""
+"""Qwen3: as Qwen2, with norms of queries and keys instead of biases."""
 
 from __future__ import annotations
 
-from slm_exp.models.layout import LayerLayout
+from dataclasses import replace
 
-LAYOUT = LayerLayout(
-    "qwen3",
-    attention_per_layer=True,
-    fields=("use_sliding_window", "sliding_window"),
-    window="upper",
-    layerwise=True,
-)
+from slm_exp.models.families import qwen2
+
+LAYOUT = replace(qwen2.LAYOUT, family="qwen3")
