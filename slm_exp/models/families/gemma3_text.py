@@ -9,6 +9,6 @@ from slm_exp.models.families import gemma2
 LAYOUT = replace(
     gemma2.LAYOUT,
     family="gemma3_text",
-    fields=tuple(f for f in gemma2.LAYOUT.fields if f != "attn_logit_softcapping") + ("rope_parameters",),
+    fields=(*(f for f in gemma2.LAYOUT.fields if f != "attn_logit_softcapping"), "rope_parameters"),
     fixed={**gemma2.LAYOUT.fixed, "attn_logit_softcapping": (None,)},  # sdpa leaves a cap out
 )
