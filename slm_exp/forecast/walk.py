@@ -120,7 +120,9 @@ def _advance(stage: Stage[Any], x: Experiment, lookup: Lookup, out: Outline) -> 
         out.plan, out.plan_from = value, "in the cache"
         if value is None:
             out.plan, out.plan_from = value, _ = _plan(x)
-    setattr(x, stage.field, Unknown(stage.name, inputs, x.model.digest) if value is None else value)
+    if value is None:  # what a merge makes depends on the plan, which is no input of a cache
+        value = Unknown(stage.name, inputs, x.model.digest, x.plan)
+    setattr(x, stage.field, value)
     if stage.field == "width":  # what stands in for the model has no modules to narrow; its digest may be known
         wider, x.model = x.model, cast(ModelHandle, Unknown(x.model.digest))
         stage.then(x)

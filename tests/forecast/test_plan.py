@@ -116,6 +116,7 @@ def test_a_grid_shares_what_its_jobs_have_in_common(call):
     assert len(grid.jobs) == 4
     assert [j.stages["evaluate_dense"] for j in grid.jobs] == ["compute", "shared", "shared", "shared"]
     assert [j.stages["calibrate"] for j in grid.jobs].count("compute") == 1
+    assert [j.stages["evaluate"] for j in grid.jobs] == ["compute"] * 4
     assert [j.layers for j in grid.jobs] == [4, 4, 3, 3]
     assert grid.seconds == pytest.approx(sum(j.total for j in grid.jobs))
     shown = plan.show(grid)
@@ -124,6 +125,11 @@ def test_a_grid_shares_what_its_jobs_have_in_common(call):
     about = json.loads(json.dumps(grid.to_json()))
     assert about["totals"]["jobs"] == 4
     assert about["jobs"][0]["params"] == grid.jobs[0].params
+
+
+def test_models_of_plans_that_only_the_search_decides_are_not_one_model(call):
+    grid = planned(call, "method.threshold=0.95,0.8,0.7")
+    assert [j.stages["evaluate"] for j in grid.jobs] == ["compute"] * 3
 
 
 @pytest.mark.parametrize("first", ["slm", "shortgpt"])
