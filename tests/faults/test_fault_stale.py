@@ -16,7 +16,7 @@ from slm_exp.core.cache import digests
 from slm_exp.core.cache.folder import problem
 from slm_exp.core.cache.journal import Journal, read
 from slm_exp.core.cache.store import StageStore
-from slm_exp.core.errors import ConfigError
+from slm_exp.core.errors import ConfigError, SlmError
 from slm_exp.core.files import write_json
 from slm_exp.models.files import INDEX, WEIGHTS, check_header, opened_files, weight_files
 from slm_exp.runs.record import Run
@@ -46,7 +46,7 @@ def test_one_bit_of_any_file_of_the_result_is_noticed(made: Path, tmp_path: Path
             (run / name).write_bytes(data)
             try:
                 read = Run.read(run)
-            except Exception as error:
+            except SlmError as error:
                 assert name == "record.json", error  # noqa: PT017
             else:
                 # a blank for a line break in record.json is the same record

@@ -15,7 +15,6 @@ from slm_exp.tables.build import split_words
 from slm_exp.tables.definition import cells, read_table, table_names, together
 
 MODELS = sorted(set(read_yaml(conf_dir() / "table" / "_models.yaml")) - {"all"})
-SPEED = conf_dir() / "evaluation" / "speed.yaml"
 PUBLISHED = {"llama1_7b": ("18.0", "33.0"), "llama2_7b": ("18.0", "33.0"), "vicuna_7b": ("18.0", "33.0"),
              "llama3_8b": ("16.3", "29.9"), "llama2_13b": ("19.5", "34.1"), "vicuna_13b": ("19.5", "34.1")}
 
@@ -39,8 +38,6 @@ def test_every_table_names_its_runs(name: str, model: str) -> None:
 
 @pytest.mark.parametrize("name", table_names())
 def test_the_first_and_the_last_run_compose(name: str) -> None:
-    if name == "speed" and not SPEED.is_file():
-        pytest.skip("no evaluation=speed yet")
     runs = cells(name)
     assert compose_run(runs[0]).run_id != compose_run(runs[-1]).run_id
 
@@ -49,9 +46,8 @@ def test_the_first_and_the_last_run_compose(name: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_run_of_every_table_composes(model: str) -> None:
     for name in table_names():
-        if name != "speed" or SPEED.is_file():
-            runs = cells(name, {"model": model})
-            assert len({compose_run(overrides).run_id for overrides in runs}) == len(runs), name
+        runs = cells(name, {"model": model})
+        assert len({compose_run(overrides).run_id for overrides in runs}) == len(runs), name
 
 
 @pytest.mark.parametrize(("model", "percents"), PUBLISHED.items())
