@@ -16,9 +16,10 @@ from typing import Self
 from slm_exp import __version__
 from slm_exp.core.cache.code import PACKAGE, package_digest
 from slm_exp.core.cache.store import library_versions
-from slm_exp.core.errors import ConfigError, PlanError, SlmError
+from slm_exp.core.errors import ConfigError, PlanError, SlmError, StageError
 from slm_exp.core.files import JsonObject, digest, read_json, write_json
 from slm_exp.core.format import printable
+from slm_exp.core.secrets import masked
 from slm_exp.core.types import LayerSimilarity, MergePlan
 from slm_exp.runs.files import CHECKPOINT, Problem, problems
 from slm_exp.runs.schema import Record
@@ -215,6 +216,15 @@ def say_unverified(runs: Iterable[Run]) -> str | None:
         return None
     some, they = ("run", "record lists") if count == 1 else ("runs", "records list")
     return f"Unverified: {count} {some} of an older version, whose {they} neither files nor digests."
+
+
+def failure(error: BaseException) -> dict[str, str | None]:
+    """The record's `error` of a run that this ended: the cause, without secrets, and the stage it happened in."""
+    stage = error.stage if isinstance(error, StageError) else None
+    cause = error.__cause__ if stage and error.__cause__ else error
+    for line in getattr(error, "__notes__", []):
+        stage = line.removeprefix("stage: ") if line.startswith("stage: ") else stage
+    return {"type": type(cause).__name__, "message": masked(str(cause)), "stage": stage}
 
 
 def versions() -> dict[str, str | None]:
