@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import shlex
 import subprocess
@@ -17,7 +16,7 @@ from slm_exp import __version__
 from slm_exp.core.cache.code import PACKAGE, package_digest
 from slm_exp.core.cache.store import library_versions
 from slm_exp.core.errors import ConfigError, PlanError, SlmError, StageError
-from slm_exp.core.files import JsonObject, digest, read_json, write_json
+from slm_exp.core.files import JsonObject, digest, probing, read_json, write_json
 from slm_exp.core.format import printable
 from slm_exp.core.secrets import masked
 from slm_exp.core.types import LayerSimilarity, MergePlan
@@ -253,14 +252,9 @@ def check_writable(folder: Path) -> None:
     Raises:
         ConfigError: naming the folder and the reason.
     """
-    probe = folder / f".probe.{os.getpid()}"
-    made = [p for p in [folder, *folder.parents] if not p.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-        for path in made:  # leave no trace of the check
-            path.rmdir()
+        with probing(folder):
+            pass
     except OSError as error:
         raise ConfigError(f"hydra.run.dir / hydra.sweep.dir = {folder}; expected a folder that can be written "
                           f"({error.strerror}). Choose another with hydra.run.dir=FOLDER (single run) or "
