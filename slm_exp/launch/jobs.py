@@ -24,6 +24,7 @@ from slm_exp.runs.record import check_writable
 from slm_exp.runs.sweep import LOG, Job, SweepFolder
 from slm_exp.runs.tracking.wandb import slug
 
+SEARCH = "hydra.searchpath="
 MANY = 100
 """A grid of this many jobs says so before they are composed."""
 _composed: dict[tuple[str, ...], RunConfig] = {}
@@ -115,7 +116,7 @@ class JobComposer:
         self.folder, self.identify = folder, identify
         self.settings = words(hydra.overrides.hydra)
         self.by_run_id = OmegaConf.to_container(hydra.sweep, resolve=False)["subdir"] == "${run_id:}"  # type: ignore[index, call-overload]
-        self.composer = Composer([o for o in self.settings if o.startswith("hydra.searchpath=")])
+        self.composer = Composer([o for o in self.settings if o.startswith(SEARCH)])
 
     def job(self, overrides: Sequence[str]) -> tuple[Job, RunConfig]:
         """The job with its run_id and folder, and its checked config.
@@ -176,15 +177,19 @@ def split_sweep(overrides: Sequence[str], params: dict[str, str], limit: int | N
         raise ConfigError(explain(error, overrides)) from None
 
 
-def fields_of_swept_groups(overrides: Sequence[str]) -> list[str]:
+def fields_of_swept_groups(overrides: Sequence[str], search: Sequence[str] = ()) -> list[str]:
     """Let `method=a,b method.merge=true` set a field of the members that are swept, not of the default member.
 
     Hydra composes a multirun's own config without what is swept, and would look for the field in the default member.
     A value written as a choice of one is swept too: it reaches every job and nothing else.
+
+    Args:
+        search: the override of the search path that a command's options stand for.
     """
     swept = {o.partition("=")[0] for o in overrides if is_sweep(o)}
     if preset := [o for o in overrides if o.startswith("sweep=")]:
-        swept |= set(compose_raw(preset, with_hydra=True).hydra.sweeper.get("params") or ())
+        search = [*search, *(o for o in overrides if o.startswith(SEARCH))]
+        swept |= set(compose_raw([*preset, *search], with_hydra=True).hydra.sweeper.get("params") or ())
     out = []
     for o in overrides:
         key, equals, value = o.partition("=")
