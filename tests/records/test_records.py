@@ -225,6 +225,9 @@ def test_other_versions_are_said_and_exact_computes_again(
     assert read_cell(job).state == FINISHED
     assert "99.0" in read_cell(job).made_otherwise
     assert read_cell(Job(first["run_id"], (), run, exact=True)).state == WAITING
+    SweepFolder(run.parent, jobs=[Job(first["run_id"], (), run, exact=True)]).write()
+    assert [cell.state for cell in SweepFolder.read(run.parent).cells()] == [WAITING]
+    assert not any(stored.exact for stored in SweepFolder.read(OLD).jobs)
     again = carry_out(run, made.parent / "cache", "cache.accept=exact")
     assert again["created"] >= first["created"]
     assert json.loads((run / "record.before.json").read_text()) == first
