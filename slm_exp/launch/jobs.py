@@ -47,7 +47,7 @@ class CommandJobs:
         """(jobs at a time, CPU threads of each), as the launcher decides them on this machine."""
         cfgs = [cfg for _, cfg in self.jobs]
         requested = os.environ.get("OMP_NUM_THREADS", "")
-        own = cfgs[0].runtime.threads or (int(requested) if requested.isdigit() else 0)
+        own = max(cfg.runtime.threads or 0 for cfg in cfgs) or (int(requested) if requested.isdigit() else 0)
         if not self.multirun:
             return 1, own or cores()
         launcher = self.hydra.launcher
@@ -201,11 +201,12 @@ def fields_of_swept_groups(overrides: Sequence[str], search: Sequence[str] = ())
 def pool_workers(cfgs: Sequence[RunConfig], workers: int | None, threads: int | None) -> list[Worker]:
     """The workers for these jobs; null is as many as the machine takes (see `make_workers`).
 
-    GPUs are dealt out one per job: none to jobs on the CPU, on a GPU chosen by number, or on several at once.
+    GPUs are dealt out one per job where any job may use one, and none asks for GPUs by number or for several at once:
+    it would not find them.
     """
-    model = cfgs[0].model
-    device = model.device or cfgs[0].runtime.device
-    gpus = visible_gpus() if device in ("auto", "cuda") and model.device_map is None else []
+    devices = {cfg.model.device or cfg.runtime.device for cfg in cfgs}
+    own = any(device.startswith("cuda:") for device in devices) or any(cfg.model.device_map for cfg in cfgs)
+    gpus = visible_gpus() if devices & {"auto", "cuda"} and not own else []
     sizes = [cfg.model.weights_bytes() for cfg in cfgs]  # null: not known before the weights are fetched
     largest = None if None in sizes else max(size for size in sizes if size is not None)
     return make_workers(workers, threads, gpus, len(cfgs), largest)
