@@ -23,8 +23,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
 from slm_exp.core.errors import SlmError, require, require_one_of
+from slm_exp.core.format import override
 from slm_exp.core.secrets import masked
-from slm_exp.launch.hydra_compat import override, register_plugin, words
+from slm_exp.launch.hydra_compat import register_plugin, words
 from slm_exp.launch.jobs import JobComposer, pool_workers, split_sweep
 from slm_exp.launch.pool import Interrupted, Pool
 from slm_exp.launch.queued import every_job_answers

@@ -17,7 +17,7 @@ from slm_exp.core.cache.code import PACKAGE, package_digest
 from slm_exp.core.cache.store import library_versions
 from slm_exp.core.errors import ConfigError, PlanError, SlmError, StageError
 from slm_exp.core.files import JsonObject, digest, probing, read_json, write_json
-from slm_exp.core.format import printable
+from slm_exp.core.format import override, printable
 from slm_exp.core.secrets import masked
 from slm_exp.core.types import LayerSimilarity, MergePlan
 from slm_exp.runs.files import CHECKPOINT, Problem, problems
@@ -103,8 +103,7 @@ class Run:
         """The command that computes what is missing here."""
         if (self.folder.parent / "sweep.json").is_file():
             return f"slm sweep resume {shlex.quote(str(self.folder.parent))}"
-        quoted = str(self.folder).replace("\\", "\\\\").replace("'", "\\'")
-        where = f"hydra.run.dir='{quoted}'" if set(quoted) & set(" ,'\\[]{}()=$:#") else f"hydra.run.dir={quoted}"
+        where = override("hydra.run.dir", self.folder)
         return printable(shlex.join(["python", "-m", "slm_exp", *self.record.overrides, where]))
 
     @cached_property
