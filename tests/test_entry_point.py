@@ -156,6 +156,20 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     assert "can be written" in wrong.stderr
 
 
+@pytest.mark.parametrize("by", ["--config-dir", "hydra.searchpath"])
+def test_a_sweep_preset_of_ones_own(by, tmp_path, monkeypatch):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "mine.yaml").write_text(
+        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      kernel: rbf,laplacian\n")
+    where = ["--config-dir", str(tmp_path)] if by == "--config-dir" else [f"hydra.searchpath=[file://{tmp_path}]"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hydra.main", lambda **settings: lambda job: lambda: None)
+    monkeypatch.setattr(entry_point, "mask_logs", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["slm-exp"])
+    assert entry_point.main(["model=tiny", "sweep=mine", "kernel.bandwidth=0.5", *where]) == 0
+    assert "kernel.bandwidth=choice(0.5)" in sys.argv
+
+
 @pytest.mark.parametrize(("overrides", "field"), [
     (["method=angular,shortgpt", "method.target_layers=6", "method.merge=true"], "method.merge=choice(true)"),
     (["width=flap,magnitude", "width.layers=[2,6]", "width.uniform=false"], "width.layers=choice([2,6])"),

@@ -1,6 +1,7 @@
 """`slm export`: the file means the plan's own model, read by mergekit's rules written plainly."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,29 @@ def test_a_runs_record_names_model_and_dtype(tmp_path, capsys):
     document = yaml.safe_load(capsys.readouterr().out)
     assert document["dtype"] == "bfloat16"
     assert document["slices"][0]["sources"][0]["model"] == "owner/name"
+
+
+@pytest.mark.parametrize("name", ["smollm2_135m", "gemma3_270m", "qwen2_5_coder_0_5b"])
+def test_a_run_of_a_converted_model_names_that_models_copy(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("slm_exp.models.smollm2_135m.gguf_file", lambda: Path(__file__))
+    monkeypatch.chdir(tmp_path)
+    PLANS["removal"].save(tmp_path)
+    record = {"config": {"model": {"name": name}, "cache": {"dir": str(tmp_path)}}}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    own = available("model")[name]().converted(tmp_path)
+    for other in ("0" * 16, "f" * 16):
+        (tmp_path / "model" / other).mkdir(parents=True)
+        (tmp_path / "model" / other / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="--model is missing"):
+        export.main([str(tmp_path)])
+    own.mkdir()
+    (own / "config.json").write_text("{}")
+    assert export.main([str(tmp_path)]) == 0
+    assert f"model: {own}" in capsys.readouterr().out
+    record["config"].pop("cache")
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="--model is missing"):
+        export.main([str(tmp_path)])
 
 
 @pytest.mark.parametrize(

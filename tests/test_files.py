@@ -1,10 +1,12 @@
 """Atomic writes and digests."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from slm_exp.core.files import digest, write_json, write_text, writing
+from slm_exp.core.files import digest, probing, write_json, write_text, writing
+from slm_exp.runs.record import check_writable
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -19,6 +21,25 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         fail()
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_processes_that_probe_one_new_folder_do_not_disturb_each_other(tmp_path, monkeypatch):
+    folder, make = tmp_path / "new" / "run", Path.mkdir
+    left = [1]
+
+    def removed_at_once(path, *args, **kwargs):
+        make(path, *args, **kwargs)
+        if path == folder and left and left.pop():
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", removed_at_once)
+    check_writable(folder)
+    assert not left
+    assert not folder.parent.exists()
+    with probing(folder) as probe:
+        assert probe.exists()
+        (folder.parent / "another").touch()
+    assert [p.name for p in folder.parent.iterdir()] == ["another"]
 
 
 def test_json_is_strict(tmp_path):

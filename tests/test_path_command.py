@@ -165,6 +165,22 @@ def test_wrong_calls_are_refused_before_weights_load(overrides: list[str], messa
 
 
 
+@pytest.mark.parametrize(("words", "name"), [
+    (["hydra.run.dir=TMP/a", "hydra.run.dir=TMP/b"], "b"), (["hydra.run.dir='TMP/o\\'brien, v2'"], "o'brien, v2"),
+    (['hydra.run.dir="TMP/it\'s"'], "it's"),
+])  # fmt: skip
+def test_the_folder_is_the_one_that_hydra_reads(
+    words: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Path]()
+    monkeypatch.setattr("slm_exp.cli.path.check_writable", asked.append)
+    monkeypatch.setattr("slm_exp.cli.follow.follow_and_write", lambda cfg, out: 0)
+    assert main([*QUICK, *(word.replace("TMP", str(tmp_path)) for word in words)]) == 0
+    assert asked == [tmp_path / name]
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir='open"):
+        main([*QUICK, "hydra.run.dir='open"])
+
+
 def test_every_size_is_the_best_plan_of_that_size(task: PlanTask) -> None:
     path, _ = path_of(task)
     for layers in range(2, 9):

@@ -32,6 +32,7 @@ from slm_exp.calibration.bundled import STORIES
 from slm_exp.cli.command import FOLDER, command
 from slm_exp.core.cache.folder import default_cache_dir, find_entries, find_stale, problem
 from slm_exp.core.errors import SlmError
+from slm_exp.core.files import probing
 from slm_exp.core.format import human
 from slm_exp.core.locks import Lock
 from slm_exp.launch.compose import conf_dir
@@ -186,19 +187,12 @@ def asset(name: str) -> Path | None:
 
 def folder(name: str, path: Path, needed: float, remedy: str, otherwise: str = OFF) -> Iterator[Finding]:
     """Whether a folder can be written, has room, and honours locks."""
-    made = [p for p in [path, *path.parents] if not p.exists()]
-    probe = path / f".probe.{os.getpid()}"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        free, locks = shutil.disk_usage(path).free, locks_honoured(probe)
+        with probing(path) as probe:
+            free, locks = shutil.disk_usage(path).free, locks_honoured(probe)
     except OSError as error:
         yield Finding(name, otherwise, f"{path} cannot be written ({error.strerror})", f"choose another: {remedy}")
         return
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
-            for p in made:
-                p.rmdir()
     yield judged(name, free >= needed, f"{path}: can be written, {human(free)} free",
                  f"a run needs {human(needed)}: slm cache prune --older-than 7d, or {remedy}", otherwise)
     if not locks:

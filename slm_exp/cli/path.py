@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.errors import HydraException
+
 from slm_exp.cli.command import command, overrides_argument
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import digest
 from slm_exp.launch.compose import compose_run
+from slm_exp.launch.hydra_compat import parse
 from slm_exp.runs.record import check_writable
 
 
@@ -27,13 +30,17 @@ from slm_exp.runs.record import check_writable
           "tracking play no part. A killed path goes on where it was.")
 @overrides_argument()
 def main(overrides: Sequence[str]) -> int:
-    folder = next((o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")), None)
+    given = [o for o in overrides if o.startswith("hydra.run.dir=")]
+    try:
+        folder = parse(given[-1]).value() if given else None
+    except HydraException as error:
+        raise ConfigError(f"{given[-1]}; expected a folder, quoted as Hydra has it ({error}).") from None
     cfg = compose_run([o for o in overrides if not o.startswith("hydra.")])
     if cfg.method.name != "slm":
         raise ConfigError(f"method = {cfg.method.name}; expected slm: only it decides by a threshold.")
     science = {k: v for k, v in cfg.science().items() if k in ("model", "calibration", "seed")}
     range_ = [float(x) for x in cfg.method.threshold_range]  # type: ignore[attr-defined]
-    out = Path(folder or f"outputs/path/{digest(science | cfg.plan_identity() | {'path': range_})}")
+    out = Path(str(folder or "") or f"outputs/path/{digest(science | cfg.plan_identity() | {'path': range_})}")
     check_writable(out)
     from slm_exp.cli.follow import follow_and_write  # torch: a wrong call is refused without
 

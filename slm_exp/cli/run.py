@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if parse_arguments(argv)[0].help:
             return run_command(_help, argv)
-        argv = fields_of_swept_groups(open_mappings(_check_command(argv)))
+        argv = fields_of_swept_groups(open_mappings(_check_command(argv)), _search(argv))
     except SlmError as error:
         print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 2
@@ -64,17 +64,23 @@ def _check_command(argv: list[str]) -> list[str]:
         if option.startswith("-"):
             raise ConfigError(f"{option}; expected overrides (group=member, group.field=value) or one of "
                               f"{', '.join(OPTIONS)}. {did_you_mean(option, OPTIONS)}".rstrip())
-    search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
+    search = _search(argv)
     if not args.cfg:
         check_all([*overrides, *search], multirun=args.multirun)
         return argv
     if any(map(is_sweep, overrides)):  # Hydra refuses --cfg of a grid
-        jobs = split_sweep(fields_of_swept_groups(overrides), {})
+        jobs = split_sweep(fields_of_swept_groups(overrides, search), {})
         print(f"# the first of {len(jobs)} jobs: {' '.join(jobs[0])}", file=sys.stderr)
         argv = [*(a for a in argv if a not in (*overrides, "-m", "--multirun")), *jobs[0]]
         overrides = jobs[0]
     compose_raw([*overrides, *search])
     return argv
+
+
+def _search(argv: Sequence[str]) -> list[str]:
+    """The override that --config-dir stands for."""
+    folder = parse_arguments(argv)[0].config_dir
+    return [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
 
 
 def _job(cfg: DictConfig) -> None:

@@ -14,9 +14,9 @@ import click
 from slm_exp.cli.command import FOLDER, command
 from slm_exp.cli.run import main as run
 from slm_exp.core.errors import ConfigError
+from slm_exp.core.format import override
 from slm_exp.core.registry import GROUPS
 from slm_exp.launch.compose import PLAIN_FIELDS
-from slm_exp.launch.hydra_compat import override
 from slm_exp.runs.sweep import FINISHED, SweepFolder, table
 
 EXPERIMENT = {*GROUPS, *PLAIN_FIELDS, "cache", "experiment", "sweep"}

@@ -33,6 +33,31 @@ def writing(path: Path) -> Iterator[Path]:
         tmp.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def probing(folder: Path) -> Iterator[Path]:
+    """Make a folder and yield a file written in it; afterwards both are gone, unless the folder was there or is used.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+        except FileNotFoundError:  # another process that probed the same new folder removed it
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+        yield probe
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, UTF-8."""
     with writing(path) as tmp:

@@ -1,4 +1,4 @@
-"""Text for people: times, and text from files that must do nothing to whoever shows it."""
+"""Text for people: times, words of a command line, and text from files that must do nothing to whoever shows it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ encoding has: bytes of a file name that are not UTF-8."""
 def printable(text: object) -> str:
     """Text with control characters written out, `\\x1b` for escape."""
     return _UNSEEN.sub(lambda found: f"\\x{ord(found[0]):02x}", str(text))
+
+
+def override(key: str, value: object) -> str:
+    """`key=value` for Hydra, quoted unless the value is a plain path."""
+    from hydra.core.override_parser.types import Quote, QuotedString  # 0.1 s
+
+    text = str(value)
+    plain = "/" in text and re.fullmatch(r"[\w./-]+", text, re.ASCII)
+    return f"{key}={text if plain else QuotedString(text=text, quote=Quote.single).with_quotes()}"
 
 
 def duration(seconds: float | None) -> str:

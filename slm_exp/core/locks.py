@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,5 +68,19 @@ def in_use(path: Path) -> bool:
             return False
     except Timeout:
         return True
+    except PermissionError:
+        return _held_by_another_user(path)
     except OSError:  # a read-only folder: nobody can be writing there
         return False
+
+
+def _held_by_another_user(path: Path) -> bool:
+    """`in_use` of a lock that this user may only read."""
+    try:
+        with open(path, "rb") as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # not to be read either, or without flock
+        return False
+    return False

@@ -20,7 +20,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString, RangeSweep
+from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.config_source import ConfigSource
@@ -107,11 +107,6 @@ def grid(axes: dict[str, Override]) -> list[list[str]]:
               for axis in axes.values())
     words = ([f"{key}={value}" for value in of] for key, of in zip(axes, values, strict=True))
     return [list(job) for job in itertools.product(*words)]
-
-
-def override(key: str, value: object) -> str:
-    """`key='value'`, quoted for Hydra whatever the value holds."""
-    return f"{key}={QuotedString(text=str(value), quote=Quote.single).with_quotes()}"
 
 
 def words(overrides: Any) -> list[str]:

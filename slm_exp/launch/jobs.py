@@ -24,6 +24,7 @@ from slm_exp.runs.record import check_writable
 from slm_exp.runs.sweep import LOG, Job, SweepFolder
 from slm_exp.runs.tracking.wandb import slug
 
+SEARCH = "hydra.searchpath="
 MANY = 100
 """A grid of this many jobs says so before they are composed."""
 _composed: dict[tuple[str, ...], RunConfig] = {}
@@ -46,7 +47,7 @@ class CommandJobs:
         """(jobs at a time, CPU threads of each), as the launcher decides them on this machine."""
         cfgs = [cfg for _, cfg in self.jobs]
         requested = os.environ.get("OMP_NUM_THREADS", "")
-        own = cfgs[0].runtime.threads or (int(requested) if requested.isdigit() else 0)
+        own = max(cfg.runtime.threads or 0 for cfg in cfgs) or (int(requested) if requested.isdigit() else 0)
         if not self.multirun:
             return 1, own or cores()
         launcher = self.hydra.launcher
@@ -115,7 +116,7 @@ class JobComposer:
         self.folder, self.identify = folder, identify
         self.settings = words(hydra.overrides.hydra)
         self.by_run_id = OmegaConf.to_container(hydra.sweep, resolve=False)["subdir"] == "${run_id:}"  # type: ignore[index, call-overload]
-        self.composer = Composer([o for o in self.settings if o.startswith("hydra.searchpath=")])
+        self.composer = Composer([o for o in self.settings if o.startswith(SEARCH)])
 
     def job(self, overrides: Sequence[str]) -> tuple[Job, RunConfig]:
         """The job with its run_id and folder, and its checked config.
@@ -176,15 +177,19 @@ def split_sweep(overrides: Sequence[str], params: dict[str, str], limit: int | N
         raise ConfigError(explain(error, overrides)) from None
 
 
-def fields_of_swept_groups(overrides: Sequence[str]) -> list[str]:
+def fields_of_swept_groups(overrides: Sequence[str], search: Sequence[str] = ()) -> list[str]:
     """Let `method=a,b method.merge=true` set a field of the members that are swept, not of the default member.
 
     Hydra composes a multirun's own config without what is swept, and would look for the field in the default member.
     A value written as a choice of one is swept too: it reaches every job and nothing else.
+
+    Args:
+        search: the override of the search path that a command's options stand for.
     """
     swept = {o.partition("=")[0] for o in overrides if is_sweep(o)}
     if preset := [o for o in overrides if o.startswith("sweep=")]:
-        swept |= set(compose_raw(preset, with_hydra=True).hydra.sweeper.get("params") or ())
+        search = [*search, *(o for o in overrides if o.startswith(SEARCH))]
+        swept |= set(compose_raw([*preset, *search], with_hydra=True).hydra.sweeper.get("params") or ())
     out = []
     for o in overrides:
         key, equals, value = o.partition("=")
@@ -196,11 +201,12 @@ def fields_of_swept_groups(overrides: Sequence[str]) -> list[str]:
 def pool_workers(cfgs: Sequence[RunConfig], workers: int | None, threads: int | None) -> list[Worker]:
     """The workers for these jobs; null is as many as the machine takes (see `make_workers`).
 
-    GPUs are dealt out one per job: none to jobs on the CPU, on a GPU chosen by number, or on several at once.
+    GPUs are dealt out one per job where any job may use one, and none asks for GPUs by number or for several at once:
+    it would not find them.
     """
-    model = cfgs[0].model
-    device = model.device or cfgs[0].runtime.device
-    gpus = visible_gpus() if device in ("auto", "cuda") and model.device_map is None else []
+    devices = {cfg.model.device or cfg.runtime.device for cfg in cfgs}
+    own = any(device.startswith("cuda:") for device in devices) or any(cfg.model.device_map for cfg in cfgs)
+    gpus = visible_gpus() if devices & {"auto", "cuda"} and not own else []
     sizes = [cfg.model.weights_bytes() for cfg in cfgs]  # null: not known before the weights are fetched
     largest = None if None in sizes else max(size for size in sizes if size is not None)
     return make_workers(workers, threads, gpus, len(cfgs), largest)

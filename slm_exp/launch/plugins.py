@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
 from slm_exp.core.errors import SlmError, require, require_one_of
+from slm_exp.core.format import override
 from slm_exp.core.secrets import masked
-from slm_exp.launch.hydra_compat import override, register_plugin, words
+from slm_exp.launch.hydra_compat import register_plugin, words
 from slm_exp.launch.jobs import JobComposer, pool_workers, split_sweep
 from slm_exp.launch.pool import Interrupted, Pool
 from slm_exp.launch.queued import every_job_answers
@@ -85,14 +86,15 @@ class GridSweeper(Sweeper):
 
     def _sweep(self, sweep: SweepFolder, arguments: list[str]) -> int:
         jobs, reasons = self._jobs(sweep, arguments), dict[str, str]()
-        already = frozenset(j.run_id for j in jobs if read_cell(j).state == FINISHED)
+        before = {j.run_id: read_cell(j) for j in jobs}
+        already = frozenset(run_id for run_id, cell in before.items() if cell.state == FINISHED)
         todo = [j for j in jobs if j.run_id not in already]
         if already:
             print(f"{len(already)} of {len(jobs)} jobs are finished in {self.path}")
         status = self._launch(todo, reasons)
         for job in (j for j in todo if j.run_id in reasons):
             note_death(job, reasons[job.run_id])
-        cells = [_with_reason(cell, reasons.get(cell.job.run_id)) for cell in sweep.cells()]
+        cells = [_with_reason(cell, reasons.get(cell.job.run_id), before) for cell in sweep.cells()]
         print(table(cells, already))
         try:
             sweep.write_index(cells, already)
@@ -195,7 +197,9 @@ def _job_return(cell: Cell) -> JobReturn:
                      _return_value=None if done else SlmError(cell.error or cell.state))
 
 
-def _with_reason(cell: Cell, reason: str | None) -> Cell:
-    """The cell, failed for the launcher's reason where its folder has none (e.g. a folder that cannot be written)."""
-    known = reason is None or cell.state == FINISHED or (cell.state == FAILED and cell.error)
+def _with_reason(cell: Cell, reason: str | None, before: Mapping[str, Cell]) -> Cell:
+    """The cell, failed for the launcher's reason where its folder has none (e.g. a folder that cannot be written), or
+    that of an earlier launch."""
+    told = cell.state == FAILED and cell.error and cell != before.get(cell.job.run_id)
+    known = reason is None or cell.state == FINISHED or told
     return cell if known else replace(cell, state=FAILED, error=reason)

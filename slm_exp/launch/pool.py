@@ -22,7 +22,10 @@ from slm_exp.core.logs import open_log
 from slm_exp.core.secrets import masked
 from slm_exp.launch.screen import Screen
 from slm_exp.launch.workers import Worker
-from slm_exp.runs.sweep import FAILED, FINISHED, LOG, Cell, Job, note_death, read_cell
+from slm_exp.runs.record import FILE as RECORD
+from slm_exp.runs.record import read_run
+from slm_exp.runs.state import DIED, FAILED, FINISHED, LOG, last_lines
+from slm_exp.runs.sweep import Cell, Job, note_death, read_cell
 
 POLL_S = 0.1
 GRACE_S = 10.0
@@ -122,6 +125,8 @@ class Pool:
         now = datetime.now().isoformat(sep=" ", timespec="seconds")
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
+            if (before := read_run(job.folder)) and before.state in (FAILED, DIED):
+                (job.folder / RECORD).unlink()  # of an earlier launch or attempt: what is there at the end is this one's
             with open_log(job.folder / LOG) as out:
                 shown = masked(shlex.join(argv))
                 out.write(f"--- {now} attempt {attempt.number} on {worker.name}: {shown}\n".encode())
@@ -144,12 +149,13 @@ class Pool:
         cell = read_cell(job)
         if cell.state == FINISHED:
             return cell, 0
+        if cell.state != FAILED:  # it never got to a record, or could not write it
+            last = "".join(last_lines(job.folder / LOG, 1)).strip()
+            cell = Cell(job, FAILED, cell.stage, f"{how}; last log line: {last or 'none'}", cell.seconds)
         if attempt.number <= self.retries and (killed_for_memory or OUT_OF_MEMORY.search(cell.error or "")):
             batch = attempt.batch_size or self.batch_size(job) or UNSET_BATCH
             if batch > 1:
                 return cell, batch // 2
-        if cell.state != FAILED:  # it never got to a record, or could not write it
-            cell = Cell(job, FAILED, cell.stage, f"{how}; last log line: {cell.error or 'none'}", cell.seconds)
         return cell, 0
 
 

@@ -54,11 +54,15 @@ class Packaged(ModelSource):
     def weights_bytes(self) -> int:
         return sizes_of(self.about).total * (4 if self.dtype in ("float32", "auto") else 2)
 
+    def converted(self, cache_dir: Path) -> Path:
+        """The folder of the ordinary model in a cache, there or not."""
+        return StageStore(cache_dir).entry("model", {"gguf": self.sha256}, CONVERSION)
+
     def sketch(self, cache_dir: Path, device_type: str) -> Sketch:
         dtype = "float32" if self.dtype == "auto" else self.dtype
         notes: tuple[str, ...] = ()
         try:
-            value = self._digest(StageStore(cache_dir).entry("model", {"gguf": self.sha256}, CONVERSION), dtype)
+            value = self._digest(self.converted(cache_dir), dtype)
         except (OSError, ValueError, KeyError):
             value = f"{UNKNOWN}{self.sha256}{dtype}"
             notes = (f"model={self.name} has not been converted in this cache yet (a minute, once).",)

@@ -47,12 +47,15 @@ class SmolLM2(ModelSource):
     def weights_bytes(self) -> int:
         return 540_000_000 // (1 if self.dtype in ("float32", "auto") else 2)
 
+    def converted(self, cache_dir: Path) -> Path:
+        """The folder of the ordinary model in a cache, there or not."""
+        return StageStore(cache_dir).entry("model", {"gguf": content_digest(gguf_file())}, CONVERSION)
+
     def sketch(self, cache_dir: Path, device_type: str) -> Sketch:
         gguf, dtype = content_digest(gguf_file()), "float32" if self.dtype == "auto" else self.dtype
-        entry = StageStore(cache_dir).entry("model", {"gguf": gguf}, CONVERSION)
         notes: tuple[str, ...] = ()
         try:
-            value = _digest(entry, dtype)
+            value = _digest(self.converted(cache_dir), dtype)
         except (OSError, ValueError, KeyError):
             value = f"{UNKNOWN}{gguf}{dtype}"
             notes = ("the embedded weights have not been converted in this cache yet (20 s, once).",)

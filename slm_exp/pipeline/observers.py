@@ -33,7 +33,7 @@ from slm_exp.reporting.heatmap import draw_heatmap
 from slm_exp.reporting.page import write_report
 from slm_exp.runs.files import result_files
 from slm_exp.runs.record import FILE as RECORD
-from slm_exp.runs.record import finished_run, git_state, read_run, versions, write_record
+from slm_exp.runs.record import failure, finished_run, git_state, read_run, versions, write_record
 from slm_exp.runs.state import LOCK, remove_stale
 from slm_exp.runs.tracking.base import Tracker
 
@@ -261,13 +261,10 @@ class Recorder:
 
     def _fail(self, error: BaseException) -> None:
         cause = error.__cause__ if isinstance(error, StageError) and error.__cause__ else error
-        stage = error.stage if isinstance(error, StageError) else None
-        for line in getattr(error, "__notes__", []):
-            stage = line.removeprefix("stage: ") if line.startswith("stage: ") else stage
-        self.record["status"] = "failed"
-        self.record["error"] = {"type": type(cause).__name__, "message": masked(str(cause)), "stage": stage}
+        about = failure(error)
+        self.record |= {"status": "failed", "error": about}
         trace = "" if isinstance(cause, SlmError) else "".join(traceback.format_exception(cause))
-        log.error("run %s failed in stage %s: %s: %s\n%s", self.cfg.run_id, stage, type(cause).__name__, cause, trace)
+        log.error("run %s failed in stage %s: %s: %s\n%s", self.cfg.run_id, about["stage"], about["type"], cause, trace)
         try:
             self.write()
             for observer in self.observers:

@@ -11,6 +11,7 @@ import yaml
 from slm_exp import __version__
 from slm_exp.core.errors import ConfigError, PlanError
 from slm_exp.core.files import JsonObject, read_json
+from slm_exp.core.registry import available
 from slm_exp.core.types import Group, MergePlan
 from slm_exp.models.config_file import read_config_file
 from slm_exp.models.layouts import FAMILIES
@@ -57,13 +58,17 @@ def read_plan(source: Path, model: str | None) -> tuple[MergePlan, str, str | No
 
 
 def _place(record: Record) -> str | None:
-    """Where a run's dense model lies: its path, or the converted copy of the embedded one."""
+    """Where a run's dense model lies: its path, or its converted copy in the run's cache."""
     if path := record.setting("model.path"):
         return str(path)
-    folder = Path(record.setting("cache.dir") or "") / "model"
-    embedded = record.setting("model.name") == "smollm2_135m"
-    copies = sorted(p.parent for p in folder.glob("[!.]*/config.json")) if embedded else []
-    return str(copies[-1]) if copies else None
+    cache, member = record.setting("cache.dir"), available("model").get(str(record.setting("model.name")))
+    if not cache or not hasattr(member, "converted"):
+        return None
+    try:
+        folder = member().converted(Path(cache))
+    except ConfigError:  # its package is not installed here, so which copy is its own is not known
+        return None
+    return str(folder) if (folder / "config.json").is_file() else None
 
 
 def mergekit(plan: MergePlan, model: str, dtype: str | None, source: str = "") -> str:

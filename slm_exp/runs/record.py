@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import shlex
 import subprocess
@@ -16,9 +15,10 @@ from typing import Self
 from slm_exp import __version__
 from slm_exp.core.cache.code import PACKAGE, package_digest
 from slm_exp.core.cache.store import library_versions
-from slm_exp.core.errors import ConfigError, PlanError, SlmError
-from slm_exp.core.files import JsonObject, digest, read_json, write_json
-from slm_exp.core.format import printable
+from slm_exp.core.errors import ConfigError, PlanError, SlmError, StageError
+from slm_exp.core.files import JsonObject, digest, probing, read_json, write_json
+from slm_exp.core.format import override, printable
+from slm_exp.core.secrets import masked
 from slm_exp.core.types import LayerSimilarity, MergePlan
 from slm_exp.runs.files import CHECKPOINT, Problem, problems
 from slm_exp.runs.schema import Record
@@ -103,8 +103,7 @@ class Run:
         """The command that computes what is missing here."""
         if (self.folder.parent / "sweep.json").is_file():
             return f"slm sweep resume {shlex.quote(str(self.folder.parent))}"
-        quoted = str(self.folder).replace("\\", "\\\\").replace("'", "\\'")
-        where = f"hydra.run.dir='{quoted}'" if set(quoted) & set(" ,'\\[]{}()=$:#") else f"hydra.run.dir={quoted}"
+        where = override("hydra.run.dir", self.folder)
         return printable(shlex.join(["python", "-m", "slm_exp", *self.record.overrides, where]))
 
     @cached_property
@@ -217,6 +216,15 @@ def say_unverified(runs: Iterable[Run]) -> str | None:
     return f"Unverified: {count} {some} of an older version, whose {they} neither files nor digests."
 
 
+def failure(error: BaseException) -> dict[str, str | None]:
+    """The record's `error` of a run that this ended: the cause, without secrets, and the stage it happened in."""
+    stage = error.stage if isinstance(error, StageError) else None
+    cause = error.__cause__ if stage and error.__cause__ else error
+    for line in getattr(error, "__notes__", []):
+        stage = line.removeprefix("stage: ") if line.startswith("stage: ") else stage
+    return {"type": type(cause).__name__, "message": masked(str(cause)), "stage": stage}
+
+
 def versions() -> dict[str, str | None]:
     """The record's `versions`."""
     return {"slm_exp": __version__, "python": platform.python_version(), **library_versions(VERSIONED)}
@@ -243,14 +251,9 @@ def check_writable(folder: Path) -> None:
     Raises:
         ConfigError: naming the folder and the reason.
     """
-    probe = folder / f".probe.{os.getpid()}"
-    made = [p for p in [folder, *folder.parents] if not p.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-        for path in made:  # leave no trace of the check
-            path.rmdir()
+        with probing(folder):
+            pass
     except OSError as error:
         raise ConfigError(f"hydra.run.dir / hydra.sweep.dir = {folder}; expected a folder that can be written "
                           f"({error.strerror}). Choose another with hydra.run.dir=FOLDER (single run) or "

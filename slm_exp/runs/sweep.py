@@ -137,6 +137,7 @@ class StoredJob(Section):
     folder: str
     slug: str
     save_model: bool
+    exact: bool = False
 
     @field_validator("folder")
     @classmethod
@@ -177,12 +178,12 @@ class SweepFolder:
                               f"({type(error).__name__}: {error}). Multiruns lie in outputs/multirun/NAME unless "
                               "hydra.sweep.dir said otherwise.") from None
         return cls(path, stored.argv, stored.cwd, [
-            Job(j.run_id, tuple(j.overrides), path / j.folder, j.slug, j.save_model) for j in stored.jobs])
+            Job(j.run_id, tuple(j.overrides), path / j.folder, j.slug, j.save_model, j.exact) for j in stored.jobs])
 
     def write(self) -> None:
         """sweep.json, atomically."""
         jobs = [{"run_id": j.run_id, "overrides": list(j.overrides), "folder": os.path.relpath(j.folder, self.path),
-                 "slug": j.slug, "save_model": j.save_model} for j in self.jobs]
+                 "slug": j.slug, "save_model": j.save_model, "exact": j.exact} for j in self.jobs]
         write_json(self.path / "sweep.json", {
             "name": self.path.name, "version": __version__, "written": _now(), "argv": self.argv, "cwd": self.cwd,
             "jobs": jobs})

@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from slm_exp.launch.hydra_compat import override
+from slm_exp.core.format import override
 
 Product = dict[str, tuple[str, ...]]
 """key -> values: every combination is a job."""
@@ -20,10 +20,7 @@ def commands(jobs: Sequence[Sequence[str]], name: str) -> list[str]:
         jobs: overrides; no job twice.
         name: of the table; its runs go to outputs/multirun/NAME.
     """
-    folder = f"hydra.sweep.dir=outputs/multirun/{name}"
-    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):  # Hydra's grammar, besides the shell's
-        folder = override("hydra.sweep.dir", f"outputs/multirun/{name}")
-    head = ["python", "-m", "slm_exp", "-m", folder]
+    head = ["python", "-m", "slm_exp", "-m", override("hydra.sweep.dir", f"outputs/multirun/{name}")]
     return [shlex.join([*head, *(f"{key}={','.join(values)}" for key, values in product.items())])
             for product in products(jobs)]
 

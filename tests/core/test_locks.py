@@ -48,6 +48,20 @@ def test_a_second_taker_is_refused_and_a_later_one_is_not(
     assert len(warnings) == (system is not None)
 
 
+def test_a_lock_that_may_only_be_read_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, really_open = tmp_path / ".lock", os.open
+
+    def another_users(name: str | Path, flags: int, *args: int, **kwargs: int) -> int:
+        if Path(name) == path and flags & (os.O_WRONLY | os.O_RDWR):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(name))
+        return really_open(name, flags, *args, **kwargs)
+
+    with Lock(path).held():
+        monkeypatch.setattr(os, "open", another_users)
+        assert in_use(path)
+    assert not in_use(path)
+
+
 def test_what_a_killed_holder_left_stops_nobody(system: int | None, tmp_path: Path) -> None:
     """Also the empty file that a host with flock has used."""
     path = tmp_path / ".lock"

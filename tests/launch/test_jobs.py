@@ -16,7 +16,7 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import GROUPS, available
 from slm_exp.launch.compose import Composer, choices, compose_run
 from slm_exp.launch.hydra_compat import axes, count, grid
-from slm_exp.launch.jobs import check_all, command_jobs, split_sweep
+from slm_exp.launch.jobs import check_all, command_jobs, pool_workers, split_sweep
 from slm_exp.pipeline.config import RunConfig
 
 NO_DEFAULT = {"from_plan", "jsonl", "tokens", "hf", "cuda"}
@@ -93,6 +93,26 @@ def test_a_large_grid_is_refused_with_its_count_before_it_is_composed(words, job
     with pytest.raises(ConfigError, match=rf"^{jobs} jobs: .*hydra.sweeper.max_jobs={jobs}$"):
         ask(["model=tiny", *words])
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(("words", "dealt"), [
+    (["runtime=cpu,auto"], True), (["runtime=auto,cpu"], True), (["runtime=cpu", "seed=1,2"], False),
+    (["runtime=cuda", "runtime.device=cuda,cuda:1"], False), (["model.device_map=null,auto"], False),
+])  # fmt: skip
+def test_gpus_are_dealt_out_where_any_job_may_use_one(
+    words: list[str], dealt: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slm_exp.launch.jobs.visible_gpus", lambda: ["GPU-a", "GPU-b"])
+    model = ["model=hf", f"model.path={tmp_path}"] if "map" in words[0] else ["model=tiny"]
+    found = command_jobs([*model, *words, f"hydra.sweep.dir={tmp_path}"], multirun=True, identify=lambda cfg: "")
+    workers = pool_workers([cfg for _, cfg in found.jobs], None, 1)
+    given = {w.env.get("CUDA_VISIBLE_DEVICES") for w in workers}
+    assert given == ({"GPU-a", "GPU-b"} if dealt else {None})
+
+
+def test_the_capacity_is_that_of_the_job_with_most_threads(tmp_path: Path) -> None:
+    words = ["model=tiny", "runtime=cpu", "runtime.threads=1,3", f"hydra.sweep.dir={tmp_path}"]
+    assert command_jobs(words, multirun=True, identify=lambda cfg: "").capacity()[1] == 3
 
 
 def test_max_jobs_can_be_raised_or_lowered(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ import pytest
 
 from slm_exp import __version__
 from slm_exp.launch import pool as pool_module
+from slm_exp.launch.plugins import _with_reason
 from slm_exp.launch.pool import Pool, died_of
 from slm_exp.launch.screen import Screen
 from slm_exp.launch.workers import GIB, Worker, available_memory, make_workers, visible_gpus
-from slm_exp.runs.sweep import DIED, FAILED, FINISHED, WAITING, Job, read_cell
+from slm_exp.runs.sweep import DIED, FAILED, FINISHED, WAITING, Cell, Job, read_cell
 
 # A job: writes a running record, does `body`, writes the finished one. It knows its batch size and its folder.
 PROGRAM = """
@@ -159,6 +160,35 @@ def test_the_kernels_own_out_of_memory_killer(job: Callable[[str], Job], small_m
     states, _ = run(pool_of({"b": body}, retries=0), [job("b")])
     assert states == [FAILED]
     assert "out-of-memory killer" in (read_cell(job("b")).error or "")
+
+
+@pytest.mark.parametrize("status", ["failed", "running"])
+def test_an_earlier_launchs_record_does_not_speak_for_a_job_that_got_to_none(
+    job: Callable[[str], Job], tmp_path: Path, status: str
+) -> None:
+    body = """
+    print("a last word", flush=True)
+    (folder.parent / "tries").open("a").write("x")
+    os._exit(3)
+    """
+    old = job("a")
+    old.folder.mkdir()
+    about = {"run_id": "a", "status": status, "stage": "save",
+             "error": {"type": "OutOfMemoryError", "message": "CUDA out of memory.", "stage": "evaluate"}}
+    (old.folder / "record.json").write_text(json.dumps(about))
+    pool = pool_of({"a": body})
+    pool.command = lambda job, batch, make=pool.command: [  # type: ignore[misc]
+        w.replace('write("running")', "") for w in make(job, batch)]
+    (cell,) = pool.run([old], Screen("s", [old], out=io.StringIO()))
+    assert (cell.state, cell.stage, cell.error) == (FAILED, None, "ended with exit status 3; last log line: a last word")
+    assert (tmp_path / "tries").read_text() == "x"  # it was not tried again for the earlier one's memory
+    assert (read_cell(old).state, read_cell(old).error) == (DIED, "a last word")
+
+
+def test_the_launchers_reason_counts_where_the_folder_has_an_earlier_launchs(job: Callable[[str], Job]) -> None:
+    old, new = (Cell(job("a"), FAILED, "plan", error, 1.0) for error in ("ValueError: old", "ValueError: new"))
+    assert _with_reason(old, "no right to write", {"a": old}).error == "no right to write"
+    assert _with_reason(new, "stage plan failed", {"a": old}) == new
 
 
 def test_what_a_job_leaves_behind_is_killed(job: Callable[[str], Job]) -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slm_exp.cli import compare, report, sync
 from slm_exp.cli.main import main
 from slm_exp.core.errors import ConfigError, SlmError
+from slm_exp.core.format import printable
 from slm_exp.core.types import MergePlan
 from slm_exp.launch.compose import compose_run
+from slm_exp.launch.hydra_compat import parse
 from slm_exp.pipeline import run as pipeline
 from slm_exp.runs import record as records
 from slm_exp.runs.record import Run, finished_run, is_finished, record_digest
@@ -119,6 +122,18 @@ def test_the_record_lists_what_is_the_result_and_nothing_derived(made: Path) -> 
     assert record["code"]
     assert Run.read(made).state == FINISHED
     assert not Run.read(made).unverified
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12))
+@example("R&D").via("a plain word to the old rule")
+@example("é\"!;~<^`").via("likewise")
+@example("back\\slash\\")
+@example("o'brien, v2 (fin al)")
+@example("a\\'b")
+def test_the_command_that_computes_again_means_its_folder(name: str) -> None:
+    run = Run(Path("/outputs") / name, Record.of({"overrides": ["seed=1"]}))
+    if printable(run.again) == run.again:
+        assert parse(shlex.split(run.again)[-1]).value() == str(run.folder)
 
 
 DAMAGE = {
@@ -225,6 +240,9 @@ def test_other_versions_are_said_and_exact_computes_again(
     assert read_cell(job).state == FINISHED
     assert "99.0" in read_cell(job).made_otherwise
     assert read_cell(Job(first["run_id"], (), run, exact=True)).state == WAITING
+    SweepFolder(run.parent, jobs=[Job(first["run_id"], (), run, exact=True)]).write()
+    assert [cell.state for cell in SweepFolder.read(run.parent).cells()] == [WAITING]
+    assert not any(stored.exact for stored in SweepFolder.read(OLD).jobs)
     again = carry_out(run, made.parent / "cache", "cache.accept=exact")
     assert again["created"] >= first["created"]
     assert json.loads((run / "record.before.json").read_text()) == first

@@ -132,6 +132,16 @@ def test_two_runs_in_one_process_are_two_runs_and_a_failed_one_says_so(tmp_path:
     assert "WANDB_DATA_DIR" not in os.environ
 
 
+def test_a_failure_is_told_as_the_record_tells_it(tmp_path: Path) -> None:
+    error = KeyError("https://me:secret@host/x is not there")
+    error.add_note("stage: plan")
+    with pytest.raises(KeyError), WandbTracking().session(running_record(), tmp_path):
+        raise error
+    (run,) = offline_runs(tmp_path)
+    assert run.summary["error/stage"] == "plan"
+    assert run.summary["error/message"] == "'https://***@host/x is not there'"
+
+
 def test_killed_two_seconds_after_the_start_the_config_is_on_disk(tmp_path: Path) -> None:
     script = f"""
 import time

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_exp.core.errors import ConfigError, StageError, require_one_of
+from slm_exp.core.errors import ConfigError, require_one_of
 from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.registry import register
+from slm_exp.runs.record import failure
 from slm_exp.runs.tracking.base import Tracker, Tracking, flat
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class WandbTracking(Tracking):
             try:
                 yield tracker
             except BaseException as error:
-                tracker.log({"status": "failed", "error": _told(error)})
+                tracker.log({"status": "failed", "error": failure(error)})
                 tracker.close(exit_code=1)
                 raise
             tracker.close(exit_code=0)
@@ -159,13 +160,6 @@ class _WandbTracker(Tracker):
             send()
         except Exception as error:
             log.warning("W&B: %s: %s. The record in the run's folder is complete.", type(error).__name__, error)
-
-
-def _told(error: BaseException) -> dict[str, str | None]:
-    """The record's `error` section: the cause and the stage it happened in."""
-    stage = error.stage if isinstance(error, StageError) else None
-    cause = error.__cause__ if stage and error.__cause__ else error
-    return {"type": type(cause).__name__, "message": str(cause), "stage": stage}
 
 
 def under_agent() -> bool:
