@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from slm_exp.calibration.base import Calibration
 from slm_exp.calibration.bundled import Bundled
 from slm_exp.calibration.jsonl import JsonLines
+from slm_exp.calibration.text import TextCalibration
 from slm_exp.calibration.tokens import Tokens
 from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.registry import Fields
@@ -51,21 +52,18 @@ class FitSource:
         Raises:
             DataError: too few or too short texts.
         """
-        used = {name.rpartition("@")[0] for name in avoid.sample_ids}
         with self._named():
-            if self.is_tokens:
-                return self._source().draw(dense, seed)
-            drawn = self._source(len(used)).draw(dense, seed + 1)
-        fresh = [i for i, name in enumerate(drawn.sample_ids) if name.rpartition("@")[0] not in used][: self.n_samples]
-        return CalibrationTokens(drawn.tokens_NT[fresh], drawn.source, tuple(drawn.sample_ids[i] for i in fresh))
+            source = self._source()
+            if isinstance(source, TextCalibration):
+                return source.draw(dense, seed + 1, {name.rpartition("@")[0] for name in avoid.sample_ids})
+            return source.draw(dense, seed)
 
-    def _source(self, more: int = 0) -> Calibration:
+    def _source(self) -> Calibration:
         if self.is_tokens:
             return Tokens(path=self.path)
-        n = self.n_samples + more
         if self.path is None:
-            return Bundled(n, self.seq_len)
-        return JsonLines(n, self.seq_len, path=self.path, field=self.field)
+            return Bundled(self.n_samples, self.seq_len)
+        return JsonLines(self.n_samples, self.seq_len, path=self.path, field=self.field)
 
     @contextmanager
     def _named(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -42,7 +42,8 @@ class TextCalibration(Calibration):
             fields["path"] = paths_digest(self.path)
         return fields
 
-    def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
+    def draw(self, handle: ModelHandle, seed: int, without: Collection[str] = ()) -> CalibrationTokens:
+        """As in `Calibration`, of no document named in `without`; the others and their crops stay the same."""
         tokenizer = handle.tokenizer
         if tokenizer is None:
             raise DataError(f"calibration={self.name} needs a tokenizer, and the model {handle.name} has none. "
@@ -64,12 +65,15 @@ class TextCalibration(Calibration):
             if len(ids) < need:
                 continue
             offset = int(rng.integers(0, len(ids) - need + 1))
+            if document.name in without:
+                continue
             rows.append(start + ids[offset : offset + need])
             names.append(f"{document.name}@{offset}")
             if len(rows) == self.n_samples:
                 break
         if len(rows) < self.n_samples:
-            raise DataError(f"calibration={self.name} ({source}): {len(rows)} texts have at least {need} tokens; "
+            free = " and are not calibrated on" if without else ""
+            raise DataError(f"calibration={self.name} ({source}): {len(rows)} texts have at least {need} tokens{free}; "
                             f"{self.n_samples} are wanted. Lower calibration.n_samples or calibration.seq_len, or give "
                             "longer texts.")
         tokens_NT = np.asarray(rows, dtype=np.int32)

@@ -67,8 +67,7 @@ class EvalReport:
         if name in self.perplexity:
             return self.perplexity[name]
         metrics = self.tasks[name].metrics if name in self.tasks else {}
-        counting = next((m for m in (SEVEN.get(name), "acc", "acc_norm") if m in metrics), None)
-        value = self.average if name == "average" else metrics.get(counting or "")
+        value = self.average if name == "average" else metrics.get(metric_of(name, metrics) or "")
         return None if value is None else 100 * value
 
     def save_samples(self, folder: Path) -> None:
@@ -90,6 +89,13 @@ class EvalReport:
             with gzip.open(path, "rt", encoding="utf-8") as f:
                 samples[path.name.removesuffix(".jsonl.gz")] = [json.loads(line) for line in f]
         return cls.from_json(json.loads((folder / "report.json").read_text()), samples)
+
+
+def metric_of(task: str, scores: Mapping[str, int | float | str | None]) -> str | None:
+    """The metric that counts for a task: the seven-task average's, else acc, acc_norm, or the first number there."""
+    wanted = [SEVEN[task]] if task in SEVEN else ["acc", "acc_norm"]
+    numbers = [k for k, v in scores.items() if isinstance(v, float) and not k.endswith("_stderr")]
+    return next((name for name in [*wanted, *numbers] if scores.get(name) is not None), None)
 
 
 def average(tasks: Mapping[str, TaskScore]) -> float | None:

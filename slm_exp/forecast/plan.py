@@ -187,6 +187,8 @@ def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: L
     if model.sizes is None or model.handle is None:
         plan.notes.append(f"{model.name}: without its config.json nothing can be counted.")
         return plan
+    if plan.state == FINISHED:  # it computes nothing that a later job could share
+        lookup = Lookup(lookup.store.folder)
     outline = walk(cfg, model, lookup, job.save_model)
     try:
         if not cfg.width.prunes and not (cfg.method.removes_sublayers and cfg.method.target_ratio):

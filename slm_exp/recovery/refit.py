@@ -105,10 +105,10 @@ class _Refit:
     def _refit(self, position: int, slot: Group, scale: float) -> tuple[dict[str, Tensor], Refitted]:
         """One layer's new parameters by name inside it, and how the error fell."""
         removed = {s.kind for s in self.task.plan.sublayers if s.layer == slot.start}
-        kinds = ("mlp", "attention") if self.settings.attention else ("mlp",)
-        modules = [m for kind in kinds if kind not in removed for m in self.layout.fitted[kind]]
-        if not modules:  # only the attention is left, or the MLP is a mixture of experts
-            modules = [*self.layout.fitted["attention"]]
+        left = {kind: () if kind in removed else names for kind, names in self.layout.fitted.items()}
+        if not self.settings.attention and left["mlp"]:
+            left["attention"] = ()
+        modules = [*left["mlp"], *left["attention"]]
         weights: dict[str, Tensor] = {}
         kept, lowest = weights, math.inf
         errors: list[float] = []

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import mixed
+from slm_exp.evaluation.report import metric_of
 from slm_exp.runs.record import Run
 from slm_exp.runs.schema import Measurements
-from slm_exp.runs.statistics.scores import Estimate, by_document, estimate, metric_of, standard_error, stderr_of_mean
+from slm_exp.runs.statistics.scores import Estimate, by_document, estimate, standard_error, stderr_of_mean
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,10 @@ class Refits:
     def _refit(self, slot: Slot, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert slot.refit is not None
         (start, end), states, handle = slot.refit, self._states, self.task.handle
-        kind = "attention" if "mlp" in slot.without else "mlp"
-        (module,) = handle.layout.fitted[kind] or handle.layout.fitted["attention"]
+        left = [m for kind in ("mlp", "attention") if kind not in slot.without for m in handle.layout.fitted[kind]]
+        if not left:  # experts alone, which no regression changes
+            return {}
+        module = left[0]
         plain = Slot(slot.host, weights, without=slot.without)
         fit, held = moments(self._runner, plain, module, states[start], states[end], held_out(len(states[0])))
         step = ridge_step(fit, held, RIDGES)

@@ -45,7 +45,7 @@ def draw(name: str, words: Sequence[str], formats: str = "md", out: Path | None 
         print("\n".join(commands) if commands else "nothing is missing", file=sys.stdout if commands else sys.stderr)
         return 0
     grid = (sweep_grid(runs, mixed_protocols, columns) if table is None else
-            reference_grid(table, runs) if reference else fill(table, runs, mixed_protocols))
+            reference_grid(table, runs, mixed_protocols) if reference else fill(table, runs, mixed_protocols))
     for kind in chosen:
         text = FORMATS[kind](grid)
         if out is None:

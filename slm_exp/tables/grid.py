@@ -128,6 +128,7 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
         grid.blocks.append((block.label, rows))
     grid.gaps = list(gaps.values())
     other = _one_protocol(table, kinds, placed, mixed_protocols)
+    grid.notes += other.values()
     if marks:
         _mark(table, grid, kinds, placed, other)
     grid.notes += _explanations(table, grid, kinds, placed)
@@ -225,7 +226,6 @@ def _label(table: Table, i: int, j: int) -> str:
 
 def _mark(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: Placed, other_protocols: dict[int, str]) -> None:
     """Best, second and tied of every column of every block, where the paired test says so."""
-    grid.notes += other_protocols.values()
     for i, k in itertools.product(range(len(table.blocks)), range(len(table.columns))):
         if not kinds[k].tasks or k in other_protocols:
             continue

@@ -9,9 +9,10 @@ from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.core.files import digest
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import Stored
+from slm_exp.evaluation.report import metric_of
 from slm_exp.runs.schema import Quartiles, SpeedCase
 from slm_exp.runs.statistics.runs import Measured
-from slm_exp.runs.statistics.scores import estimate, main_score, metric_of, stderr_of_mean
+from slm_exp.runs.statistics.scores import estimate, main_score, stderr_of_mean
 
 Value = float | str | None
 

@@ -108,13 +108,14 @@ def matches(entry: Published, table: Table, row: Row) -> bool:
     return decides - set(UNSET) == set(entry.runs) - set(UNSET)
 
 
-def reference_grid(table: Table, runs: Sequence[Measured]) -> Grid:
+def reference_grid(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False) -> Grid:
     """One row for every number of the table that has been published: ours, theirs, difference, verdict.
 
     Raises:
         ConfigError: nothing published matches a cell of the table; says what there is for its model.
+        ProtocolError: as in `fill`.
     """
-    ours = fill(table, runs, marks=False)
+    ours = fill(table, runs, mixed_protocols, marks=False)
     entries = published()
     grid = Grid(f"{table.name}-reference", f"{table.title}: ours beside published numbers",
                 ["quantity", "ours", "published", "difference", "verdict", "published by"], row_heads=("size", "row"))
@@ -142,7 +143,7 @@ def reference_grid(table: Table, runs: Sequence[Measured]) -> Grid:
     grid.gaps = [gap for gap in ours.gaps if gap.number in numbers]
     grid.notes += [f"{e.file}: {e.source}. Protocol: {e.protocol}. Agrees: within {e.tolerance.points:g} points of "
                    f"accuracy, {100 * e.tolerance.share:g} % of other numbers." for e in used.values()]
-    grid.notes += [note for note in ours.notes if note.startswith(("Protocol", "Model"))]
+    grid.notes += [note for note in ours.notes if note.startswith(("Protocol", "Model", "column"))]
     grid.notes += claims(str(table.params.get("model")))
     grid.notes.append("Protocols differ between harnesses, so a difference is not a failed reproduction by itself.")
     return grid

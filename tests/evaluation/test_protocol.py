@@ -102,6 +102,13 @@ class TestDenseRange:
         assert told in str(caught.value)
         self.gate(**known).accept(report(), dense=False)  # a compressed model may reach what it reaches
 
+    def test_a_generative_task_counts_by_its_own_metric(self) -> None:
+        tasks = {"nq_open": TaskScore({"exact_match(remove_whitespace)": 0.31, "exact_match_stderr": 0.1})}
+        got = replace(report(), tasks=tasks)
+        Evaluation(tasks=["nq_open"], dense_range={"nq_open": [31, 31]}).accept(got, dense=True)
+        with pytest.raises(ProtocolError, match="nq_open: expected 40 to 50, got 31"):
+            Evaluation(tasks=["nq_open"], dense_range={"nq_open": [40, 50]}).accept(got, dense=True)
+
     @pytest.mark.parametrize("known", [{"average": [5]}, {"average": [5, 4]}, {"piqua": [1, 2]}, {"piqa": ["a", "b"]}])
     def test_a_range_that_cannot_be(self, known: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match="dense_range"):

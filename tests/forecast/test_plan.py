@@ -132,6 +132,16 @@ def test_models_of_plans_that_only_the_search_decides_are_not_one_model(call):
     assert [j.stages["evaluate"] for j in grid.jobs] == ["compute"] * 3
 
 
+def test_nothing_is_shared_with_a_finished_job_whose_cache_is_gone(call, tmp_path):
+    grid = "method.target_layers=4,3"
+    first = planned(call, grid).jobs[0].job
+    tiny_run(first.folder, *(o for o in [*call, "method.target_layers=4"] if not o.startswith("hydra")))
+    shutil.rmtree(tmp_path / "cache")
+    jobs = planned(call, grid).jobs
+    assert [job.state for job in jobs] == ["finished", "waiting"]
+    assert {jobs[1].stages[name] for name in ("calibrate", "similarity", "evaluate_dense", "plan")} == {"compute"}
+
+
 @pytest.mark.parametrize("first", ["slm", "shortgpt"])
 def test_what_may_be_in_the_cache_does_not_depend_on_the_jobs_before(call, tmp_path, first):
     """Each method's plans are current by that method's own code."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,22 @@ def test_the_fit_shares_no_document_with_the_plan(make_tiny: Any, tmp_path: Path
     documents = [{name.rpartition("@")[0] for name in t.sample_ids} for t in (tokens, drawn)]
     assert not documents[0] & documents[1]
     assert Reconstruct(n_samples=8, seq_len=32).draw(task).digest == drawn.digest
+
+
+def test_texts_that_are_enough_at_the_start_are_enough_after_the_search(make_tiny: Any, tmp_path: Path) -> None:
+    """A source takes more than it is asked for only where it shares documents with the calibration."""
+    dense, plan = make_tiny(), PLANS["removed"]
+    texts = tmp_path / "own.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{i} " * 40}) + "\n" for i in range(8)))
+    reconstruct = Reconstruct(n_samples=8, seq_len=32, path=str(texts))
+    reconstruct.check_data(dense)
+    for source, left in (("bundled", 8), ("jsonl", 4)):
+        path = {"path": str(texts)} if source == "jsonl" else {}
+        calibration: Any = available("calibration")[source](n_samples=4, seq_len=32, **path)
+        task = RecoveryTask(apply_plan(dense, plan), dense, plan, calibration.draw(dense, 0), tmp_path)
+        assert len(dataclasses.replace(reconstruct, n_samples=left).draw(task).tokens_NT) == left
+    with pytest.raises(DataError, match="4 texts have at least 32 tokens and are not calibrated on; 8 are wanted"):
+        reconstruct.draw(task)
 
 
 @pytest.mark.parametrize(("fields", "message"), [

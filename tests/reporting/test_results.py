@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slm_exp.evaluation.report import metric_of
 from slm_exp.reporting import results
 from slm_exp.reporting.results import Comparison
 from slm_exp.runs.record import Run
 from slm_exp.runs.schema import Record
-from slm_exp.runs.statistics.scores import metric_of
 
 
 def compare(evaluation: dict[str, Any], folder: Path) -> list[Comparison]:

@@ -239,12 +239,15 @@ def test_seeds_give_a_mean_and_an_interval(tmp_path: Path, capsys) -> None:
 # -------------------------------------------------------------------------------------------- refusals
 
 
+def with_protocol(folder: Path, about: dict) -> None:
+    record = json.loads((folder / "record.json").read_text())
+    record["eval"]["compressed"]["protocol"] |= about
+    (folder / "record.json").write_text(json.dumps(record))
+
+
 def test_other_protocols_are_refused_by_name(rules: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(rules, tmp_path / "copy")
-    record_file = next(iter(sorted((tmp_path / "copy").iterdir()))) / "record.json"
-    record = json.loads(record_file.read_text())
-    record["eval"]["compressed"]["protocol"] |= {"hash": "0123", "fields": {"lm_eval": "0.3.0", "limit": 20}}
-    record_file.write_text(json.dumps(record))
+    with_protocol(min((tmp_path / "copy").iterdir()), {"hash": "0123", "fields": {"lm_eval": "0.3.0", "limit": 20}})
     for words in (RULES, ["sweep"]):
         message = refused(capsys, *words, tmp_path / "copy")
         assert "ProtocolError" in message
@@ -408,6 +411,17 @@ def test_ours_beside_theirs(tmp_path: Path, capsys) -> None:
     assert "3326c54" in text
     assert "1.654 average points" in text
     assert "There is: nothing" in refused(capsys, *RULES, tmp_path, "--reference")
+
+
+def test_mixed_protocols_stand_beside_published_numbers_only_where_that_was_said(tmp_path: Path, capsys) -> None:
+    words = ["recovery", "model=vicuna_7b", "methods=[shortened_ppl]", "sizes=[26]"]
+    for job in cells("recovery", {"model": "vicuna_7b", "methods": ["shortened_ppl"], "sizes": [26]}):
+        folder = make_run(tmp_path, job, 0.6081, n=400)
+    with_protocol(folder, {"hash": "0123", "fields": {"lm_eval": "0.3.0", "limit": 20}})
+    assert "different protocols" in refused(capsys, *words, tmp_path, "--reference")
+    text = drawn(capsys, *words, tmp_path, "--reference", "--mixed-protocols")
+    assert "different protocols" in text
+    assert "4031a92" in text
 
 
 def test_fill_orders_nothing_by_chance(rules: Path) -> None:

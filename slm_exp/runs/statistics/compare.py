@@ -10,10 +10,11 @@ from slm_exp.core.errors import ConfigError, SlmError
 from slm_exp.core.format import printable
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import require_same
+from slm_exp.evaluation.report import metric_of
 from slm_exp.runs.record import Run, say_unverified
 from slm_exp.runs.statistics.paired import LEVEL, holm
 from slm_exp.runs.statistics.runs import Measured, difference
-from slm_exp.runs.statistics.scores import main_score, metric_of
+from slm_exp.runs.statistics.scores import main_score
 
 
 @dataclass(frozen=True)

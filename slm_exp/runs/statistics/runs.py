@@ -12,10 +12,11 @@ import numpy as np
 
 from slm_exp.core.files import digest
 from slm_exp.evaluation.base import SEVEN
+from slm_exp.evaluation.report import metric_of
 from slm_exp.runs.record import Run
 from slm_exp.runs.schema import Measurement, Record, Scores
 from slm_exp.runs.statistics.paired import Difference, bootstrap, mcnemar, paired_t
-from slm_exp.runs.statistics.scores import by_document, main_score, metric_of
+from slm_exp.runs.statistics.scores import by_document, main_score
 
 
 @dataclass(frozen=True)

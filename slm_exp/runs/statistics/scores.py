@@ -6,11 +6,11 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slm_exp.evaluation.base import SEVEN
+from slm_exp.evaluation.report import metric_of
 from slm_exp.runs.schema import Scores
 
 
@@ -20,13 +20,6 @@ class Estimate:
 
     value: float
     stderr: float | None
-
-
-def metric_of(task: str, scores: Mapping[str, int | float | str | None]) -> str | None:
-    """The metric that counts for a task: the seven-task average's, else acc, acc_norm, or the first number there."""
-    wanted = [SEVEN[task]] if task in SEVEN else ["acc", "acc_norm"]
-    numbers = [k for k, v in scores.items() if isinstance(v, float) and not k.endswith("_stderr")]
-    return next((name for name in [*wanted, *numbers] if scores.get(name) is not None), None)
 
 
 def estimate(scores: Scores, metric: str) -> Estimate | None:
