@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from slm_exp.core.cache.code import Code
 from slm_exp.core.cache.folder import stored_files
 from slm_exp.core.cache.store import StageStore
-from slm_exp.core.errors import ConfigError, require
+from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import digest
 from slm_exp.core.registry import Fields
 from slm_exp.models.base import ModelHandle, ModelSource, dtype_name
@@ -46,8 +46,7 @@ class Packaged(ModelSource):
 
     def check(self) -> None:
         super().check()
-        require(not self.path and self.revision is None, "model.path", self.path or self.revision,
-                "nothing: this model comes in packages", "For another model use model=hf.")
+        self.refuse_elsewhere("comes in packages and stays on one device")
 
     def identity(self) -> Fields:
         self.files()
