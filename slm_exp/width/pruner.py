@@ -328,8 +328,7 @@ class Pruner(Width):
         if self._allocation == "ecoflap":
             from slm_exp.width.inputs import layer_importance
 
-            every = layer_importance(handle, task.tokens, self.ecoflap_samples, task.seed)
-            importance = [every[p] for p in selected]
+            importance = layer_importance(handle, task.tokens, selected, self.ecoflap_samples, task.seed)
         shapes = self._plan_sizes(handle, task.slots, task.n_dense, task.ratio, importance)
         found = self.scores(task, lambda layer, s: None if shapes is None else sizes.select(s, shapes[layer]))
         scores, costs = found.layers, sizes.costs_of(handle, self._hidden(handle))
