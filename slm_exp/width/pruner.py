@@ -31,6 +31,9 @@ RATIO = 0.2
 ECOFLAP_SLACK = 0.1
 """A layer may lose at most this much more than the ratio (the LLaMA script's 0.7 for 0.6)."""
 
+PROJECTIONS = 7
+"""Of a layer, in every family whose layers may have widths of their own."""
+
 
 class Scored(NamedTuple):
     """What a member found out."""
@@ -144,8 +147,14 @@ class Pruner(Width):
         return None
 
     def cost(self, sizes: Sizes, layers: float, tokens: Tokens) -> Work:
-        passes = self.passes * layers + 2 * layers + sizes.n_layers
-        return Work(blocks=passes * sizes.block_flops(tokens.total, tokens.t))
+        passes, heads = self.passes * layers + 2 * layers + sizes.n_layers, 0.0
+        if self._allocation == "ecoflap":  # as `layer_importance` says, the layers in proportion to those left
+            start, stop = (at * layers / sizes.n_layers for at in self.layers or self.protected_range(sizes.n_layers))
+            losses, share = 2 * PROJECTIONS * (stop - start), min(self.ecoflap_samples, tokens.n) / tokens.n
+            passes += share * (losses * (layers - (start + stop - 1) / 2) + stop - 1)
+            heads = share * losses
+        return Work(blocks=passes * sizes.block_flops(tokens.total, tokens.t),
+                    head=heads * sizes.head_flops(tokens.total))
 
     def layers_left(self, sizes: Sizes, target_ratio: float | None) -> int | None:
         if self.share is None or not target_ratio:
