@@ -164,6 +164,9 @@ class Pruner(Width):
         return n - round((1 - self.share) * whole / layer)
 
     def params_removed(self, sizes: Sizes, layers: int, target_ratio: float | None) -> int:
+        if self.ratios is not None:
+            start, stop = self.layers or self.protected_range(sizes.n_layers)
+            return int(sum(self.ratios[start:stop]) / sizes.n_layers * layers * sizes.layer)
         if self.share is None:
             return int((self.ratio or RATIO) * layers * sizes.layer)
         return max(0, int(sizes.with_layers(layers).total - sizes.total + (target_ratio or 0) * sizes.total))
@@ -318,10 +321,13 @@ class Pruner(Width):
             shape = sizes.fit(full, costs, attention, (1 - r) * whole, shapes)
             if r > most or shape is None:
                 where = f" in {len(selected)} of {len(slots)} layers" if len(selected) < len(slots) else ""
+                asked, limit = f"width.ratio = {ratio:g}{where}", most * len(selected) / len(slots)
+                if self._allocation == "given":
+                    asked, limit = f"width.ratios[{_span(range(*slots[p]))}] = {r:g}", most
                 raise ConfigError(
-                    f"width.ratio = {ratio:g}{where}: expected at most {most * len(selected) / len(slots):.3f} for "
-                    f"{handle.name}; more leaves no attention head or no MLP channel (one group of "
-                    f"{shapes[0][0]} heads and {sizes.CHANNELS} channels stay). Remove layers as well.")
+                    f"{asked}: expected at most {limit:.3f} for {handle.name}; more leaves no attention head or no MLP "
+                    f"channel (one group of {shapes[0][0]} heads and {sizes.CHANNELS} channels stay). Remove layers as "
+                    "well.")
             least = 1 - costs.size(full) / whole
             if r < least - 1e-9:
                 raise ConfigError(f"width.hidden_size = {hidden} alone removes {least:.3f} of every decoder layer; "
