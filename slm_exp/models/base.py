@@ -44,6 +44,13 @@ class ModelSource(Component, ABC):
                 self.device, "null, auto, cpu, cuda or cuda:N")
         require(self.device_map in (None, "auto"), "model.device_map", self.device_map, "null or auto")
 
+    def refuse_elsewhere(self, why: str) -> None:
+        """Refuse fields that say where a model comes from and how it is spread, for a source that would ignore them."""
+        for name in ("path", "revision", "device_map", "trust_remote_code"):
+            value = getattr(self, name)
+            require(value == getattr(ModelSource, name), f"model.{name}", value,
+                    f"no such setting, as model={self.name} {why}", "Leave it out; for another model use model=hf.")
+
     def weights_bytes(self) -> int | None:
         """About how much memory the weights take; None where it is not known before they are fetched. Opens no file."""
         return None

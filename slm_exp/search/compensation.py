@@ -28,9 +28,9 @@ def scored(engine: ScoringEngine, plan: MergePlan, compensate: str | None) -> Me
         compensation, forwards = magnitudes(engine, plan)
         plan = replace(plan, compensation=compensation, block_forwards=plan.block_forwards + forwards)
     score = engine.score(plan)
+    notes = (*plan.notes, *zeroed_note(engine.task.handle, plan), *note(engine.task))
     return replace(plan, final_score=score, evaluations=plan.evaluations + engine.evaluations,
-                   block_forwards=plan.block_forwards + engine.block_forwards,
-                   notes=(*plan.notes, *zeroed_note(engine.task.handle, plan), *note(engine.task)))
+                   block_forwards=plan.block_forwards + engine.block_forwards, notes=tuple(dict.fromkeys(notes)))
 
 
 def magnitudes(engine: ScoringEngine, plan: MergePlan) -> tuple[Compensation, int]:

@@ -99,13 +99,16 @@ def _listening(layer: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Inp
 EPSILON = 1e-3
 
 
-def layer_importance(handle: ModelHandle, tokens: CalibrationTokens, n_samples: int, seed: int) -> list[float]:
-    """Per layer, the sum over its projections m and samples of |L(m + eps z) - L(m - eps z)| / (2 eps), z ~ N(0, 1).
+def layer_importance(handle: ModelHandle, tokens: CalibrationTokens, layers: Sequence[int], n_samples: int,
+                     seed: int) -> list[float]:
+    """Per layer of `layers` (ascending): its projections' m and samples' |L(m + eps z) - L(m - eps z)| / (2 eps), added
+    up, z ~ N(0, 1).
 
     L is the mean next-token loss of one sample. One noise for each matrix, none stored; no gradients. Source:
     ECoFLaP, arXiv:2310.02998.
 
-    Cost: for each projection of each layer two passes through that layer and those above it, over `n_samples`.
+    Cost: for each projection of each of `layers` two passes through that layer and those above it, over `n_samples`;
+        and one through those below the last.
     """
     ids_NT, n_layers = torch.as_tensor(tokens.tokens_NT[:n_samples]).long(), handle.n_layers
     runner, head = BlockRunner(handle, ids_NT), handle.model.get_output_embeddings()
@@ -120,9 +123,13 @@ def layer_importance(handle: ModelHandle, tokens: CalibrationTokens, n_samples: 
         return torch.stack(out)
 
     importance = []
-    with torch.inference_mode(), ticking("importance of layers", n_layers, "layer") as tick:
+    with torch.inference_mode(), ticking("importance of layers", len(layers), "layer") as tick:
         h_NTD = runner.embed()
-        for i, layer in enumerate(handle.layers):
+        for i, layer in enumerate(handle.layers[: max(layers) + 1]):
+            if i:
+                h_NTD = runner.block(Slot(i - 1), h_NTD)
+            if i not in layers:
+                continue
             total = 0.0
             for m, name in enumerate(f"{p}.weight" for p in handle.layout.projections):
                 weight = layer.get_parameter(name)
@@ -133,5 +140,4 @@ def layer_importance(handle: ModelHandle, tokens: CalibrationTokens, n_samples: 
                 total += float((sides[0] - sides[1]).abs().sum()) / (2 * EPSILON)
             importance.append(total)
             tick(f"{total:.3g} of layer {i}")
-            h_NTD = runner.block(Slot(i), h_NTD)
     return importance

@@ -31,6 +31,9 @@ RATIO = 0.2
 ECOFLAP_SLACK = 0.1
 """A layer may lose at most this much more than the ratio (the LLaMA script's 0.7 for 0.6)."""
 
+PROJECTIONS = 7
+"""Of a layer, in every family whose layers may have widths of their own."""
+
 
 class Scored(NamedTuple):
     """What a member found out."""
@@ -144,8 +147,14 @@ class Pruner(Width):
         return None
 
     def cost(self, sizes: Sizes, layers: float, tokens: Tokens) -> Work:
-        passes = self.passes * layers + 2 * layers + sizes.n_layers
-        return Work(blocks=passes * sizes.block_flops(tokens.total, tokens.t))
+        passes, heads = self.passes * layers + 2 * layers + sizes.n_layers, 0.0
+        if self._allocation == "ecoflap":  # as `layer_importance` says, the layers in proportion to those left
+            start, stop = (at * layers / sizes.n_layers for at in self.layers or self.protected_range(sizes.n_layers))
+            losses, share = 2 * PROJECTIONS * (stop - start), min(self.ecoflap_samples, tokens.n) / tokens.n
+            passes += share * (losses * (layers - (start + stop - 1) / 2) + stop - 1)
+            heads = share * losses
+        return Work(blocks=passes * sizes.block_flops(tokens.total, tokens.t),
+                    head=heads * sizes.head_flops(tokens.total))
 
     def layers_left(self, sizes: Sizes, target_ratio: float | None) -> int | None:
         if self.share is None or not target_ratio:
@@ -155,6 +164,9 @@ class Pruner(Width):
         return n - round((1 - self.share) * whole / layer)
 
     def params_removed(self, sizes: Sizes, layers: int, target_ratio: float | None) -> int:
+        if self.ratios is not None:
+            start, stop = self.layers or self.protected_range(sizes.n_layers)
+            return int(sum(self.ratios[start:stop]) / sizes.n_layers * layers * sizes.layer)
         if self.share is None:
             return int((self.ratio or RATIO) * layers * sizes.layer)
         return max(0, int(sizes.with_layers(layers).total - sizes.total + (target_ratio or 0) * sizes.total))
@@ -309,10 +321,13 @@ class Pruner(Width):
             shape = sizes.fit(full, costs, attention, (1 - r) * whole, shapes)
             if r > most or shape is None:
                 where = f" in {len(selected)} of {len(slots)} layers" if len(selected) < len(slots) else ""
+                asked, limit = f"width.ratio = {ratio:g}{where}", most * len(selected) / len(slots)
+                if self._allocation == "given":
+                    asked, limit = f"width.ratios[{_span(range(*slots[p]))}] = {r:g}", most
                 raise ConfigError(
-                    f"width.ratio = {ratio:g}{where}: expected at most {most * len(selected) / len(slots):.3f} for "
-                    f"{handle.name}; more leaves no attention head or no MLP channel (one group of "
-                    f"{shapes[0][0]} heads and {sizes.CHANNELS} channels stay). Remove layers as well.")
+                    f"{asked}: expected at most {limit:.3f} for {handle.name}; more leaves no attention head or no MLP "
+                    f"channel (one group of {shapes[0][0]} heads and {sizes.CHANNELS} channels stay). Remove layers as "
+                    "well.")
             least = 1 - costs.size(full) / whole
             if r < least - 1e-9:
                 raise ConfigError(f"width.hidden_size = {hidden} alone removes {least:.3f} of every decoder layer; "
@@ -328,8 +343,7 @@ class Pruner(Width):
         if self._allocation == "ecoflap":
             from slm_exp.width.inputs import layer_importance
 
-            every = layer_importance(handle, task.tokens, self.ecoflap_samples, task.seed)
-            importance = [every[p] for p in selected]
+            importance = layer_importance(handle, task.tokens, selected, self.ecoflap_samples, task.seed)
         shapes = self._plan_sizes(handle, task.slots, task.n_dense, task.ratio, importance)
         found = self.scores(task, lambda layer, s: None if shapes is None else sizes.select(s, shapes[layer]))
         scores, costs = found.layers, sizes.costs_of(handle, self._hidden(handle))

@@ -23,7 +23,7 @@ from slm_exp.core.types import Group, MergePlan
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import Protocol
 from slm_exp.launch.compose import compose_run
-from slm_exp.models.smollm2_135m import NOTE
+from slm_exp.models.smollm2_135m import SmolLM2
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.runs.schema import Record
 
@@ -84,7 +84,7 @@ def record_of(
         "git": {"commit": "c0ffee5eed" * 4, "dirty": True}, "created": "2026-11-23T00:20:11+00:00",
         "seconds": sum(SECONDS.values()), "warnings": [], "error": None,
         "stages": [{"name": name, "seconds": s, "cached": False} for name, s in SECONDS.items()],
-        "model": {"name": cfg.model.name, "note": NOTE, "digest": digest(cfg.model.identity())},
+        "model": {"name": cfg.model.name, "note": SmolLM2.note, "digest": digest(cfg.model.identity())},
         "calibration": {"source": "bundled", "sample_ids": [f"coqa-{i}" for i in range(10)],
                         "digest": digest(cfg.calibration.identity()), "shape": [10, 128]},
         "layers": {"before": L, "after": plan.n_layers_out},

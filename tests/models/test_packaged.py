@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 
+from slm_exp.core import registry
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import available
+from slm_exp.models import packaged
 from slm_exp.models.packaged import Packaged
 
-REAL = sorted(name for name, member in available("model").items() if issubclass(member, Packaged))
+REAL = sorted(name for name, member in available("model").items()
+              if issubclass(member, Packaged) and len(member.parts) > 1)
 
 
 class Parts(Packaged):
@@ -46,3 +50,18 @@ def test_other_bytes_are_refused_before_they_are_read_as_a_model(tmp_path, monke
     with pytest.raises(ConfigError, match=r"the installed parts have sha256 [0-9a-f]{64}; expected 0{64}"):
         Parts().open(torch.device("cpu"), tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.gguf"))
+
+
+def test_preparing_goes_on_after_a_model_that_is_not_installed(monkeypatch, capsys):
+    class Ready(Parts):
+        name = "ready"
+
+        def files(self):
+            return []
+
+        def open(self, device, cache_dir):
+            return SimpleNamespace(n_layers=2, n_params=1000)
+
+    monkeypatch.setattr(registry, "available", lambda group: {"parts": Parts, "ready": Ready})
+    packaged.prepare()
+    assert capsys.readouterr().out.splitlines()[1:] == ["model=ready: 2 layers, 1,000 parameters, ready."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 
 from slm_exp.core.errors import ConfigError
-from slm_exp.models import gguf, smollm2_135m
+from slm_exp.models import gguf
 from slm_exp.models.smollm2_135m import SmolLM2
 
 
 def test_missing_package_is_one_line_with_the_command(monkeypatch):
-    monkeypatch.setattr(smollm2_135m.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for act in (SmolLM2().identity, lambda: SmolLM2().open(torch.device("cpu"), Path("unused"))):
         with pytest.raises(ConfigError) as error:
             act()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from slm_exp.core.errors import ConfigError
+from slm_exp.core.registry import available
 from slm_exp.models.hf import HF
 from slm_exp.models.layouts import FAMILIES
 from slm_exp.models.tiny import Tiny, byte_tokenizer
@@ -88,6 +89,14 @@ def test_bytes_round_trip_and_survive_saving(tmp_path: Path):
 def test_bad_fields_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         Tiny(**fields)
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2_135m", "gemma3_270m"])
+@pytest.mark.parametrize(("field", "value"), [
+    ("path", "x"), ("revision", "main"), ("device_map", "auto"), ("trust_remote_code", True)])  # fmt: skip
+def test_fields_that_a_model_would_ignore_are_refused(name, field, value):
+    with pytest.raises(ConfigError, match=rf"model\.{field} = {value}; expected .* model={name}.*use model=hf"):
+        available("model")[name](**{field: value})
 
 
 def test_dtype_is_part_of_the_digest_and_device_is_not():

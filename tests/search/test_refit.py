@@ -145,3 +145,9 @@ def test_a_greedy_baseline_chooses_by_it(make_task: Any) -> None:
     plan = available("method")["sleb"](target_layers=6).plan(task)  # type: ignore[attr-defined]
     assert plan.final_score == pytest.approx(ScoringEngine(task).score(slots_of(plan, task.rule)))
     assert any("refitted" in n for n in plan.notes)
+
+
+def test_a_compensated_plan_says_so_once(make_task: Any) -> None:
+    plan = available("method")["slm"](threshold=-1.0, compensate="magnitude").plan(make_task())  # type: ignore[attr-defined]
+    assert plan.compensation
+    assert sum("refitted" in n for n in plan.notes) == 1

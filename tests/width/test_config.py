@@ -64,6 +64,12 @@ def test_gradients_of_quantised_weights_are_refused(make_tiny):
     assert not handle.loaded
 
 
+def test_too_large_ratios_are_refused_by_layer(make_tiny):
+    ratios = [0.0, 0.0, 0.97, 0.1]
+    with pytest.raises(ConfigError, match=r"width\.ratios\[2\] = 0\.97: expected at most 0\.\d+ .* no attention head"):
+        available("width")["random"](uniform=False, ratios=ratios).check_model(make_tiny(layers=4), SLM())
+
+
 def test_sizes_of_smollm2():
     """9 heads in 3 groups of head_dim 64, hidden 576, 1536 channels: what ratio 0.2 snaps to, by hand."""
     full = Shape(9, 3, 1536)

@@ -118,6 +118,11 @@ def test_the_cost_is_in_block_forwards_and_the_size_in_parameters() -> None:
     assert taylor.cost(sizes, 20, tokens).blocks == (6 * 20 + 2 * 20 + 30) * block  # type: ignore[attr-defined]
     assert none.cost(sizes, 20, tokens).flops == 0  # type: ignore[attr-defined]
     assert flap.params_removed(sizes, 20, None) == int(0.2 * 20 * sizes.layer)  # type: ignore[attr-defined]
+    given: Any = pruners["flap"](uniform=False, ratios=[0.5] * 30)
+    assert given.params_removed(sizes, 20, None) == int(0.5 * 20 * sizes.layer)
+    assert given.params_removed(sizes, 30, None) == 15 * sizes.layer
+    some: Any = pruners["flap"](uniform=False, ratios=[0.5] * 30, layers=[0, 6])
+    assert some.params_removed(sizes, 30, None) == 3 * sizes.layer
     shared: Any = pruners["flap"](share=0.5)
     layers = shared.layers_left(sizes, 0.2)
     assert layers == 30 - round(0.1 * sizes.total / sizes.layer)

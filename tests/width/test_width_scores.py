@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from slm_exp.core.cost import Tokens
 from slm_exp.core.registry import available
 from slm_exp.core.types import MergePlan
+from slm_exp.engine.runner import BlockRunner
+from slm_exp.models.layouts import FAMILIES
+from slm_exp.models.sizes import SMOLLM2, sizes_of
 from slm_exp.width.base import WidthTask
 from slm_exp.width.inputs import EPSILON, InputStats, layer_importance
+from slm_exp.width.pruner import PROJECTIONS
 
 HEADS, KV, PER = 4, 2, 8
 
@@ -160,10 +165,10 @@ def test_random_is_another_one_for_another_seed(small, tokens):
 
 def test_ecoflap_importance_is_the_difference_of_two_losses(small, tokens):
     """One matrix checked by hand; the layer sums over its seven."""
-    got = layer_importance(small, tokens, 2, seed=5)
+    got = layer_importance(small, tokens, [0, 1], 2, seed=5)
     assert len(got) == 2
     assert min(got) > 0
-    assert layer_importance(small, tokens, 2, seed=5) == got
+    assert layer_importance(small, tokens, [0, 1], 2, seed=5) == got
     total, ids = 0.0, torch.as_tensor(tokens.tokens_NT[:2]).long()
     layer = small.layers[1]
     for m, name in enumerate(f"{p}.weight" for p in small.layout.projections):
@@ -178,6 +183,30 @@ def test_ecoflap_importance_is_the_difference_of_two_losses(small, tokens):
                 p.copy_(own)
         total += sum(abs(a - b) for a, b in zip(*losses, strict=True)) / (2 * EPSILON)
     assert got[1] == pytest.approx(total, rel=0.02)
+
+
+@pytest.mark.parametrize("layers", [None, [2, 4]])
+def test_ecoflap_looks_at_the_chosen_layers_alone_and_its_cost_is_known(layers, make_tiny, tokens, monkeypatch):
+    """Block forwards over the calibration set, as counted and as `slm plan` expects them."""
+    handle, chosen, done = make_tiny(layers=5), list(range(*(layers or (0, 5)))), []
+    block = BlockRunner.block
+
+    def counted(self, slot, h_NTD):
+        done.append(len(h_NTD) / len(tokens.tokens_NT))
+        return block(self, slot, h_NTD)
+
+    monkeypatch.setattr(BlockRunner, "block", counted)
+    every = layer_importance(handle, tokens, range(5), 2, seed=3)
+    assert layer_importance(handle, tokens, chosen, 2, seed=3) == [every[i] for i in chosen]
+    cfg = available("width")["flap"](uniform=False, allocation="ecoflap", layers=layers)
+    done.clear()
+    cfg.decide(WidthTask(handle, tokens, MergePlan(5).slots, 0.2, 3, n_dense=5))
+    assert sum(done) == (14 * sum(5 - i for i in chosen) + max(chosen)) / 2 + 5, "2 of 4 samples, then the scores"
+    sizes, shape = sizes_of(SMOLLM2).with_layers(5), Tokens(*tokens.tokens_NT.shape)
+    work, narrowed = cfg.cost(sizes, 5, shape), 2 * 5 + 5
+    assert work.blocks / sizes.block_flops(shape.total, shape.t) - narrowed == pytest.approx(sum(done))
+    assert work.head == pytest.approx(len(chosen) * 14 * sizes.head_flops(shape.total) / 2)
+    assert {len(layout.projections) for layout in FAMILIES.values() if layout.layerwise} == {PROJECTIONS}
 
 
 def test_moments_add_up_over_batches():
