@@ -1,7 +1,6 @@
 """`slm export`: the file means the plan's own model, read by mergekit's rules written plainly."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -102,7 +101,6 @@ def test_a_runs_record_names_model_and_dtype(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["smollm2_135m", "gemma3_270m", "qwen2_5_coder_0_5b"])
 def test_a_run_of_a_converted_model_names_that_models_copy(name, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("slm_exp.models.smollm2_135m.gguf_file", lambda: Path(__file__))
     monkeypatch.chdir(tmp_path)
     PLANS["removal"].save(tmp_path)
     record = {"config": {"model": {"name": name}, "cache": {"dir": str(tmp_path)}}}

@@ -126,7 +126,7 @@ class Pool:
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
             if (before := read_run(job.folder)) and before.state in (FAILED, DIED):
-                (job.folder / RECORD).unlink()  # of an earlier launch or attempt: what is there at the end is this one's
+                (job.folder / RECORD).unlink()  # of an earlier attempt: what is there at the end is this one's
             with open_log(job.folder / LOG) as out:
                 shown = masked(shlex.join(argv))
                 out.write(f"--- {now} attempt {attempt.number} on {worker.name}: {shown}\n".encode())

@@ -59,10 +59,6 @@ class Packaged(ModelSource):
     def weights_bytes(self) -> int:
         return sizes_of(self.about).total * (4 if self.dtype in ("float32", "auto") else 2)
 
-    def converted(self, cache_dir: Path) -> Path:
-        """The folder of the ordinary model in a cache, there or not."""
-        return StageStore(cache_dir).entry("model", {"gguf": self.sha256}, CONVERSION)
-
     def sketch(self, cache_dir: Path, device_type: str) -> Sketch:
         dtype = "float32" if self.dtype == "auto" else self.dtype
         notes: tuple[str, ...] = ()
@@ -74,7 +70,7 @@ class Packaged(ModelSource):
         return sketch_of(self.name, value, self.about, dtype, device_type, notes=notes)
 
     def converted(self, cache_dir: Path) -> Path:
-        """Where the cache has, or would have, the converted model."""
+        """The folder of the ordinary model in a cache, there or not."""
         return StageStore(cache_dir).entry("model", {"gguf": self.gguf_digest()}, CONVERSION)
 
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:

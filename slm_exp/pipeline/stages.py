@@ -197,12 +197,17 @@ def _loaded(x: Experiment) -> None:
 
 LOAD = Stage("load", "dense", _load, then=_loaded)
 
+BUILT = ("core/types.py", "core/widths.py", "models", "merging")
+"""What a compressed model is built by: the result of any stage that looks at one depends on it."""
+READ = ("calibration", "core/text.py")
+"""What text is read and cut by."""
+
 # --- calibrate, similarity, evaluate_dense
 
 CALIBRATE = Stage(
     "calibrate", "tokens", lambda x: x.cfg.calibration.draw(x.dense, x.cfg.seed), CalibrationTokens,
     lambda x: {"source": x.cfg.calibration.identity(), "seed": x.cfg.seed, "tokenizer": x.dense.digest},
-    code=lambda x: ("calibration", "core/types.py", "core/text.py", "models"), libraries=("transformers",), small=True)
+    code=lambda x: (*READ, "core/types.py", "models"), libraries=("transformers",), small=True)
 
 
 def _similarity(x: Experiment) -> LayerSimilarity:
@@ -216,14 +221,10 @@ SIMILARITY = Stage(
     lambda x: {**x.on(x.dense), "tokens": x.tokens.digest, **x.cfg.matrix_identity()},
     code=lambda x: ("core/types.py", "similarity", "kernels", "engine", "models"))
 
-BUILT = ("core/types.py", "core/widths.py", "models", "merging")
-"""What a compressed model is built by: the result of any stage that looks at one depends on it."""
-
-
 EVALUATE_DENSE = Stage(
     "evaluate_dense", "dense_report", lambda x: x.cfg.evaluation.run(x.dense), EvalReport,
     lambda x: {**x.on(x.dense), **x.cfg.evaluation.measured_by()},
-    code=lambda x: (*BUILT, "evaluation", "calibration", "engine/fused.py"),
+    code=lambda x: (*BUILT, *READ, "evaluation", "engine/fused.py"),
     libraries=("torch", "transformers", "lm_eval"), works=lambda x: x.cfg.evaluation.measures, cache="evaluate")
 
 # --- width: of the dense model before the plan, or of the merged one
@@ -284,7 +285,7 @@ PLAN = Stage(
     lambda x: {**x.on(x.model), "tokens": x.tokens.digest, **x.cfg.plan_identity(),
                "method": _depth_method(x).identity(), "seed": x.cfg.seed},
     code=lambda x: (*BUILT, *code_of(x.cfg.method, x.cfg.width), "search", "engine", "similarity", "kernels",
-                    "calibration"),
+                    *READ),
     then=_decided, small=True)
 
 # --- merge
@@ -337,7 +338,7 @@ RECOVER = Stage(
     lambda x: x.cfg.recovery.recover(RecoveryTask(x.model, x.dense, x.plan, x.tokens, x.training or x.folder, x.track,
                                                   x.cfg.seed)),
     RecoveryResult, _recover_inputs,
-    code=lambda x: (*BUILT, "recovery", "calibration", "engine"), libraries=("torch", "transformers", "peft"),
+    code=lambda x: (*BUILT, *READ, "recovery", "engine"), libraries=("torch", "transformers", "peft"),
     works=lambda x: x.cfg.recovery.changes_weights, then=_recovered)
 
 # --- evaluate

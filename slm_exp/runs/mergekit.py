@@ -15,6 +15,7 @@ from slm_exp.core.registry import available
 from slm_exp.core.types import Group, MergePlan
 from slm_exp.models.config_file import read_config_file
 from slm_exp.models.layouts import FAMILIES
+from slm_exp.models.packaged import Packaged
 from slm_exp.runs.record import read_run
 from slm_exp.runs.schema import Record
 
@@ -62,7 +63,7 @@ def _place(record: Record) -> str | None:
     if path := record.setting("model.path"):
         return str(path)
     cache, member = record.setting("cache.dir"), available("model").get(str(record.setting("model.name")))
-    if not cache or not hasattr(member, "converted"):
+    if not cache or member is None or not issubclass(member, Packaged):
         return None
     try:
         folder = member().converted(Path(cache))
