@@ -34,7 +34,7 @@ class Difference:
     p: float
     """Two-sided."""
     test: str
-    """What gave p: `mcnemar`, `bootstrap`, or either with `+ t` when seeds were tested too."""
+    """What gave p: `mcnemar`, `bootstrap`, the latter with `+ t` when seeds were tested too; `normal` without pairs."""
 
 
 def mcnemar(gained: int, lost: int) -> float:

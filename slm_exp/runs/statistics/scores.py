@@ -9,9 +9,13 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slm_exp.evaluation.report import metric_of
 from slm_exp.runs.schema import Scores
+
+Z95 = 1.96
+"""Standard errors from a mean to either end of its 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,29 @@ def by_document(path: Path, metric: str) -> dict[tuple[object, object], float]:
     """
     name, _, chosen = metric.removesuffix(")").partition("(")
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f]
-        return {(row.get("doc_id"), row.get("doc_hash")): float(row[name]) for row in rows
+        return {(row.get("doc_id"), row.get("doc_hash")): float(row[name]) for row in _rows(path)
                 if row.get("filter", "") == chosen}
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def chance_of(paths: Iterable[Path]) -> float | None:
+    """What guessing scores on documents: the mean of 1 / their number of options, 0 for an answer in words.
+
+    None where the files do not say.
+    """
+    try:
+        each = [1 / len(row["loglikelihoods"]) if "loglikelihoods" in row else 0.0
+                for path in paths for row in _rows(path) if "loglikelihoods" in row or "answers" in row]
+    except (ValueError, TypeError, ZeroDivisionError):
+        return None
+    return math.fsum(each) / len(each) if each else None
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """A file of samples; empty where it is missing. Raises ValueError: damaged."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as f:
+            return [json.loads(line) for line in f]
+    except (OSError, EOFError, zlib.error):
+        return []
