@@ -128,11 +128,15 @@ def change_record(folder: Path, **sections: Any) -> None:
 
 
 def make_run(
-    root: Path, overrides: Sequence[str], skill: float = 0.5, n: int = 60, luck: int = 0, **changes: Any
+    root: Path, overrides: Sequence[str], skill: float = 0.5, n: int = 60, luck: int = 0,
+    ratio: float | None = None, **changes: Any
 ) -> Path:
     """`root/<run_id>` of a finished run of these overrides, without a trace, with answers at two skills.
 
-    `changes` replace sections of its record. Returns the folder.
+    Args:
+        ratio: of the perplexities of a text `news`, the dense model's 30; None measures no text.
+        changes: replace sections of its record.
+    Returns the folder.
     """
     cfg = config(*overrides)
     folder = root / cfg.run_id
@@ -140,8 +144,8 @@ def make_run(
     evaluation = {
         side: measured(folder / "samples" / side, {
             task: dict.fromkeys(dict.fromkeys(("acc", metric)), answers(of_side, n, task, of_luck))
-            for task, metric in SEVEN.items()}, cfg.evaluation.limit)
-        for side, of_side, of_luck in (("dense", 0.7, 0), ("compressed", skill, luck))}  # fmt: skip
+            for task, metric in SEVEN.items()}, cfg.evaluation.limit, **({"news": 30 * times} if ratio else {}))
+        for side, of_side, of_luck, times in (("dense", 0.7, 0, 1.0), ("compressed", skill, luck, ratio or 1.0))}
     low = min(14, L - 1 - removed)
     groups = (Group(low, low + removed + 1),) if removed else ()
     plan = MergePlan(L, groups, method=cfg.method.name, rule=cfg.merge_rule.name, similarity=cfg.similarity.name,

@@ -48,6 +48,8 @@ class Measured:
         return self.evaluation.scores(task)
 
 
+LARGEST = 700.0
+"""Of a difference of losses: exp of it is still a number."""
 Scored = tuple[str, np.ndarray]
 """(digest of the documents, their scores in an order of theirs)."""
 
@@ -99,6 +101,20 @@ def paired_difference(paired: Sequence[tuple[np.ndarray, np.ndarray]], interval:
         means_S = sum(at_SN.mean(axis=1) for at_SN in apart) / len(apart)
         return dataclasses.replace(found, p=max(found.p, paired_t([float(m) for m in means_S])), test="bootstrap + t")
     return found
+
+
+def ratio_of(logarithm: Difference) -> Difference:
+    """A difference of mean losses as the ratio of the perplexities, its error by the delta method."""
+    value = exp_of(logarithm.value)
+    return dataclasses.replace(logarithm, value=value,
+                               stderr=None if logarithm.stderr is None else value * logarithm.stderr,
+                               low=None if logarithm.low is None else exp_of(logarithm.low),
+                               high=None if logarithm.high is None else exp_of(logarithm.high))
+
+
+def exp_of(loss: float) -> float:
+    """exp, of what is too large that of LARGEST."""
+    return math.exp(min(loss, LARGEST))
 
 
 def _paired(first: Sequence[Measured], second: Sequence[Measured],

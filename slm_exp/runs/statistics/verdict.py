@@ -18,7 +18,16 @@ from slm_exp.evaluation.protocol import mixed
 from slm_exp.runs.record import Run
 from slm_exp.runs.schema import Estimated, JudgedTask, Measurement, Verdict
 from slm_exp.runs.statistics.paired import LEVEL, Difference
-from slm_exp.runs.statistics.runs import Measured, files, paired_difference, task_scores, text_scores
+from slm_exp.runs.statistics.runs import (
+    LARGEST,
+    Measured,
+    exp_of,
+    files,
+    paired_difference,
+    ratio_of,
+    task_scores,
+    text_scores,
+)
 from slm_exp.runs.statistics.scores import Z95, chance_of, standard_error
 
 RULES = 1
@@ -30,8 +39,6 @@ MUTE_ERRORS = 2.0
 """A task is mute unless the dense model lies more than so many standard errors above chance."""
 KEPT_OVER_CHANCE = 0.25
 """Where no text was measured: less of the dense model's distance from chance, at 95 %, is destroyed."""
-LARGEST = 700.0
-"""Of a difference of losses: exp of it is still a number."""
 
 
 @dataclass(frozen=True)
@@ -134,17 +141,8 @@ def _ratio(texts: Sequence[Text]) -> Estimated:
     """Of the perplexities, over several texts the geometric mean."""
     if all(text.chunks for text in texts):
         chunks = [text.chunks for text in texts if text.chunks]
-        found = paired_difference(chunks)
-        n = sum(dense_1N.size for dense_1N, _ in chunks)
-        value = _exp(found.value)
-        return Estimated(value=value, stderr=None if found.stderr is None else value * found.stderr,
-                         low=None if found.low is None else _exp(found.low),
-                         high=None if found.high is None else _exp(found.high), p=found.p, n=n)
-    return Estimated(value=_exp(sum(text.compressed - text.dense for text in texts) / len(texts)))
-
-
-def _exp(loss: float) -> float:
-    return math.exp(min(loss, LARGEST))
+        return _estimated(ratio_of(paired_difference(chunks)), sum(dense_1N.size for dense_1N, _ in chunks))
+    return Estimated(value=exp_of(sum(text.compressed - text.dense for text in texts) / len(texts)))
 
 
 def _estimated(found: Difference, n: int) -> Estimated:
