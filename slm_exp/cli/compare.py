@@ -13,8 +13,8 @@ ABOUT = """Perplexities by their ratio, second over first, on the same chunks of
 their difference on the same documents, second minus first. Both with standard error and 95 % interval. p is two-sided:
 of the exact McNemar test for a task, of the paired bootstrap (10,000 resamples of documents within tasks, of chunks
 within a text) for an average and a text. `corrected` holds for all tests of this command together (Holm); a difference
-counts where it is below 0.05. Documents are what is resampled: how far a result moves with the calibration sample is another
-question (sweep=calibration_seeds)."""
+counts where it is below 0.05. Documents are what is resampled: how far a result moves with the calibration sample is
+another question (sweep=calibration_seeds)."""
 
 
 @command(
