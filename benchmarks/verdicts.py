@@ -33,9 +33,9 @@ PLANS = {  # name -> overrides
     "eight layers, ShortGPT": ["method=shortgpt", "method.target_layers=22"],
     "eight layers at random": ["method=random", "method.target_layers=22"],
     "first eight layers": ["method=first", "method.target_layers=22"],
-    "SLM at 0.5": ["method=slm", "method.threshold=0.5"],
-    "last twenty layers": ["method=last", "method.target_layers=10"],
-    "twenty layers at random": ["method=random", "method.target_layers=10"],
+    "eight layers, ShortGPT, refitted": ["method=shortgpt", "method.target_layers=22", "recovery=reconstruct"],
+    "a twentieth of the width": ["method.threshold=1.0", "width=flap", "width.ratio=0.05"],
+    "one layer, SLEB": ["method=sleb", "method.target_layers=29"],
     "random weights": ["model=tiny"],
 }
 ALWAYS = ["evaluation=smoke", "tracking=none", "save_model=false"]
