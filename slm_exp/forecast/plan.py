@@ -18,6 +18,7 @@ from slm_exp.launch.workers import cores, visible_gpus
 from slm_exp.models.sizes import Sizes
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
+from slm_exp.pipeline.inspection import Inspection
 from slm_exp.runs.sweep import FINISHED, Job, differing, read_cell
 from slm_exp.tables.build import split_words
 from slm_exp.tables.definition import cells, parameters
@@ -140,11 +141,10 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
     here = device == "cpu" or bool(gpus)
     grid = GridPlan(command.folder, command.multirun, device, *(command.capacity() if here else (1, cores())))
     lookup = Lookup(Path(first.cache.dir) if first.cache.enabled else None)
-    sketches: dict[str, Sketch] = {}
+    inspection = Inspection(device, here=False)
     for _, cfg in command.jobs:
-        if repr(cfg.model) not in sketches:
-            sketches[repr(cfg.model)] = cfg.model.sketch(Path(cfg.cache.dir), device)
-    grid.models = list(sketches.values())
+        inspection.sketch(cfg)
+    grid.models = list(inspection.sketches.values())
     grid.notes = [note for model in grid.models for note in model.notes]
     dtype = grid.models[0].dtype
     if tflops is not None:
@@ -155,7 +155,7 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
         grid.notes.append("no GPU is visible here, so times are not known: --tflops N gives those of a machine that "
                           "sustains N TFLOP/s.")
     for job, cfg in command.jobs:
-        grid.jobs.append(_job_plan(grid, job, cfg, sketches[repr(cfg.model)], lookup))
+        grid.jobs.append(_job_plan(grid, job, cfg, inspection, lookup))
     grid.notes += dict.fromkeys(note for plan in grid.to_run for note in plan.notes)
     searches = sum(plan.bounds is not None and plan.stages.get("plan") == COMPUTE for plan in grid.to_run)
     if searches > 1:
@@ -182,8 +182,13 @@ def jobs_of(overrides: Sequence[str], multirun: bool) -> CommandJobs:
                         identify=identify)
 
 
-def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: Lookup) -> JobPlan:
-    plan = JobPlan(job, read_cell(job).state if job.run_id else "unknown")
+def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, inspection: Inspection, lookup: Lookup) -> JobPlan:
+    plan, model = JobPlan(job, read_cell(job).state if job.run_id else "unknown"), inspection.sketch(cfg)
+    try:
+        inspection.look(cfg)
+        cfg.evaluation.check_data(model.random)
+    except SlmError as error:
+        plan.problem = str(error)
     if model.sizes is None or model.handle is None:
         plan.notes.append(f"{model.name}: without its config.json nothing can be counted.")
         return plan
@@ -191,12 +196,9 @@ def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: L
         lookup = Lookup(lookup.store.folder)
     outline = walk(cfg, model, lookup, job.save_model)
     try:
-        if not cfg.width.prunes and not (cfg.method.removes_sublayers and cfg.method.target_ratio):
-            cfg.method.check_model(model.handle)  # the others look at modules, which takes torch
-        cfg.evaluation.check_data(model.random)
         _size(plan, cfg, model, outline)
     except SlmError as error:
-        plan.problem = str(error)
+        plan.problem = plan.problem or str(error)
     if plan.state != FINISHED:
         plan.stages = outline.stages
         plan.notes += cfg.advice()

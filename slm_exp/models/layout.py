@@ -114,10 +114,9 @@ class LayerLayout:
         """The linear modules of `outputs`: those that a regression can change."""
         return {"attention": (self.o,), "mlp": () if self.experts else (self.mlp_out,)}
 
-    @property
-    def no_refit(self) -> str:
-        """Why a regression cannot take over what a layer's outputs lack; empty where it can."""
-        return f"its sublayers' outputs pass a norm ({', '.join(self.output_norms)})" if self.output_norms else ""
+    def norm_behind(self, module: str | None) -> str:
+        """The norm that a projection's output passes on its way into the stream; empty where there is none."""
+        return dict(zip((self.o, self.mlp_out), self.output_norms, strict=False)).get(module or "", "")
 
     def written(self, layer: torch.nn.Module) -> dict[str, float]:
         """Parameters that what a layer adds to the stream is proportional to, and what each is written relative to."""

@@ -89,6 +89,10 @@ class Recovery(Component, ABC):
     def check_data(self, dense: ModelHandle) -> None:
         """Raise ConfigError or DataError where the recipe's data is absent or malformed. Called before weights load."""
 
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence that each setting makes the model read."""
+        return {}
+
     def trains(self) -> bool:
         """Whether processes that a launcher started take part."""
         return False

@@ -8,7 +8,7 @@ from typing import Any
 
 from slm_exp.calibration.fit import FitSource
 from slm_exp.core.cost import Work
-from slm_exp.core.errors import ConfigError, DataError, require, require_one_of
+from slm_exp.core.errors import DataError, require, require_one_of
 from slm_exp.core.registry import register
 from slm_exp.core.together import Together
 from slm_exp.core.types import CalibrationTokens
@@ -32,6 +32,7 @@ class Reconstruct(Recovery):
     bottom up, on the stream of the model refitted so far, the layer's `down_proj` and `o_proj` get the change that
     brings the stream after it nearest to the dense model's after the window, by ridge regression. What `o_proj` adds is
     taken as passing the layer's MLP by; a change that makes the error on held-out sequences larger is taken back.
+    Where a norm stands behind a projection, its gain is fitted too, after it (see `engine.ridge.moments`).
     Counting each token's error relative to its norm matters: else the few tokens of huge norm dominate the fit.
 
     Cost: two passes over the calibration tokens (dense and compressed), 2 x passes + 1 more of every refitted layer,
@@ -76,10 +77,10 @@ class Reconstruct(Recovery):
         return needs_dense_stream(others)
 
     def check_data(self, dense: ModelHandle) -> None:
-        if dense.layout.no_refit:
-            raise ConfigError(f"recovery=reconstruct: {dense.layout.family} layers cannot be refitted by regression: "
-                              f"{dense.layout.no_refit}. Take recovery=lora or another trained recovery.")
         self._source().check(dense)
+
+    def lengths(self) -> dict[str, int]:
+        return self._source().lengths()
 
     def cost(self, sizes: Sizes, layers: float) -> tuple[Work, list[str]]:
         total = self.n_samples * self.seq_len

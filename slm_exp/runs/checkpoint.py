@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
@@ -11,27 +10,26 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from slm_exp.core.errors import CheckpointError
 from slm_exp.core.files import honour_umask, write_json, write_text
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.core.widths import WidthDecision
 from slm_exp.models.base import ModelHandle
+from slm_exp.models.generation import savable
 from slm_exp.models.layerwise import has_own_code
 from slm_exp.models.saving import for_older_readers, save_tokenizer
 from slm_exp.runs.reload import Json, tensor_digests
 from slm_exp.runs.schema import Record
 from slm_exp.runs.state import remove_stale
 
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 ROWS, LENGTH = 2, 32  # tokens whose logits are compared
 CARD = """\
 ---
@@ -84,7 +82,7 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
         remove_stale(folder)
         tmp.mkdir(parents=True)
         model = compressed.model
-        with _savable(model.generation_config):
+        with savable(model.generation_config):
             model.save_pretrained(tmp, max_shard_size=max_shard_size)
         if not has_own_code(compressed.config):
             _name_no_code(tmp / "config.json")
@@ -181,26 +179,6 @@ def _name_no_code(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.pop("auto_map", None) is not None:
         write_json(path, config)
-
-
-@contextlib.contextmanager
-def _savable(generation: GenerationConfig | None) -> Iterator[None]:
-    """transformers refuses to save some published generation configs (sampling settings without do_sample)."""
-    if generation is None:
-        yield
-        return
-    before = {name: getattr(generation, name) for name in ("do_sample", *SAMPLING)}
-    try:
-        try:
-            generation.validate(strict=True)
-        except ValueError:
-            for name in SAMPLING if before["do_sample"] is False else ():  # greedy: it never read them
-                setattr(generation, name, None)
-            generation.do_sample = before["do_sample"] is not False
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(generation, name, value)
 
 
 def _flush(folder: Path) -> None:
