@@ -349,6 +349,40 @@ def test_lora_trains_the_layouts_projections(family, ids, tmp_path):
     close(logits(plain, ids), after, 1e-4)
 
 
+@pytest.mark.parametrize("family", [name for name, layout in FAMILIES.items() if layout.experts])
+def test_lora_reaches_routed_experts_where_asked(family, ids, tmp_path):
+    from types import SimpleNamespace
+
+    from slm_exp.recovery.lora import Lora
+
+    handle = loud(family)
+    removed = Sublayer(1, "mlp")
+    task = SimpleNamespace(handle=handle, plan=MergePlan(N, sublayers=(removed,)), folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"recovery.dropout = 0.1; expected 0 with recovery.experts=true"):
+        Lora(dropout=0.1, experts=True)
+    lora = Lora(dropout=0.0, experts=True)
+    peft = lora.student(task).eval()
+    with torch.no_grad():
+        for name, p in peft.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    merged = lora.result(task, peft)
+    experts = {name for name in merged if ".experts." in name}
+    assert experts == {f"{handle.layout.layer_list}.{i}.mlp.experts.{part}" for i in range(N) if i != 1
+                       for part in ("gate_up_proj", "down_proj")}  # fmt: skip
+    after = logits(peft, ids)
+    others = {name: t for name, t in merged.items() if name not in experts}
+    assert (after - logits(shared_copy(handle.model, others), ids)).abs().max() > 1e-3
+    close(logits(shared_copy(handle.model, merged), ids), after, 1e-4)
+
+
+def test_a_family_without_experts_refuses_to_adapt_them():
+    from slm_exp.recovery.lora import Lora
+
+    with pytest.raises(ConfigError, match=r"recovery.experts = True; expected false: llama has no routed experts"):
+        Lora(dropout=0.0, experts=True).check_data(loud("llama"))
+
+
 @every_family
 def test_width_is_pruned_or_refused_with_the_reason(family, tokens, ids):
     from slm_exp.merging.width import apply_width
