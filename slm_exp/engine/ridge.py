@@ -109,11 +109,10 @@ def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: T
     """
     layer: Any = runner.handle.layers[slot.host]
     layout, device, d = runner.handle.layout, next(layer.parameters()).device, wanted_NTD.shape[-1]
-    if module in layout.output_norms:
-        norm, fit, held = module, *(GainMoments.of(d, device) for _ in "12")
-    else:
-        inputs = inputs_of(layer.get_submodule(module)) if module else 0
-        norm, fit, held = layout.norm_behind(module), *(Moments.empty(inputs, d, device) for _ in "12")
+    gain = module in layout.output_norms
+    norm = module if gain else layout.norm_behind(module)
+    inputs = inputs_of(layer.get_submodule(module)) if module and not gain else 0
+    fit, held = (GainMoments.of(d, device) if gain else Moments.empty(inputs, d, device) for _ in "12")
     factor: float | Tensor = layout.residual_factor(runner.handle.config)
     seen: dict[str, Tensor] = {}
     with ExitStack() as hooks:
@@ -151,8 +150,7 @@ def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, targ
     x_NTC = x_NTC.reshape(*out_NTD.shape[:2], x_NTC.shape[-1])  # OPT's MLP sees all tokens in one row
     if len(fit.xx_CC) == x_NTC.shape[-1] + 1:  # a bias is the weight of ones
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
-    if isinstance(factor, Tensor) or factor != 1:
-        x_NTC = x_NTC * factor
+    x_NTC = x_NTC * factor
     for sums, chosen_N in ((fit, ~held_N), (held, held_N)):
         x, t, r = (h[chosen_N].flatten(0, 1) for h in (x_NTC, target_NTD, target_NTD - out_NTD))
         norm_M = t.double().square().sum(1)
@@ -173,10 +171,10 @@ def changed(layout: LayerLayout, layer: Any, module: str, weights: Mapping[str, 
         name = f"{module}.weight"
         return {name: (weights.get(name, linear.weight).double() + change_CD).float()}
     if norm := layout.norm_behind(module):
-        own = layer.get_parameter(f"{norm}.weight")
+        own: Tensor = layer.get_parameter(f"{norm}.weight")
         gain_D = weights.get(f"{norm}.weight", own).double() + layout.norm_offset
         heard_D = gain_D.abs() > QUIET * gain_D.abs().median()
-        change_CD = torch.where(heard_D, change_CD / gain_D, 0.0)
+        change_CD = torch.where(heard_D, change_CD / gain_D, torch.zeros_like(change_CD))
     width = linear.weight.shape[_inputs_dim(linear)]
     weight = change_CD[:width].T if _inputs_dim(linear) else change_CD[:width]
     parts = {"weight": weight} | ({} if linear.bias is None else {"bias": change_CD[width]})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.errors import require
+from slm_exp.models.origin import Origin
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,8 @@ class ModelHandle:
     """True for made-up weights (`model=tiny`)."""
     licences: tuple[Path, ...] = ()
     """Licence and notice files that came with the weights; they go along with what is made of these."""
+    origin: Origin = field(default_factory=Origin)
+    """What the hub knows of the source."""
     lineage: dict[str, Any] = field(default_factory=dict)
     """What was done to the dense model; empty for the dense model itself."""
 

@@ -27,6 +27,7 @@ from slm_exp.models.files import (
     unread,
     weight_files,
 )
+from slm_exp.models.origin import read_origin
 from slm_exp.models.sizes import PUBLISHED
 from slm_exp.models.sketch import UNKNOWN, Sketch, sketch_of
 
@@ -140,7 +141,7 @@ class HF(ModelSource):
                            digest=digest({**identify(folder), "dtype": dtype}) if identify else UNKNOWN,
                            device=device, load_model=load,
                            load_tokenizer=lambda: loading.read_tokenizer(folder, self.trust_remote_code),
-                           licences=licence_files(folder))
+                           licences=licence_files(folder), origin=read_origin(folder, "" if local else self.path))
 
     def _folder(self) -> Path | None:
         folder = Path(self.path).expanduser()
