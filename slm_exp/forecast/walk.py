@@ -82,6 +82,8 @@ class Outline:
     plan_from: str = ""
     """How it is known."""
     tokens: CalibrationTokens | None = None
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    """The states of stages that a run may have several of, by their name: the recoveries of a chain."""
 
 
 def walk(cfg: RunConfig, model: Sketch, lookup: Lookup, save_model: bool) -> Outline:
@@ -123,6 +125,7 @@ def _advance(stage: Stage[Any], x: Experiment, lookup: Lookup, out: Outline) -> 
     if value is None:  # what a merge makes depends on the plan, which is no input of a cache
         value = Unknown(stage.name, inputs, x.model.digest, x.plan)
     setattr(x, stage.field, value)
+    out.parts.setdefault(stage.name, []).append(state)
     if stage.field == "width":  # what stands in for the model has no modules to narrow; its digest may be known
         wider, x.model = x.model, cast(ModelHandle, Unknown(x.model.digest))
         stage.then(x)

@@ -26,6 +26,8 @@ CONFIGS = {
     "slm": [],
     "reconstruct": ["method=shortgpt", "method.target_layers=4", "recovery=reconstruct", "recovery.n_samples=4",
                     "recovery.seq_len=24"],
+    "chain": ["method=shortgpt", "method.target_layers=4", "recovery=chain",
+              "recovery.steps=[{name: reconstruct, n_samples: 4, seq_len: 24}]"],
     "after": ["similarity=token_cosine", "similarity.after=reconstruct", "similarity.fit_samples=4",
               "similarity.fit_seq_len=24"],
     "cka": ["similarity=cka", "kernel=rbf"],
@@ -48,8 +50,8 @@ def filled(tmp_path_factory):
 
 STAGES = [("slm", "calibrate"), ("slm", "similarity"), ("slm", "plan"), ("after", "plan"), ("cka", "plan"),
           ("greedy", "plan"), ("compensated", "plan"), ("width", "width"), ("width", "narrowed_score"),
-          ("before", "width"), ("before", "plan"), ("reconstruct", "recover"), ("measured", "evaluate_dense"),
-          ("measured", "evaluate")]  # fmt: skip
+          ("before", "width"), ("before", "plan"), ("reconstruct", "recover"), ("chain", "held_out"),
+          ("measured", "evaluate_dense"), ("measured", "evaluate")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("config", "stage"), STAGES)
@@ -86,7 +88,7 @@ def configs(draw):
     out += draw(st.sampled_from([[], ["similarity=token_cosine"], ["similarity=cka", "kernel=rbf"], CONFIGS["after"]]))
     out += draw(st.sampled_from([[], ["width=magnitude"], ["width=wanda_sp", "width.order=before"]]))
     recovery = ["recovery=reconstruct", "recovery.n_samples=4", "recovery.seq_len=24"]
-    return out + draw(st.sampled_from([[], recovery]))
+    return out + draw(st.sampled_from([[], recovery, CONFIGS["chain"][2:]]))
 
 
 @pytest.fixture(scope="module")
