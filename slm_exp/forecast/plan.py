@@ -247,7 +247,8 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch) -> None:
         "similarity": cfg.similarity.matrix_cost(sizes, tokens), "evaluate_dense": before,
         "plan": search + cfg.similarity.score_cost(sizes, tokens, count.scores),
         "merge": Work(moved=(sizes.n_layers - layers) * sizes.layer * 4 / 10),
-        "width": cfg.width.cost(sizes, layers, tokens), "recover": recovery, "evaluate": after,
+        "width": cfg.width.cost(sizes, layers, tokens),
+        "recover": recovery + cfg.recovery.judging_cost(sizes, layers, tokens), "evaluate": after,
         "save": Work(starts=1, moved=3 * size * layers / sizes.n_layers, fixed=0.7),
         "report": Work(fixed=1.0 + cfg.tracking.seconds),
     }

@@ -333,11 +333,15 @@ def _recovered(x: Experiment) -> None:
     x.model = known(with_tensors, x.model, x.recovery, _recovery_identity(x))
 
 
+def _recover(x: Experiment) -> RecoveryResult:
+    from slm_exp.recovery.judged import judged
+
+    return judged(x.cfg.recovery, RecoveryTask(x.model, x.dense, x.plan, x.tokens, x.training or x.folder, x.track,
+                                               x.cfg.seed))
+
+
 RECOVER = Stage(
-    "recover", "recovery",
-    lambda x: x.cfg.recovery.recover(RecoveryTask(x.model, x.dense, x.plan, x.tokens, x.training or x.folder, x.track,
-                                                  x.cfg.seed)),
-    RecoveryResult, _recover_inputs,
+    "recover", "recovery", _recover, RecoveryResult, _recover_inputs,
     code=lambda x: (*BUILT, *READ, "recovery", "engine"), libraries=("torch", "transformers", "peft"),
     works=lambda x: x.cfg.recovery.changes_weights, then=_recovered)
 
