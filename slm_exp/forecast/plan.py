@@ -239,8 +239,9 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch, outline:
     to_do = {name: [state in (COMPUTE, MAYBE) for state in states] for name, states in outline.parts.items()}
     parts = [part for part, computed in zip(cfg.recovery.parts(), to_do.get("recover", ()), strict=False) if computed]
     recoveries = [(part, *part.cost(sizes, layers)) for part in parts]
-    losses = loss_cost(sizes, layers) * sum(to_do.get("held_out", ()))
-    recovery, more = sum((work for _, work, _ in recoveries), losses), [n for *_, notes in recoveries for n in notes]
+    looks = sum((part.judging_cost(sizes, layers, tokens) for part in parts),
+                loss_cost(sizes, layers) * sum(to_do.get("held_out", ())))
+    recovery, more = sum((work for _, work, _ in recoveries), looks), [n for *_, notes in recoveries for n in notes]
     size = float(model.bytes)
     if cfg.evaluation.times:  # measured anew every time, both models in turns
         after += cfg.evaluation.generation_cost(sizes, layers, size)
@@ -252,7 +253,8 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch, outline:
         "similarity": cfg.similarity.matrix_cost(sizes, tokens), "evaluate_dense": before,
         "plan": search + cfg.similarity.score_cost(sizes, tokens, count.scores),
         "merge": Work(moved=(sizes.n_layers - layers) * sizes.layer * 4 / 10),
-        "width": cfg.width.cost(sizes, layers, tokens), "recover": recovery, "evaluate": after,
+        "width": cfg.width.cost(sizes, layers, tokens),
+        "recover": recovery, "evaluate": after,
         "save": Work(starts=1, moved=3 * size * layers / sizes.n_layers, fixed=0.7),
         "report": Work(fixed=1.0 + cfg.tracking.seconds),
     }

@@ -349,13 +349,17 @@ def _recovered(x: Experiment, recipe: Recovery) -> None:
     x.model = known(with_tensors, x.model, x.recovery, _recovery_identity(x, recipe))
 
 
+def _recover(x: Experiment, recipe: Recovery) -> RecoveryResult:
+    from slm_exp.recovery.judged import judged
+
+    return judged(recipe, RecoveryTask(x.model, x.dense, x.plan, x.tokens, x.training or x.folder, x.track,
+                                       x.cfg.seed))
+
+
 def recover(recipe: Recovery) -> Stage[RecoveryResult]:
     """The stage of one recovery."""
     return Stage(
-        "recover", "recovery",
-        lambda x: recipe.recover(RecoveryTask(x.model, x.dense, x.plan, x.tokens, x.training or x.folder, x.track,
-                                              x.cfg.seed)),
-        RecoveryResult, lambda x: _recover_inputs(x, recipe),
+        "recover", "recovery", lambda x: _recover(x, recipe), RecoveryResult, lambda x: _recover_inputs(x, recipe),
         code=lambda x: (*BUILT, *READ, "recovery", "engine"), libraries=("torch", "transformers", "peft"),
         works=lambda x: recipe.changes_weights, then=lambda x: _recovered(x, recipe))
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_exp.core.cost import Work
+import numpy as np
+
+from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.files import digest, write_json
 from slm_exp.core.registry import Component, Fields
 from slm_exp.core.together import SectionLog, Together
@@ -22,6 +24,11 @@ from slm_exp.models.sizes import Sizes
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+JUDGED = 8192
+"""Tokens at most that decide whether a recovery is kept."""
+Row = dict[str, list[int]]
+"""`input_ids` and `labels` of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,22 @@ class Recovery(Component, ABC):
     @abstractmethod
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         """New tensors for the compressed model. Neither model is changed, bit for bit, also on an exception."""
+
+    def judged_on(self, task: RecoveryTask) -> list[Row]:
+        """Rows that decide whether a recovery is kept: none that it was fitted on. Here those that the plan was found
+        with; a recovery that reads text holds some of its own out."""
+        return token_rows(task.tokens.tokens_NT)
+
+    def judging_cost(self, sizes: Sizes, layers: float, tokens: Tokens) -> Work:
+        """Of the look at both models; `tokens` are the calibration's shape."""
+        total = min(JUDGED, tokens.total) if self.changes_weights else 0
+        return Work(blocks=2 * layers * sizes.block_flops(total, tokens.t), head=4 * sizes.head_flops(total))
+
+
+def token_rows(tokens_NT: np.ndarray) -> list[Row]:
+    """Sequences as rows that are trained on everywhere, JUDGED tokens at most (one row at least)."""
+    rows = tokens_NT[: max(1, JUDGED // tokens_NT.shape[1])].tolist()
+    return [{"input_ids": row, "labels": row} for row in rows]
 
 
 def with_tensors(handle: ModelHandle, result: RecoveryResult, identity: dict[str, Any]) -> ModelHandle:

@@ -88,10 +88,12 @@ class Chain(Recovery):
 
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         """All steps in one go. A run carries them out as stages of their own, which the cache keeps one by one."""
+        from slm_exp.recovery.judged import judged
+
         tensors: dict[str, Tensor] = {}
         reports, losses = [], [held_out_loss(task.handle, task.dense, task.tokens)]
         for part in self.parts():
-            result = part.recover(task)
+            result = judged(part, task)
             tensors |= result.tensors
             task = replace(task, handle=with_tensors(task.handle, result, {"recovery": part.identity()}))
             reports.append(result.report)

@@ -14,11 +14,11 @@ from slm_exp.core.together import Together
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
-from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask
+from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, Row, token_rows
 from slm_exp.recovery.cuts import needs_dense_stream
 
 LAYERS = ("cuts", "all")
-WEIGHTS = ("relative", "equal")
+WEIGHTS = ("class", "relative", "equal")
 CALLED = (("calibration.", "recovery."), ("calibration=", "recovery, as in calibration="))
 
 
@@ -32,7 +32,8 @@ class Reconstruct(Recovery):
     bottom up, on the stream of the model refitted so far, the layer's `down_proj` and `o_proj` get the change that
     brings the stream after it nearest to the dense model's after the window, by ridge regression. What `o_proj` adds is
     taken as passing the layer's MLP by; a change that makes the error on held-out sequences larger is taken back.
-    Counting each token's error relative to its norm matters: else the few tokens of huge norm dominate the fit.
+    How tokens are weighted matters (`engine.ridge.token_weights`): the few of huge norm must not dominate the fit, nor
+    be forgotten by it.
 
     Cost: two passes over the calibration tokens (dense and compressed), 2 x passes + 1 more of every refitted layer,
     and its normal equations. Memory: two states [N, T, D] in temporary files, and 16 C^2 bytes for C MLP channels.
@@ -54,8 +55,9 @@ class Reconstruct(Recovery):
     """How often each layer's projections are refitted, in turn."""
     ridges: list[float] = dataclasses.field(default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0])
     """Ridges to choose from, in units of the mean diagonal of the normal equations."""
-    weighting: str = "relative"
-    """relative: each token's error counts relative to its norm, as the next layer's norm sees it. equal: as it is."""
+    weighting: str = "class"
+    """relative: each token's error counts relative to its norm, as the next layer's norm sees it. class: likewise, and
+    tokens of outlying norm together count as much as all others. equal: as it is."""
 
     def check(self) -> None:
         require(self.n_samples >= 2, "recovery.n_samples", self.n_samples, "a whole number >= 2",
@@ -96,6 +98,12 @@ class Reconstruct(Recovery):
         """The tokens to fit on: none from a document that the plan was found with, where documents are known. Raises
         DataError: too few or too short texts."""
         return self._source().draw(task.dense, task.seed, task.tokens)
+
+    def judged_on(self, task: RecoveryTask) -> list[Row]:
+        from slm_exp.engine.ridge import held_out
+
+        tokens_NT = self.draw(task).tokens_NT
+        return token_rows(tokens_NT[held_out(len(tokens_NT)).numpy()])
 
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         from slm_exp.recovery.refit import refit

@@ -19,7 +19,8 @@ from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.sizes import SMOLLM2, sizes_of
-from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_tensors
+from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, token_rows, with_tensors
+from slm_exp.recovery.judged import judged, mean_loss
 
 RECOVERIES = available("recovery")
 QUICK = {"n_samples": 10, "seq_len": 24, "cutoff_len": 24, "max_steps": 2, "batch_size": 4, "micro_batch_size": 2,
@@ -144,6 +145,32 @@ def test_other_tensors_are_another_model_and_other_samples_another_task(
     elsewhere = replace(task, tokens=replace(task.tokens, sample_ids=("other",)))
     again = go(name, elsewhere, tmp_path / "cache")[0]
     assert all(torch.equal(again.model.get_parameter(n), t.to(again.model.dtype)) for n, t in other.tensors.items())
+
+
+@every_recovery
+def test_what_leaves_the_whole_model_worse_is_taken_back(
+    name: str, task: RecoveryTask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recovery = quick(name)
+    rows = recovery.judged_on(task)
+    assert rows
+    assert all(set(row) == {"input_ids", "labels"} for row in rows)
+    ids = torch.as_tensor(task.tokens.tokens_NT).long()
+    with torch.no_grad():
+        loss = float(task.handle.model(ids, labels=ids).loss)
+    assert mean_loss(task.handle.model, token_rows(task.tokens.tokens_NT)) == pytest.approx(loss, rel=1e-4)
+    weight = "model.layers.1.mlp.down_proj.weight"
+    before = task.handle.model.get_parameter(weight).detach()
+    for tensor, kept in ((before.clone(), True), (before + 1e3, None), (before * float("nan"), False)):
+        monkeypatch.setattr(RECOVERIES[name], "recover", lambda *a, t=tensor: RecoveryResult({weight: t}, {"steps": 1}))
+        caplog.clear()
+        result = judged(recovery, task)
+        losses = result.report["whole_model"]
+        kept = losses["after"] <= losses["before"] if kept is None else kept
+        assert set(result.tensors) == ({weight} if kept else set())
+        assert result.report["steps"] == 1
+        assert result.report["whole_model"]["kept"] == kept
+        assert ("taken back" in caplog.text) == (not kept)
 
 
 @every_recovery
