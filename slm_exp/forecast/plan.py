@@ -247,6 +247,8 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch, outline:
         after += cfg.evaluation.generation_cost(sizes, layers, size)
     search = Work(blocks=count.blocks * sizes.block_flops(tokens.total, tokens.t),
                   head=count.heads * sizes.head_flops(tokens.total))
+    if cfg.method.uses_merge_rule() and cfg.method.replays is None:
+        search += cfg.merge_rule.cost(sizes, count.scores)
     works = {
         "load": Work(starts=1, moved=size / 4, fixed=0.3 + (sizes.total / 5e7 if model.random else 0)),
         "calibrate": Work(fixed=0.1 if model.random else 1.0),

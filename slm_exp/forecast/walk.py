@@ -154,7 +154,8 @@ def _plan(x: Experiment) -> tuple[MergePlan | None, str]:
     if method.replays is not None:
         return (method.replays if method.compensate is None else None), "as given"
     unknown = any(isinstance(v, Unknown) for v in (x.model, x.model.digest, x.tokens))
-    if x.store.folder is None or unknown or cfg.similarity.after:  # the tokens of a refit are not drawn here
+    fits = cfg.similarity.after or cfg.merge_rule.fits  # their tokens are not drawn here
+    if x.store.folder is None or unknown or fits:
         return None, ""
     inputs = journal_inputs("score", model=x.model.digest, device=x.model.device.type, tokens=x.tokens.digest,
                             similarity=cfg.similarity, kernel=cfg.kernel, rule=cfg.merge_rule, fit=None)

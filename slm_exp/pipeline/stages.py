@@ -204,6 +204,8 @@ def check_model(cfg: RunConfig, dense: ModelHandle) -> None:
     cfg.evaluation.check_model(dense)
     cfg.recovery.check_data(dense)
     cfg.similarity.check_data(dense)
+    if cfg.method.uses_merge_rule() and cfg.method.replays is None:
+        cfg.merge_rule.check_data(dense)
 
 
 def _loaded(x: Experiment) -> None:

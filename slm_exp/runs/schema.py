@@ -217,12 +217,22 @@ class Gain(Section):
     after: float | None = None
 
 
+class WholeModel(Section):
+    """What decided whether a recovery is kept: the loss on tokens that it was not fitted on."""
+
+    rows: int | None = None
+    before: float | None = None
+    after: float | None = None
+    kept: bool = True
+
+
 class OneRecovery(Section):
     """What a training or a refit left."""
 
     name: str = ""
     """Of a step of a chain."""
     gain: Gain = Gain()
+    whole_model: WholeModel = WholeModel()
     steps: int | None = None
     steps_planned: int | None = None
     best_step: int | None = None
