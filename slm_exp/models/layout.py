@@ -114,6 +114,11 @@ class LayerLayout:
         """The linear modules of `outputs`: those that a regression can change."""
         return {"attention": (self.o,), "mlp": () if self.experts else (self.mlp_out,)}
 
+    @property
+    def no_refit(self) -> str:
+        """Why what a projection adds to the stream is not linear in it; empty where it is."""
+        return f"its sublayers' outputs pass a norm ({', '.join(self.output_norms)})" if self.output_norms else ""
+
     def norm_behind(self, module: str | None) -> str:
         """The norm that a projection's output passes on its way into the stream; empty where there is none."""
         return dict(zip((self.o, self.mlp_out), self.output_norms, strict=False)).get(module or "", "")

@@ -1,4 +1,4 @@
-"""`make test-models`: the other real models, and a checkpoint read by transformers 4. What is not installed is skipped."""
+"""`make test-models`: the other real models, and a checkpoint read by transformers 4. What is absent is skipped."""
 
 from __future__ import annotations
 
