@@ -68,8 +68,8 @@ TABLES = (
     Made("depth, width, half and half", "depth_width", (HALF,)),
     Made("every recovery of two cuts", "recovery", ("sizes=[22]", "methods=[slm,shortgpt]")),
     Made("latency and throughput", "speed", (f"extra=[{', '.join(TIMED)}]",)),
-    *(Made("what a threshold leaves", "thresholds", NEWS, model=model, shown="layers,removed,score,perplexity.news")
-      for model in OTHERS),
+    *(Made("what a threshold leaves", "thresholds", (*NEWS, "thresholds=[0.95,0.9,0.85,0.8]"), model=model,
+           shown="layers,removed,score,perplexity.news") for model in OTHERS),
     Made("five methods at three sizes", "methods", (*NEWS, "sizes=[27,25,22]"), shown="removed,perplexity.news"),
     *(Made("five methods at three sizes", "methods", NEWS, model=model, shown="removed,perplexity.news")
       for model in OTHERS),

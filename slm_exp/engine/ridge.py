@@ -161,7 +161,7 @@ def _note(seen: dict[str, Tensor], name: str, module: Any, args: tuple[Tensor, .
 
 def _size(norm: Any, y_NTD: Tensor) -> Tensor:
     """What a norm divides each token by [N, T, 1]: the root mean square."""
-    eps = float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0))
+    eps: Any = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
     return (y_NTD.float().square().mean(-1, keepdim=True) + eps).sqrt()
 
 

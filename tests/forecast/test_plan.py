@@ -53,7 +53,7 @@ def run(call, *more):
 
 
 def test_no_weights_are_read(tmp_path):
-    """Of a model in a folder: transformers looks at config and tokenizer, nobody at 27 GB of weights, all holes here."""
+    """Of a model in a folder: transformers looks at its config, and nobody at 27 GB of weights, here all holes."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA2_7B))
     square, wide = [4096, 4096], [11008, 4096]
     layer = {**{f"self_attn.{x}_proj": square for x in "qkvo"}, "mlp.gate_proj": wide, "mlp.up_proj": wide,

@@ -24,7 +24,7 @@ from slm_exp.runs.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.models
 TOP = available("merge_rule")["top_layer"]()
-KNOWN = {"qwen2_5_coder_0_5b": (24, 630_167_424, False, "once", 70.0), "gemma3_270m": (18, 268_098_176, True,
+KNOWN = {"qwen2_5_coder_0_5b": (24, 630_167_424, False, "once", 90.0), "gemma3_270m": (18, 268_098_176, True,
                                                                                       "every_chunk", 30.0)}  # fmt: skip
 """Layers, parameters, tied, BOS, and the perplexity of prose that a sound conversion stays below."""
 
