@@ -1,7 +1,8 @@
 """`slm tables NAME [PARAM=VALUE ...] [DIR ...]`: a table of a paper from records.
 
 NAME is a file of conf/table, a .yaml file of your own, or `sweep`: one row per run. DIR are folders with runs (outputs
-when none is given). A table's parameters are set like overrides: slm tables main model=llama2_7b outputs.
+when none is given). A table's parameters are set like overrides: slm tables main model=llama2_7b outputs. Of any
+other model: model=hf model.path=FOLDER; where none is named it is that of the runs.
 """
 
 from __future__ import annotations

@@ -173,8 +173,8 @@ def jobs_of(overrides: Sequence[str], multirun: bool) -> CommandJobs:
     if name is None:
         return command_jobs(overrides, multirun, identify=identify)
     others, own = [o for o in overrides if not o.startswith(("table=", "hydra"))], parameters(name)
-    given, _ = split_words([o for o in others if o.partition("=")[0] in own])
-    added = [o for o in others if o.partition("=")[0] not in own]
+    given, _ = split_words([o for o in others if o.partition("=")[0] in own or o.startswith("model.")])
+    added = [o for o in others if o.partition("=")[0] not in own and not o.startswith("model.")]
     missing = [[*cell, *added] for cell in cells(name, given)]
     if not missing:
         raise ConfigError("no job is left to plan: the table has every cell.")

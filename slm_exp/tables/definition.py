@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from slm_exp.core.documents import Document, read_document, read_yaml
+from slm_exp.core.documents import Document, read_document
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.launch.compose import check_key, conf_dir
+from slm_exp.tables.facts import MODELS, Params, model_facts
 from slm_exp.tables.quantities import check_quantity, quantity
-
-MODELS = "_models"
-"""The file beside the tables that says what `$sizes` and its like are for each model."""
-Params = dict[str, Any]
-"""A table's parameters: what `$name` stands for; of an `each`: parameter -> a list of values, or `$name` of one."""
 
 
 class Column(Document):
@@ -143,19 +139,29 @@ def table_names() -> list[str]:
 def read_table(name: str, params: Mapping[str, Any] | None = None) -> Table:
     """A table by name or by the path of its file; see `cells` for arguments and errors."""
     path = _found(name)
+    check_parameters(name, params or {})
     return _Reader(path, read_document(TableText, path)).table(dict(params or {}))
 
 
-def parameters(name: str) -> set[str]:
-    """The parameters of a table, whatever its model is; see `cells` for errors."""
-    return {*read_document(TableText, _found(name)).params, *model_facts("")[1]}
+def check_parameters(name: str, given: Iterable[str]) -> None:
+    """Refuse a parameter that a table has not, by name, with those that it has; see `cells` for errors."""
+    known = sorted(parameters(name))
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{key}: {_found(name)} has no such parameter; it has {', '.join(known)}. "
+                              f"{did_you_mean(key, known)}".rstrip())
+
+
+def parameters(name: str) -> Params:
+    """The parameters of a table, whatever its model is, with its own values; see `cells` for errors."""
+    return {**dict.fromkeys(model_facts("")[1]), **read_document(TableText, _found(name)).params}
 
 
 def summaries() -> Iterator[tuple[str, str, list[str]]]:
     """Name, title and own parameters of every declared table."""
     for name in table_names():
         text = read_document(TableText, _found(name))
-        yield name, (text.title or "").replace(", $model", ""), list(text.params)
+        yield name, (text.title or "").replace(", $named", ""), list(text.params)
 
 
 def _found(name: str) -> Path:
@@ -172,12 +178,6 @@ def together(*parts: Sequence[str]) -> list[str]:
     return list({override.partition("=")[0]: override for override in itertools.chain(*parts)}.values())
 
 
-def model_facts(model: str) -> tuple[Params, set[str]]:
-    """What `_models.yaml` says of a model, on top of what it says of all; and the names it knows for any model."""
-    models = read_yaml(conf_dir() / "table" / f"{MODELS}.yaml")
-    return {**models["all"], **models.get(model, {})}, {key for facts in models.values() for key in facts}
-
-
 @dataclass
 class _Reader:
     """Fills the parameters of one file into a Table; knows the file's name for every complaint."""
@@ -191,12 +191,8 @@ class _Reader:
         model = str(given.get("model", own.get("model", "")))
         if model:
             check_key(f"model={model}")
-        facts, self._known_facts = model_facts(model)
-        known = sorted({*own, *self._known_facts})
-        for key in given:
-            if key not in known:
-                raise ConfigError(f"{key}={given[key]}: {self._path} has no parameter {key}; it has "
-                                  f"{', '.join(known)}. {did_you_mean(key, known)}".rstrip())
+        extra = [str(o) for o in given.get("extra") or [] if str(o).startswith("model.")]
+        facts, self._known_facts = model_facts(model, extra)
         params = {**facts, **own, **given}
         params = {key: self._fill(value, params, f"params.{key}") for key, value in params.items()}
         columns = tuple(c for i, each in enumerate(text.columns) for c in self._columns(each, params, f"columns[{i}]"))
@@ -276,8 +272,9 @@ class _Reader:
             return string.Template(value).substitute(params)
         except KeyError as error:
             if (name := error.args[0]) in self._known_facts:
-                raise ConfigError(f"{self._path}: {where} uses ${name}, which conf/table/{MODELS}.yaml does not say of "
-                                  f"model={params.get('model')}; give it: {name}=VALUE.") from None
+                raise ConfigError(f"{self._path}: {where} uses ${name}, which neither conf/table/{MODELS}.yaml nor a "
+                                  f"config.json on this machine says of model={params.get('model')}; give it: "
+                                  f"{name}=VALUE.") from None
             raise ConfigError(f"{self._path}: {where} uses ${error.args[0]}, and there is no such parameter; known: "
                               f"{', '.join(sorted(params))}. {did_you_mean(error.args[0], params)}".rstrip()) from None
         except ValueError as error:

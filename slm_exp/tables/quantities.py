@@ -108,6 +108,15 @@ def _threshold(m: Measured) -> Value:
     return m.record.setting("method.threshold") if planned is None else planned
 
 
+def _target(m: Measured) -> str | None:
+    """`26 layers`, `18.8 %`: what was requested in place of a threshold; null where a threshold was."""
+    method = m.record.config.get("method") or {}
+    for key, value in method.items():
+        if key.startswith("target_") and value is not None:
+            return f"{100 * value:.3g} %" if key == "target_ratio" else f"{value} {key.removeprefix('target_')}"
+    return None
+
+
 NAMED = {
     "layers": Quantity("layers", _sided(lambda m: m.record.layers.before, lambda m: m.record.layers.after)),
     "params": Quantity("params (M)", _sided(_scaled(lambda m: m.record.params.before, 1e-6),
@@ -117,6 +126,7 @@ NAMED = {
     "removed_or_zeroed": Quantity("removed or zeroed (%)", _sided(lambda _: 0.0, _idle), 1),
     "score": Quantity("score", _compressed(lambda m: m.record.plan.final_score), 4),
     "plan": Quantity("plan", _compressed(_plan)),
+    "target": Quantity("target", _compressed(_target)),
     "threshold": Quantity("threshold", _compressed(_threshold), 4),
     "evaluations": Quantity("candidates", _compressed(lambda m: m.record.plan.evaluations)),
     "block_forwards": Quantity("block forwards", _compressed(lambda m: m.record.plan.block_forwards)),

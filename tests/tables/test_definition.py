@@ -13,6 +13,7 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.launch.compose import compose_run, conf_dir
 from slm_exp.tables.build import split_words
 from slm_exp.tables.definition import cells, read_table, table_names, together
+from slm_exp.tables.facts import sizes_of_layers
 
 MODELS = sorted(set(read_yaml(conf_dir() / "table" / "_models.yaml")) - {"all"})
 PUBLISHED = {"llama1_7b": ("18.0", "33.0"), "llama2_7b": ("18.0", "33.0"), "vicuna_7b": ("18.0", "33.0"),
@@ -139,11 +140,24 @@ def test_a_wrong_declaration_names_what_and_where(old: str, new: str, message: s
     ({"sizes": [0]}, "size = 0.*1 to 29"),
     ({"sizes": ["few"]}, "size = few.*1 to 29"),
     ({"model": "llama_7b"}, "model = llama_7b.*Did you mean llama2_7b"),
-    ({"model": "tiny"}, "sizes, which .* does not say of model=tiny; give it: sizes=VALUE"),
+    ({"model": "hf", "extra": ["model.path=no/where"]}, "sizes, which neither .* model=hf; give it: sizes="),
+    ({"model": "hf"}, "model.path = ''; expected a folder"),
 ])  # fmt: skip
 def test_parameters_that_no_run_could_have_are_refused(params: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cells("rules", params)
+
+
+def test_a_model_that_no_file_names_has_the_papers_sizes_of_its_own_layers(make_tiny, tmp_path: Path) -> None:
+    handle = make_tiny("qwen3", layers=20, tied=False)
+    handle.model.save_pretrained(tmp_path / "mine")
+    table = read_table("main", {"model": "hf", "extra": [f"model.path={tmp_path / 'mine'}"]})
+    shares = [100 * gone * handle.layer_params / handle.n_params for gone in (4, 7)]
+    assert [b.label for b in table.blocks] == [f"{20 - gone} of 20 layers, {share:.1f} % of the parameters removed"
+                                               for gone, share in zip((4, 7), shares, strict=True)]
+    assert table.title.endswith(", mine")
+    assert all(f"model.path={tmp_path / 'mine'}" in cell for cell in table.cells())
+    assert [sizes_of_layers(n, 9, 1)["sizes"] for n in (32, 40)] == [[26, 21], [32, 26]]  # the papers'
 
 
 def test_unknown_names_are_refused_with_the_closest() -> None:

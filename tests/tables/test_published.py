@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from slm_exp.core.documents import read_yaml
 from slm_exp.core.types import MergePlan
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.launch.compose import check_key, conf_dir
 from slm_exp.methods.from_plan import FromPlan
-from slm_exp.tables.definition import Table, model_facts, read_table, read_yaml
+from slm_exp.tables.definition import Table, read_table
+from slm_exp.tables.facts import model_facts
 from slm_exp.tables.reference import Published, matches, published
 
 FILES = sorted((conf_dir() / "reference").glob("*.yaml"))

@@ -192,6 +192,32 @@ def test_a_gap_shows_the_command_that_fills_it(rules: Path, capsys) -> None:
     assert "hydra.sweep.dir=outputs/multirun/rules" in command
 
 
+def test_the_records_say_which_model_and_its_sizes(tmp_path: Path, capsys) -> None:
+    """A preset; and a folder that is not on this machine, whose sizes the records have."""
+    (job,) = [c for c in cells("rules", {"model": "vicuna_7b", "sizes": [26]}) if "merge_rule=mean" in c]
+    make_run(tmp_path / "a", job, n=5)
+    assert "## Merge rules at equal size, Vicuna-7B" in drawn(capsys, "rules", "sizes=[26]", tmp_path / "a")
+    gone = {"model": "hf", "extra": ["model.path=nobody/nothing"], "sizes": [25], "layers": 30}
+    gone |= {"parameters": 134515008, "per_layer": 3540096}
+    (job,) = [c for c in cells("rules", gone) if "merge_rule=mean" in c]
+    make_run(tmp_path / "b", job, n=5)
+    text = drawn(capsys, "rules", "sizes=[25]", tmp_path / "b")
+    assert "25 of 30 layers, 13.2 % of the parameters removed" in text
+    assert "the runs there are of 2 models; say which" in refused(capsys, "rules", tmp_path)
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (["rules", "model=tiny"], "Other model: they are of model=smollm2_135m, the table of model=tiny."),
+    (["rules", "evaluation.limit=7"], "Other protocol: evaluation.limit = 20, in the table 7."),
+    (["rules", "sizes=[25]"], "Other sizes: they have method.target_layers=27, the table method.target_layers=25."),
+    (["rules", "sizes=[27]", "calibration.n_samples=3"], "has calibration.n_samples = 10, in the table 3."),
+])  # fmt: skip
+def test_runs_of_which_none_fits_say_why_in_one_line(rules: Path, words: list[str], reason: str, capsys) -> None:
+    said = refused(capsys, *words, rules)
+    assert reason in said
+    assert said.count("\n") == 1
+
+
 def test_nothing_run_yet(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert drawn(capsys, "rules", "--missing").count("\n") == 1
@@ -271,13 +297,16 @@ def test_wrong_calls_name_what_was_wanted(rules: Path, capsys) -> None:
 def test_sweep_has_a_row_for_every_run(rules: Path, capsys) -> None:
     rows = rows_of(drawn(capsys, "sweep", rules, "--format", "csv"))
     dense = rows.pop("dense")
-    assert (dense["rule"], dense["params"]) == ("", "134515008")
+    assert (dense["rule"], dense["params"]) == ("", "134.5")
     assert set(rows) == {p.name for p in rules.iterdir()}
     wanted = ["threshold", "rule", "similarity", "kernel", "layers", "params", *SEVEN, "average"]
     (row, *_) = rows.values()
     assert [c for c in row if c in wanted] == wanted
     assert {row["rule"] for row in rows.values()} == set(SKILL)
-    assert row["params"] == str(134_515_008 - 3 * 3_540_096)
+    assert (row["target"], row["params"], row["removed"]) == ("27 layers", "123.9", "7.9")
+    text = drawn(capsys, "sweep", rules)
+    assert len(re.findall(r"\d+ runs(?! of an older)", text)) == 1
+    assert "## Runs that differ in rule" in text
     narrow = drawn(capsys, "sweep", rules, "--format", "csv", "--columns", "rule,average")
     assert narrow.splitlines()[0].startswith("run,rule,average")
 
@@ -410,7 +439,7 @@ def test_ours_beside_theirs(tmp_path: Path, capsys) -> None:
     assert "4031a92" in text
     assert "3326c54" in text
     assert "1.654 average points" in text
-    assert "There is: nothing" in refused(capsys, *RULES, tmp_path, "--reference")
+    assert "There is: nothing" in refused(capsys, *RULES, "model=smollm2_135m", tmp_path, "--reference")
 
 
 def test_mixed_protocols_stand_beside_published_numbers_only_where_that_was_said(tmp_path: Path, capsys) -> None:
