@@ -237,7 +237,8 @@ class _Reader:
         """The parameters once for every combination of the `each` values; a size brings its shares along."""
         for values in itertools.product(*self._values(each, params, f"{where}.each").values()):
             inner = params | dict(zip(each, values, strict=True))
-            yield inner | (_shares(inner) if "size" in each else {})
+            taus = (params.get("at_size") or {}).get(inner.get("size"), [])
+            yield inner | ({"taus": taus, **_shares(inner)} if "size" in each else {})
 
     def _values(self, each: Params, params: Params, where: str) -> dict[str, list[Any]]:
         filled = {key: self._fill(values, params, f"{where}.{key}") for key, values in each.items()}

@@ -71,6 +71,14 @@ def test_every_row_of_main_is_in_the_tables_that_say_so(name: str) -> None:
         assert other.blocks == main.blocks
 
 
+def test_a_released_threshold_stands_at_the_size_that_it_belongs_to_and_nowhere_else() -> None:
+    for model, at in (("llama2_7b", {21: ["0.68"]}), ("llama2_13b", {}), ("smollm2_135m", {})):
+        table = read_table("main", {"model": model})
+        for size, block in zip(table.params["sizes"], table.blocks, strict=True):
+            released = [row for row in block.rows if "method.commit_open_window=false" in row.runs]
+            assert [row.label for row in released] == [f"SLM, released search at {tau}" for tau in at.get(size, [])]
+
+
 def test_sizes_of_the_papers() -> None:
     sizes = {model: [c for c in cells("rules", {"model": model}) if "merge_rule=mean" in c] for model in MODELS}
     assert [c[-2] for c in sizes["vicuna_7b"]] == ["method.target_layers=26", "method.target_layers=21"]
