@@ -20,7 +20,7 @@ from slm_exp.core.documents import Document, read_document
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.launch.compose import check_key, conf_dir
-from slm_exp.tables.facts import MODELS, Params, model_facts
+from slm_exp.tables.facts import MODELS, Params, model_facts, ours
 from slm_exp.tables.quantities import check_quantity, quantity
 
 
@@ -204,7 +204,7 @@ class _Reader:
                 raise ConfigError(f"{self._path}: over has {', '.join(values)}; expected every value once, for a run "
                                   "counted twice is no second run.")
         if not any(row.which != "dense" for block in blocks for row in block.rows):
-            used = text.model_dump_json()
+            used = str([part.each for part in (*text.blocks, *text.rows)])
             empty = sorted(key for key, value in params.items() if value == [] and key in used)
             raise ConfigError(f"{self._path}: no run fills this table, because nothing is known for model = "
                               f"{params.get('model')} of {', '.join(empty) or 'its rows'}. Say it: "
@@ -238,6 +238,7 @@ class _Reader:
         for values in itertools.product(*self._values(each, params, f"{where}.each").values()):
             inner = params | dict(zip(each, values, strict=True))
             taus = (params.get("at_size") or {}).get(inner.get("size"), [])
+            inner |= {"ours": ours(str(inner["set"]))} if "set" in each else {}
             yield inner | ({"taus": taus, **_shares(inner)} if "size" in each else {})
 
     def _values(self, each: Params, params: Params, where: str) -> dict[str, list[Any]]:

@@ -10,10 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from slm_exp.core.conf import published_file, published_sets
 from slm_exp.core.documents import read_yaml
 from slm_exp.core.errors import ConfigError
+from slm_exp.core.files import read_json
 from slm_exp.core.format import override
 from slm_exp.core.registry import available
+from slm_exp.core.types import SUBLAYERS, MergePlan
 from slm_exp.launch.compose import compose_run, conf_dir
 from slm_exp.runs.statistics.runs import Measured
 
@@ -36,7 +39,42 @@ def model_facts(model: str, overrides: Sequence[str] = ()) -> tuple[Params, set[
     models = read_yaml(conf_dir() / "table" / f"{MODELS}.yaml")
     known = {key for facts in models.values() for key in facts}
     own = models[model] if model in models else _computed(model, tuple(overrides)) if model else {}
-    return {**models["all"], "named": model, **own}, known
+    return {**models["all"], "named": model, "published": published_of(model), **own}, {*known, "published"}
+
+
+def published_of(model: str) -> list[str]:
+    """The published layer sets of a model, SOURCE/MODEL/NAME."""
+    return [name for name in published_sets() if name.split("/")[1] == model]
+
+
+def published_plan(name: str) -> MergePlan:
+    return MergePlan.from_json(read_json(published_file(name)))
+
+
+def ours(name: str) -> list[list[str]]:
+    """The overrides of our run that chooses what a published set does, in a list; none where we have no such method."""
+    plan = published_plan(name)
+    cls = available("method").get(plan.method)
+    size = ("target_sublayers", 2 * len(plan.dropped) + len(plan.sublayers)) if plan.sublayers else (
+        "target_layers", plan.n_layers_out)
+    if size[0] not in getattr(cls, "targets", ()):
+        return []
+    return [[f"method={plan.method}", f"method.{size[0]}={size[1]}"]]
+
+
+def agreement(m: Measured) -> str | None:
+    """`7 of 7 (linearpatch)`: the sublayers of every published set of a run's model, method and size that it removes
+    too, counted in layers where the set has whole layers only."""
+    chosen = next((o[6:] for o in m.record.overrides if o.startswith("model=")), "")
+    plan, found = m.record.plan, []
+    mine = {(i, kind) for i in plan.dropped for kind in SUBLAYERS} | {(s.layer, s.kind) for s in plan.sublayers}
+    for name in published_of(chosen) if plan else []:
+        other = published_plan(name)
+        theirs = {(i, kind) for i in other.dropped for kind in SUBLAYERS} | {(s.layer, s.kind) for s in other.sublayers}
+        if other.method == plan.method and len(theirs) == len(mine):
+            each = 1 if other.sublayers else len(SUBLAYERS)
+            found.append(f"{len(theirs & mine) // each} of {len(theirs) // each} ({name.split('/')[0]})")
+    return ", ".join(found) or None
 
 
 @lru_cache(maxsize=64)

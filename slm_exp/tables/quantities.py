@@ -13,6 +13,7 @@ from slm_exp.evaluation.report import metric_of
 from slm_exp.runs.schema import Quartiles, SpeedCase
 from slm_exp.runs.statistics.runs import Measured
 from slm_exp.runs.statistics.scores import estimate, main_score, stderr_of_mean
+from slm_exp.tables.facts import agreement
 
 Value = float | str | None
 
@@ -126,6 +127,7 @@ NAMED = {
     "removed_or_zeroed": Quantity("removed or zeroed (%)", _sided(lambda _: 0.0, _idle), 1),
     "score": Quantity("score", _compressed(lambda m: m.record.plan.final_score), 4),
     "plan": Quantity("plan", _compressed(_plan)),
+    "agrees": Quantity("as published", _compressed(agreement)),
     "target": Quantity("target", _compressed(_target)),
     "threshold": Quantity("threshold", _compressed(_threshold), 4),
     "evaluations": Quantity("candidates", _compressed(lambda m: m.record.plan.evaluations)),

@@ -13,7 +13,7 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.launch.compose import compose_run, conf_dir
 from slm_exp.tables.build import split_words
 from slm_exp.tables.definition import cells, read_table, table_names, together
-from slm_exp.tables.facts import sizes_of_layers
+from slm_exp.tables.facts import published_of, sizes_of_layers
 
 MODELS = sorted(set(read_yaml(conf_dir() / "table" / "_models.yaml")) - {"all"})
 PUBLISHED = {"llama1_7b": ("18.0", "33.0"), "llama2_7b": ("18.0", "33.0"), "vicuna_7b": ("18.0", "33.0"),
@@ -29,6 +29,10 @@ def test_the_papers_models_and_tables_are_there() -> None:
 @pytest.mark.parametrize("name", table_names())
 @pytest.mark.parametrize("model", MODELS)
 def test_every_table_names_its_runs(name: str, model: str) -> None:
+    if name == "agreement" and not published_of(model):
+        with pytest.raises(ConfigError, match=f"nothing is known for model = {model} of published"):
+            cells(name, {"model": model})
+        return
     found = cells(name, {"model": model})
     assert found
     assert all(f"model={model}" in overrides for overrides in found)
@@ -46,7 +50,7 @@ def test_the_first_and_the_last_run_compose(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_every_run_of_every_table_composes(model: str) -> None:
-    for name in table_names():
+    for name in set(table_names()) - {"agreement"}:  # two sources list the same set
         runs = cells(name, {"model": model})
         assert len({compose_run(overrides).run_id for overrides in runs}) == len(runs), name
 
