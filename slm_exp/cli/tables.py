@@ -46,10 +46,13 @@ def _complete_name(ctx: click.Context, param: click.Parameter, incomplete: str) 
 @click.option("--missing", is_flag=True, help="print the commands that fill what is missing")
 @click.option("--reference", is_flag=True,
               help="ours beside published numbers (conf/reference), with difference and verdict")
+@click.option("--form", is_flag=True,
+              help="print an empty reference with every row and column, to fill in from a paper")
+@click.option("--reference-file", type=FOLDER, metavar="FILE", help="check a filled form, and put it beside ours")
 @click.option("--mixed-protocols", is_flag=True, help="show numbers of different protocols too")
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
 def main(name: str, words: tuple[str, ...], formats: str, out: Path | None, columns: str | None, missing: bool,
-         reference: bool, mixed_protocols: bool, verify: bool) -> int:
+         reference: bool, mixed_protocols: bool, verify: bool, form: bool, reference_file: Path | None) -> int:
     from slm_exp.tables.build import draw
 
-    return draw(name, words, formats, out, columns, missing, reference, mixed_protocols, verify)
+    return draw(name, words, formats, out, columns, missing, reference, mixed_protocols, verify, form, reference_file)

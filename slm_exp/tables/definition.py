@@ -204,7 +204,7 @@ class _Reader:
                 raise ConfigError(f"{self._path}: over has {', '.join(values)}; expected every value once, for a run "
                                   "counted twice is no second run.")
         if not any(row.which != "dense" for block in blocks for row in block.rows):
-            used = str([part.each for part in (*text.blocks, *text.rows)])
+            used = str([*(part.each for part in text.blocks), *(part.each for part in text.rows)])
             empty = sorted(key for key, value in params.items() if value == [] and key in used)
             raise ConfigError(f"{self._path}: no run fills this table, because nothing is known for model = "
                               f"{params.get('model')} of {', '.join(empty) or 'its rows'}. Say it: "
