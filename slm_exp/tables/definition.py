@@ -167,7 +167,7 @@ def summaries() -> Iterator[tuple[str, str, list[str]]]:
 def _found(name: str) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else conf_dir() / "table" / f"{name}.yaml"
     if not path.is_file():
-        names = ["sweep", *table_names()]
+        names = ["sweep", "paper", *table_names()]
         raise ConfigError(f"table = {name}; expected one of {', '.join(names)}, or an existing .yaml file. "
                           f"{did_you_mean(name, names)}".rstrip())
     return path
