@@ -134,7 +134,11 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
     Raises:
         ConfigError: as the run itself would; names the job.
     """
-    command = jobs_of(overrides, multirun)
+    return plan_jobs(jobs_of(overrides, multirun), tflops, anew)
+
+
+def plan_jobs(command: CommandJobs, tflops: float | None = None, anew: bool = False) -> GridPlan:
+    """`make_plan` of jobs that are composed already."""
     first = command.jobs[0][1]
     requested = first.model.device or first.runtime.device
     gpus = visible_gpus() if requested != "cpu" else []
@@ -167,20 +171,25 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
 def jobs_of(overrides: Sequence[str], multirun: bool) -> CommandJobs:
     """The jobs of a command line as the run would make them; of `table=NAME [PARAM=VALUE]` those that fill it."""
 
-    def identify(cfg: RunConfig) -> str:
-        return "" if cfg.model.unread_weights() else cfg.run_id
-
     name = next((o.partition("=")[2] for o in overrides if o.startswith("table=")), None)
     if name is None:
-        return command_jobs(overrides, multirun, identify=identify)
+        return command_jobs(overrides, multirun, identify=_identify)
     others, own = [o for o in overrides if not o.startswith(("table=", "hydra"))], parameters(name)
-    given, _ = split_words([o for o in others if o.partition("=")[0] in own])
-    added = [o for o in others if o.partition("=")[0] not in own]
+    given, _ = split_words([o for o in others if o.partition("=")[0] in own or o.startswith("model.")])
+    added = [o for o in others if o.partition("=")[0] not in own and not o.startswith("model.")]
     missing = [[*cell, *added] for cell in cells(name, given)]
     if not missing:
         raise ConfigError("no job is left to plan: the table has every cell.")
-    return command_jobs([o for o in overrides if o.startswith("hydra")], True, cells=missing, name=Path(name).stem,
-                        identify=identify)
+    return cell_jobs(Path(name).stem, missing, [o for o in overrides if o.startswith("hydra")])
+
+
+def cell_jobs(name: str, runs: Sequence[Sequence[str]], hydra: Sequence[str] = ()) -> CommandJobs:
+    """The jobs of a table's runs, by their overrides, in the folder where `slm tables NAME --missing` puts them."""
+    return command_jobs(hydra, True, cells=runs, name=name, identify=_identify)
+
+
+def _identify(cfg: RunConfig) -> str:
+    return "" if cfg.model.unread_weights() else cfg.run_id
 
 
 def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, inspection: Inspection, lookup: Lookup) -> JobPlan:
@@ -197,6 +206,8 @@ def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, inspection: Inspection, 
         lookup = Lookup(lookup.store.folder)
     outline = walk(cfg, model, lookup, job.save_model)
     try:
+        if not cfg.width.prunes:
+            cfg.method.check_model(model.handle)  # the others look at modules, which takes torch
         _size(plan, cfg, model, outline)
     except SlmError as error:
         plan.problem = plan.problem or str(error)

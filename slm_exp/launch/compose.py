@@ -6,13 +6,13 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import yaml
 from hydra import compose
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from slm_exp.core.conf import conf_dir as conf_dir
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.core.files import digest
 from slm_exp.core.registry import GROUPS, available, load_all
@@ -23,15 +23,6 @@ from slm_exp.pipeline.config import CacheConfig, RunConfig, register_schema, to_
 
 PLAIN_FIELDS = ("seed", "save_model")
 """Fields of RunConfig that are values, not groups."""
-
-
-def conf_dir() -> Path:
-    """The config tree: `conf/` of the checkout, or the copy inside the installed package."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise ConfigError(f"no conf/ beside or inside {package}; reinstall slm_exp.")
 
 
 @cache

@@ -95,6 +95,13 @@ class ModelHandle:
         model = self.model if self.loaded else empty_model(self.config)
         return count_params(self.layout.layers(model)) // self.n_layers
 
+    @cached_property
+    def sublayer_params(self) -> tuple[dict[str, int], ...]:
+        """Of every layer, parameters of attention and of the MLP: projections and their biases. Loads no weights."""
+        layers = self.layout.layers(self.model if self.loaded else empty_model(self.config))
+        return tuple({kind: sum(count_params(layer.get_submodule(name)) for name in names)
+                      for kind, names in self.layout.sublayers.items()} for layer in layers)
+
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a config without weights (meta tensors), tied as the config says. Costs tens of milliseconds."""
