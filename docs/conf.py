@@ -15,8 +15,8 @@ suppress_warnings = ["myst.header"]  # a table's page starts as it does where it
 root_doc = "README"
 include_patterns = ["*.md", "docs/*.md", "docs/results/*.md"]
 
-PAGES = ["commands", "methods", "evaluation", "claims", "recovery", "sweeps", "tables", "reproduce", "results/README", "handover",
-         "reliability"]
+PAGES = ["commands", "methods", "evaluation", "claims", "recovery", "sweeps", "tables", "reproduce", "results/README",
+         "handover", "reliability"]
 TABLES = sorted(page.stem for page in Path(__file__).parent.glob("results/[a-z]*.md"))
 
 

@@ -17,9 +17,9 @@ from slm_exp.runs.tracking.base import flat
 from slm_exp.tables.grid import Entry, Grid, dense_of, entry_of, provenance
 from slm_exp.tables.quantities import Quantity, check_quantity, quantity
 
-SETTINGS = {"threshold": "threshold", "rule": "config.merge_rule.name", "similarity": "config.similarity.name",
-            "kernel": "config.kernel.name"}
-NEVER = (*(path.replace("/", ".") for path in UNINTERESTING), "method.threshold")
+SETTINGS = {"target": "target", "threshold": "threshold", "rule": "config.merge_rule.name",
+            "similarity": "config.similarity.name", "kernel": "config.kernel.name"}
+NEVER = (*(path.replace("/", ".") for path in UNINTERESTING), "method.threshold", "method.target_")
 """Settings that get no column of their own."""
 
 
@@ -42,10 +42,12 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
         raise ProtocolError(f"{reason}. Their numbers do not belong in one table: give folders of one protocol, or say "
                             "--mixed-protocols to see them side by side.")
     settings = {**SETTINGS, **_others(runs)}
+    if not any(quantity("target").value(m) for m in runs):
+        del settings["target"]
     tasks = list(dict.fromkeys(task for m in runs for task in m.evaluation.tasks))
     tasks = [t for t in SEVEN if t in tasks] + sorted(t for t in tasks if t not in SEVEN)
     corpora = sorted({corpus for m in runs for corpus in m.evaluation.perplexity})
-    columns = {**settings, "layers": "layers", "params": "parameters", "removed": "removed",
+    columns = {**settings, "layers": "layers", "params": "params", "removed": "removed",
                **{f"ppl {c}": f"perplexity.{c}" for c in corpora}, **({"ppl ratio": "ppl_ratio"} if corpora else {}),
                "average": "average", "kept": "kept", "verdict": "verdict",
                **{t: t if t in SEVEN else f"task.{t}" for t in tasks}}
@@ -79,12 +81,13 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
             why = f": {error.type} in stage {error.stage}" if error else ""
             line[-1] = replace(line[-1], note=f"{m.run.state}{why}")
         rows.append((name if len(group) == 1 else f"{name} and {len(group) - 1} more", line))
-    notes = ["removed in per cent of the parameters, tasks in per cent, ± the standard error over documents.",
-             *(["Runs that differ in seeds alone are one row: the mean, ± its 95 % interval over the seeds."]
-               if len(groups) < len(runs) else []),
-             "Runs differ in size, so none is marked as best: slm compare RUN RUN tests a difference."]
-    return Grid("sweep", f"{len(runs)} runs", list(columns), [("", rows)],
-                [*notes, *([reason] if reason else []), *provenance(runs), *damaged], row_heads=("", "run"))
+    differ = [label for label, show in settings.items() if len({str(quantity(show).value(m)) for m in runs}) > 1]
+    seeds = ["Runs that differ in seeds alone are one row: the mean, ± its 95 % interval over the seeds."]
+    return Grid("sweep", f"Runs that differ in {', '.join(differ)}" if differ else "Runs", list(columns), [("", rows)],
+                [*([reason] if reason else []), *provenance(runs, len(runs)), *damaged], row_heads=("", "run"),
+                legend=["params in millions, removed in per cent of them, tasks in per cent, ± the standard error over "
+                        "documents.", *(seeds if len(groups) < len(runs) else []),
+                        "Runs differ in size, so none is marked as best: slm compare RUN RUN tests a difference."])
 
 
 def _groups(runs: Sequence[Measured]) -> list[list[Measured]]:
@@ -119,4 +122,4 @@ def _order(value: Any) -> tuple[bool, float, str]:
     try:
         return False, -float(value), ""
     except (TypeError, ValueError):
-        return True, 0.0, str(value)
+        return True, 0.0, str(value or "")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
-import json
+import itertools
 import math
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from slm_exp.core.errors import DataError
+from slm_exp.core.files import JsonObject
+from slm_exp.core.text import read_rows
 from slm_exp.evaluation.report import metric_of
 from slm_exp.runs.schema import Scores
 
 Z95 = 1.96
 """Standard errors from a mean to either end of its 95 % interval."""
+MOST = 10**6
+"""Rows of a samples file; one that holds more is no run's."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def by_document(path: Path, metric: str) -> dict[tuple[object, object], float]:
     try:
         return {(row.get("doc_id"), row.get("doc_hash")): float(row[name]) for row in _rows(path)
                 if row.get("filter", "") == chosen}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (DataError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -84,15 +86,12 @@ def chance_of(paths: Iterable[Path]) -> float | None:
     try:
         each = [1 / len(row["loglikelihoods"]) if "loglikelihoods" in row else 0.0
                 for path in paths for row in _rows(path) if "loglikelihoods" in row or "answers" in row]
-    except (ValueError, TypeError, ZeroDivisionError):
+    except (DataError, ValueError, TypeError, ZeroDivisionError):
         return None
     return math.fsum(each) / len(each) if each else None
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """A file of samples; empty where it is missing. Raises ValueError: damaged."""
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as f:
-            return [json.loads(line) for line in f]
-    except (OSError, EOFError, zlib.error):
-        return []
+def _rows(path: Path) -> list[JsonObject]:
+    """A file of samples; empty where it holds more than a run's. Raises DataError: missing or damaged."""
+    rows = [row.value for row in itertools.islice(read_rows(path), MOST + 1)]
+    return rows if len(rows) <= MOST else []
