@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from slm_exp.cli.command import run_command
 from slm_exp.core.errors import ConfigError, SlmError, StageError, did_you_mean
 from slm_exp.core.logs import mask_logs, print_anything
+from slm_exp.core.plugins import take
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.runtime import rank, world
 from slm_exp.core.secrets import masked
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_anything()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        argv = take(argv)
         if parse_arguments(argv)[0].help:
             return run_command(_help, argv)
         argv = fields_of_swept_groups(open_mappings(_check_command(argv)), _search(argv))

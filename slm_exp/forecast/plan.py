@@ -139,7 +139,7 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
     device = "cuda" if requested.startswith("cuda") or (requested == "auto" and gpus) else "cpu"
     here = device == "cpu" or bool(gpus)
     grid = GridPlan(command.folder, command.multirun, device, *(command.capacity() if here else (1, cores())))
-    lookup = Lookup(Path(first.cache.dir) if first.cache.enabled else None)
+    lookup = Lookup(first.cache_folder)
     sketches: dict[str, Sketch] = {}
     for _, cfg in command.jobs:
         if repr(cfg.model) not in sketches:

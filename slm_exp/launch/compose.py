@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.core.files import digest
+from slm_exp.core.format import override
 from slm_exp.core.registry import GROUPS, available, load_all
 from slm_exp.core.secrets import register_env_resolver
 from slm_exp.launch.hydra_compat import session, set_values, without_hydra
@@ -168,6 +169,18 @@ def choices(group: str) -> list[str]:
     return sorted({*presets, *(available(group) if group in GROUPS else ())})
 
 
+def model_words(name: str) -> list[str]:
+    """The overrides for a member of the `model` group, or for a folder or repo id.
+
+    Raises:
+        ConfigError: it is neither a member nor a folder, and nearly the name of a member.
+    """
+    there = choices("model")
+    if name not in there and did_you_mean(name, there) and "/" not in name and not Path(name).is_dir():
+        raise ConfigError(f"{no_member('model', name, there)} Or a folder, or a repo id: OWNER/NAME.")
+    return [f"model={name}"] if name in choices("model") else ["model=hf", override("model.path", name)]
+
+
 def _fields_beside(key: str) -> list[str]:
     head, _, tail = key.partition(".")
     if not tail:
@@ -177,18 +190,18 @@ def _fields_beside(key: str) -> list[str]:
     return sorted(f.name for f in dataclasses.fields(CacheConfig)) if head == "cache" else []
 
 
-def check_key(override: str) -> None:
+def check_key(given: str) -> None:
     """Refuse an override of a field or a member that no group has, without composing (0.1 s).
 
     Raises:
         ConfigError: with what there is, and the nearest name.
     """
-    key, _, value = override.partition("=")
+    key, _, value = given.partition("=")
     group, _, tail = key.lstrip("+~").partition(".")
     name = f"{group}.{tail.partition('.')[0]}" if tail else group
     known = _fields_beside(name)
     if name.partition(".")[2] not in known and (tail or name not in known):
-        raise ConfigError(f"{override}: {_no_field(name, known)}")
+        raise ConfigError(f"{given}: {_no_field(name, known)}")
     if not tail and group in GROUPS and value not in (there := choices(group)):
         raise ConfigError(no_member(group, value, there))
 

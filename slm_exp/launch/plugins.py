@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,8 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from slm_exp.core.errors import SlmError, require, require_one_of
 from slm_exp.core.format import override
+from slm_exp.core.plugins import Plugin
+from slm_exp.core.plugins import words as plugin_words
 from slm_exp.core.secrets import masked
 from slm_exp.launch.hydra_compat import register_plugin, words
 from slm_exp.launch.jobs import JobComposer, pool_workers, split_sweep
@@ -102,7 +105,8 @@ class GridSweeper(Sweeper):
         except OSError as error:  # a full disk: the folders say the same
             print(f"could not write {self.path / 'index.json'}: {error}", file=sys.stderr)
         if wrong := complaints([c for c in cells if c.job.run_id in {j.run_id for j in jobs}]):
-            print(f"{wrong}\nslm sweep resume {self.path}", file=sys.stderr)
+            again = shlex.join(["slm", "sweep", "resume", str(self.path), *plugin_words(sweep.plugins)])
+            print(f"{wrong}\n{again}", file=sys.stderr)
         return status or int(bool(wrong))
 
     def _jobs(self, sweep: SweepFolder, arguments: list[str]) -> list[Job]:
@@ -111,12 +115,14 @@ class GridSweeper(Sweeper):
         argv = [*arguments, *hydra] if self.select is None else SweepFolder.read(sweep.path).argv
         composer = JobComposer(self._config.hydra, self.path)
         jobs: dict[str, Job] = {}
+        plugins: list[Plugin] = []
         for overrides in self._requested(sweep, arguments):
-            job, _ = composer.job(overrides)
+            job, cfg = composer.job(overrides)
+            plugins += cfg.plugins
             if (first := jobs.setdefault(job.run_id, job)) is not job:
                 log.warning("jobs [%s] and [%s] are the same run %s; it runs once.", " ".join(first.overrides),
                             " ".join(overrides), job.run_id)
-        sweep.define(argv, jobs.values())
+        sweep.define(argv, jobs.values(), plugins)
         return list(jobs.values())
 
     def _requested(self, sweep: SweepFolder, arguments: list[str]) -> list[list[str]]:

@@ -39,7 +39,7 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
         with cfg.tracking.session(rec.record, folder) as track:
             rec.observers.append(Mirror(track, folder))
             rec.warn(*cfg.advice())
-            store = StageStore(Path(cfg.cache.dir) if cfg.cache.enabled else None)
+            store = StageStore(cfg.cache_folder)
             x = Experiment(cfg, folder, store, training, track, rec.record)
             for step in steps(cfg):
                 with rec.stage(step.name) as cached:

@@ -248,7 +248,7 @@ def model_card(compressed: ModelHandle, plan: MergePlan, record: Record) -> str:
         *([f"Recovered by {recovered['name']}."] if (recovered := compressed.lineage.get("recovery")) else []),
         "The whole decision is in `plan.json`.",
     ]
-    command = shlex.join(["python", "-m", "slm_exp", *record.overrides])
+    command = shlex.join(["python", "-m", "slm_exp", *record.words])
     return CARD.format(
         front="\n".join(front), base=base, after=plan.n_layers_out, before=plan.n_layers, load=load,
         note=f" ({compressed.note})" if compressed.note else "", facts="\n".join(f"- {fact}" for fact in facts),

@@ -54,7 +54,7 @@ def journal_inputs(value: str, *, model: str, device: str, tokens: str, similari
     out: Inputs = {"value": value, "model": model, "device": device, "tokens": tokens, "computed_in": dtype,
                    "rule": rule and rule.identity(), "after": similarity.after, "fit": fit}
     if value == "score":
-        out["similarity"] = similarity.name
+        out["similarity"] = similarity.score_identity()
         if similarity.uses_kernel():
             out |= {"similarity": similarity.identity(), "kernel": kernel.identity()}
     return out
