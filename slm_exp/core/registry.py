@@ -45,6 +45,10 @@ class Component:
     def check(self) -> None:
         """Raise ConfigError on a bad field. Cheap: no files of weights, no heavy imports."""
 
+    def in_force(self) -> list[str]:
+        """What holds where its settings leave a choice open, a line each; for `--cfg job`."""
+        return []
+
     def identity(self) -> Fields:
         """What distinguishes this component's results: its name and scientific fields; a path as a digest; and the
         digest of its code, where that lies outside this package."""

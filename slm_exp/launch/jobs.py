@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.secrets import masked
-from slm_exp.launch.compose import Composer, compose_raw, conf_dir, explain, open_mappings, prepare_hydra
+from slm_exp.launch.compose import Composer, compose_raw, conf_dir, explain, one_list, open_mappings, prepare_hydra
 from slm_exp.launch.hydra_compat import HYDRA, axes, count, grid, is_sweep, session, without_hydra, words
 from slm_exp.launch.workers import Worker, cores, make_workers, visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.runs.record import check_writable
 from slm_exp.runs.sweep import LOG, Job, SweepFolder
-from slm_exp.runs.tracking.wandb import slug
+from slm_exp.runs.tracking.base import slug
 
 SEARCH = "hydra.searchpath="
 MANY = 100
@@ -147,7 +148,8 @@ def check_all(overrides: Sequence[str], multirun: bool) -> CommandJobs:
     found = command_jobs(overrides, multirun)
     if found.multirun and not multirun and found.hydra.mode != RunMode.MULTIRUN:
         several = next(o for o in overrides if is_sweep(o))
-        raise ConfigError(f"{several}: several values make a multirun; add -m.")
+        raise ConfigError(f"{several}: several values make a multirun; add -m: "
+                          f"{shlex.join(['python', '-m', 'slm_exp', '-m', *overrides])}{one_list(several)}")
     check_writable(found.folder)
     if (found.folder / LOG).is_symlink():
         raise ConfigError(f"{found.folder / LOG} is a link; expected no file or a plain one. Remove it.")

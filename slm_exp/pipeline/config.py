@@ -113,6 +113,11 @@ class RunConfig:
         estimator = {k: v for k, v in self.similarity.identity().items() if k not in ("name", "after")}
         return {"kernel": self.kernel.identity(), "estimator": estimator}
 
+    def in_force(self) -> list[str]:
+        """What holds where the config leaves a choice open, and `advice`; for `--cfg job`."""
+        saved = ["save_model: yes in a single run, no in a multirun"] if self.save_model is None else []
+        return [line for name in GROUPS for line in getattr(self, name).in_force()] + saved + self.advice()
+
     def advice(self) -> list[str]:
         """Settings that are allowed but do less than they seem to."""
         out = []
