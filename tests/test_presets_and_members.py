@@ -31,7 +31,8 @@ def refusals(kind: str, name: str, groups: set[str], tmp_path: Path) -> dict[str
     (tmp_path / "plan.json").write_text('{"n_layers": 30, "dropped": [4]}')
     (tmp_path / "text.jsonl").write_text('{"text": "words"}\n')
     needs = {"from_plan": f"method.path={tmp_path}/plan.json", "jsonl": f"calibration.path={tmp_path}/text.jsonl",
-             "tokens": f"calibration.path={tmp_path}/text.jsonl", "hf": f"model.path={tmp_path}"}  # fmt: skip
+             "tokens": f"calibration.path={tmp_path}/text.jsonl", "hf": f"model.path={tmp_path}",
+             "chain": "recovery.steps=[reconstruct]"}  # fmt: skip
     for group in sorted(groups):
         for member in choices(group):
             words = [f"{kind}={name}", f"{group}={member}", *([needs[member]] if member in needs else [])]

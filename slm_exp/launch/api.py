@@ -27,7 +27,7 @@ from slm_exp.methods.from_plan import FromPlan
 from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.run import run as carry_out
-from slm_exp.pipeline.stages import CALIBRATE, EVALUATE, LOAD, RECOVER, SIMILARITY, Experiment, check_model, steps
+from slm_exp.pipeline.stages import CALIBRATE, EVALUATE, LOAD, SIMILARITY, Experiment, check_model, recoveries, steps
 from slm_exp.reporting.heatmap import heatmap
 from slm_exp.runs.record import FILE, Run, check_writable
 from slm_exp.runs.tracking.base import flat
@@ -211,7 +211,8 @@ def recover(study: Study, plan: Plan, *overrides: str) -> ModelHandle:
     x.model, x.tokens = apply(here, x.plan), here.tokens
     with tempfile.TemporaryDirectory(prefix="slm_exp-recover-") as folder:
         x.folder = Path(folder)
-        RECOVER.carry_out(x)
+        for stage in recoveries(here.cfg):
+            stage.carry_out(x)
     return x.model
 
 

@@ -88,7 +88,7 @@ class RunConfig:
     @property
     def plugins(self) -> list[Plugin]:
         """Those that members of this config come from."""
-        return foreign(getattr(self, name) for name in GROUPS)
+        return foreign([*(getattr(self, name) for name in GROUPS), *self.recovery.parts()])
 
     @property
     def cache_folder(self) -> Path | None:

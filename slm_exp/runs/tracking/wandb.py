@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +14,7 @@ from slm_exp.core.errors import ConfigError, require_one_of
 from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.registry import register
 from slm_exp.runs.record import failure
-from slm_exp.runs.tracking.base import PROJECT, Tracker, Tracking, flat
+from slm_exp.runs.tracking.base import PROJECT, Tracker, Tracking, flat, mirrored, provenance
 
 if TYPE_CHECKING:
     import wandb
@@ -27,7 +27,6 @@ REMEDIES = {
     "online": "Log in with `wandb login`, or use tracking.mode=offline (`slm sync` sends it later) or tracking=none.",
     "offline": "Use tracking=none to do without W&B.",
 }
-PROVENANCE = ("run_id", "overrides", "command", "versions", "git")  # of the record, beside the config itself
 
 
 @register("tracking", "wandb")
@@ -100,7 +99,7 @@ class WandbTracking(Tracking):
         folder.mkdir(parents=True, exist_ok=True)
         project = self.project or os.environ.get("WANDB_PROJECT") or PROJECT
         ours = {} if under_agent() else {"id": record["run_id"], "project": project, "entity": self.entity}
-        config = plain({**record["config"], **{k: record[k] for k in PROVENANCE if k in record}})
+        config = provenance(record)
         try:
             run = wandb.init(
                 **ours, group=self.group or record.get("group"), name=self.display_name(record),
@@ -131,34 +130,27 @@ class _WandbTracker(Tracker):
         scalars = flat(section)
         texts = {k: v for k, v in scalars.items() if isinstance(v, (str, bool))}
         if numbers := {k: v for k, v in scalars.items() if k not in texts}:
-            self._mirror(lambda: self._run.log(numbers))
+            mirrored("W&B", lambda: self._run.log(numbers))
         if texts:
-            self._mirror(lambda: self._run.summary.update(texts))
+            mirrored("W&B", lambda: self._run.summary.update(texts))
 
     def image(self, name: str, path: Path) -> None:
         import wandb
 
-        self._mirror(lambda: self._run.log({name: wandb.Image(str(path))}))
+        mirrored("W&B", lambda: self._run.log({name: wandb.Image(str(path))}))
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         import wandb
 
-        self._mirror(lambda: self._run.log({name: wandb.Table(columns=[*columns], data=plain(rows))}))
+        mirrored("W&B", lambda: self._run.log({name: wandb.Table(columns=[*columns], data=plain(rows))}))
 
     def close(self, exit_code: int) -> None:
         """Finish the run; offline, come back only when the last record is on disk."""
         import wandb
 
-        self._mirror(lambda: self._run.finish(exit_code=exit_code))
+        mirrored("W&B", lambda: self._run.finish(exit_code=exit_code))
         if self._run.settings.mode == "offline":  # finish() returns while the log is still in wandb-core's buffer
-            self._mirror(wandb.teardown)
-
-    @staticmethod
-    def _mirror(send: Callable[[], Any]) -> None:
-        try:
-            send()
-        except Exception as error:
-            log.warning("W&B: %s: %s. The record in the run's folder is complete.", type(error).__name__, error)
+            mirrored("W&B", wandb.teardown)
 
 
 def under_agent() -> bool:
