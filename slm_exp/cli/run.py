@@ -32,7 +32,7 @@ from slm_exp.launch.compose import (
     prepare_hydra,
 )
 from slm_exp.launch.hydra_compat import help_text, is_sweep, parse_arguments, words
-from slm_exp.launch.jobs import check_all, fields_of_swept_groups, split_sweep
+from slm_exp.launch.jobs import SWEEP, check_all, fields_of_swept_groups, split_sweep
 from slm_exp.launch.plugins import register_plugins
 from slm_exp.pipeline.config import to_run_config
 
@@ -158,7 +158,7 @@ def _job(cfg: DictConfig) -> None:
     multirun = hydra_cfg.mode == RunMode.MULTIRUN
     run_cfg = to_run_config(cfg)
     # a job with a process of its own (slm_exp.launch) is a single run to Hydra, and gets its sweep's name this way
-    group = os.environ.get("SLM_EXP_SWEEP") or (Path(hydra_cfg.sweep.dir).name if multirun else None)
+    group = os.environ.get(SWEEP) or (Path(hydra_cfg.sweep.dir).name if multirun else None)
     if run_cfg.save_model is None:
         run_cfg.save_model = group is None
     folder = Path(hydra_cfg.runtime.output_dir)

@@ -164,11 +164,15 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
     return grid
 
 
-def jobs_of(overrides: Sequence[str], multirun: bool) -> CommandJobs:
-    """The jobs of a command line as the run would make them; of `table=NAME [PARAM=VALUE]` those that fill it."""
+def jobs_of(overrides: Sequence[str], multirun: bool, reads_weights: bool = False) -> CommandJobs:
+    """The jobs of a command line as the run would make them; of `table=NAME [PARAM=VALUE]` those that fill it.
+
+    Args:
+        reads_weights: for their run_id, where this machine has never read them; else that is empty.
+    """
 
     def identify(cfg: RunConfig) -> str:
-        return "" if cfg.model.unread_weights() else cfg.run_id
+        return "" if not reads_weights and cfg.model.unread_weights() else cfg.run_id
 
     name = next((o.partition("=")[2] for o in overrides if o.startswith("table=")), None)
     if name is None:

@@ -15,6 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from slm_exp.core.errors import ConfigError
+from slm_exp.core.format import override
+from slm_exp.core.plugins import words as plugin_words
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import Composer, compose_raw, conf_dir, explain, one_list, open_mappings, prepare_hydra
@@ -30,6 +32,12 @@ MANY = 100
 """A grid of this many jobs says so before they are composed."""
 _composed: dict[tuple[str, ...], RunConfig] = {}
 """Jobs of this process's command by their overrides: what was checked is what is launched."""
+
+
+OURS = ("hydra.mode", "hydra.run.", "hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher")
+"""Hydra overrides that speak to the sweep, not to a job."""
+SWEEP = "SLM_EXP_SWEEP"
+"""The variable by which a job with a process of its own knows the name of its sweep."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,27 @@ class CommandJobs:
         launcher = self.hydra.launcher
         pool = pool_workers(cfgs, launcher.get("workers") or launcher.get("n_jobs"), launcher.get("threads"))
         return len(pool), own or int(pool[0].env.get("OMP_NUM_THREADS", cores()))
+
+
+    def commands(self) -> list[str]:
+        """A line for a shell per job, in any order, on any machine with these files; again, it does what is missing."""
+        plugins = dict.fromkeys(plugin for _, cfg in self.jobs for plugin in cfg.plugins)
+        program = [*(["env", f"{SWEEP}={self.folder.name}"] if self.multirun else []), "python", "-m", "slm_exp",
+                   *plugin_words(plugins)]
+        return [shlex.join([*program, *single_run(job, self.hydra)]) for job, _ in self.jobs]
+
+    def define(self, overrides: Sequence[str]) -> None:
+        """Write a sweep's definition, so that `slm sweep` and `slm report` know its folder before a job has run."""
+        if self.multirun:
+            plugins = [plugin for _, cfg in self.jobs for plugin in cfg.plugins]
+            SweepFolder(self.folder).define(overrides, [job for job, _ in self.jobs], plugins)
+
+
+def single_run(job: Job, hydra: DictConfig) -> list[str]:
+    """The words of one job as a run of its own, given the command's settings of Hydra."""
+    inherited = [o for o in words(hydra.overrides.hydra) if not o.startswith(OURS)]
+    # a `sweep=` preset among the overrides says MULTIRUN
+    return [*job.overrides, *inherited, "hydra.mode=RUN", override("hydra.run.dir", job.folder)]
 
 
 def command_jobs(overrides: Sequence[str], multirun: bool = False, *, cells: Sequence[Sequence[str]] | None = None,

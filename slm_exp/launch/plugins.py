@@ -29,7 +29,7 @@ from slm_exp.core.plugins import Plugin
 from slm_exp.core.plugins import words as plugin_words
 from slm_exp.core.secrets import masked
 from slm_exp.launch.hydra_compat import register_plugin, words
-from slm_exp.launch.jobs import JobComposer, pool_workers, split_sweep
+from slm_exp.launch.jobs import SWEEP, JobComposer, pool_workers, single_run, split_sweep
 from slm_exp.launch.pool import Interrupted, Pool
 from slm_exp.launch.queued import every_job_answers
 from slm_exp.launch.screen import Screen
@@ -39,8 +39,6 @@ from slm_exp.runs.sweep import FAILED, FINISHED, Cell, Job, SweepFolder, complai
 log = logging.getLogger(__name__)
 
 SELECTIONS = ("missing", "failed", "all")
-OURS = ("hydra.mode", "hydra.run.", "hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher")
-"""Hydra overrides that speak to the sweep, not to a job."""
 OF_THIS_CALL = ("hydra.mode", "hydra.sweep.dir", "hydra.sweeper.select")
 """Overrides that `slm sweep resume` gives anew."""
 
@@ -182,18 +180,16 @@ class ProcessLauncher(Launcher):
             return []
         jobs, cfgs = [job for job, _ in made], {job.run_id: cfg for job, cfg in made}
         pool = Pool(pool_workers([cfg for _, cfg in made], self.workers, self.threads), self._command,
-                    lambda job: cfgs[job.run_id].evaluation.batch_size, self.retries, {"SLM_EXP_SWEEP": path.name})
+                    lambda job: cfgs[job.run_id].evaluation.batch_size, self.retries, {SWEEP: path.name})
         print(f"{len(jobs)} jobs on {len(pool.workers)} workers in {path}")
         with contextlib.closing(Screen(path.name, jobs)) as screen:
             return [_job_return(cell) for cell in pool.run(jobs, screen)]
 
     def _command(self, job: Job, batch_size: int | None) -> list[str]:
-        inherited = [o for o in words(self._hydra.overrides.hydra) if not o.startswith(OURS)]
         smaller = [f"evaluation.batch_size={batch_size}"] if batch_size else []
-        # a `sweep=` preset among the overrides says MULTIRUN; the process's output is the run's log already
-        single = ["hydra.mode=RUN", "hydra.job_logging.root.handlers=[console]"]
-        return [sys.executable, "-m", "slm_exp.cli.job", str(os.getpid()), *job.overrides, *smaller, *inherited,
-                *single, override("hydra.run.dir", job.folder)]
+        log_once = "hydra.job_logging.root.handlers=[console]"  # the process's output is the run's log already
+        return [sys.executable, "-m", "slm_exp.cli.job", str(os.getpid()), *single_run(job, self._hydra), *smaller,
+                log_once]
 
 
 def _job_return(cell: Cell) -> JobReturn:
