@@ -14,7 +14,7 @@ from slm_exp.runs.sweep import FINISHED, SweepFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = ["model=tiny", "evaluation=none", "tracking=none", "calibration.n_samples=4", "calibration.seq_len=32",
-        "runtime=cpu", "method.threshold=0.5,0.9", "hydra.sweep.dir=some sweep", "hydra.launcher.workers=1"]  # fmt: skip
+        "runtime=cpu", "method.threshold=0.5,0.9", "hydra.sweep.dir=some sweep"]  # fmt: skip
 
 
 def test_the_commands_through_xargs_are_the_sweep_and_again_do_nothing(tmp_path, monkeypatch, capfd):
