@@ -145,7 +145,7 @@ def plan_jobs(command: CommandJobs, tflops: float | None = None, anew: bool = Fa
     device = "cuda" if requested.startswith("cuda") or (requested == "auto" and gpus) else "cpu"
     here = device == "cpu" or bool(gpus)
     grid = GridPlan(command.folder, command.multirun, device, *(command.capacity() if here else (1, cores())))
-    lookup = Lookup(Path(first.cache.dir) if first.cache.enabled else None)
+    lookup = Lookup(first.cache_folder)
     inspection = Inspection(device, here=False)
     for _, cfg in command.jobs:
         inspection.sketch(cfg)
@@ -168,27 +168,33 @@ def plan_jobs(command: CommandJobs, tflops: float | None = None, anew: bool = Fa
     return grid
 
 
-def jobs_of(overrides: Sequence[str], multirun: bool) -> CommandJobs:
-    """The jobs of a command line as the run would make them; of `table=NAME [PARAM=VALUE]` those that fill it."""
+def jobs_of(overrides: Sequence[str], multirun: bool, reads_weights: bool = False) -> CommandJobs:
+    """The jobs of a command line as the run would make them; of `table=NAME [PARAM=VALUE]` those that fill it.
 
+    Args:
+        reads_weights: for their run_id, where this machine has never read them; else that is empty.
+    """
+    identify = (lambda cfg: cfg.run_id) if reads_weights else _known_run_id
     name = next((o.partition("=")[2] for o in overrides if o.startswith("table=")), None)
     if name is None:
-        return command_jobs(overrides, multirun, identify=_identify)
+        return command_jobs(overrides, multirun, identify=identify)
     others, own = [o for o in overrides if not o.startswith(("table=", "hydra"))], parameters(name)
     given, _ = split_words([o for o in others if o.partition("=")[0] in own or o.startswith("model.")])
     added = [o for o in others if o.partition("=")[0] not in own and not o.startswith("model.")]
     missing = [[*cell, *added] for cell in cells(name, given)]
     if not missing:
         raise ConfigError("no job is left to plan: the table has every cell.")
-    return cell_jobs(Path(name).stem, missing, [o for o in overrides if o.startswith("hydra")])
+    hydra = [o for o in overrides if o.startswith("hydra")]
+    return command_jobs(hydra, True, cells=missing, name=Path(name).stem, identify=identify)
 
 
 def cell_jobs(name: str, runs: Sequence[Sequence[str]], hydra: Sequence[str] = ()) -> CommandJobs:
     """The jobs of a table's runs, by their overrides, in the folder where `slm tables NAME --missing` puts them."""
-    return command_jobs(hydra, True, cells=runs, name=name, identify=_identify)
+    return command_jobs(hydra, True, cells=runs, name=name, identify=_known_run_id)
 
 
-def _identify(cfg: RunConfig) -> str:
+def _known_run_id(cfg: RunConfig) -> str:
+    """Empty where it takes a digest of weights that this machine has never read."""
     return "" if cfg.model.unread_weights() else cfg.run_id
 
 

@@ -16,6 +16,7 @@ from slm_exp.calibration.heldout import RULE
 from slm_exp.core.cache.code import PACKAGE, Code, code_files
 from slm_exp.core.cache.store import Inputs, StageStore
 from slm_exp.core.files import JsonObject, digest
+from slm_exp.core.plugins import plugin_of
 from slm_exp.core.registry import Component
 from slm_exp.core.runtime import world
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity, MergePlan
@@ -178,9 +179,10 @@ class Step(NamedTuple):
 
 
 def code_of(*members: Component) -> tuple[str, ...]:
-    """The files that define members of config groups, their base classes in this package included."""
-    files = (inspect.getfile(kind) for member in members for kind in type(member).__mro__ if kind is not object)
-    inside = (Path(f).resolve() for f in files)
+    """The files of this package that define members of config groups and their base classes. A plug-in's code is in the
+    member's identity."""
+    kinds = [kind for member in members for kind in type(member).__mro__ if kind is not object]
+    inside = (Path(inspect.getfile(kind)).resolve() for kind in kinds if plugin_of(kind) is None)
     return tuple(dict.fromkeys(str(f.relative_to(PACKAGE)) for f in inside if f.is_relative_to(PACKAGE)))
 
 
