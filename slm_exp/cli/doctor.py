@@ -35,8 +35,9 @@ from slm_exp.core.errors import SlmError
 from slm_exp.core.files import probing
 from slm_exp.core.format import human
 from slm_exp.core.locks import Lock
+from slm_exp.core.runtime import available_memory
 from slm_exp.launch.compose import conf_dir
-from slm_exp.launch.workers import available_memory, cores, visible_gpus
+from slm_exp.launch.workers import cores, visible_gpus
 from slm_exp.models.smollm2_135m import GGUF
 from slm_exp.runs.offline import check_reachable, find_offline_runs
 

@@ -41,6 +41,11 @@ class Component:
     def check(self) -> None:
         """Raise ConfigError on a bad field. Cheap: no files of weights, no heavy imports."""
 
+    def needs_resident(self) -> str | None:
+        """Why this cannot work on a model whose layers stay in their files (runtime.memory=stream), or None. Known from
+        the config alone."""
+        return None
+
     def identity(self) -> Fields:
         """What distinguishes this component's results: its name and scientific fields; a path as a digest."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("science", True)}

@@ -103,6 +103,9 @@ class FromPlan(Method):
                 "Leave merge_rule out: method=from_plan takes the plan's.")
         return rules[name]()  # type: ignore[return-value]
 
+    def needs_resident(self) -> str | None:
+        return f"the plan in method.path = {self.path} narrows layers" if self.given.width else None
+
     def layers_left(self, handle: ModelHandle) -> int | None:
         return self.plan_for(handle).n_layers_out
 

@@ -30,6 +30,6 @@ class ShortenedPPL(Shortened):
         if n_remove == 0:
             return Selection()
         dense, units = task.engine.dense, [Unit(i) for i in self.removable(task.handle.n_layers)]
-        costs = each_alone(dense, units, task.engine.loss, self.name)
+        costs = each_alone(dense, units, task.engine.losses, self.name)
         taken = one_shot(dense, costs, lambda removed, _: len(removed) < n_remove)
         return Selection(tuple(u.layer for u in taken), trace=tuple(traced(costs, taken, dense)))

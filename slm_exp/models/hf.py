@@ -122,8 +122,13 @@ class HF(ModelSource):
             inspect(at)
             return loading.load_weights(at, config, layout, dtype, device, self.device_map, self.trust_remote_code)
 
+        def load_streamed() -> Any:
+            at = self._with_weights(folder)
+            inspect(at)
+            return loading.load_streamed(at, config, layout, dtype, device, self.trust_remote_code)
+
         return ModelHandle(name=name, config=config, layout=layout, digest=digest({**contents, "dtype": dtype}),
-                           device=device, load_model=load,
+                           device=device, load_model=load, load_streamed=load_streamed,
                            load_tokenizer=lambda: loading.read_tokenizer(folder, self.trust_remote_code),
                            licences=licence_files(folder))
 

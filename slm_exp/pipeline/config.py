@@ -101,6 +101,11 @@ class RunConfig:
         estimator = {k: v for k, v in self.similarity.identity().items() if k not in ("name", "after")}
         return {"kernel": self.kernel.identity(), "estimator": estimator}
 
+    def needs_resident(self) -> list[str]:
+        """Why the model's layers cannot stay in their files; nothing where they can."""
+        members = (getattr(self, name) for name in GROUPS)
+        return [reason for member in members if (reason := member.needs_resident())]
+
     def advice(self) -> list[str]:
         """Settings that are allowed but do less than they seem to."""
         out = []
@@ -130,6 +135,8 @@ def check_together(cfg: RunConfig) -> None:
     others = Together(method=cfg.method.name, recovery=cfg.recovery.name, target_ratio=cfg.method.target_ratio,
                       removes_sublayers=cfg.method.removes_sublayers, plan=plan, plan_path=cfg.method.plan_path,
                       new_hidden_size=cfg.width.new_hidden_size, model_dtype=cfg.model.dtype)
+    if cfg.runtime.memory == "stream" and (reasons := cfg.needs_resident()):
+        raise ConfigError(f"runtime.memory = stream; expected auto or resident, for {reasons[0]}.")
     of_groups = (group.refuses(others) for group in (cfg.method, cfg.width, cfg.recovery))
     for refused in (*of_groups, cfg.evaluation.refuses()):
         if refused:

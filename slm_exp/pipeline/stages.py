@@ -24,6 +24,7 @@ from slm_exp.merging.surgery import apply_plan
 from slm_exp.merging.width import apply_width
 from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline.config import RunConfig
+from slm_exp.pipeline.memory import opened
 from slm_exp.recovery.base import RecoveryResult, RecoveryTask, with_tensors
 from slm_exp.runs.tracking.base import Tracker
 from slm_exp.search.task import PlanTask
@@ -174,8 +175,7 @@ def code_of(*members: Component) -> tuple[str, ...]:
 
 def _load(x: Experiment) -> ModelHandle:
     cfg = x.cfg
-    device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
-    dense = cfg.model.open(device, Path(cfg.cache.dir))
+    dense = opened(cfg, cfg.runtime.prepare(cfg.seed, cfg.model.device))
     check_model(cfg, dense)
     return dense
 

@@ -76,6 +76,8 @@ class Recovery(Component, ABC):
     """A recovery recipe."""
 
     changes_weights: ClassVar[bool] = True
+    streams: ClassVar[bool] = False
+    """Whether it goes through the layers one by one, so that they may stay in their files."""
 
     @property
     def wall_clock_limit(self) -> float | None:
@@ -85,6 +87,9 @@ class Recovery(Component, ABC):
     def refuses(self, others: Together) -> str | None:
         """Why this recipe cannot run with the rest of the config, or None. Checked before anything loads."""
         return None
+
+    def needs_resident(self) -> str | None:
+        return None if self.streams else f"recovery={self.name} trains, which takes all weights at once"
 
     def check_data(self, dense: ModelHandle) -> None:
         """Raise ConfigError or DataError where the recipe's data is absent or malformed. Called before weights load."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from slm_exp.calibration.fit import FitSource
 from slm_exp.core.cost import Work
@@ -37,6 +37,8 @@ class Reconstruct(Recovery):
     Cost: two passes over the calibration tokens (dense and compressed), 2 x passes + 1 more of every refitted layer,
     and its normal equations. Memory: two states [N, T, D] in temporary files, and 16 C^2 bytes for C MLP channels.
     """
+
+    streams: ClassVar[bool] = True
 
     path: str | None = None
     """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is the bundled text."""

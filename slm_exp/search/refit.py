@@ -23,6 +23,7 @@ from slm_exp.core.errors import DataError
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.engine.ridge import changed, held_out, inputs_of, moments, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.models.streaming import shells
 from slm_exp.search.inputs import SearchInputs
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class Refits:
         runner = BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32)
         layout = self.task.handle.layout
         (module,) = layout.fitted["mlp"] or layout.fitted["attention"]
-        inputs = inputs_of(self.task.handle.layers[0].get_submodule(module))
+        inputs = inputs_of(shells(self.task.handle.layers)[0].get_submodule(module))
         if self.tokens.tokens_NT.size < 2 * inputs:
             log.warning("similarity.after=reconstruct fits %d inputs on %d tokens; several times as many tokens are "
                         "better (similarity.fit_samples, similarity.fit_seq_len).", inputs, self.tokens.tokens_NT.size)
