@@ -6,10 +6,8 @@ any of them. The model itself is never modified.
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -20,9 +18,9 @@ from torch import Tensor
 
 from slm_exp.core.errors import ArchitectureError
 from slm_exp.core.types import SUBLAYERS, Group
+from slm_exp.engine.calls import entering
 from slm_exp.engine.fused import fused_layer, supported
 from slm_exp.models.base import ModelHandle
-from slm_exp.models.streaming import shells, unread
 
 log = logging.getLogger(__name__)
 
@@ -192,23 +190,9 @@ class BlockRunner:
 
     def _enter(self, tokens_BT: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """Run the decoder with its layers passing states through: (embedded tokens, every layer's keywords)."""
-        calls: list[tuple[Tensor, dict[str, Any]]] = []
-        layer = shells(self.handle.layers)[0]
-        names = list(inspect.signature(type(layer).forward).parameters)[2:]  # after self and the states
-
-        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            calls.append((hidden_states, dict(zip(names, args, strict=False)) | kwargs))
-            return hidden_states
-
         decoder = self.model.get_submodule(self.handle.layout.decoder)
         device = next(self.model.get_input_embeddings().parameters()).device
-        with torch.inference_mode(), unread(self.handle.layers), _forwards_replaced(self.handle.layers, record):
-            decoder(input_ids=tokens_BT.to(device), use_cache=False)
-        if len(calls) != len(self.handle.layers):
-            raise ArchitectureError(
-                f"{type(decoder).__name__} called {len(calls)} decoder layers, its list has {len(self.handle.layers)}."
-            )
-        return calls[0][0], [kwargs for _, kwargs in calls]
+        return entering(decoder, self.handle.layers, {"input_ids": tokens_BT.to(device), "use_cache": False})
 
     @staticmethod
     def _to(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -224,18 +208,3 @@ class BlockRunner:
         if isinstance(value, (tuple, list)):
             return type(value)(cls._cast(v, device, dtype) for v in value)
         return value
-
-
-@contextmanager
-def _forwards_replaced(layers: torch.nn.ModuleList, forward: Any) -> Iterator[None]:
-    """Give every layer another `forward` inside the block; instance attributes (accelerate's hooks) come back."""
-    before = [layer.__dict__.get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = forward
-        yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            layer.__dict__.pop("forward", None)
-            if own is not None:
-                layer.forward = own

@@ -24,7 +24,7 @@ class ShortenedPPL(Shortened):
 
     def search_cost(self, n_layers: int, removed: int | None) -> Count:
         above = [n_layers - 1 - i for i in self.removable(n_layers)]
-        return Count(sum(above) + 2 * n_layers - (removed or 0), len(above))
+        return Count(sum(above) + 2 * n_layers - (removed or 0), len(above), reads=3 * n_layers)
 
     def choose(self, task: PlanTask, n_remove: int) -> Selection:
         if n_remove == 0:

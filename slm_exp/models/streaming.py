@@ -8,11 +8,11 @@ module that is used later than that has meta tensors, which raise an error and n
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import logging
+import ctypes
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,6 @@ from slm_exp.models.files import headers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-log = logging.getLogger(__name__)
 
 MAPPED = 64 << 20
 """Bytes read through one memory map before it is closed: pages of a map count as the process's own memory."""
@@ -90,6 +88,7 @@ class WeightFiles:
                 inside = name.removeprefix(f"{self.layer_list}.{i}.")
                 if names is None or inside in names:
                     out[inside] = (t[0] if isinstance(t, list) else t).contiguous()
+        self._open = None
         layer = self.model.get_submodule(f"{self.layer_list}.{i}")
         if missing := sorted((set(dict(layer.named_parameters())) if names is None else set(names)) - set(out)):
             raise CheckpointError(f"the weights in {self.folder} lack {self.layer_list}.{i}.{missing[0]}. Copy the "
@@ -119,6 +118,7 @@ class Residence:
     read ahead. What a merge rule makes is the third."""
 
     def __init__(self, files: WeightFiles, device: torch.device) -> None:
+        _give_memory_back()
         self.files, self.device = files, device
         self._reader = ThreadPoolExecutor(1, "slm_exp-layers")
         self._current: tuple[StreamedLayers, int] | None = None
@@ -176,6 +176,13 @@ class Residence:
             return {name: t.pin_memory() for name, t in tensors.items()} if self.device.type == "cuda" else tensors
 
         return self._reader.submit(read)
+
+
+def _give_memory_back() -> None:
+    """Have glibc return freed pieces of a megabyte or more to the system. By itself it keeps those below 32 MB for
+    itself after the first are freed, in arenas by thread: layers of a model of medium size would pile up there."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 class StreamedLayers(nn.ModuleList):
@@ -250,7 +257,7 @@ def shells(layers: nn.ModuleList) -> list[nn.Module]:
     return list(layers.children())
 
 
-@contextmanager
+@contextlib.contextmanager
 def unread(layers: nn.ModuleList) -> Iterator[None]:
     """Inside, streamed layers are handed out without their weights; others are as ever."""
     if not isinstance(layers, StreamedLayers):
@@ -270,7 +277,7 @@ def parameter(layers: nn.ModuleList, at: int, name: str) -> Tensor:
     return layers[at].get_parameter(name)
 
 
-@contextmanager
+@contextlib.contextmanager
 def in_order(layers: nn.ModuleList, numbers: Sequence[int]) -> Iterator[None]:
     """Inside, layers are asked for in this order, so that the right ones are read ahead."""
     if isinstance(layers, StreamedLayers):

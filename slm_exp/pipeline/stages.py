@@ -224,7 +224,7 @@ SIMILARITY = Stage(
 EVALUATE_DENSE = Stage(
     "evaluate_dense", "dense_report", lambda x: x.cfg.evaluation.run(x.dense), EvalReport,
     lambda x: {**x.on(x.dense), **x.cfg.evaluation.measured_by()},
-    code=lambda x: (*BUILT, *READ, "evaluation", "engine/fused.py"),
+    code=lambda x: (*BUILT, *READ, "evaluation", "engine/fused.py", "engine/calls.py"),
     libraries=("torch", "transformers", "lm_eval"), works=lambda x: x.cfg.evaluation.measures, cache="evaluate")
 
 # --- width: of the dense model before the plan, or of the merged one

@@ -79,6 +79,9 @@ class Recovery(Component, ABC):
     streams: ClassVar[bool] = False
     """Whether it goes through the layers one by one, so that they may stay in their files."""
 
+    file_passes: ClassVar[int] = 0
+    """Over the files of a model whose layers stay there."""
+
     @property
     def wall_clock_limit(self) -> float | None:
         """Minutes after which it stops; None where it ends by itself."""

@@ -39,6 +39,7 @@ class Reconstruct(Recovery):
     """
 
     streams: ClassVar[bool] = True
+    file_passes: ClassVar[int] = 2
 
     path: str | None = None
     """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is the bundled text."""
