@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def work(folder: Path, how: str, tokens: tuple[int, int], stages: list[str], thr
     handle = handle.stream() if how == "stream" else handle
     ids = np.random.default_rng(0).integers(0, handle.config.vocab_size, tokens).astype(np.int32)
     calibration = CalibrationTokens(ids, "random", tuple(map(str, range(len(ids)))))
-    score, kernel, rule = member("similarity", "flat_cosine"), member("kernel", "linear"), member("merge_rule", "top_layer")
+    score, kernel = member("similarity", "flat_cosine"), member("kernel", "linear")
+    matrix, rule = member("similarity", "cka", batch=32), member("merge_rule", "top_layer")
     n = handle.n_layers
     task = PlanTask(handle, calibration, score, kernel, rule, None, StageStore(None), 0)
     plan = MergePlan(n, ((n // 2, n // 2 + n // 4),), rule="top_layer")  # type: ignore[arg-type]
@@ -131,7 +133,7 @@ def work(folder: Path, how: str, tokens: tuple[int, int], stages: list[str], thr
 
     steps: dict[str, Callable[[], None]] = {
         "load": lambda: handle.model.eval() and None,
-        "similarity": lambda: layer_similarity(handle, calibration, kernel, member("similarity", "cka", batch=32)) and None,
+        "similarity": lambda: layer_similarity(handle, calibration, kernel, matrix) and None,
         "shortgpt": lambda: plan_of("shortgpt", target_layers=3 * n // 4),
         "slm": lambda: plan_of("slm", threshold=threshold), "refit": refit, "save": save}
     for name in ["load", *stages]:
@@ -164,11 +166,14 @@ def limited(limit: float) -> tuple[Callable[[], None], str, Callable[[], None]]:
             if group.is_dir():
                 group.rmdir()
             continue
-        return ((lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None),
-                f"{limit / GIB:.3g} GiB by a control group, page cache and maps counted", group.rmdir)
-    return ((lambda: resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))),
-            f"{limit / GIB:.3g} GiB of addresses by ulimit -v, which counts maps that are never touched and no page cache",
+        return (partial(_join, group), f"{limit / GIB:.3g} GiB by a control group, page cache and maps counted", group.rmdir)
+    return (partial(resource.setrlimit, resource.RLIMIT_AS, (int(limit), int(limit))),
+            f"{limit / GIB:.3g} GiB of addresses by ulimit -v: maps that are never touched count, page cache does not",
             lambda: None)
+
+
+def _join(group: Path) -> None:
+    (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def run(folder: Path, how: str, limit: float, args: argparse.Namespace) -> None:
@@ -186,7 +191,8 @@ def run(folder: Path, how: str, limit: float, args: argparse.Namespace) -> None:
         if line.startswith("STAGE"):
             s = json.loads(line.removeprefix("STAGE"))
             block = f"{s['seconds'] / s['blocks']:9.2f}" if s.get("blocks") else f"{'-':>9}"
-            more = " ".join(f"{k}={s[k]:.4g}" for k in ("blocks", "evaluations", "accepted", "layers", "logits_off") if k in s)
+            shown = ("blocks", "evaluations", "accepted", "layers", "logits_off")
+            more = " ".join(f"{k}={s[k]:.4g}" for k in shown if k in s)
             if s.get("peak_bytes"):
                 more += f" verifying process: {s['peak_bytes'] / GIB:.2f} GiB"
             print(f"{s['stage']:<12}{s['seconds']:9.1f}{block}{s['passes']:8.2f}{s['read'] / GIB:10.2f}"

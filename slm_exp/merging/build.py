@@ -13,7 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from slm_exp.core.errors import PlanError
 from slm_exp.core.types import MergePlan
 from slm_exp.core.widths import WidthDecision, unpack_floats, unpack_indices
-from slm_exp.merging.rules.base import MergeRule
+from slm_exp.merging.fitted import unpack
+from slm_exp.merging.rules.base import Merged, MergeRule
 from slm_exp.merging.sharing import replace_parameter, scaled_outputs, shared_copy
 from slm_exp.merging.sizes import full_shape, head_dim
 from slm_exp.models.base import ModelHandle
@@ -32,6 +33,7 @@ def build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None, hosts: l
         PlanError: the rule puts a merged layer into another module than its `attention_from` says.
     """
     layout = handle.layout
+    fitted = unpack(plan.fitted) if plan.fitted else {}
     model = shared_copy(handle.model, config=config, layer_list=layout.layer_list, layers=hosts)
     dense: Any = handle.layers
     layers = layout.layers(model)
@@ -49,7 +51,8 @@ def build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None, hosts: l
 
             with torch.no_grad():
                 window = shells(dense)[slot.start : slot.stop]
-                merged = rule.merge(layout, window, parameter if handle.streamed else None)
+                merged = (Merged(0, fitted[slot]) if rule.fits else
+                          rule.merge(layout, window, parameter if handle.streamed else None))
             if slot.start + merged.host != host:
                 raise PlanError(f"merge_rule={rule.name} hosts {slot} in layer {slot.start + merged.host}, not {host}.")
             out |= merged.weights
