@@ -166,9 +166,10 @@ def limited(limit: float) -> tuple[Callable[[], None], str, Callable[[], None]]:
             if group.is_dir():
                 group.rmdir()
             continue
-        return (partial(_join, group), f"{limit / GIB:.3g} GiB by a control group, page cache and maps counted", group.rmdir)
+        return (partial(_join, group), f"{limit / GIB:.3g} GiB by a control group, page cache and maps counted",
+                group.rmdir)
     return (partial(resource.setrlimit, resource.RLIMIT_AS, (int(limit), int(limit))),
-            f"{limit / GIB:.3g} GiB of addresses by ulimit -v: maps that are never touched count, page cache does not",
+            f"{limit / GIB:.3g} GiB of addresses by ulimit -v: maps count untouched, page cache does not",
             lambda: None)
 
 

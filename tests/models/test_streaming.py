@@ -135,3 +135,14 @@ def test_a_layer_that_is_not_there_is_named(tmp_path: Path) -> None:
     del files.layers[2]["mlp.up_proj.weight"]
     with pytest.raises(CheckpointError, match=r"lack model\.layers\.2\.mlp\.up_proj\.weight"):
         layers[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "fields"), [("slm", {"threshold": 0.9}), ("shortgpt", {"target_layers": 25}),
+                                                ("sleb", {"target_layers": 28})])
+def test_real_weights_decide_the_same(smol_handle: ModelHandle, method: str, fields: dict[str, Any]) -> None:
+    member: Any = available("method")[method](**fields)
+    tokens = random_tokens(2, 32)
+    plans = [member.plan(new_task(handle, tokens)) for handle in (smol_handle, smol_handle.stream())]
+    assert plans[0] == plans[1]
+    assert plans[0].n_layers_out < 30
