@@ -29,6 +29,9 @@ def shared_copy(model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = N
         layer_list: path of the decoder layers in the model (`layout.layer_list`); only with `layers`.
         layers: the original layers that are left, each once, bottom to top; None keeps all. They are numbered anew.
     """
+    listed = next((m for m in model.modules() if isinstance(m, StreamedLayers)), None)
+    if listed is not None:
+        listed.residence.leave()  # so that no layer's weights are copied with its module, and kept
     ordinary, streamed = _apart(model, tensors or {})
     # A deep copy that finds every tensor already copied: as itself, or as its replacement wherever it occurs.
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -37,7 +40,6 @@ def shared_copy(model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = N
         memo[id(old)] = torch.nn.Parameter(tensor.detach().to(old.device, old.dtype), requires_grad=False)
     if config is not None:
         memo[id(model.config)] = config
-    listed = next((m for m in model.modules() if isinstance(m, StreamedLayers)), None)
     if layers is not None or listed is not None:
         own: Any = listed if layers is None else model.get_submodule(layer_list)
         hosts = range(len(own)) if layers is None else layers

@@ -162,6 +162,14 @@ class Residence:
             return layers.shell(at).get_parameter(name)
         return self._reader.submit(layers.tensors, at, (name,)).result()[name].to(self.device)
 
+    def leave(self) -> None:
+        """Take the layer that is in memory out of its module, and drop what was read ahead."""
+        if self._current is not None:
+            self._current[0].put(self._current[1], None)
+        if self._ahead is not None:
+            self._ahead[2].cancel()
+        self._current = self._ahead = None
+
     def _submit(self, layers: StreamedLayers, at: int) -> Future[dict[str, Tensor]]:
         def read() -> dict[str, Tensor]:
             tensors = layers.tensors(at)
