@@ -72,7 +72,7 @@ def test_every_method_decides_the_same(tmp_path: Path, method: str) -> None:
     assert plans[0] == plans[1]
 
 
-@pytest.mark.parametrize("rule", [name for name, rule in available("merge_rule").items() if not rule().needs_resident()])
+@pytest.mark.parametrize("rule", [n for n, rule in available("merge_rule").items() if not rule().needs_resident()])
 def test_every_rule_decides_and_merges_the_same(tmp_path: Path, rule: str) -> None:
     resident, streamed = both(saved(tmp_path, layers=6))
     plans = []
