@@ -26,6 +26,7 @@ from slm_exp.merging.surgery import apply_plan
 from slm_exp.merging.width import apply_width
 from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline.config import RunConfig
+from slm_exp.pipeline.memory import opened
 from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_tensors
 from slm_exp.recovery.gain import HeldOutLoss, chain_report, held_out_loss
 from slm_exp.runs.tracking.base import Tracker
@@ -191,8 +192,7 @@ def code_of(*members: Component) -> tuple[str, ...]:
 
 def _load(x: Experiment) -> ModelHandle:
     cfg = x.cfg
-    device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
-    dense = cfg.model.open(device, Path(cfg.cache.dir))
+    dense = opened(cfg, cfg.runtime.prepare(cfg.seed, cfg.model.device))
     check_model(cfg, dense)
     return dense
 
@@ -276,7 +276,7 @@ SIMILARITY = Stage(
 EVALUATE_DENSE = Stage(
     "evaluate_dense", "dense_report", lambda x: x.cfg.evaluation.run(x.dense), EvalReport,
     lambda x: {**x.on(x.dense), **x.cfg.evaluation.measured_by()},
-    code=lambda x: (*BUILT, *READ, "evaluation", "engine/fused.py"),
+    code=lambda x: (*BUILT, *READ, "evaluation", "engine/fused.py", "engine/calls.py"),
     libraries=("torch", "transformers", "lm_eval"), works=lambda x: x.cfg.evaluation.measures, cache="evaluate")
 
 # --- width: of the dense model before the plan, or of the merged one
