@@ -141,7 +141,7 @@ class Evaluation(Settings):
                                 "of token files.")
             # before weights load, so that missing documents stop early
             loaded = load_tasks(self.tasks, self.limit, handle.random, self.fewshot)
-        values = {name: texts.perplexity(handle.model, corpus.tokens_NT, self.batch_size, name)
+        losses = {name: texts.chunk_losses(handle.model, corpus.tokens_NT, self.batch_size, name)
                   for name, corpus in corpora.items()}
         if loaded is not None and handle.tokenizer is not None:
             results = run_tasks(handle.model, handle.tokenizer, loaded, self.limit, self.batch_size, self.add_bos,
@@ -155,8 +155,9 @@ class Evaluation(Settings):
             "perplexity": {name: corpus.protocol for name, corpus in corpora.items()},
         }
         tasks = results.tasks if results else {}
-        return EvalReport(tasks, average(tasks), values, Protocol.of(fields, results.sources if results else {}),
-                          results.samples if results else {})
+        return EvalReport(tasks, average(tasks), {name: texts.exp_of_mean(loss_N) for name, loss_N in losses.items()},
+                          Protocol.of(fields, results.sources if results else {}),
+                          {**(results.samples if results else {}), **texts.samples(corpora, losses)})
 
     def time(self, dense: ModelHandle, compressed: ModelHandle) -> dict[str, Any]:
         """The record's `speed`: both models in turns, measured anew every time. See evaluation/backends/speed.py."""
