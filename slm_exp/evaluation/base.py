@@ -46,6 +46,14 @@ class Evaluation(Settings):
             return f"evaluation.protocol = {self.protocol}: there is no such file; give the protocol.json of a run."
         return self._unknown_task() or missing_examples(self.fewshot)
 
+    def needs_resident(self) -> str | None:
+        if self.times:
+            return "evaluation.speed_runs times generation, and reading the files would be timed"
+        if self.tasks and self.backend == "hflm":
+            return "evaluation.backend=hflm reads the whole model for every few requests; take fast"
+        others = [task for task in self.tasks if task not in SEVEN and task not in MMLU_GROUPS]
+        return f"evaluation.tasks: {others[0]} may generate text; the seven tasks and mmlu do not" if others else None
+
     def check_data(self, random_model: bool = False) -> None:
         """Raise DataError where documents or hub sets are known to be out of reach; call before weights load.
 

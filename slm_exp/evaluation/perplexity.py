@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ from slm_exp.evaluation.tiny_documents import made_up_prose
 from slm_exp.models.base import ModelHandle
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 HUB_SETS: dict[str, dict[str, Any]] = {  # arguments of datasets.load_dataset, the text field, how many rows
@@ -85,10 +86,9 @@ def chunk_losses(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int 
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
     batch = batch_size or max(1, CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"]) // t)
     losses = []
+    batches = torch.as_tensor(tokens_NT, dtype=torch.long, device=device).split(batch)
     with torch.inference_mode(), progress(f"perplexity {name}".strip(), n, "chunk") as advance:
-        for start in range(0, n, batch):
-            ids_BT = torch.as_tensor(tokens_NT[start : start + batch], dtype=torch.long, device=device)
-            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        for ids_BT, logits_BTV in zip(batches, _logits(model, batches), strict=True):
             for ids_T, logits_TV in zip(ids_BT, logits_BTV, strict=True):  # row by row: one float32 copy of [T, V]
                 nll_T = cross_entropy(logits_TV[:-1].float(), ids_T[1:].to(logits_TV.device), reduction="none")
                 losses.append(float(nll_T.double().mean()))
@@ -104,6 +104,21 @@ def samples(corpora: Mapping[str, Corpus], losses: Mapping[str, np.ndarray]) -> 
     return {SAMPLES + name: [{"doc_id": i, "doc_hash": digest(ids_T.tolist()), "nll": float(loss)}
                              for i, (ids_T, loss) in enumerate(zip(corpus.tokens_NT, losses[name], strict=True))]
             for name, corpus in corpora.items()}
+
+
+def _logits(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """[B, T, V] of every batch. A model whose layers stay in files is read once for as many as memory takes."""
+    from slm_exp.engine.calls import STATES_BYTES, in_step, streams
+    from slm_exp.models.layouts import layout_for
+
+    if not streams(model):
+        yield from (model(input_ids=ids_BT, use_cache=False).logits for ids_BT in batches)
+        return
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    at_once = max(1, STATES_BYTES // (batches[0].numel() * head.weight.shape[1] * head.weight.element_size()))
+    for start in range(0, len(batches), at_once):
+        calls = [{"input_ids": ids_BT, "use_cache": False} for ids_BT in batches[start : start + at_once]]
+        yield from (layout_for(model.config).logits(model.config, head(h_BTD)) for h_BTD in in_step(model, calls))
 
 
 def load_corpora(corpora: dict[str, str], handle: ModelHandle, seq_len: int, bos: str) -> dict[str, Corpus]:

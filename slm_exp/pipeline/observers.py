@@ -22,6 +22,7 @@ from slm_exp.core.cache.code import package_digest
 from slm_exp.core.errors import SlmError, StageError
 from slm_exp.core.files import JsonObject, plain, write_json, write_text
 from slm_exp.core.locks import Lock
+from slm_exp.core.plugins import words
 from slm_exp.core.secrets import masked
 from slm_exp.core.types import MergePlan
 from slm_exp.evaluation.base import EvalReport
@@ -136,7 +137,8 @@ class Recorder:
         overrides = masked(self.overrides)
         self.record = {
             "run_id": run_id, "status": "running", "group": self.group,
-            "command": shlex.join(["python", "-m", "slm_exp", *overrides]), "overrides": overrides,
+            "command": shlex.join(["python", "-m", "slm_exp", *words(self.cfg.plugins), *overrides]),
+            "overrides": overrides, "plugins": [plugin.to_json() for plugin in self.cfg.plugins],
             "config": masked(self.cfg.resolved()), "versions": versions(), "code": package_digest(), "device": None,
             "git": git_state(), "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": None,
             "pid": os.getpid(), "stages": [], "warnings": [], "eval": {"dense": None, "compressed": None},

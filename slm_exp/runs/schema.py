@@ -337,6 +337,15 @@ class ResultFile(Section):
     sha256: str
 
 
+class UsedPlugin(Section):
+    """A plug-in that a member of the config came from; see core/plugins."""
+
+    name: str = ""
+    file: str | None = None
+    digest: str = ""
+    version: str | None = None
+
+
 class Record(Section):
     """record.json."""
 
@@ -345,6 +354,7 @@ class Record(Section):
     group: str | None = None
     command: str = ""
     overrides: list[str] = []
+    plugins: list[UsedPlugin] = []
     config: JsonObject = {}
     """Every setting, with the member's name in each group."""
     versions: dict[str, str | None] = {}
@@ -405,6 +415,11 @@ class Record(Section):
             ValueError: where, what came, what was wanted.
         """
         return parse(cls, data)
+
+    @property
+    def words(self) -> list[str]:
+        """What repeats the run, after `python -m slm_exp`: plug-ins and overrides."""
+        return [*(f"--plugin={plugin.file}" for plugin in self.plugins if plugin.file), *self.overrides]
 
     def member(self, group: str) -> Mapping[str, Any]:
         """The settings of a config group; empty where the record has none."""

@@ -110,6 +110,14 @@ def _threshold(m: Measured) -> Value:
     return m.record.setting("method.threshold") if planned is None else planned
 
 
+def _target(m: Measured) -> str | None:
+    """`26 layers`, `18.8 %`: what was requested in place of a threshold; null where a threshold was."""
+    method = m.record.config.get("method") or {}
+    for key, value in method.items():
+        if key.startswith("target_") and value is not None:
+            return f"{100 * value:.3g} %" if key == "target_ratio" else f"{value} {key.removeprefix('target_')}"
+    return None
+
 def _kept(m: Measured) -> float | None:
     """Per cent of the dense model's average, as the same run measured it."""
     dense, small = (side.average for side in m.record.eval.both)
@@ -118,15 +126,6 @@ def _kept(m: Measured) -> float | None:
 
 def _ratio(m: Measured) -> Estimated | None:
     return verdict_of(m.run).perplexity_ratio
-
-
-def _target(m: Measured) -> str | None:
-    """`26 layers`, `18.8 %`: what was requested in place of a threshold; null where a threshold was."""
-    method = m.record.config.get("method") or {}
-    for key, value in method.items():
-        if key.startswith("target_") and value is not None:
-            return f"{100 * value:.3g} %" if key == "target_ratio" else f"{value} {key.removeprefix('target_')}"
-    return None
 
 
 NAMED = {

@@ -82,11 +82,11 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
             line[-1] = replace(line[-1], note=f"{m.run.state}{why}")
         rows.append((name if len(group) == 1 else f"{name} and {len(group) - 1} more", line))
     differ = [label for label, show in settings.items() if len({str(quantity(show).value(m)) for m in runs}) > 1]
-    seeds = ["Runs that differ in seeds alone are one row: the mean, ± its 95 % interval over the seeds."]
+    together = ["Runs that differ in seeds alone are one row: the mean, ± its 95 % interval over the seeds."]
     return Grid("sweep", f"Runs that differ in {', '.join(differ)}" if differ else "Runs", list(columns), [("", rows)],
                 [*([reason] if reason else []), *provenance(runs, len(runs)), *damaged], row_heads=("", "run"),
                 legend=["params in millions, removed in per cent of them, tasks in per cent, ± the standard error over "
-                        "documents.", *(seeds if len(groups) < len(runs) else []),
+                        "documents.", *(together if len(groups) < len(runs) else []),
                         "Runs differ in size, so none is marked as best: slm compare RUN RUN tests a difference."])
 
 

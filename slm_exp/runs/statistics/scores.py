@@ -7,17 +7,18 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slm_exp.core.errors import DataError
-from slm_exp.core.files import JsonObject
 from slm_exp.core.text import read_rows
 from slm_exp.evaluation.report import metric_of
 from slm_exp.runs.schema import Scores
 
-Z95 = 1.96
-"""Standard errors from a mean to either end of its 95 % interval."""
 MOST = 10**6
 """Rows of a samples file; one that holds more is no run's."""
+
+Z95 = 1.96
+"""Standard errors from a mean to either end of its 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def chance_of(paths: Iterable[Path]) -> float | None:
     return math.fsum(each) / len(each) if each else None
 
 
-def _rows(path: Path) -> list[JsonObject]:
-    """A file of samples; empty where it holds more than a run's. Raises DataError: missing or damaged."""
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """A file of samples. Raises DataError: missing, damaged, or more than MOST rows."""
     rows = [row.value for row in itertools.islice(read_rows(path), MOST + 1)]
-    return rows if len(rows) <= MOST else []
+    if len(rows) > MOST:
+        raise DataError(f"{path}: more than {MOST} rows.")
+    return rows
