@@ -142,4 +142,4 @@ def _line(row: Compared) -> str:
 
 def _end(value: float, digits: int, sign: bool) -> str:
     text = rounded(value, digits)
-    return f"+{text}" if sign and value >= 0 else text
+    return f"+{text}" if sign and float(text) > 0 else text
