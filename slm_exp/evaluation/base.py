@@ -13,7 +13,7 @@ from slm_exp.core.registry import register
 from slm_exp.evaluation import perplexity as texts
 from slm_exp.evaluation import task_index
 from slm_exp.evaluation.cost import generating, measuring
-from slm_exp.evaluation.documents import MMLU_GROUPS, SPLIT, documents_source, missing_documents, missing_examples
+from slm_exp.evaluation.documents import HUB, MMLU_GROUPS, SPLIT, documents_source, missing_documents, missing_examples
 from slm_exp.evaluation.protocol import Protocol, read_protocol, require_same
 from slm_exp.evaluation.report import SEVEN, EvalReport, average
 from slm_exp.evaluation.settings import Settings
@@ -71,8 +71,11 @@ class Evaluation(Settings):
                               "tokenizer_config.json, or evaluation.tasks=[].")
         files = {n: w for n, w in self.corpora.items()
                  if w.endswith(texts.FILES) and Path(w).stat().st_size <= CHECKED_BYTES}
-        if any(not where.endswith(".npy") for where in self.wanted_corpora().values()):
-            handle.require_room("evaluation.ppl_seq_len", self.ppl_seq_len)
+        for name, where in self.wanted_corpora().items():
+            if not where.endswith(".npy"):
+                size = texts.chunk_tokens(name, self.ppl_seq_len)
+                field = "ppl_seq_len" if size == self.ppl_seq_len else f"corpora.{name}"
+                handle.require_room(f"evaluation.{field}", size)
         texts.load_corpora(files, handle, self.ppl_seq_len, self.ppl_bos)
         longest = getattr(handle.config, "max_position_embeddings", None) or math.inf
         for case in self.cases() if self.times else ():
@@ -86,7 +89,7 @@ class Evaluation(Settings):
                 f"Give a file: evaluation.corpora.{name}=path/to/{name}.txt" for name in gone]
 
     def _unknown_task(self) -> str | None:
-        others = [task for task in self.tasks if task not in SPLIT and task not in MMLU_GROUPS]
+        others = [task for task in self.tasks if task not in (*SPLIT, *MMLU_GROUPS, *HUB)]
         others = [task for task in others if task not in task_index.bundled_tasks()]
         known = task_index.task_names() if others else set()
         for task in others:
@@ -136,7 +139,8 @@ class Evaluation(Settings):
                                 self.backend)
         fields: dict[str, Any] = {
             "lm_eval": version("lm-eval"),
-            "tasks": {name: asdict(task) for name, task in results.protocol.items()} if results else {},
+            "tasks": {n: {k: v for k, v in asdict(task).items() if k != "differs" or v}
+                      for n, task in results.protocol.items()} if results else {},
             "limit": self.limit,
             **(results.settings if results else {}),
             "dtype": str(handle.model.dtype).removeprefix("torch.") if results or corpora else None,

@@ -9,7 +9,7 @@ import numpy as np
 
 from slm_exp.calibration.heldout import TOKENS
 from slm_exp.core.cost import Work
-from slm_exp.evaluation.perplexity import HELD_OUT
+from slm_exp.evaluation.perplexity import HELD_OUT, chunk_tokens
 from slm_exp.evaluation.settings import Settings
 from slm_exp.models.sizes import Sizes
 
@@ -66,7 +66,7 @@ def measuring(cfg: Settings, sizes: Sizes, layers: float, random: bool) -> tuple
     if cfg.tasks:
         work += Work(harness=1, fixed=1.0)
     for name, where in cfg.wanted_corpora().items():
-        shape = _corpus_tokens(where, cfg.ppl_seq_len, per_token)
+        shape = _corpus_tokens(where, chunk_tokens(name, cfg.ppl_seq_len), per_token)
         if shape is None:
             notes.append(f"evaluation.corpora.{name}: its length is not known")
             continue

@@ -33,6 +33,8 @@ class TaskProtocol:
     documents: str
     """Digest of the documents' contents, in order."""
     document_ids: str
+    differs: str | None = None
+    """From which stock task and in what; null for stock tasks, and then left out of the protocol."""
 
 
 @dataclass(frozen=True)
