@@ -10,8 +10,8 @@ from typing import Any
 
 from slm_exp.core.errors import ConfigError, DataError, ProtocolError, did_you_mean, require
 from slm_exp.core.registry import register
+from slm_exp.evaluation import free_text, task_index
 from slm_exp.evaluation import perplexity as texts
-from slm_exp.evaluation import task_index
 from slm_exp.evaluation.cost import generating, measuring
 from slm_exp.evaluation.documents import HUB, MMLU_GROUPS, SPLIT, documents_source, missing_documents, missing_examples
 from slm_exp.evaluation.protocol import Protocol, read_protocol, require_same
@@ -53,7 +53,8 @@ class Evaluation(Settings):
         Looks at what is installed, at the offline switches and at folder names; opens nothing.
         """
         corpora = self.wanted_corpora()
-        if missing := missing_documents(self.tasks, random_model) or texts.missing_corpora(corpora, random_model):
+        missing = missing_documents(self.tasks, random_model) or texts.missing_corpora(corpora, random_model)
+        if missing := missing or (free_text.missing_openings(random_model) if self.text else None):
             raise DataError(missing)
 
     def check_model(self, handle: ModelHandle) -> None:
@@ -105,6 +106,9 @@ class Evaluation(Settings):
         del out["corpora_at_hand"]  # it shows in which corpora there are
         if not self.fewshot:
             del out["fewshot"]
+        out["text"] = free_text.RULE if self.text else None
+        if not self.text:
+            del out["text"]
         return {name: value for name, value in out.items() if self.times or not name.startswith("speed_")}
 
     def measured_by(self) -> dict[str, Any]:
@@ -123,13 +127,13 @@ class Evaluation(Settings):
                 be read, NaN or infinite logits.
         """
         corpora = texts.load_corpora(self.wanted_corpora(), handle, self.ppl_seq_len, self.ppl_bos)
-        loaded = results = None
+        loaded = results = text = None
+        if (self.tasks or self.text) and handle.tokenizer is None:
+            raise DataError(f"{handle.name} has no tokenizer, and tasks are text. Use evaluation=none, or corpora of "
+                            "token files.")
         if self.tasks:
             from slm_exp.evaluation.backends.harness import load_tasks, run_tasks  # lm-eval takes seconds to import
 
-            if handle.tokenizer is None:
-                raise DataError(f"{handle.name} has no tokenizer, and tasks are text. Use evaluation=none, or corpora "
-                                "of token files.")
             # before weights load, so that missing documents stop early
             loaded = load_tasks(self.tasks, self.limit, handle.random, self.fewshot)
         values = {name: texts.perplexity(handle.model, corpus.tokens_NT, self.batch_size, name)
@@ -137,18 +141,24 @@ class Evaluation(Settings):
         if loaded is not None and handle.tokenizer is not None:
             results = run_tasks(handle.model, handle.tokenizer, loaded, self.limit, self.batch_size, self.add_bos,
                                 self.backend)
+        samples = results.samples if results else {}
+        if self.text and handle.tokenizer is not None:
+            from slm_exp.evaluation.backends.free_text import write_freely
+
+            text, samples[free_text.NAME] = write_freely(handle.model, handle.tokenizer, self.batch_size)
         fields: dict[str, Any] = {
             "lm_eval": version("lm-eval"),
             "tasks": {n: {k: v for k, v in asdict(task).items() if k != "differs" or v}
                       for n, task in results.protocol.items()} if results else {},
             "limit": self.limit,
             **(results.settings if results else {}),
-            "dtype": str(handle.model.dtype).removeprefix("torch.") if results or corpora else None,
+            "dtype": str(handle.model.dtype).removeprefix("torch.") if results or corpora or text else None,
             "perplexity": {name: corpus.protocol for name, corpus in corpora.items()},
+            **({"text": free_text.RULE} if text else {}),
         }
         tasks = results.tasks if results else {}
         return EvalReport(tasks, average(tasks), values, Protocol.of(fields, results.sources if results else {}),
-                          results.samples if results else {})
+                          samples, text)
 
     def time(self, dense: ModelHandle, compressed: ModelHandle) -> dict[str, Any]:
         """The record's `speed`: both models in turns, measured anew every time. See evaluation/backends/speed.py."""

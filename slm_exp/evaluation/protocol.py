@@ -115,7 +115,7 @@ def mixed(protocols: Mapping[str, Stored] | Iterable[tuple[str, Stored]]) -> str
 def _measures(protocol: Mapping[str, Any]) -> bool:
     """Whether anything was measured by it: `evaluation=none` has a protocol without tasks and texts."""
     fields = protocol.get("fields") or {}
-    parts = [fields[part] for part in ("tasks", "perplexity") if part in fields]
+    parts = [fields[part] for part in ("tasks", "perplexity", "text") if part in fields]
     return not parts or any(parts)
 
 

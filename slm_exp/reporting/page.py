@@ -41,6 +41,7 @@ def write_report(folder: Path, record: JsonObject | None = None, verify: bool = 
         unverified=say_unverified([run]), rows=rows, average=results.average(measured, rows),
         perplexity={corpus: [side.perplexity.get(corpus) for side in measured.both]
                     for corpus in {**measured.dense.perplexity, **measured.compressed.perplexity}},
+        texts=results.free_texts(run), others=results.other_metrics(measured),
         protocol=measured.compressed.protocol or measured.dense.protocol)
     path = folder / "report.html"
     write_text(path, text)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
+import zlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from slm_exp.evaluation import free_text
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import mixed
 from slm_exp.evaluation.report import metric_of
@@ -55,6 +60,39 @@ def average(measured: Measurements, rows: list[Comparison]) -> Comparison | None
                       Estimate(compressed, stderr_of_mean(row.compressed for row in seven)),
                       Estimate(compressed - dense, stderr_of_mean(row.difference for row in seven)),
                       all(row.paired for row in seven))
+
+
+def other_metrics(measured: Measurements) -> list[Comparison]:
+    """Every metric besides acc and acc_norm, of every task that has one: GSM8K's strict and flexible match."""
+    scores = {task: (measured.dense.scores(task), measured.compressed.scores(task))
+              for task in dict.fromkeys([*measured.dense.tasks, *measured.compressed.tasks])}
+    return [Comparison(task, metric, None, estimate(dense, metric), estimate(compressed, metric), None)
+            for task, (dense, compressed) in scores.items() for metric in dict.fromkeys([*dense, *compressed])
+            if metric not in ("acc", "acc_norm", "n") and "_stderr" not in metric]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What both models wrote after one opening; empty where one wrote nothing."""
+
+    prompt: str
+    dense: str
+    compressed: str
+
+
+def free_texts(run: Run) -> list[Written]:
+    """The texts of `evaluation.text`, in the order of the openings; empty where there are none or a file is damaged."""
+    sides = [_texts(run.samples(which, free_text.NAME)) for which in ("dense", "compressed")]
+    return [Written(prompt, *(side.get(prompt, "") for side in sides)) for prompt in dict.fromkeys([*sides[0], *sides[1]])]
+
+
+def _texts(path: Path) -> dict[str, str]:
+    """Opening -> text."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as f:
+            return {str(row["prompt"]): str(row["text"]) for row in map(json.loads, f)}
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error):
+        return {}
 
 
 def _compare_task(run: Run, task: str) -> Comparison:

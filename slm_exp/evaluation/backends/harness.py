@@ -28,8 +28,8 @@ from slm_exp.evaluation.documents import (
     mmlu_subjects,
     remedy,
 )
-from slm_exp.evaluation.question_sets import OWN, STOCK_DIFFERS, own_config, shots
 from slm_exp.evaluation.protocol import TaskProtocol
+from slm_exp.evaluation.question_sets import OWN, STOCK_DIFFERS, own_config, shots
 from slm_exp.evaluation.report import SEVEN, Row, TaskScore
 from slm_exp.evaluation.task_index import quiet
 
