@@ -88,7 +88,7 @@ def perplexity(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | 
 
 
 def load_corpora(corpora: dict[str, str], handle: ModelHandle, seq_len: int, bos: str) -> dict[str, Corpus]:
-    """`load_corpus` of each, in chunks as its name says; with bos `both`, NAME as with `once` and NAME_bos as with `every_chunk` besides."""
+    """`load_corpus` of each, NAME_2048 in chunks of that length; `both` adds NAME_bos, with BOS in `every_chunk`."""
     out = {}
     for name, where in corpora.items():
         size = chunk_tokens(name, seq_len)

@@ -105,17 +105,18 @@ def own_config(task: str, stock: Config | None, examples: Sequence[Row] | None) 
     if examples is not None:
         config["fewshot_config"] = {"sampler": "first_n", "samples": list(examples)}
     elif task == "gsm8k_choice":
+        said = config["fewshot_config"]["samples"]
         config["fewshot_config"] = {"sampler": "first_n", "samples": [
-            {"question": e["question"], "choices": [e["target"]], "gold": 0} for e in config["fewshot_config"]["samples"]
-        ]}  # fmt: skip
+            {"question": e["question"], "choices": [e["target"]], "gold": 0} for e in said]}  # fmt: skip
     return config | {"task": task, "dataset_path": "local", "metadata": {"version": 1.0}}
 
 
 def _reader(task: str) -> Callable[[Path, int | None], list[Row]]:
     if task.startswith("basic_skills"):
         return partial(_skill_questions, skill=_skill_of(task))
-    return {"gsm8k_cot": _gsm8k, "gsm8k_choice": _gsm8k_choice, "lambada_openai": _lambada, "nq_open_choice": _nq_choice,
-            "triviaqa_wikipedia": _trivia, "triviaqa_wikipedia_choice": _trivia_choice}[task]  # fmt: skip
+    return {"gsm8k_cot": _gsm8k, "gsm8k_choice": _gsm8k_choice, "lambada_openai": _lambada,
+            "nq_open_choice": _nq_choice, "triviaqa_wikipedia": _trivia,
+            "triviaqa_wikipedia_choice": _trivia_choice}[task]  # fmt: skip
 
 
 def request_rows(folder: Path, name: str) -> Iterator[Row]:

@@ -83,7 +83,8 @@ class Written:
 def free_texts(run: Run) -> list[Written]:
     """The texts of `evaluation.text`, in the order of the openings; empty where there are none or a file is damaged."""
     sides = [_texts(run.samples(which, free_text.NAME)) for which in ("dense", "compressed")]
-    return [Written(prompt, *(side.get(prompt, "") for side in sides)) for prompt in dict.fromkeys([*sides[0], *sides[1]])]
+    prompts = dict.fromkeys([*sides[0], *sides[1]])
+    return [Written(prompt, *(side.get(prompt, "") for side in sides)) for prompt in prompts]
 
 
 def _texts(path: Path) -> dict[str, str]:

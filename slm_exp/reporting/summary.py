@@ -36,8 +36,9 @@ def summary(finished: JsonObject, folder: Path) -> str:
         before = dense.perplexity.get(corpus)
         lines.append(f"  perplexity {corpus}: {_perplexity(before)} -> {_perplexity(value)}")
     if small.text:
-        lines.append(f"  free text  ends by itself {_percent(dense.text.ended)} -> {_percent(small.text.ended)}, distinct "
-                     f"3-grams {_percent(dense.text.distinct_3)} -> {_percent(small.text.distinct_3)} (percent)")
+        one, other = dense.text, small.text
+        lines.append(f"  free text  ends by itself {_percent(one.ended)} -> {_percent(other.ended)}, distinct runs of "
+                     f"three {_percent(one.distinct_3)} -> {_percent(other.distinct_3)} (percent)")
     lines += [_speed(cell) for cell in record.speed.cells]
     slow = sorted(record.stages, key=lambda s: -s.seconds)[:3]
     lines.append("  time       " + ", ".join(f"{s.name} {s.seconds:.0f} s" for s in slow))

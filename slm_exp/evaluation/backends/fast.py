@@ -31,7 +31,7 @@ from slm_exp.evaluation.backends.decoding import Prompt, agrees, continue_greedi
 from slm_exp.evaluation.backends.hflm import CheckedHFLM, make_room, refuse_broken
 from slm_exp.evaluation.backends.shared import Shared, window_of
 from slm_exp.evaluation.backends.trees import Request, Tree, common_prefix, grow
-from slm_exp.evaluation.progress import progress
+from slm_exp.evaluation.progress import WRITING_S, progress
 from slm_exp.models.layouts import layout_for
 
 log = logging.getLogger(__name__)
@@ -191,8 +191,8 @@ class FastLM(CheckedHFLM):
         out: list[list[int]] = [[]] * len(prompts)
         most = self.trees_per_batch or ROWS_AT_ONCE
         rooms = sum(p.prompt.room for p in prompts)
-        what = f"greedy answers to {len(prompts)} prompts"
-        with progress(what, rooms, "token at most", disable_tqdm) as advance:
+        what = f"greedy answers to {len(prompts)} prompts, at most"
+        with progress(what, rooms, "token", disable_tqdm, WRITING_S) as advance:
             for left, start in together(self.model, [p.prompt for p in prompts]):
                 checked = False
                 while left:
@@ -209,7 +209,8 @@ class FastLM(CheckedHFLM):
                     if not checked:
                         shortest = min(range(len(some)), key=lambda i: len(answers[i]))
                         if not agrees(self.model, prompts[some[shortest]].prompt, answers[shortest]):
-                            raise RuntimeError("what it generates by its cache is not what it finds most likely without")
+                            raise RuntimeError("what it generates by its cache is not what it finds most likely "
+                                               "without")
                         checked = True
                     for i, answer in zip(some, answers, strict=True):
                         out[i] = answer
@@ -434,9 +435,10 @@ def _probes(trees: Sequence[Tree], window: int | None) -> list[Tree]:
         start, stop = max(0, n - reach), max(n, reach) + PROBE
         pieces = [Request(0, piece, piece[-PROBE:]) for piece in (a[start:stop], b[start:stop]) if piece]
         out += grow(pieces)[:1]
-    for trunk, tokens in [(t.trunk[-max(reaches) :], t.requests[0].tokens[len(t.trunk) :]) for t in trees if t.trunk][:1]:
+    if tree := next((t for t in trees if t.trunk), None):
+        trunk, after = tree.trunk[-max(reaches) :], tree.requests[0].tokens[len(tree.trunk) :][:PROBE]
         out.append(Tree(trunk))
-        out[-1].add(Request(0, (*trunk, *tokens[:PROBE]), tokens[:PROBE]), 0)
+        out[-1].add(Request(0, (*trunk, *after), after), 0)
     return out
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slm_exp.core.errors import DataError
 from slm_exp.evaluation.backends.decoding import Prompt, continue_greedily, stop_ids
 from slm_exp.evaluation.free_text import NEW, health, openings
-from slm_exp.evaluation.progress import progress
+from slm_exp.evaluation.progress import WRITING_S, progress
 from slm_exp.evaluation.report import FreeText, Row
 
 ROWS = 16
@@ -25,7 +25,7 @@ def write_freely(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bat
     prompts = openings()
     ends, asked = stop_ids(model, tokenizer.eos_token_id), [tuple(tokenizer(prompt).input_ids) for prompt in prompts]
     answers: list[list[int]] = []
-    with progress(f"free text after {len(asked)} openings", NEW * len(asked), "token at most") as advance:
+    with progress(f"free text after {len(asked)} openings, at most", NEW * len(asked), "token", measured_s=WRITING_S) as advance:
         for start in range(0, len(asked), batch_size or ROWS):
             some = [Prompt(tokens, NEW, lambda _: False) for tokens in asked[start : start + (batch_size or ROWS)]]
             try:
@@ -35,6 +35,7 @@ def write_freely(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bat
                                 "evaluation.text=false.") from error
     ended = [answer[-1] in ends for answer in answers]
     texts = [answer[:-1] if end else answer for answer, end in zip(answers, ended, strict=True)]
-    rows: list[Row] = [{"doc_id": i, "prompt": prompt, "text": tokenizer.decode(text), "tokens": len(text), "ended": end}
-                       for i, (prompt, text, end) in enumerate(zip(prompts, texts, ended, strict=True))]  # fmt: skip
+    rows: list[Row] = [
+        {"doc_id": i, "prompt": prompt, "text": tokenizer.decode(text), "tokens": len(text), "ended": end}
+        for i, (prompt, text, end) in enumerate(zip(prompts, texts, ended, strict=True))]  # fmt: skip
     return health(texts, ended), rows

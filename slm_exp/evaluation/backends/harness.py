@@ -21,6 +21,7 @@ from slm_exp.evaluation.backends.hflm import CheckedHFLM
 from slm_exp.evaluation.documents import (
     HUB,
     MMLU_GROUPS,
+    SPLIT,
     Documents,
     assets_folder,
     documents_source,
@@ -111,7 +112,7 @@ def load_tasks(
     Raises:
         DataError: lm-eval could not find the data of a task.
     """
-    manager = task_index.task_manager(all(task in SEVEN or task in task_index.bundled_tasks() for task in tasks))
+    manager = task_index.task_manager(all(task in SPLIT or task in task_index.bundled_tasks() for task in tasks))
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     sources: dict[str, str] = {}
     for task in tasks:

@@ -55,7 +55,8 @@ class _Before(DynamicCache):
         super().__init__()
         self.shared = shared
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+               ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """[B, H, T, E] -> [B, H, P + T, E]."""
         keys, values = ((s.expand(len(x), -1, -1, -1), x)
                         for s, x in zip(self.shared[layer_idx], (key_states, value_states), strict=True))  # fmt: skip

@@ -50,8 +50,7 @@ class Branch:
 
 @dataclass
 class Tree:
-    """Sequences that begin alike. Node 0 is the first token after the trunk; a node's number is higher than its parent's.
-    """
+    """Sequences that begin alike. Node 0 is the first token after the trunk; parents have lower numbers."""
 
     trunk: tuple[int, ...] = ()
     """What stands before node 0 in every sequence, computed elsewhere and seen by every node."""
