@@ -25,7 +25,8 @@ def write_freely(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bat
     prompts = openings()
     ends, asked = stop_ids(model, tokenizer.eos_token_id), [tuple(tokenizer(prompt).input_ids) for prompt in prompts]
     answers: list[list[int]] = []
-    with progress(f"free text after {len(asked)} openings, at most", NEW * len(asked), "token", measured_s=WRITING_S) as advance:
+    what = f"free text after {len(asked)} openings, at most"
+    with progress(what, NEW * len(asked), "token", measured_s=WRITING_S) as advance:
         for start in range(0, len(asked), batch_size or ROWS):
             some = [Prompt(tokens, NEW, lambda _: False) for tokens in asked[start : start + (batch_size or ROWS)]]
             try:
