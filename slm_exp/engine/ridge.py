@@ -13,6 +13,30 @@ from torch import Tensor
 from slm_exp.engine.runner import BlockRunner, Slot
 
 HELD = 5
+OUTLYING = 10.0
+"""Times the median norm, from which on a token's state is outlying."""
+
+
+def token_weights(states_NTD: Tensor, weighting: str = "class", rows: int = 8) -> Tensor:
+    """What each token's squared error counts, [N, T] float64.
+
+    `equal`: the same. `relative`: one over the squared norm, as the next layer's norm sees it. `class`: likewise, but
+    tokens of outlying norm together count as much as all others together. Most decoders have a layer that makes one
+    state in a sequence, usually the first token's, a hundred times larger than the others, and later heads attend to
+    it: one token in 256, which a mean over tokens forgets.
+
+    Args:
+        states_NTD: those that the errors are errors of.
+        rows: sequences in float64 at once.
+    """
+    square_NT = torch.cat([part.double().square().sum(-1) for part in states_NTD.split(rows)]).clamp(min=1e-12)
+    if weighting == "equal":
+        return torch.ones_like(square_NT)
+    weight_NT = 1 / square_NT
+    outlying_NT = square_NT > OUTLYING**2 * square_NT.median()
+    if weighting == "class" and (few := int(outlying_NT.sum())):
+        weight_NT[outlying_NT] *= (square_NT.numel() - few) / few
+    return weight_NT
 
 
 @dataclass
@@ -48,14 +72,14 @@ class Moments:
 
 
 def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: Tensor, wanted_NTD: Tensor,
-            held_N: Tensor, relative: bool = True, scale: float = 1.0) -> tuple[Moments, Moments]:
+            held_N: Tensor, weight_NT: Tensor | None = None, scale: float = 1.0) -> tuple[Moments, Moments]:
     """(fitted on, held out): what a projection of a layer sees against what the stream behind the layer lacks.
 
     Args:
         module: the projection; None for errors alone.
         wanted_NTD: the stream behind the layer as it should be, up to `scale`.
         held_N: sequences that are held out.
-        relative: each token's error counts relative to its norm, as the next layer's norm sees it.
+        weight_NT: see `token_weights`, whose default it is.
     Cost: one forward of the layer. Its inputs join with ones where the projection has a bias.
     """
     layer: Any = runner.handle.layers[slot.host]
@@ -63,6 +87,7 @@ def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: T
     inputs = 0 if linear is None else inputs_of(linear)
     fit, held = (Moments.empty(inputs, wanted_NTD.shape[-1], next(layer.parameters()).device) for _ in "12")
     factor = runner.handle.layout.residual_factor(runner.handle.config)
+    weight_NT = token_weights(wanted_NTD) if weight_NT is None else weight_NT
     seen: list[Tensor] = []
     with nullcontext() if linear is None else linear.register_forward_pre_hook(lambda m, args: seen.append(args[0])):
         for at in range(0, len(held_N), runner.rows):
@@ -70,12 +95,12 @@ def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: T
             out_NTD = runner.block(slot, entering_NTD[rows])
             target_NTD = wanted_NTD[rows].to(out_NTD.device) * scale
             x_NTC = seen.pop() if module else out_NTD[..., :0]
-            add_tokens(fit, held, x_NTC, out_NTD, target_NTD, held_N[rows].to(out_NTD.device), relative, factor)
+            add_tokens(fit, held, x_NTC, out_NTD, target_NTD, held_N[rows], weight_NT[rows], factor)
     return fit, held
 
 
 def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor,
-               relative: bool, factor: float = 1.0) -> None:
+               weight_NT: Tensor, factor: float = 1.0) -> None:
     """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence.
 
     Args:
@@ -86,12 +111,11 @@ def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, targ
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
     if factor != 1:
         x_NTC = x_NTC * factor
+    held_N, weight_NT = held_N.to(out_NTD.device), weight_NT.to(out_NTD.device)
     for sums, chosen_N in ((fit, ~held_N), (held, held_N)):
-        x, t, r = (h[chosen_N].flatten(0, 1) for h in (x_NTC, target_NTD, target_NTD - out_NTD))
-        norm_M = t.double().square().sum(1)
-        weight_M = 1 / norm_M.clamp(min=1e-12) if relative else norm_M.new_ones(len(norm_M))
+        x, t, r, weight_M = (h[chosen_N].flatten(0, 1) for h in (x_NTC, target_NTD, target_NTD - out_NTD, weight_NT))
         sums.add(x, r, weight_M)
-        sums.tt += float((weight_M * norm_M).sum())
+        sums.tt += float((weight_M * t.double().square().sum(1)).sum())
 
 
 def changed(layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: Tensor) -> dict[str, Tensor]:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_exp.core.cost import Work
+import numpy as np
+
+from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.files import digest, write_json
-from slm_exp.core.registry import Component
+from slm_exp.core.registry import Component, Fields
 from slm_exp.core.together import SectionLog, Together
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.models.base import ModelHandle
@@ -22,6 +24,11 @@ from slm_exp.models.sizes import Sizes
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+JUDGED = 8192
+"""Tokens at most that decide whether a recovery is kept."""
+Row = dict[str, list[int]]
+"""`input_ids` and `labels` of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,10 @@ class Recovery(Component, ABC):
         """Minutes after which it stops; None where it ends by itself."""
         return None
 
+    def parts(self) -> tuple[Recovery, ...]:
+        """What is carried out, one after the other, each on what the one before left: itself, unless it is a chain."""
+        return (self,)
+
     def refuses(self, others: Together) -> str | None:
         """Why this recipe cannot run with the rest of the config, or None. Checked before anything loads."""
         return None
@@ -109,6 +120,22 @@ class Recovery(Component, ABC):
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         """New tensors for the compressed model. Neither model is changed, bit for bit, also on an exception."""
 
+    def judged_on(self, task: RecoveryTask) -> list[Row]:
+        """Rows that decide whether a recovery is kept: none that it was fitted on. Here those that the plan was found
+        with; a recovery that reads text holds some of its own out."""
+        return token_rows(task.tokens.tokens_NT)
+
+    def judging_cost(self, sizes: Sizes, layers: float, tokens: Tokens) -> Work:
+        """Of the look at both models; `tokens` are the calibration's shape."""
+        total = min(JUDGED, tokens.total) if self.changes_weights else 0
+        return Work(blocks=2 * layers * sizes.block_flops(total, tokens.t), head=4 * sizes.head_flops(total))
+
+
+def token_rows(tokens_NT: np.ndarray) -> list[Row]:
+    """Sequences as rows that are trained on everywhere, JUDGED tokens at most (one row at least)."""
+    rows = tokens_NT[: max(1, JUDGED // tokens_NT.shape[1])].tolist()
+    return [{"input_ids": row, "labels": row} for row in rows]
+
 
 def with_tensors(handle: ModelHandle, result: RecoveryResult, identity: dict[str, Any]) -> ModelHandle:
     """A model with some tensors replaced, built on first use of `.model`; the input where there are none. Its digest is
@@ -116,11 +143,16 @@ def with_tensors(handle: ModelHandle, result: RecoveryResult, identity: dict[str
     limit, gives another model."""
     if not result.tensors:
         return handle
+    lineage = handle.lineage or {"base": handle.name, "base_digest": handle.digest}
     return dataclasses.replace(
         handle, digest=digest({"model": handle.digest, **identity, "tensors": tensors_digest(result.tensors)}),
         load_model=lambda: copy_with(handle.model, result.tensors), load_tokenizer=lambda: handle.tokenizer,
-        lineage={**(handle.lineage or {"base": handle.name, "base_digest": handle.digest}),
-                 "recovery": identity["recovery"]})
+        lineage={**lineage, "recovery": _after(lineage.get("recovery"), identity["recovery"])})
+
+
+def _after(first: Fields | None, then: Fields) -> Fields:
+    """What a model was recovered by, for its card."""
+    return then if first is None else {"name": f"{first['name']}, then {then['name']}", "steps": [first, then]}
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

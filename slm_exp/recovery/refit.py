@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slm_exp.core.types import CalibrationTokens, Group
-from slm_exp.engine.ridge import Moments, changed, held_out, moments, ridge_step
+from slm_exp.engine.ridge import Moments, changed, held_out, moments, ridge_step, token_weights
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.recovery.base import RecoveryTask
 from slm_exp.recovery.cuts import beside_cuts, slot_ends, stream_scales
@@ -113,6 +113,7 @@ class _Refit:
         kept, lowest = weights, math.inf
         errors: list[float] = []
         ridges: list[float | None] = []
+        self.weight_NT = token_weights(self.dense_NTD, self.settings.weighting, self.short.rows)
         for module in [*modules * self.settings.passes, None]:  # the last round only judges the last change
             fit, held = self._moments(position, module, weights, scale)
             if held.rr > lowest:
@@ -130,7 +131,7 @@ class _Refit:
     def _moments(self, position: int, module: str | None, weights: dict[str, Tensor], scale: float
                  ) -> tuple[Moments, Moments]:
         return moments(self.short, Slot(position, weights), module, self.short_NTD, self.dense_NTD, self.held_N,
-                       self.settings.weighting == "relative", scale)
+                       self.weight_NT, scale)
 
 
 def _on_disk(path: Path, shape: tuple[int, ...]) -> Tensor:
