@@ -47,10 +47,28 @@ FIRST = {  # the first 20 documents
     "hellaswag": TaskTokens(10042, 71.2, 47.2, 158.7), "winogrande": TaskTokens(1267, 20.4, 9.9, 41.2),
     "arc_easy": TaskTokens(2376, 36.5, 13.7, 114.8), "arc_challenge": TaskTokens(1172, 58.5, 17.8, 188.3),
     "openbookqa": TaskTokens(500, 18.2, 6.1, 60.6),
+    # the first 100; of mmlu the first 20 of every subject
+    "copa": TaskTokens(100, 18.1, 12.3, 28.8), "rte": TaskTokens(277, 83.7, 1.0, 167.4),
+    "lambada_openai": TaskTokens(5153, 77.3, 1.3, 77.3), "gsm8k_cot": TaskTokens(1319, 69.8, 1.0, 792.5, 150),
+    "gsm8k_choice": TaskTokens(1319, 192.9, 124.1, 3534.3), "nq_open": TaskTokens(3610, 13.4, 1.0, 22.6, 15),
+    "nq_open_choice": TaskTokens(3610, 24.9, 12.1, 102.2),
+    "triviaqa_wikipedia": TaskTokens(7993, 16.8, 1.0, 19.6, 15),
+    "triviaqa_wikipedia_choice": TaskTokens(7993, 23.9, 7.8, 85.5),
+    "basic_skills_arithmetic": TaskTokens(1042, 8.2, 4.2, 693.9),
+    "basic_skills_arithmetic_generated": TaskTokens(1042, 5.1, 1.0, 67.7, 4),
+    "basic_skills_coding": TaskTokens(1007, 47.9, 23.3, 953.6),
+    "basic_skills_common_knowledge": TaskTokens(1032, 11.5, 1.7, 432.2),
+    "basic_skills_logical_reasoning": TaskTokens(1113, 32.2, 19.6, 540.5),
+    "basic_skills_pattern": TaskTokens(528, 6.7, 2.5, 172.2),
+    "basic_skills_string_operations": TaskTokens(1214, 16.5, 7.0, 542.5),
+    "mmlu": TaskTokens(14042, 99.1, 1.0, 110.4, parts=57),
+    "mmlu, 5 examples": TaskTokens(14042, 117.7, 1.0, 628.6, parts=57),
 }  # fmt: skip
 ALL = FIRST | {  # all documents, where they differ
     "boolq": TaskTokens(3270, 136.3, 1.0, 302.8), "piqa": TaskTokens(1838, 46.5, 36.2, 70.6),
     "hellaswag": TaskTokens(10042, 160.3, 114.1, 313.3), "winogrande": TaskTokens(1267, 22.4, 10.3, 43.0),
+    "mmlu": TaskTokens(14042, 92.5, 1.0, 110.8, parts=57),
+    "mmlu, 5 examples": TaskTokens(14042, 91.1, 1.0, 628.7, parts=57),
 }  # fmt: skip
 FEW = 200
 """Up to so many documents of a task are taken to be like its first 20."""
