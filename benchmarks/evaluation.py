@@ -114,7 +114,8 @@ def count(handle: ModelHandle, requests: list[Any]) -> None:
     nodes = sum(map(len, [*trees, *trunks]))
     predicting = sum(len({int(n) for _, nodes, _ in tree.predictions() for n in nodes}) for tree in trees)
     print(f"{len(asked)} requests in {len(trees)} trees after {len(trunks)} shared beginnings: HFLM reads {plain} "
-          f"tokens, trees {nodes} ({plain / nodes:.2f} times fewer); logits at {plain} and {predicting} positions")  # fmt: skip
+          f"tokens, trees {nodes} ({plain / nodes:.2f} times fewer); logits at {plain} and {predicting} "
+          "positions")
 
 
 def compare(tasks: dict[str, Any], requests: list[Any], plain: Any, fast: Any) -> bool:
@@ -181,7 +182,8 @@ def main() -> int:
         ratios.append((slow.wall / quick.wall, slow.cpu / quick.cpu))
         print(f"pair {i + 1}: HFLM at batch {batch_size} {slow.wall:.1f} s ({slow.cpu:.1f} s CPU), fast "
               f"{quick.wall:.1f} s ({quick.cpu:.1f} s CPU): {ratios[-1][0]:.2f} times faster, by CPU "
-              f"{ratios[-1][1]:.2f}; tokens forwarded {slow.forwarded} and {quick.forwarded}, {slow.forwarded / quick.forwarded:.2f} times fewer", flush=True)
+              f"{ratios[-1][1]:.2f}; tokens forwarded {slow.forwarded} and {quick.forwarded}, "
+              f"{slow.forwarded / quick.forwarded:.2f} times fewer", flush=True)
         equal &= compare(tasks, requests, slow.answers, quick.answers)
     wall, cpu = (statistics.median(column) for column in zip(*ratios, strict=True))
     print(f"{args.limit} documents a task, {torch.get_num_threads()} threads, {args.pairs} pairs: "

@@ -188,7 +188,8 @@ def test_a_name_says_how_long_the_windows_are(tiny_handle: ModelHandle, tmp_path
     (tmp_path / "text.txt").write_text("word " * 1000)
     np.save(tmp_path / "ids.npy", np.zeros((3, 10), dtype=int))
     where = str(tmp_path / "text.txt")
-    got = load_corpora({"mine": where, "mine_2048": where, "ids_2048": str(tmp_path / "ids.npy")}, tiny_handle, 64, "once")
+    corpora = {"mine": where, "mine_2048": where, "ids_2048": str(tmp_path / "ids.npy")}
+    got = load_corpora(corpora, tiny_handle, 64, "once")
     assert {name: corpus.tokens_NT.shape[1] for name, corpus in got.items()} == {
         "mine": 64, "mine_2048": 2048, "ids_2048": 10}  # fmt: skip
     assert got["mine_2048"].protocol["seq_len"] == 2048

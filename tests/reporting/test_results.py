@@ -148,7 +148,8 @@ def test_models_measured_by_different_protocols_have_no_difference(tmp_path: Pat
 def test_other_metrics_are_those_besides_accuracy() -> None:
     gsm8k = {"exact_match(strict-match)": 0.1, "exact_match_stderr(strict-match)": 0.03,
              "exact_match(flexible-extract)": 0.2, "n": 10}  # fmt: skip
-    sides = {"tasks": {"gsm8k_cot": gsm8k, "piqa": side(np.ones(4)), "lambada_openai": {"acc": 0.3, "perplexity": 60.0}}}
+    lambada = {"acc": 0.3, "perplexity": 60.0}
+    sides = {"tasks": {"gsm8k_cot": gsm8k, "piqa": side(np.ones(4)), "lambada_openai": lambada}}
     got = results.other_metrics(Record.of({"eval": {"dense": sides, "compressed": {}}}).eval)
     assert [(row.task, row.metric, row.dense.value, row.compressed) for row in got if row.dense] == [
         ("gsm8k_cot", "exact_match(strict-match)", 0.1, None),
