@@ -191,7 +191,7 @@ def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: L
         lookup = Lookup(lookup.store.folder)
     outline = walk(cfg, model, lookup, job.save_model)
     try:
-        if not cfg.width.prunes and not (cfg.method.removes_sublayers and cfg.method.target_ratio):
+        if not (cfg.width.prunes or cfg.method.narrows or (cfg.method.removes_sublayers and cfg.method.target_ratio)):
             cfg.method.check_model(model.handle)  # the others look at modules, which takes torch
         cfg.evaluation.check_data(model.random)
         _size(plan, cfg, model, outline)

@@ -81,6 +81,11 @@ class Method(Component, ABC):
         """Whether attention and MLP are removed by themselves: `target_ratio` counts them, and their layers stay."""
         return False
 
+    @property
+    def narrows(self) -> bool:
+        """Whether its plan narrows layers by itself, so that no width pruner can follow."""
+        return False
+
     def uses_merge_rule(self) -> bool:
         """Whether the plan depends on the `merge_rule` group."""
         return True

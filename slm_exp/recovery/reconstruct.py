@@ -17,7 +17,7 @@ from slm_exp.models.sizes import Sizes
 from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, Row, token_rows
 from slm_exp.recovery.cuts import needs_dense_stream
 
-LAYERS = ("cuts", "all")
+LAYERS = ("cuts", "all", "sublayers")
 WEIGHTS = ("class", "relative", "equal")
 CALLED = (("calibration.", "recovery."), ("calibration=", "recovery, as in calibration="))
 
@@ -48,11 +48,13 @@ class Reconstruct(Recovery):
     seq_len: int = 256
     """Tokens per sequence."""
     layers: str = "cuts"
-    """cuts: the layer beside every cut. all: every layer from the first of these up."""
+    """cuts: the layer beside every cut. all: every layer from the first of these up. sublayers: likewise, and each
+    attention and MLP once, to the dense stream where the next one that is left begins; on all tokens, once the ridge is
+    chosen."""
     attention: bool = True
     """Refit o_proj too."""
-    passes: int = 2
-    """How often each layer's projections are refitted, in turn."""
+    passes: int | None = None
+    """How often each layer's projections are refitted, in turn; null is 2. With layers=sublayers once."""
     ridges: list[float] = dataclasses.field(default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0])
     """Ridges to choose from, in units of the mean diagonal of the normal equations."""
     weighting: str = "class"
@@ -63,7 +65,9 @@ class Reconstruct(Recovery):
         require(self.n_samples >= 2, "recovery.n_samples", self.n_samples, "a whole number >= 2",
                 "One sequence at least is held out.")
         require(self.seq_len >= 2, "recovery.seq_len", self.seq_len, "a whole number >= 2")
-        require(self.passes >= 1, "recovery.passes", self.passes, "a whole number >= 1")
+        require(self.passes is None or self.passes >= 1, "recovery.passes", self.passes, "null or a whole number >= 1")
+        require(self.layers != "sublayers" or self.passes in (None, 1), "recovery.passes", self.passes,
+                "null or 1 with recovery.layers=sublayers")
         require(bool(self.ridges) and all(r > 0 for r in self.ridges), "recovery.ridges", self.ridges,
                 "one or more numbers > 0", "For example [0.01].")
         require_one_of("recovery.layers", self.layers, LAYERS)
@@ -72,7 +76,12 @@ class Reconstruct(Recovery):
     def identity(self) -> dict[str, Any]:
         sizes = ("n_samples", "seq_len", "field", "path")  # of the source: a token file decides them itself
         out = {name: value for name, value in super().identity().items() if name not in sizes}
-        return {**out, "tokens": self._source().identity()}
+        return {**out, "passes": self.rounds, "tokens": self._source().identity()}
+
+    @property
+    def rounds(self) -> int:
+        """How often each projection is refitted."""
+        return 1 if self.layers == "sublayers" else self.passes or 2
 
     def refuses(self, others: Together) -> str | None:
         return needs_dense_stream(others)
@@ -86,8 +95,8 @@ class Reconstruct(Recovery):
     def cost(self, sizes: Sizes, layers: float) -> tuple[Work, list[str]]:
         total = self.n_samples * self.seq_len
         cuts = max(1.0, sizes.n_layers - layers) if self.layers == "cuts" else layers
-        refits = cuts * self.passes * (2 if self.attention else 1)
-        blocks = sizes.n_layers + layers + cuts * (2 * self.passes + 1)
+        refits = cuts * self.rounds * (2 if self.attention else 1)
+        blocks = sizes.n_layers + layers + cuts * (2 * self.rounds + 1)
         return Work(blocks=blocks * sizes.block_flops(total, self.seq_len),
                     wide=refits * (2 * total * sizes.mlp**2 + 20 * sizes.mlp**3)), []
 
@@ -102,6 +111,8 @@ class Reconstruct(Recovery):
     def judged_on(self, task: RecoveryTask) -> list[Row]:
         from slm_exp.engine.ridge import held_out
 
+        if self.layers == "sublayers":  # whose last fit is on all of its tokens
+            return super().judged_on(task)
         tokens_NT = self.draw(task).tokens_NT
         return token_rows(tokens_NT[held_out(len(tokens_NT)).numpy()])
 

@@ -210,6 +210,14 @@ class RefittedLayer(Section):
     errors: list[float] = []
 
 
+class WholeModel(Section):
+    """Its loss on tokens held out, without a recovery and with it."""
+
+    before: float | None = None
+    after: float | None = None
+    kept: bool = True
+
+
 class Recovery(Section):
     """What a training or a refit left."""
 
@@ -223,6 +231,7 @@ class Recovery(Section):
     """(step, loss), in training."""
     held_out_loss: list[list[float]] = []
     layers: list[RefittedLayer] = []
+    whole_model: WholeModel | None = None
 
     @field_validator("examples", "layers", mode="before")
     @classmethod

@@ -131,9 +131,11 @@ class ScoringEngine:
         """Mean next-token cross entropy in nats over the calibration tokens; infinite where it is not a number."""
         return self.measure(model, "loss", lambda last_NTD: mean_loss(self.runner, last_NTD))
 
-    def distance(self, model: Model, kind: str) -> float:
-        """How far its predictions are from the dense model's, see `engine.vocabulary.prediction_distance`."""
-        return self.measure(model, kind, lambda h_NTD: prediction_distance(self.runner, self._dense_last, h_NTD, kind))
+    def distance(self, model: Model, kind: str, dtype: str | None = None) -> float:
+        """How far its predictions are from the dense model's, see `engine.vocabulary.prediction_distance`; `dtype`: as
+        in `score`, and of the head."""
+        return self.measure(
+            model, kind, lambda h_NTD: prediction_distance(self._runner(dtype), self._dense_last, h_NTD, kind), dtype)
 
     @cached_property
     def _dense_last(self) -> Tensor:
