@@ -89,8 +89,11 @@ class Joint(Baseline):
 
     def check_model(self, handle: ModelHandle) -> None:
         layout = handle.layout
-        why = layout.no_width or layout.no_refit or ("" if layout.layerwise else
-                                                     "there is no code for layers of different widths")
+        why = layout.no_width or layout.no_refit
+        if not layout.layerwise:
+            why = why or "there is no code for layers of different widths"
+        elif getattr(handle.config, "layer_widths", None):
+            why = "they have widths of their own already"
         if why:
             raise ConfigError(f"method={self.name}: {layout.family} layers cannot be narrowed and refitted: {why}. "
                               "Take another method, e.g. method=shortgpt.")

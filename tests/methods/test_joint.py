@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from builders.models import new_task
@@ -14,6 +15,7 @@ from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.engine.ridge import eliminated
+from slm_exp.launch.compose import compose_run
 from slm_exp.merging.sizes import costs_of
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.methods.from_plan import FromPlan
@@ -129,8 +131,12 @@ def test_what_cannot_be_is_refused(make_tiny: Any, tokens: CalibrationTokens, tm
         Joint(target_layers=6, **FIT).check_model(make_tiny(family="gpt2"))
     with pytest.raises(ConfigError, match=r"method.fit_path = .*none.npy"):
         Joint(target_layers=6, fit_path=str(tmp_path / "none.npy")).check_model(make_tiny())
-    import numpy as np
-
+    for more, message in (("width=flap", "width = flap; expected none with method=joint"),
+                          ("similarity.after=reconstruct", "similarity.after = reconstruct; expected null with"),
+                          ("method.threshold=0.9", "method.threshold = 0.9; expected null")):
+        with pytest.raises(ConfigError, match=message):
+            compose_run(["model=tiny", "experiment=best", "method.target_layers=6", "similarity=token_cosine", more])
+    assert compose_run(["experiment=best", "method.target_ratio=0.2"]).recovery.layers == "sublayers"
     np.save(tmp_path / "same.npy", tokens.tokens_NT)
     with pytest.raises(DataError, match="4 of the calibration's sequences have text in common"):
         Joint(target_layers=6, fit_path=str(tmp_path / "same.npy")).plan(new_task(make_tiny(), tokens))
