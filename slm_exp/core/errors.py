@@ -66,6 +66,13 @@ def require_one_of(field: str, value: str, choices: Iterable[str]) -> None:
     require(value in choices, field, value, "one of " + ", ".join(choices), did_you_mean(value, choices))
 
 
+def caused_by_config(error: BaseException | None) -> ConfigError | None:
+    """The ConfigError that a library's error wraps, or None."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`Did you mean X?`, or an empty string when nothing is close."""
     close = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)

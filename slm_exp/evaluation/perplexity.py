@@ -11,7 +11,7 @@ import numpy as np
 
 from slm_exp.calibration.bundled import held_out_prose
 from slm_exp.calibration.heldout import DOMAINS, RULE, TOKENS
-from slm_exp.calibration.tokens import read_ids
+from slm_exp.calibration.tokens import load_ids, read_ids
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, did_you_mean
 from slm_exp.core.text import SUFFIXES, kind_of, read_field, read_lines, slices
@@ -140,6 +140,8 @@ def corpus_identity(where: str) -> str:
     """A digest of a file's contents, or the name of a hub set or of bundled text and the rule that chose it."""
     if where in HELD_OUT:
         return f"{where}, {RULE if documents.assets_folder() else 'packaged'}"
+    if where.endswith(".npy"):
+        load_ids(Path(where), f"evaluation.corpora: {where}")
     return content_digest(Path(where)) if where.endswith(FILES) and Path(where).is_file() else where
 
 

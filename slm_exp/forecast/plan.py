@@ -18,6 +18,7 @@ from slm_exp.launch.workers import cores, visible_gpus
 from slm_exp.models.sizes import Sizes
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
+from slm_exp.recovery.gain import loss_cost
 from slm_exp.runs.sweep import FINISHED, Job, differing, read_cell
 from slm_exp.tables.build import split_words
 from slm_exp.tables.definition import cells, parameters
@@ -201,7 +202,7 @@ def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: L
         plan.stages = outline.stages
         plan.notes += cfg.advice()
         plan.known = plan.known or outline.plan_from
-        _cost(grid, plan, cfg, model)
+        _cost(grid, plan, cfg, model, outline)
     return plan
 
 
@@ -225,7 +226,7 @@ def _size(plan: JobPlan, cfg: RunConfig, model: Sketch, outline: Outline) -> Non
     plan.known += ", width to within a snap" if cfg.width.prunes else ""
 
 
-def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch) -> None:
+def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch, outline: Outline) -> None:
     """Operations, seconds and memory of a job's stages."""
     sizes = model.sizes
     assert sizes is not None
@@ -235,12 +236,19 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch) -> None:
     count = cfg.method.cost(sizes.n_layers, None if plan.layers is None else sizes.n_layers - plan.layers)
     before, unsaid = cfg.evaluation.cost(sizes, sizes.n_layers, model.random)
     after, _ = cfg.evaluation.cost(sizes, layers, model.random)
-    recovery, more = cfg.recovery.cost(sizes, layers)
+    to_do = {name: [state in (COMPUTE, MAYBE) for state in states] for name, states in outline.parts.items()}
+    parts = [part for part, computed in zip(cfg.recovery.parts(), to_do.get("recover", ()), strict=False) if computed]
+    recoveries = [(part, *part.cost(sizes, layers)) for part in parts]
+    looks = sum((part.judging_cost(sizes, layers, tokens) for part in parts),
+                loss_cost(sizes, layers) * sum(to_do.get("held_out", ())))
+    recovery, more = sum((work for _, work, _ in recoveries), looks), [n for *_, notes in recoveries for n in notes]
     size = float(model.bytes)
     if cfg.evaluation.times:  # measured anew every time, both models in turns
         after += cfg.evaluation.generation_cost(sizes, layers, size)
     search = Work(blocks=count.blocks * sizes.block_flops(tokens.total, tokens.t),
                   head=count.heads * sizes.head_flops(tokens.total))
+    if cfg.method.uses_merge_rule() and cfg.method.replays is None:
+        search += cfg.merge_rule.cost(sizes, count.scores)
     works = {
         "load": Work(starts=1, moved=size / 4, fixed=0.3 + (sizes.total / 5e7 if model.random else 0)),
         "calibrate": Work(fixed=0.1 if model.random else 1.0),
@@ -248,7 +256,7 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch) -> None:
         "plan": search + cfg.similarity.score_cost(sizes, tokens, count.scores),
         "merge": Work(moved=(sizes.n_layers - layers) * sizes.layer * 4 / 10),
         "width": cfg.width.cost(sizes, layers, tokens),
-        "recover": recovery + cfg.recovery.judging_cost(sizes, layers, tokens), "evaluate": after,
+        "recover": recovery, "evaluate": after,
         "save": Work(starts=1, moved=3 * size * layers / sizes.n_layers, fixed=0.7),
         "report": Work(fixed=1.0 + cfg.tracking.seconds),
     }
@@ -263,8 +271,9 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch) -> None:
     plan.notes += [*([count.note] if count.note and "plan" in doing else []), *(unsaid if evaluates else ()), *more]
     if grid.machine is not None and not (unsaid and evaluates):
         plan.seconds = {name: grid.machine.seconds(w, sizes.hidden) for name, w in doing.items()}
-        if (limit := cfg.recovery.wall_clock_limit) and "recover" in plan.seconds:
-            plan.seconds["recover"] = min(plan.seconds["recover"], 60 * limit)
+        if "recover" in plan.seconds:
+            plan.seconds["recover"] -= sum(max(0, grid.machine.seconds(work, sizes.hidden) - 60 * limit)
+                                           for part, work, _ in recoveries if (limit := part.wall_clock_limit))
     _memory(grid, cfg, model, sizes, tokens, doing)
 
 

@@ -38,6 +38,9 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
         raise PlanError(f"the plan merges {len(plan.groups)} groups, which takes a merge rule.")
     if plan.groups and rule is not None and plan.rule and plan.rule != rule.name:
         raise PlanError(f"the plan was made with merge_rule={plan.rule}, not {rule.name}.")
+    if plan.groups and rule is not None and rule.fits != (plan.fitted is not None):
+        raise PlanError(f"merge_rule={rule.name} {'fits' if rule.fits else 'does not fit'} merged layers, and the plan "
+                        f"{'names no file with them' if rule.fits else 'names a file with some'} (`fitted`).")
     if plan.width:
         depth = dataclasses.replace(plan, width=None)
         if plan.width.order == "before":

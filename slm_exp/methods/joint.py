@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_exp.calibration.fit import FitSource, shared_sequences
+from slm_exp.calibration.fit import FitSource
 from slm_exp.core.cost import Count
-from slm_exp.core.errors import ConfigError, DataError, require, require_one_of
+from slm_exp.core.errors import ConfigError, require, require_one_of
 from slm_exp.core.registry import register
 from slm_exp.core.types import MergePlan, Sublayer, Target, Trial
 from slm_exp.core.widths import KeptUnits, WidthDecision, WidthSizes, pack_indices
@@ -74,7 +74,7 @@ class Joint(Baseline):
     def check(self) -> None:
         super().check()
         require(self.steps >= 2 * LEAST, "method.steps", self.steps, f"a whole number >= {2 * LEAST}")
-        require(self.fit_samples >= 1, "method.fit_samples", self.fit_samples, "a whole number >= 1")
+        require(self.fit_samples >= 2, "method.fit_samples", self.fit_samples, "a whole number >= 2")
         require(self.fit_seq_len >= 2, "method.fit_seq_len", self.fit_seq_len, "a whole number >= 2")
         require(self.compensate is None, "method.compensate", self.compensate, "null: the refit restores magnitudes")
         if self.screen_dtype is not None:
@@ -138,15 +138,14 @@ class Joint(Baseline):
         raise NotImplementedError  # `plan` is its own: a selection has no widths
 
     def plan(self, task: PlanTask) -> MergePlan:
+        from slm_exp.search.fitting import disjoint
         from slm_exp.search.joint import cheapest, prices
 
         task = replace(task)  # an engine of its own, for a cost of its own
         handle, full, costs = task.handle, full_shape(task.handle.config), costs_of(task.handle)
         step, attention = self._step(handle), costs.attention(full.heads, full.kv_heads)
-        fit = self._source().draw(handle, task.seed, task.tokens)
-        if twice := shared_sequences(task.tokens, fit):
-            raise DataError(f"{fit.source}: {twice} of the calibration's sequences have text in common with it. A "
-                            "score on tokens of the fit rewards overfitting: give others by method.fit_path.")
+        fit = disjoint(self._source().draw(handle, task.seed, task.tokens), task.tokens, f"method={self.name}",
+                       "method.fit_path")
         found = prices(task, fit, self.removable(handle.n_layers), step, LEAST * step, self.screen_dtype)
         choices = cheapest(found, self._wanted(handle), attention, costs.channel, step, full.channels)
         return self._plan(task, fit.digest, found, choices, costs)

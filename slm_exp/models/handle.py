@@ -66,13 +66,18 @@ class ModelHandle:
     def n_layers(self) -> int:
         return int(self.config.num_hidden_layers)
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest sequence; None where the config sets no limit."""
+        return getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+
     def require_room(self, field: str, tokens: int) -> None:
         """Refuse sequences longer than the model has positions.
 
         Raises:
             ConfigError: names the field.
         """
-        longest = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+        longest = self.positions
         require(longest is None or tokens <= longest, field, tokens,
                 f"at most {longest}, the positions of {self.name} (max_position_embeddings)")
 

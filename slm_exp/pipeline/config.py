@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from slm_exp.calibration.base import Calibration
 from slm_exp.core.cache.digests import remember_in
 from slm_exp.core.cache.store import default_cache_dir
-from slm_exp.core.errors import ConfigError, did_you_mean, require, require_one_of
+from slm_exp.core.errors import ConfigError, caused_by_config, did_you_mean, require, require_one_of
 from slm_exp.core.files import digest
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.runtime import Runtime
@@ -109,7 +109,7 @@ class RunConfig:
                        f"{self.similarity.name}. Add similarity=cka to let the kernel decide.")
         if self.merge_rule.name != "top_layer" and not self.method.uses_merge_rule():
             out.append(f"merge_rule={self.merge_rule.name} plays no part: method={self.method.name} merges nothing.")
-        if self.similarity.after and self.recovery.name != self.similarity.after:
+        if self.similarity.after and self.similarity.after not in [part.name for part in self.recovery.parts()]:
             out.append(f"similarity.after={self.similarity.after} scores candidates refitted, and recovery="
                        f"{self.recovery.name} leaves the plan's model without a refit. Add recovery="
                        f"{self.similarity.after}.")
@@ -150,11 +150,8 @@ def to_run_config(cfg: Any) -> RunConfig:
     try:
         run_config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ConfigError):
-            cause = cause.__cause__ or cause.__context__
         where = f"{error.full_key}: " if error.full_key else ""
-        raise (cause or ConfigError(where + str(error).splitlines()[0])) from None
+        raise (caused_by_config(error) or ConfigError(where + str(error).splitlines()[0])) from None
     assert isinstance(run_config, RunConfig)
     return run_config
 

@@ -176,8 +176,10 @@ class Recorder:
                     self.warn(f"the plan merges and removes nothing.{hint}")
             case "narrowed_score":
                 self.keep_plan(x.plan, x.plan.width.notes if x.plan.width else ())
+            case "held_out":
+                self.note(recovery=x.recovery_report)
             case "recover":
-                self.note(recovery=x.recovery.report, layers={"before": x.dense.n_layers, "after": x.model.n_layers},
+                self.note(recovery=x.recovery_report, layers={"before": x.dense.n_layers, "after": x.model.n_layers},
                           params={"before": x.dense.n_params, "after": x.model.n_params,
                                   "ratio_removed": 1 - x.model.n_params / x.dense.n_params,
                                   "zeroed": zeroed(x.model, x.plan)})

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
+from slm_exp.calibration.heldout import RULE
 from slm_exp.core.cache.code import PACKAGE, Code, code_files
 from slm_exp.core.cache.store import Inputs, StageStore
 from slm_exp.core.files import JsonObject, digest
@@ -24,7 +25,8 @@ from slm_exp.merging.surgery import apply_plan
 from slm_exp.merging.width import apply_width
 from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline.config import RunConfig
-from slm_exp.recovery.base import RecoveryResult, RecoveryTask, with_tensors
+from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_tensors
+from slm_exp.recovery.gain import HeldOutLoss, chain_report, held_out_loss
 from slm_exp.runs.tracking.base import Tracker
 from slm_exp.search.task import PlanTask
 from slm_exp.width.base import NarrowedScore, WidthTask
@@ -56,6 +58,11 @@ class Experiment:
     """The model as far as it is compressed: the dense one at first."""
     narrowed: NarrowedScore = field(init=False)
     recovery: RecoveryResult = field(init=False)
+    recoveries: list[RecoveryResult] = field(default_factory=list)
+    """All so far, of a chain."""
+    held_out: HeldOutLoss = field(init=False)
+    losses: list[HeldOutLoss] = field(default_factory=list)
+    """Before the first step of a chain, and after each."""
     report: EvalReport = field(init=False)
     speed: JsonObject = field(init=False)
     saved: None = None
@@ -72,6 +79,14 @@ class Experiment:
     def width_ratio(self) -> float:
         """Share of the decoder layers' parameters for the width pruner to remove."""
         return known(self.cfg.width.ratio_for, self.cfg.method, self.dense, self.model)
+
+    @property
+    def recovery_report(self) -> JsonObject:
+        """`recovery` of the record, as far as it is known."""
+        recipe = self.cfg.recovery
+        if not self.losses:
+            return self.recovery.report
+        return chain_report([p.name for p in recipe.parts()], [r.report for r in self.recoveries], self.losses)
 
     def on(self, model: ModelHandle) -> Inputs:
         """What the result of running a model depends on."""
@@ -189,6 +204,8 @@ def check_model(cfg: RunConfig, dense: ModelHandle) -> None:
     cfg.evaluation.check_model(dense)
     cfg.recovery.check_data(dense)
     cfg.similarity.check_data(dense)
+    if cfg.method.uses_merge_rule() and cfg.method.replays is None:
+        cfg.merge_rule.check_data(dense)
 
 
 def _loaded(x: Experiment) -> None:
@@ -317,33 +334,53 @@ RESCORE_NARROWED = replace(RESCORE, when=lambda x: x.width is not None)
 # --- recover
 
 
-def _recovery_identity(x: Experiment) -> Inputs:
-    return {"recovery": x.cfg.recovery.identity(), "tokens": x.tokens.digest,
+def _recovery_identity(x: Experiment, recipe: Recovery) -> Inputs:
+    return {"recovery": recipe.identity(), "tokens": x.tokens.digest,
             "samples": known(digest, known(list, x.tokens.sample_ids)), "seed": x.cfg.seed}
 
 
-def _recover_inputs(x: Experiment) -> Inputs | None:
-    if not x.cfg.recovery.stored() or world() > 1:  # of several processes, one must not find what another computes
+def _recover_inputs(x: Experiment, recipe: Recovery) -> Inputs | None:
+    if not recipe.stored() or world() > 1:  # of several processes, one must not find what another computes
         return None
-    return {**_recovery_identity(x), "model": x.model.digest, "dense": x.dense.digest, "plan": x.plan.effect(),
-            "device": x.dense.device.type}
+    return {**_recovery_identity(x, recipe), "model": x.model.digest, "dense": x.dense.digest,
+            "plan": x.plan.effect(), "device": x.dense.device.type}
 
 
-def _recovered(x: Experiment) -> None:
-    x.model = known(with_tensors, x.model, x.recovery, _recovery_identity(x))
+def _recovered(x: Experiment, recipe: Recovery) -> None:
+    x.recoveries.append(x.recovery)
+    x.model = known(with_tensors, x.model, x.recovery, _recovery_identity(x, recipe))
 
 
-def _recover(x: Experiment) -> RecoveryResult:
+def _recover(x: Experiment, recipe: Recovery) -> RecoveryResult:
     from slm_exp.recovery.judged import judged
 
-    return judged(x.cfg.recovery, RecoveryTask(x.model, x.dense, x.plan, x.tokens, x.training or x.folder, x.track,
-                                               x.cfg.seed))
+    return judged(recipe, RecoveryTask(x.model, x.dense, x.plan, x.tokens, x.training or x.folder, x.track,
+                                       x.cfg.seed))
 
 
-RECOVER = Stage(
-    "recover", "recovery", _recover, RecoveryResult, _recover_inputs,
-    code=lambda x: (*BUILT, *READ, "recovery", "engine"), libraries=("torch", "transformers", "peft"),
-    works=lambda x: x.cfg.recovery.changes_weights, then=_recovered)
+def recover(recipe: Recovery) -> Stage[RecoveryResult]:
+    """The stage of one recovery."""
+    return Stage(
+        "recover", "recovery", lambda x: _recover(x, recipe), RecoveryResult, lambda x: _recover_inputs(x, recipe),
+        code=lambda x: (*BUILT, *READ, "recovery", "engine"), libraries=("torch", "transformers", "peft"),
+        works=lambda x: recipe.changes_weights, then=lambda x: _recovered(x, recipe))
+
+
+HELD_OUT = Stage(
+    "held_out", "held_out", lambda x: held_out_loss(x.model, x.dense, x.tokens), HeldOutLoss,
+    lambda x: {**x.on(x.model), "dense": x.dense.digest, "tokens": x.tokens.digest, "held_out": RULE},
+    code=lambda x: (*BUILT, *READ, "recovery/gain.py", "engine"), cache="recover", small=True,
+    then=lambda x: x.losses.append(x.held_out))
+"""The loss of the model as it is by now, between the steps of a chain."""
+
+
+def recoveries(cfg: RunConfig) -> tuple[Stage[Any], ...]:
+    """One recovery, or the steps of a chain with the loss before the first and after each."""
+    stages = [recover(recipe) for recipe in cfg.recovery.parts()]
+    if cfg.recovery.parts() == (cfg.recovery,):
+        return tuple(stages)
+    return (HELD_OUT, *(part for stage in stages for part in (stage, HELD_OUT)))
+
 
 # --- evaluate
 
@@ -380,7 +417,7 @@ def steps(cfg: RunConfig) -> tuple[Step, ...]:
         Step("plan", (PLAN,)),
         Step("merge", (MERGE, RESCORE)),
         *([Step("width", (WIDTH_AFTER, RESCORE_NARROWED))] if not before else []),
-        Step("recover", (RECOVER,)),
+        Step("recover", recoveries(cfg)),
         Step("evaluate", (EVALUATE, TIME)),
         Step("save", (SAVE,)),
         Step("report", (REPORT,)),

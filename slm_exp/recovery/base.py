@@ -15,7 +15,7 @@ import numpy as np
 
 from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.files import digest, write_json
-from slm_exp.core.registry import Component
+from slm_exp.core.registry import Component, Fields
 from slm_exp.core.together import SectionLog, Together
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.models.base import ModelHandle
@@ -89,6 +89,10 @@ class Recovery(Component, ABC):
         """Minutes after which it stops; None where it ends by itself."""
         return None
 
+    def parts(self) -> tuple[Recovery, ...]:
+        """What is carried out, one after the other, each on what the one before left: itself, unless it is a chain."""
+        return (self,)
+
     def refuses(self, others: Together) -> str | None:
         """Why this recipe cannot run with the rest of the config, or None. Checked before anything loads."""
         return None
@@ -139,11 +143,16 @@ def with_tensors(handle: ModelHandle, result: RecoveryResult, identity: dict[str
     limit, gives another model."""
     if not result.tensors:
         return handle
+    lineage = handle.lineage or {"base": handle.name, "base_digest": handle.digest}
     return dataclasses.replace(
         handle, digest=digest({"model": handle.digest, **identity, "tensors": tensors_digest(result.tensors)}),
         load_model=lambda: copy_with(handle.model, result.tensors), load_tokenizer=lambda: handle.tokenizer,
-        lineage={**(handle.lineage or {"base": handle.name, "base_digest": handle.digest}),
-                 "recovery": identity["recovery"]})
+        lineage={**lineage, "recovery": _after(lineage.get("recovery"), identity["recovery"])})
+
+
+def _after(first: Fields | None, then: Fields) -> Fields:
+    """What a model was recovered by, for its card."""
+    return then if first is None else {"name": f"{first['name']}, then {then['name']}", "steps": [first, then]}
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

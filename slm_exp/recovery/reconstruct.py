@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
-from slm_exp.calibration.fit import FitSource
 from slm_exp.core.cost import Work
-from slm_exp.core.errors import ConfigError, DataError, require, require_one_of
-from slm_exp.core.registry import register
-from slm_exp.core.together import Together
-from slm_exp.core.types import CalibrationTokens
-from slm_exp.models.base import ModelHandle
+from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.registry import Fields, register
 from slm_exp.models.sizes import Sizes
-from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, Row, token_rows
-from slm_exp.recovery.cuts import needs_dense_stream
+from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, Row
+from slm_exp.recovery.fitted import Fitted
 
 LAYERS = ("cuts", "all", "sublayers")
 WEIGHTS = ("class", "relative", "equal")
-CALLED = (("calibration.", "recovery."), ("calibration=", "recovery, as in calibration="))
 
 
 @register("recovery", "reconstruct")
 @dataclass
-class Reconstruct(Recovery):
+class Reconstruct(Fitted):
     """Refit output projections so that the residual stream after each cut is the dense model's again. No training.
 
     Beside a cut means: the merged layer itself, the layer just below removed layers (the one just above, where the
@@ -39,14 +33,6 @@ class Reconstruct(Recovery):
     and its normal equations. Memory: two states [N, T, D] in temporary files, and 16 C^2 bytes for C MLP channels.
     """
 
-    path: str | None = None
-    """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is the bundled text."""
-    field: str = "text"
-    """Name of the text field."""
-    n_samples: int = 64
-    """Sequences; of a .npy file all are taken."""
-    seq_len: int = 256
-    """Tokens per sequence."""
     layers: str = "cuts"
     """cuts: the layer beside every cut. all: every layer from the first of these up. sublayers: likewise, and each
     attention and MLP once, to the dense stream where the next one that is left begins; on all tokens, once the ridge is
@@ -62,9 +48,7 @@ class Reconstruct(Recovery):
     tokens of outlying norm together count as much as all others. equal: as it is."""
 
     def check(self) -> None:
-        require(self.n_samples >= 2, "recovery.n_samples", self.n_samples, "a whole number >= 2",
-                "One sequence at least is held out.")
-        require(self.seq_len >= 2, "recovery.seq_len", self.seq_len, "a whole number >= 2")
+        super().check()
         require(self.passes is None or self.passes >= 1, "recovery.passes", self.passes, "null or a whole number >= 1")
         require(self.layers != "sublayers" or self.passes in (None, 1), "recovery.passes", self.passes,
                 "null or 1 with recovery.layers=sublayers")
@@ -73,24 +57,18 @@ class Reconstruct(Recovery):
         require_one_of("recovery.layers", self.layers, LAYERS)
         require_one_of("recovery.weighting", self.weighting, WEIGHTS)
 
-    def identity(self) -> dict[str, Any]:
-        sizes = ("n_samples", "seq_len", "field", "path")  # of the source: a token file decides them itself
-        out = {name: value for name, value in super().identity().items() if name not in sizes}
-        return {**out, "passes": self.rounds, "tokens": self._source().identity()}
+    def identity(self) -> Fields:
+        return {**super().identity(), "passes": self.rounds}
 
     @property
     def rounds(self) -> int:
         """How often each projection is refitted."""
         return 1 if self.layers == "sublayers" else self.passes or 2
 
-    def refuses(self, others: Together) -> str | None:
-        return needs_dense_stream(others)
-
-    def check_data(self, dense: ModelHandle) -> None:
-        if dense.layout.no_refit:
-            raise ConfigError(f"recovery=reconstruct: {dense.layout.family} layers cannot be refitted by regression: "
-                              f"{dense.layout.no_refit}. Take recovery=lora or another trained recovery.")
-        self._source().check(dense)
+    def judged_on(self, task: RecoveryTask) -> list[Row]:
+        if self.layers == "sublayers":  # whose last fit is on all of its tokens
+            return Recovery.judged_on(self, task)
+        return super().judged_on(task)
 
     def cost(self, sizes: Sizes, layers: float) -> tuple[Work, list[str]]:
         total = self.n_samples * self.seq_len
@@ -100,28 +78,10 @@ class Reconstruct(Recovery):
         return Work(blocks=blocks * sizes.block_flops(total, self.seq_len),
                     wide=refits * (2 * total * sizes.mlp**2 + 20 * sizes.mlp**3)), []
 
-    def _source(self) -> FitSource:
-        return FitSource(self.path, self.n_samples, self.seq_len, self.field, CALLED)
-
-    def draw(self, task: RecoveryTask) -> CalibrationTokens:
-        """The tokens to fit on: none from a document that the plan was found with, where documents are known. Raises
-        DataError: too few or too short texts."""
-        return self._source().draw(task.dense, task.seed, task.tokens)
-
-    def judged_on(self, task: RecoveryTask) -> list[Row]:
-        from slm_exp.engine.ridge import held_out
-
-        if self.layers == "sublayers":  # whose last fit is on all of its tokens
-            return super().judged_on(task)
-        tokens_NT = self.draw(task).tokens_NT
-        return token_rows(tokens_NT[held_out(len(tokens_NT)).numpy()])
-
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         from slm_exp.recovery.refit import refit
 
         tokens = self.draw(task)
-        if len(tokens.tokens_NT) < 2:
-            raise DataError(f"{tokens.source}: 1 sequence; recovery=reconstruct holds one out and fits on the others.")
         tensors, steps = refit(task, tokens, self)
         return RecoveryResult(tensors, {"tokens": tokens.describe(), "digest": tokens.digest,
                                         "layers": [step._asdict() for step in steps]})

@@ -93,7 +93,7 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
             shutil.copy(path, tmp / path.name)
         if compressed.tokenizer is not None:
             save_tokenizer(compressed.tokenizer, tmp)
-        plan.save(tmp)
+        write_json(tmp / "plan.json", plan.to_json())  # without what was fitted: readers take any safetensors here
         write_text(tmp / "README.md", model_card(compressed, plan, Record.of(record or {})))
         honour_umask(tmp)
         verified = verify_checkpoint(tmp, compressed, tokens)

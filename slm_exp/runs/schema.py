@@ -210,19 +210,30 @@ class RefittedLayer(Section):
     errors: list[float] = []
 
 
-class WholeModel(Section):
-    """Its loss on tokens held out, without a recovery and with it."""
+class Gain(Section):
+    """Loss on held-out passages around a step of a chain."""
 
+    before: float | None = None
+    after: float | None = None
+
+
+class WholeModel(Section):
+    """What decided whether a recovery is kept: the loss on tokens that it was not fitted on."""
+
+    rows: int | None = None
     before: float | None = None
     after: float | None = None
     kept: bool = True
 
 
-class Recovery(Section):
+class OneRecovery(Section):
     """What a training or a refit left."""
 
-    steps: Any = None
-    """A number, or the steps of a chain."""
+    name: str = ""
+    """Of a step of a chain."""
+    gain: Gain = Gain()
+    whole_model: WholeModel = WholeModel()
+    steps: int | None = None
     steps_planned: int | None = None
     best_step: int | None = None
     trained_parameters: int | None = None
@@ -231,13 +242,22 @@ class Recovery(Section):
     """(step, loss), in training."""
     held_out_loss: list[list[float]] = []
     layers: list[RefittedLayer] = []
-    whole_model: WholeModel | None = None
 
     @field_validator("examples", "layers", mode="before")
     @classmethod
     def _count_alone(cls, value: Any) -> Any:
         """Some recoveries say only how many."""
         return value if isinstance(value, dict | list) else None if value is None else {}
+
+
+class Recovery(OneRecovery):
+    """A recovery, or a chain of them."""
+
+    steps: int | list[OneRecovery] | None = None  # type: ignore[assignment]
+
+    @property
+    def chain(self) -> list[OneRecovery]:
+        return self.steps if isinstance(self.steps, list) else []
 
 
 class Quartiles(Section):

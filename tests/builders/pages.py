@@ -109,6 +109,11 @@ def page_run(folder: Path, kind: str = "finished") -> Path:
             "held_out_loss": [[20, 2.9], [40, 2.7]],
             "layers": [{"layer": 14, "original": [14, 16], "errors": [0.2, 0.11, 0.09]}],
             "whole_model": {"rows": 13, "before": 5.978, "after": 11.018, "kept": False}}  # fmt: skip
+    if kind == "chain":
+        out["recovery"] = {"steps": [
+            {"name": "reconstruct", "gain": {"before": 4.5, "after": 4.1},
+             "layers": [{"layer": 14, "original": [14, 16], "errors": [0.2, 0.09]}]},
+            {"name": "lora", "gain": {"before": 4.1, "after": None}, "steps": 40, "loss": [[10, 3.0], [20, 2.9]]}]}
     if kind in ("failed", "running", "bare"):
         out |= {"stages": out["stages"][: 0 if kind == "bare" else 5],
                 "status": "running" if kind == "running" else "failed"}  # fmt: skip

@@ -25,6 +25,8 @@ from slm_exp.recovery.judged import judged, mean_loss
 RECOVERIES = available("recovery")
 QUICK = {"n_samples": 10, "seq_len": 24, "cutoff_len": 24, "max_steps": 2, "batch_size": 4, "micro_batch_size": 2,
          "data": "bundled", "warmup_steps": 1, "held_out": 2}  # fmt: skip
+QUICK["steps"] = [{"name": "reconstruct", "n_samples": 10, "seq_len": 24},
+                  {"name": "lora", **{k: v for k, v in QUICK.items() if k not in ("n_samples", "cutoff_len")}}]
 PLAN = MergePlan(8, groups=((4, 6),), dropped=(2,), rule="top_layer")
 
 every_recovery = pytest.mark.parametrize("name", RECOVERIES)
@@ -211,7 +213,7 @@ def test_the_cost_grows_with_the_model_and_says_what_it_leaves_out(name: str) ->
     assert quick(name).cost(sizes.with_layers(60), 50)[0].blocks >= 2 * work.blocks
     assert (quick(name).memory(sizes) > 0) == quick(name).trains()
     assert quick(name).wall_clock_limit is None
-    if quick(name).trains():
+    if "max_minutes" in RECOVERIES[name].__dataclass_fields__:
         assert quick(name, max_minutes=3.0).wall_clock_limit == 3
         assert quick(name, max_minutes=3.0).cost(sizes, 25)[1] == ["recovery stops after 3 minutes"]
 

@@ -138,6 +138,6 @@ def test_what_cannot_be_is_refused(make_tiny: Any, tokens: CalibrationTokens, tm
             compose_run(["model=tiny", "experiment=best", "method.target_layers=6", "similarity=token_cosine", more])
     assert compose_run(["experiment=best", "method.target_ratio=0.2"]).recovery.layers == "sublayers"
     np.save(tmp_path / "same.npy", tokens.tokens_NT)
-    with pytest.raises(DataError, match="4 of the calibration's sequences have text in common"):
+    with pytest.raises(DataError, match="4 of the 4 calibration sequences have text in common"):
         Joint(target_layers=6, fit_path=str(tmp_path / "same.npy")).plan(new_task(make_tiny(), tokens))
     assert available("method")["joint"] is Joint
