@@ -136,6 +136,14 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
     return Corpus(tokens_NT, {"source": corpus_identity(where), "seq_len": seq_len, "bos": bos, "chunks": n})
 
 
+def row_length(where: str) -> int | None:
+    """Tokens of a token file's rows, by its header; None of anything else."""
+    try:
+        return int(np.load(where, mmap_mode="r", allow_pickle=False).shape[1]) if where.endswith(".npy") else None
+    except Exception:  # what `read_ids` says in a line; numpy and zipfile raise a dozen kinds
+        return None
+
+
 def corpus_identity(where: str) -> str:
     """A digest of a file's contents, or the name of a hub set or of bundled text and the rule that chose it."""
     if where in HELD_OUT:

@@ -18,6 +18,7 @@ from slm_exp.launch.workers import cores, visible_gpus
 from slm_exp.models.sizes import Sizes
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
+from slm_exp.pipeline.inspection import Inspection
 from slm_exp.recovery.gain import loss_cost
 from slm_exp.runs.sweep import FINISHED, Job, differing, read_cell
 from slm_exp.tables.build import split_words
@@ -133,7 +134,11 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
     Raises:
         ConfigError: as the run itself would; names the job.
     """
-    command = jobs_of(overrides, multirun)
+    return plan_jobs(jobs_of(overrides, multirun), tflops, anew)
+
+
+def plan_jobs(command: CommandJobs, tflops: float | None = None, anew: bool = False) -> GridPlan:
+    """`make_plan` of jobs that are composed already."""
     first = command.jobs[0][1]
     requested = first.model.device or first.runtime.device
     gpus = visible_gpus() if requested != "cpu" else []
@@ -141,11 +146,10 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
     here = device == "cpu" or bool(gpus)
     grid = GridPlan(command.folder, command.multirun, device, *(command.capacity() if here else (1, cores())))
     lookup = Lookup(Path(first.cache.dir) if first.cache.enabled else None)
-    sketches: dict[str, Sketch] = {}
+    inspection = Inspection(device, here=False)
     for _, cfg in command.jobs:
-        if repr(cfg.model) not in sketches:
-            sketches[repr(cfg.model)] = cfg.model.sketch(Path(cfg.cache.dir), device)
-    grid.models = list(sketches.values())
+        inspection.sketch(cfg)
+    grid.models = list(inspection.sketches.values())
     grid.notes = [note for model in grid.models for note in model.notes]
     dtype = grid.models[0].dtype
     if tflops is not None:
@@ -156,7 +160,7 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
         grid.notes.append("no GPU is visible here, so times are not known: --tflops N gives those of a machine that "
                           "sustains N TFLOP/s.")
     for job, cfg in command.jobs:
-        grid.jobs.append(_job_plan(grid, job, cfg, sketches[repr(cfg.model)], lookup))
+        grid.jobs.append(_job_plan(grid, job, cfg, inspection, lookup))
     grid.notes += dict.fromkeys(note for plan in grid.to_run for note in plan.notes)
     searches = sum(plan.bounds is not None and plan.stages.get("plan") == COMPUTE for plan in grid.to_run)
     if searches > 1:
@@ -167,24 +171,34 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
 def jobs_of(overrides: Sequence[str], multirun: bool) -> CommandJobs:
     """The jobs of a command line as the run would make them; of `table=NAME [PARAM=VALUE]` those that fill it."""
 
-    def identify(cfg: RunConfig) -> str:
-        return "" if cfg.model.unread_weights() else cfg.run_id
-
     name = next((o.partition("=")[2] for o in overrides if o.startswith("table=")), None)
     if name is None:
-        return command_jobs(overrides, multirun, identify=identify)
+        return command_jobs(overrides, multirun, identify=_identify)
     others, own = [o for o in overrides if not o.startswith(("table=", "hydra"))], parameters(name)
-    given, _ = split_words([o for o in others if o.partition("=")[0] in own])
-    added = [o for o in others if o.partition("=")[0] not in own]
+    given, _ = split_words([o for o in others if o.partition("=")[0] in own or o.startswith("model.")])
+    added = [o for o in others if o.partition("=")[0] not in own and not o.startswith("model.")]
     missing = [[*cell, *added] for cell in cells(name, given)]
     if not missing:
         raise ConfigError("no job is left to plan: the table has every cell.")
-    return command_jobs([o for o in overrides if o.startswith("hydra")], True, cells=missing, name=Path(name).stem,
-                        identify=identify)
+    return cell_jobs(Path(name).stem, missing, [o for o in overrides if o.startswith("hydra")])
 
 
-def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: Lookup) -> JobPlan:
-    plan = JobPlan(job, read_cell(job).state if job.run_id else "unknown")
+def cell_jobs(name: str, runs: Sequence[Sequence[str]], hydra: Sequence[str] = ()) -> CommandJobs:
+    """The jobs of a table's runs, by their overrides, in the folder where `slm tables NAME --missing` puts them."""
+    return command_jobs(hydra, True, cells=runs, name=name, identify=_identify)
+
+
+def _identify(cfg: RunConfig) -> str:
+    return "" if cfg.model.unread_weights() else cfg.run_id
+
+
+def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, inspection: Inspection, lookup: Lookup) -> JobPlan:
+    plan, model = JobPlan(job, read_cell(job).state if job.run_id else "unknown"), inspection.sketch(cfg)
+    try:
+        inspection.look(cfg)
+        cfg.evaluation.check_data(model.random)
+    except SlmError as error:
+        plan.problem = str(error)
     if model.sizes is None or model.handle is None:
         plan.notes.append(f"{model.name}: without its config.json nothing can be counted.")
         return plan
@@ -192,12 +206,11 @@ def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: L
         lookup = Lookup(lookup.store.folder)
     outline = walk(cfg, model, lookup, job.save_model)
     try:
-        if not (cfg.width.prunes or cfg.method.narrows or (cfg.method.removes_sublayers and cfg.method.target_ratio)):
+        if not cfg.width.prunes:
             cfg.method.check_model(model.handle)  # the others look at modules, which takes torch
-        cfg.evaluation.check_data(model.random)
         _size(plan, cfg, model, outline)
     except SlmError as error:
-        plan.problem = str(error)
+        plan.problem = plan.problem or str(error)
     if plan.state != FINISHED:
         plan.stages = outline.stages
         plan.notes += cfg.advice()

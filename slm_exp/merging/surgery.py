@@ -12,7 +12,7 @@ from slm_exp.core.files import digest
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.width import apply_width
-from slm_exp.models.base import ModelHandle, empty_model
+from slm_exp.models.base import ModelHandle
 from slm_exp.models.layout import LayerLayout
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
         handle.name, _shorter_config(handle.layout, handle.config, _hosts(plan, rule)), handle.layout,
         digest=handle.digest if unchanged else digest({"model": handle.digest, "plan": effect}), device=handle.device,
         load_model=lambda: _built(handle, plan, rule), load_tokenizer=lambda: handle.tokenizer, note=handle.note,
-        random=handle.random, licences=handle.licences,
+        random=handle.random, licences=handle.licences, origin=handle.origin,
         lineage={"base": handle.name, "base_digest": handle.digest, "plan": effect})
 
 
@@ -85,18 +85,11 @@ def _built(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None) -> PreT
     return build(handle, plan, rule, hosts, _shorter_config(handle.layout, handle.model.config, hosts))
 
 
-def sublayer_sizes(handle: ModelHandle, layer: int = 0) -> dict[str, int]:
-    """Parameters of a layer's attention and MLP sublayers: projections and their biases. Loads no weights."""
-    module = handle.layout.layers(handle.model if handle.loaded else empty_model(handle.config))[layer]
-    return {kind: sum(p.numel() for name in names for p in module.get_submodule(name).parameters())
-            for kind, names in handle.layout.sublayers.items()}
-
-
 def zeroed(compressed: ModelHandle, plan: MergePlan) -> int:
     """Parameters that a plan's sublayers leave in the checkpoint, and in `n_params`, without effect. An engine that
     skips such sublayers could leave them out."""
     at = {slot.start: i for i, slot in enumerate(plan.slots)}
-    return sum(sublayer_sizes(compressed, at[s.layer])[s.kind] for s in plan.sublayers)
+    return sum(compressed.sublayer_params[at[s.layer]][s.kind] for s in plan.sublayers)
 
 
 def zeroed_note(handle: ModelHandle, plan: MergePlan) -> tuple[str, ...]:
@@ -105,8 +98,7 @@ def zeroed_note(handle: ModelHandle, plan: MergePlan) -> tuple[str, ...]:
     if not kinds:
         return ()
     which = " and ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
-    sizes = sublayer_sizes(handle)
-    size = sum(sizes[s.kind] for s in plan.sublayers)
+    size = sum(handle.sublayer_params[s.layer][s.kind] for s in plan.sublayers)
     are = "sublayer is" if len(plan.sublayers) == 1 else "sublayers are"
     return (f"{which} {are} zeroed: {size / 1e6:.3g} M parameters ({size / handle.n_params:.1%}) could be left out by "
             "an engine that skips them; the checkpoint keeps them.",)

@@ -102,6 +102,10 @@ class Method(Component, ABC):
         """Raise ConfigError where this model has no such size. Called before weights load; may not load them."""
         self.layers_left(handle)
 
+    def check_data(self, dense: ModelHandle) -> None:
+        """Raise ConfigError or DataError where texts that it reads are absent or malformed. Called before weights
+        load."""
+
     def layers_left(self, handle: ModelHandle) -> int | None:
         """Layers that the plan will leave, where the config says it; None where the search decides. Loads no weights.
         Raises ConfigError: this model has no such size."""

@@ -98,7 +98,9 @@ class Joint(Baseline):
             raise ConfigError(f"method={self.name}: {layout.family} layers cannot be narrowed and refitted: {why}. "
                               "Take another method, e.g. method=shortgpt.")
         self._wanted(handle)
-        self._source().check(handle)
+
+    def check_data(self, dense: ModelHandle) -> None:
+        self._source().check(dense)
 
     def layers_left(self, handle: ModelHandle) -> int | None:
         return None
@@ -118,16 +120,16 @@ class Joint(Baseline):
 
     def _wanted(self, handle: ModelHandle) -> float:
         """Parameters to remove. Loads no weights. Raises ConfigError: more than can be; says how much can."""
-        full, costs, step = full_shape(handle.config), costs_of(handle), self._step(handle)
-        attention = costs.attention(full.heads, full.kv_heads)
-        layer = attention + full.channels * costs.channel
+        full, of = full_shape(handle.config), handle.sublayer_params[0]
+        layer = of["attention"] + of["mlp"]
         if self.target_layers is not None:
             require(self.target_layers <= handle.n_layers, "method.target_layers", self.target_layers,
                     f"1 to {handle.n_layers} for {handle.name}")
             name, wanted = "target_layers", float((handle.n_layers - self.target_layers) * layer)
         else:
             name, wanted = "target_ratio", (self.target_ratio or 0) * handle.n_params
-        most = len(self.removable(handle.n_layers)) * (layer - (LEAST * step + step) * costs.channel)
+        most = len(self.removable(handle.n_layers)) * (
+            layer - (LEAST + 1) * self._step(handle) / full.channels * of["mlp"])
         require(wanted <= most, f"method.{name}", getattr(self, name),
                 f"{most / layer:.1f} layers' worth of parameters ({most / handle.n_params:.3f} of all) at most go from "
                 f"{handle.name}", f"Every MLP keeps {LEAST} of {self.steps} parts, and "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.errors import require
+from slm_exp.models.origin import Origin
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,8 @@ class ModelHandle:
     """True for made-up weights (`model=tiny`)."""
     licences: tuple[Path, ...] = ()
     """Licence and notice files that came with the weights; they go along with what is made of these."""
+    origin: Origin = field(default_factory=Origin)
+    """What the hub knows of the source."""
     lineage: dict[str, Any] = field(default_factory=dict)
     """What was done to the dense model; empty for the dense model itself."""
 
@@ -91,6 +94,13 @@ class ModelHandle:
         """Parameters of one decoder layer, the mean where layers differ. Loads no weights."""
         model = self.model if self.loaded else empty_model(self.config)
         return count_params(self.layout.layers(model)) // self.n_layers
+
+    @cached_property
+    def sublayer_params(self) -> tuple[dict[str, int], ...]:
+        """Of every layer, parameters of attention and of the MLP: projections and their biases. Loads no weights."""
+        layers = self.layout.layers(self.model if self.loaded else empty_model(self.config))
+        return tuple({kind: sum(count_params(layer.get_submodule(name)) for name in names)
+                      for kind, names in self.layout.sublayers.items()} for layer in layers)
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -28,7 +28,7 @@ from slm_exp.evaluation.base import EvalReport
 from slm_exp.evaluation.protocol import FILE as PROTOCOL
 from slm_exp.merging.surgery import zeroed
 from slm_exp.pipeline.config import RunConfig
-from slm_exp.pipeline.stages import Experiment, Stage
+from slm_exp.pipeline.stages import Experiment, Stage, Step
 from slm_exp.reporting.heatmap import draw_heatmap
 from slm_exp.reporting.page import write_report
 from slm_exp.runs.files import result_files
@@ -40,6 +40,7 @@ from slm_exp.runs.tracking.base import Tracker
 log = logging.getLogger(__name__)
 
 PICTURE = "similarity.png"
+CONFIG, BEFORE = "config.yaml", "record.before.json"
 
 
 class Observer:
@@ -110,6 +111,7 @@ class Recorder:
     finished: bool = False
     observers: list[Observer] = field(default_factory=list)
     _started: float = 0.0
+    _before: JsonObject | None = None
     _lock: Any = None
 
     def __enter__(self) -> Self:
@@ -126,7 +128,8 @@ class Recorder:
             self.finished, self.record = True, done.record.raw
             return self
         if (before := read_run(self.folder)) and before.record.status == "finished":
-            write_json(self.folder / "record.before.json", before.record.raw)  # nothing that was finished is lost
+            self._before = before.record.raw
+            write_json(self.folder / BEFORE, self._before)  # nothing that was finished is lost
         self._started = time.perf_counter()
         overrides = masked(self.overrides)
         self.record = {
@@ -137,12 +140,14 @@ class Recorder:
             "pid": os.getpid(), "stages": [], "warnings": [], "eval": {"dense": None, "compressed": None},
             "error": None}
         self.write()
-        write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.record["config"])))
+        write_text(self.folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.record["config"])))
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, tb: Any) -> None:
         try:
-            if error is not None and not self.finished:
+            if isinstance(error, StageError) and error.refused and self.group is None:
+                self._withdraw()
+            elif error is not None and not self.finished:
                 self._fail(error)
         finally:
             self._lock.release()
@@ -152,6 +157,16 @@ class Recorder:
         if self._started:
             self.record["seconds"] = round(time.perf_counter() - self._started, 3)
         write_record(self.folder, self.record)
+
+    def step(self, step: Step, x: Experiment) -> None:
+        """Carry out the stages of a step, timed under its name."""
+        with self.stage(step.name) as cached:
+            cached += [self.carry_out(stage, x) for stage in step.stages if stage.when(x)]
+
+    def watch(self, observer: Observer) -> None:
+        """Have an observer hear of the run from here on, and of what the record says so far."""
+        self.observers.append(observer)
+        observer.noted({name: self.record[name] for name in ("device", "model", "stages")})
 
     def carry_out(self, stage: Stage[Any], x: Experiment) -> bool:
         """Carry out one stage and keep what it gave. Returns whether its value came from the stage cache."""
@@ -260,6 +275,15 @@ class Recorder:
         self.finished = True
         self._pass_on(status="finished", seconds=self.record["seconds"])
         return self.record
+
+    def _withdraw(self) -> None:
+        """Leave the folder as it was found: nothing has been computed."""
+        for name in (RECORD, CONFIG):
+            (self.folder / name).unlink(missing_ok=True)
+        if self._before:
+            write_record(self.folder, self._before)
+            write_text(self.folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self._before["config"])))
+            (self.folder / BEFORE).unlink(missing_ok=True)
 
     def _fail(self, error: BaseException) -> None:
         cause = error.__cause__ if isinstance(error, StageError) and error.__cause__ else error

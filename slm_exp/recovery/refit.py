@@ -114,7 +114,7 @@ class _Refit:
         left = {kind: () if kind in removed else names for kind, names in self.layout.fitted.items()}
         if not self.settings.attention and left["mlp"]:
             left["attention"] = ()
-        modules = [*left["mlp"], *left["attention"]]
+        modules = [m for name in (*left["mlp"], *left["attention"]) for m in (name, self.layout.norm_behind(name)) if m]
         weights: dict[str, Tensor] = {}
         kept, lowest = weights, math.inf
         errors: list[float] = []
@@ -131,7 +131,8 @@ class _Refit:
                 step = ridge_step(fit, held, self.settings.ridges)
                 ridges.append(step[1] if step else None)
                 if step:
-                    weights = weights | changed(self.task.handle.layers[position], module, weights, step[0])
+                    layer = self.task.handle.layers[position]
+                    weights = weights | changed(self.layout, layer, module, weights, step[0])
         return weights, Refitted(position, list(slot), errors, modules * self.settings.rounds, ridges)
 
     def _moments(self, position: int, module: str | None, weights: dict[str, Tensor], scale: float
@@ -203,7 +204,7 @@ class _Upward(_Refit):
         fit, held = moments(self.short, Slot(at, without=_other(kind)), modules[0], self.short_NTD, self.dense_NTD,
                             self.held_N, weight_NT, scale)
         step = ridge_step(fit, held, self.settings.ridges, whole=True)
-        weights = changed(self.task.handle.layers[at], modules[0], {}, step[0]) if step else {}
+        weights = changed(self.layout, self.task.handle.layers[at], modules[0], {}, step[0]) if step else {}
         errors = [held.rr / held.tt, (step[2] if step else held.rr) / held.tt]
         return weights, Refitted(at, list(self.task.plan.slots[at]), errors, [modules[0]], [step[1] if step else None])
 

@@ -109,7 +109,7 @@ class _Walk:
                                  torch.zeros(len(self.ids), dtype=torch.bool))
             none.rr = math.inf  # nothing is held out: the one ridge is taken
             taken = ridge_step(sums, none, [RIDGE])
-            repaired = changed(below, name, {}, taken[0]) if taken else {}
+            repaired = changed(self.layout, below, name, {}, taken[0]) if taken else {}
             attention = self._divergence({i - 1: Slot(i - 1, repaired), i: Slot(i, without=frozenset({"attention"}))})
         sums, _ = moments(self.hooked, Slot(i), name, self.states[1], self.states[2],
                           torch.zeros(len(self.ids), dtype=torch.bool))

@@ -101,7 +101,7 @@ class Refits:
         fit, held = moments(self._runner, plain, module, states[start], states[end], held_out(len(states[0])))
         step = ridge_step(fit, held, RIDGES)
         with torch.inference_mode():
-            return changed(handle.layers[slot.host], module, weights, step[0]) if step else {}
+            return changed(handle.layout, handle.layers[slot.host], module, weights, step[0]) if step else {}
 
     @cached_property
     def _runner(self) -> BlockRunner:

@@ -76,10 +76,13 @@ class Grid:
     columns: list[str]
     blocks: list[tuple[str, list[tuple[str, list[Entry]]]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    """Below the table: what was measured, by what."""
     gaps: list[Gap] = field(default_factory=list)
     row_heads: tuple[str, str] = ("block", "row")
     tested: bool = False
     """Whether marks were looked for."""
+    legend: list[str] = field(default_factory=list)
+    """What a reader has to know to read the numbers: of a paper's table, the caption after its title."""
 
     def entries(self) -> Iterable[Entry]:
         return (entry for _, rows in self.blocks for _, row in rows for entry in row)
@@ -131,7 +134,8 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
     grid.notes += other.values()
     if marks:
         _mark(table, grid, kinds, placed, other)
-    grid.notes += _explanations(table, grid, kinds, placed)
+    grid.legend = _explanations(table, grid, kinds)
+    grid.notes += provenance([m for found in placed.values() for m in found])
     return grid
 
 
@@ -276,9 +280,9 @@ def marked(values: dict[int, float], p_value: Callable[[int, int], float | None]
     return {order[0]: BEST} | ({order[1]: SECOND} if first_of(order[1:]) else {})
 
 
-def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: Placed) -> list[str]:
+def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity]) -> list[str]:
     """What a reader has to know to read the numbers."""
-    out = []
+    out = ["Accuracies in per cent."] if any(kind.tasks for kind in kinds) else []
     spreads = {kinds[k].spread for _, rows in grid.blocks for _, line in rows for k, e in enumerate(line)
               if e.half is not None}
     dense = any(row.which == "dense" for block in table.blocks for row in block.rows)
@@ -297,15 +301,19 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: P
         marks = "; ".join(f"{mark}: {MARKS[mark]}" for mark in MARKS if mark in used) or "no row is marked"
         out.append(f"Marks: {marks}. {test[0].upper()}{test[1:]}, Holm's correction over all pairs of a block and "
                    f"column, level {LEVEL:g}.{' The dense model takes no part.' if dense else ''}")
-    return [*out, *provenance([m for found in placed.values() for m in found])]
+    return out
 
 
-def provenance(runs: Sequence[Measured]) -> list[str]:
-    """How many runs, by which commit, of which model, by which protocol; and whether they could be checked."""
+def provenance(runs: Sequence[Measured], n: int | None = None) -> list[str]:
+    """How many runs, by which commit, of which model, by which protocol; and whether they could be checked.
+
+    Args:
+        n: runs, where one that lies in two folders counts twice.
+    """
     out = []
     records = {m.record.run_id: m.record for m in runs}.values()
     if versions := sorted({f"slm_exp {r.versions.get('slm_exp')}{_commit(r)}" for r in records}):
-        out.append(f"{len(records)} runs, by {', '.join(versions)}.")
+        out.append(f"{n or len(records)} runs, by {', '.join(versions)}.")
     out += [f"Model: {note}." for note in sorted({m.record.model.note for m in runs} - {""})]
     protocols = {p.get("hash"): p.get("fields") or {} for m in runs if (p := m.evaluation.protocol)}
     if len(protocols) == 1:

@@ -13,6 +13,7 @@ from slm_exp.evaluation.report import metric_of
 from slm_exp.runs.schema import Quartiles, SpeedCase
 from slm_exp.runs.statistics.runs import Measured
 from slm_exp.runs.statistics.scores import estimate, main_score, stderr_of_mean
+from slm_exp.tables.facts import agreement
 
 Value = float | str | None
 
@@ -108,6 +109,15 @@ def _threshold(m: Measured) -> Value:
     return m.record.setting("method.threshold") if planned is None else planned
 
 
+def _target(m: Measured) -> str | None:
+    """`26 layers`, `18.8 %`: what was requested in place of a threshold; null where a threshold was."""
+    method = m.record.config.get("method") or {}
+    for key, value in method.items():
+        if key.startswith("target_") and value is not None:
+            return f"{100 * value:.3g} %" if key == "target_ratio" else f"{value} {key.removeprefix('target_')}"
+    return None
+
+
 NAMED = {
     "layers": Quantity("layers", _sided(lambda m: m.record.layers.before, lambda m: m.record.layers.after)),
     "params": Quantity("params (M)", _sided(_scaled(lambda m: m.record.params.before, 1e-6),
@@ -117,6 +127,8 @@ NAMED = {
     "removed_or_zeroed": Quantity("removed or zeroed (%)", _sided(lambda _: 0.0, _idle), 1),
     "score": Quantity("score", _compressed(lambda m: m.record.plan.final_score), 4),
     "plan": Quantity("plan", _compressed(_plan)),
+    "agrees": Quantity("as published", _compressed(agreement)),
+    "target": Quantity("target", _compressed(_target)),
     "threshold": Quantity("threshold", _compressed(_threshold), 4),
     "evaluations": Quantity("candidates", _compressed(lambda m: m.record.plan.evaluations)),
     "block_forwards": Quantity("block forwards", _compressed(lambda m: m.record.plan.block_forwards)),

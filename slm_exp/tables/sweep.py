@@ -16,9 +16,9 @@ from slm_exp.runs.tracking.base import flat
 from slm_exp.tables.grid import Entry, Grid, dense_of, provenance
 from slm_exp.tables.quantities import Quantity, check_quantity, quantity
 
-SETTINGS = {"threshold": "threshold", "rule": "config.merge_rule.name", "similarity": "config.similarity.name",
-            "kernel": "config.kernel.name"}
-NEVER = ("tracking.", "runtime.", "cache.", "save_model", "method.threshold")
+SETTINGS = {"target": "target", "threshold": "threshold", "rule": "config.merge_rule.name",
+            "similarity": "config.similarity.name", "kernel": "config.kernel.name"}
+NEVER = ("tracking.", "runtime.", "cache.", "save_model", "method.threshold", "method.target_")
 """Settings that get no column of their own."""
 
 
@@ -39,10 +39,12 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
         raise ProtocolError(f"{reason}. Their numbers do not belong in one table: give folders of one protocol, or say "
                             "--mixed-protocols to see them side by side.")
     settings = {**SETTINGS, **_others(runs)}
+    if not any(quantity("target").value(m) for m in runs):
+        del settings["target"]
     tasks = list(dict.fromkeys(task for m in runs for task in m.evaluation.tasks))
     tasks = [t for t in SEVEN if t in tasks] + sorted(t for t in tasks if t not in SEVEN)
     corpora = sorted({corpus for m in runs for corpus in m.evaluation.perplexity})
-    columns = {**settings, "layers": "layers", "params": "parameters", "removed": "removed",
+    columns = {**settings, "layers": "layers", "params": "params", "removed": "removed",
                **{t: t if t in SEVEN else f"task.{t}" for t in tasks}, "average": "average",
                **{f"ppl {c}": f"perplexity.{c}" for c in corpora}}
     if only is not None:
@@ -70,10 +72,12 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
             why = f": {error.type} in stage {error.stage}" if error else ""
             line[-1] = replace(line[-1], note=f"{m.run.state}{why}")
         rows.append((name, line))
-    notes = ["removed in per cent of the parameters, tasks in per cent, ± the standard error over documents.",
-             "Runs differ in size, so none is marked as best: slm compare RUN RUN tests a difference."]
-    return Grid("sweep", f"{len(runs)} runs", list(columns), [("", rows)],
-                [*notes, *([reason] if reason else []), *provenance(runs), *damaged], row_heads=("", "run"))
+    differ = [label for label, show in settings.items() if len({str(quantity(show).value(m)) for m in runs}) > 1]
+    return Grid("sweep", f"Runs that differ in {', '.join(differ)}" if differ else "Runs", list(columns), [("", rows)],
+                [*([reason] if reason else []), *provenance(runs, len(runs)), *damaged], row_heads=("", "run"),
+                legend=["params in millions, removed in per cent of them, tasks in per cent, ± the standard error over "
+                        "documents.",
+                        "Runs differ in size, so none is marked as best: slm compare RUN RUN tests a difference."])
 
 
 def _entry(kind: Quantity, m: Measured) -> Entry:
@@ -97,4 +101,4 @@ def _order(value: Any) -> tuple[bool, float, str]:
     try:
         return False, -float(value), ""
     except (TypeError, ValueError):
-        return True, 0.0, str(value)
+        return True, 0.0, str(value or "")

@@ -130,7 +130,7 @@ def test_what_cannot_be_is_refused(make_tiny: Any, tokens: CalibrationTokens, tm
     with pytest.raises(ConfigError, match=r"gpt2 layers cannot be narrowed"):
         Joint(target_layers=6, **FIT).check_model(make_tiny(family="gpt2"))
     with pytest.raises(ConfigError, match=r"method.fit_path = .*none.npy"):
-        Joint(target_layers=6, fit_path=str(tmp_path / "none.npy")).check_model(make_tiny())
+        Joint(target_layers=6, fit_path=str(tmp_path / "none.npy")).check_data(make_tiny())
     for more, message in (("width=flap", "width = flap; expected none with method=joint"),
                           ("similarity.after=reconstruct", "similarity.after = reconstruct; expected null with"),
                           ("method.threshold=0.9", "method.threshold = 0.9; expected null")):

@@ -57,6 +57,10 @@ class MergeRule(Component, ABC):
     """Whether a merged layer is fitted on tokens. `combine` is then what the fit starts from; a plan's layers lie
     beside it (`MergePlan.fitted`)."""
 
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence that each setting makes the model read."""
+        return {}
+
     def check_data(self, dense: ModelHandle) -> None:
         """Raise ConfigError or DataError where the rule's tokens cannot be had. Called before weights load."""
 
