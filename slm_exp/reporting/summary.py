@@ -54,7 +54,7 @@ def summary(finished: JsonObject, folder: Path) -> str:
         if any(row.mute for row in rows):
             lines.append("  (mute: dense is not above chance by two standard errors; counts in no verdict)")
     if small.text:
-        ended, distinct = ([share and getattr(share, name) for share in (dense.text, small.text)]
+        ended, distinct = ([getattr(side.text, name, None) for side in (dense, small)]
                            for name in ("ended", "distinct_3"))
         lines.append(f"  free text  ends by itself {_share(ended[0])} -> {_share(ended[1])}, distinct runs of three "
                      f"{_share(distinct[0])} -> {_share(distinct[1])}")
