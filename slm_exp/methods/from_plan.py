@@ -115,6 +115,9 @@ class FromPlan(Method):
                 "a file with the merged layers, which this rule fits" if rule.fits else f"none: {name} fits nothing")
         return rule
 
+    def needs_resident(self) -> str | None:
+        return f"the plan in method.path = {self.path} narrows layers" if self.given.width else None
+
     def layers_left(self, handle: ModelHandle) -> int | None:
         return self.plan_for(handle).n_layers_out
 

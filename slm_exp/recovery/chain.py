@@ -81,6 +81,9 @@ class Chain(Recovery):
                 raise _named(f"recovery.steps[{i}]", error) from None
         return out
 
+    def needs_resident(self) -> str | None:
+        return next(filter(None, (part.needs_resident() for part in self.parts())), None)
+
     def trains(self) -> bool:
         return any(part.trains() for part in self.parts())
 

@@ -17,7 +17,8 @@ from markupsafe import escape
 
 from slm_exp.core.format import printable
 from slm_exp.tables.commands import commands
-from slm_exp.tables.grid import BEST, SECOND, TIED, Entry, Grid
+from slm_exp.tables.grid import BEST, SECOND, TIED, Entry, Grid, shown
+from slm_exp.tables.quantities import Value
 
 EMPTY = "–"
 LEGEND = {BEST: "bold", SECOND: "underlined", TIED: "°"}
@@ -194,10 +195,16 @@ def csv_text(grid: Grid) -> str:
         for name, row in rows:
             missing = [c for n in dict.fromkeys(e.missing for e in row if e.missing is not None) for c in by_number[n]]
             note = "; ".join(f"{c}: {e.note}" for c, e in zip(columns, row, strict=True) if e.note)
-            put(*([label] if named else []), name, *(e.text for e in row), *(row[k].half_text for k in spread),
+            put(*([label] if named else []), name, *(_number(e, e.value) for e in row),
+                *(_number(row[k], row[k].half) for k in spread),
                 *(row[k].mark for k in marks), *([note] if noted else []),
                 *(["; ".join(missing)] if grid.gaps else []))
     return out.getvalue()
+
+
+def _number(entry: Entry, value: Value) -> str:
+    """With all of its column's decimals: whoever reads CSV computes with it."""
+    return "" if value is None else shown(value, entry.digits)
 
 
 def _csv(text: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from slm_exp.core.errors import ConfigError, ProtocolError
+from slm_exp.core.format import decimals, rounded
 from slm_exp.evaluation.protocol import mixed
 from slm_exp.runs.record import say_unverified
 from slm_exp.runs.schema import Record
@@ -48,12 +49,12 @@ class Entry:
 
     @property
     def text(self) -> str:
-        """The value as shown, without its plus-minus; empty where there is none."""
-        return "" if self.value is None else shown(self.value, self.digits)
+        """The value as shown, as precise as its plus-minus; empty where there is none."""
+        return "" if self.value is None else shown(self.value, self.digits, self.half)
 
     @property
     def half_text(self) -> str:
-        return "" if self.half is None else shown(self.half, self.digits)
+        return "" if self.half is None else shown(self.half, self.digits, self.half)
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,11 @@ class Grid:
         return (entry for _, rows in self.blocks for _, row in rows for entry in row)
 
 
-def shown(value: float | str, digits: int) -> str:
-    """A number with fixed decimals (whole numbers and text as they are)."""
+def shown(value: float | str, digits: int, half: float | None = None) -> str:
+    """A number with fixed decimals, or with those its plus-minus is worth; text as it is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    text = f"{value:.{digits}f}"
-    return text.lstrip("-") if float(text) == 0 else text
+    return rounded(value, decimals(half) if half else digits)
 
 
 def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, marks: bool = True) -> Grid:
@@ -124,7 +124,7 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
                 models = [m for m in here if m and _finished(m)]
                 gap = None if row.which == "dense" else _gap(table, row, column, here, gaps, block.label)
                 digits = kinds[k].digits if column.digits is None else column.digits
-                entry = _entry(models, kinds[k], digits, len(table.over))
+                entry = entry_of(models, kinds[k], digits, len(table.over))
                 line.append(replace(entry, missing=gap.number if gap else None))
                 placed[i, j, k] = models
             rows.append((row.label, line))
@@ -193,7 +193,7 @@ def _reason(m: Measured) -> str:
     return f"{state}, not finished"
 
 
-def _entry(models: Sequence[Measured], kind: Quantity, digits: int, wanted: int) -> Entry:
+def entry_of(models: Sequence[Measured], kind: Quantity, digits: int, wanted: int) -> Entry:
     """One run: its value and its own error. Several: the mean and its 95 % interval; text by majority."""
     values = [value for m in models if (value := kind.value(m)) is not None]
     if not values:

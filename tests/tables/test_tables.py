@@ -300,7 +300,7 @@ def test_sweep_has_a_row_for_every_run(rules: Path, capsys) -> None:
     dense = rows.pop("dense")
     assert (dense["rule"], dense["params"]) == ("", "134.5")
     assert set(rows) == {p.name for p in rules.iterdir()}
-    wanted = ["threshold", "rule", "similarity", "kernel", "layers", "params", *SEVEN, "average"]
+    wanted = ["threshold", "rule", "similarity", "kernel", "layers", "params", "average", "kept", "verdict", *SEVEN]
     (row, *_) = rows.values()
     assert [c for c in row if c in wanted] == wanted
     assert {row["rule"] for row in rows.values()} == set(SKILL)
