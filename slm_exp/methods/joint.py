@@ -71,6 +71,9 @@ class Joint(Baseline):
     def narrows(self) -> bool:
         return True
 
+    def needs_resident(self) -> str | None:
+        return f"method={self.name}, which refits every layer it prices"
+
     def check(self) -> None:
         super().check()
         require(self.steps >= 2 * LEAST, "method.steps", self.steps, f"a whole number >= {2 * LEAST}")

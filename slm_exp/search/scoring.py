@@ -137,6 +137,12 @@ class ScoringEngine:
         """Mean next-token cross entropy in nats over the calibration tokens; infinite where it is not a number."""
         return next(self.losses([model]))
 
+    def distance(self, model: Model, kind: str, dtype: str | None = None) -> float:
+        """How far its predictions are from the dense model's, see `engine.vocabulary.prediction_distance`; `dtype`: as
+        in `score`, and of the head."""
+        return self.measure(
+            model, kind, lambda h_NTD: prediction_distance(self._runner(dtype), self._dense_last, h_NTD, kind), dtype)
+
     def losses(self, models: Sequence[Model]) -> Iterator[float]:
         """Of each, see `loss`; of a streamed model in few passes over its file."""
         return self._measures(models, "loss", lambda last_NTD: mean_loss(self.runner, last_NTD))
@@ -149,12 +155,6 @@ class ScoringEngine:
     def foresee(self, models: Sequence[Model]) -> None:
         """These will be scored: where the model is streamed, all of them in one pass over its file."""
         self._together(models, "score", lambda last_NTD: self._against(last_NTD))
-
-    def distance(self, model: Model, kind: str, dtype: str | None = None) -> float:
-        """How far its predictions are from the dense model's, see `engine.vocabulary.prediction_distance`; `dtype`: as
-        in `score`, and of the head."""
-        return self.measure(
-            model, kind, lambda h_NTD: prediction_distance(self._runner(dtype), self._dense_last, h_NTD, kind), dtype)
 
     @cached_property
     def _dense_last(self) -> Tensor:
