@@ -9,7 +9,7 @@ OLDER  := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.0
 STAMP  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: setup assets demo test coverage test-slow test-models test-slurm test-browser test-faults check docs bench clean
+.PHONY: setup assets demo test coverage test-slow test-models test-slurm test-browser test-faults scale check docs bench clean
 
 setup: $(STAMP)  ## .venv with the tested versions, the package (editable) and the assets; a no-op when current
 
@@ -55,6 +55,9 @@ test-browser: setup  ## clicks through the report pages (as root once: apt-get i
 
 test-faults: setup  ## attacks: 10,000 damaged files, 100 kills, full disks; prints a table (an hour; FAULTS=full0.1 a tenth)
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 SLM_EXP_FAULTS=$(or $(FAULTS),full) $(BIN)/python -m pytest -v tests/faults
+
+scale: setup  ## a random 7B and a mixture of experts, streamed under a memory limit and resident (27 GB of disk, hours)
+	$(BIN)/python benchmarks/scale.py --shape llama2_7b moe
 
 check: setup  ## ruff, mypy, import rules
 	$(BIN)/ruff check slm_exp tests benchmarks

@@ -36,6 +36,9 @@ class Calibration(Component, ABC):
         require(self.seed is None or 0 <= self.seed < 2**63, "calibration.seed", self.seed,
                 "null or a whole number >= 0 and < 2^63")
 
+    def in_force(self) -> list[str]:
+        return ["calibration.seed: the run's seed"] if self.seed is None and not self.reads_ids else []
+
     reads_ids: ClassVar[bool] = False
     """Whether the tokens are read from a file as they are, which takes no tokenizer."""
 

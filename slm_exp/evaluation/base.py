@@ -46,6 +46,14 @@ class Evaluation(Settings):
             return f"evaluation.protocol = {self.protocol}: there is no such file; give the protocol.json of a run."
         return self._unknown_task() or missing_examples(self.fewshot)
 
+    def needs_resident(self) -> str | None:
+        if self.times:
+            return "evaluation.speed_runs times generation, and reading the files would be timed"
+        if self.tasks and self.backend == "hflm":
+            return "evaluation.backend=hflm reads the whole model for every few requests; take fast"
+        others = [task for task in self.tasks if task not in SEVEN and task not in MMLU_GROUPS]
+        return f"evaluation.tasks: {others[0]} may generate text; the seven tasks and mmlu do not" if others else None
+
     def check_data(self, random_model: bool = False) -> None:
         """Raise DataError where documents or hub sets are known to be out of reach; call before weights load.
 
@@ -133,7 +141,7 @@ class Evaluation(Settings):
                                 "of token files.")
             # before weights load, so that missing documents stop early
             loaded = load_tasks(self.tasks, self.limit, handle.random, self.fewshot)
-        values = {name: texts.perplexity(handle.model, corpus.tokens_NT, self.batch_size, name)
+        losses = {name: texts.chunk_losses(handle.model, corpus.tokens_NT, self.batch_size, name)
                   for name, corpus in corpora.items()}
         if loaded is not None and handle.tokenizer is not None:
             results = run_tasks(handle.model, handle.tokenizer, loaded, self.limit, self.batch_size, self.add_bos,
@@ -147,8 +155,9 @@ class Evaluation(Settings):
             "perplexity": {name: corpus.protocol for name, corpus in corpora.items()},
         }
         tasks = results.tasks if results else {}
-        return EvalReport(tasks, average(tasks), values, Protocol.of(fields, results.sources if results else {}),
-                          results.samples if results else {})
+        return EvalReport(tasks, average(tasks), {name: texts.exp_of_mean(loss_N) for name, loss_N in losses.items()},
+                          Protocol.of(fields, results.sources if results else {}),
+                          {**(results.samples if results else {}), **texts.samples(corpora, losses)})
 
     def time(self, dense: ModelHandle, compressed: ModelHandle) -> dict[str, Any]:
         """The record's `speed`: both models in turns, measured anew every time. See evaluation/backends/speed.py."""

@@ -44,6 +44,9 @@ class ModelSource(Component, ABC):
                 self.device, "null, auto, cpu, cuda or cuda:N")
         require(self.device_map in (None, "auto"), "model.device_map", self.device_map, "null or auto")
 
+    def needs_resident(self) -> str | None:
+        return f"model.device_map={self.device_map} spreads the weights over devices" if self.device_map else None
+
     def refuse_elsewhere(self, why: str) -> None:
         """Refuse fields that say where a model comes from and how it is spread, for a source that would ignore them."""
         for name in ("path", "revision", "device_map", "trust_remote_code"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,6 +43,10 @@ class ModelHandle:
     """What the hub knows of the source."""
     lineage: dict[str, Any] = field(default_factory=dict)
     """What was done to the dense model; empty for the dense model itself."""
+    load_streamed: Callable[[], PreTrainedModel] | None = field(default=None, repr=False)
+    """Loads the model with layers that stay in their files (see models/streaming.py); None where there are no files."""
+    streamed: bool = False
+    """Whether `model` is such a one."""
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -64,6 +69,11 @@ class ModelHandle:
     def layers(self) -> torch.nn.ModuleList:
         """The decoder layers, bottom to top."""
         return self.layout.layers(self.model)
+
+    def stream(self) -> ModelHandle:
+        """The same model with layers that stay in their files."""
+        assert self.load_streamed is not None
+        return dataclasses.replace(self, load_model=self.load_streamed, streamed=True)
 
     @property
     def n_layers(self) -> int:
@@ -94,6 +104,13 @@ class ModelHandle:
         """Parameters of one decoder layer, the mean where layers differ. Loads no weights."""
         model = self.model if self.loaded else empty_model(self.config)
         return count_params(self.layout.layers(model)) // self.n_layers
+
+    @cached_property
+    def sublayer_params(self) -> tuple[dict[str, int], ...]:
+        """Of every layer, parameters of attention and of the MLP: projections and their biases. Loads no weights."""
+        layers = self.layout.layers(self.model if self.loaded else empty_model(self.config))
+        return tuple({kind: sum(count_params(layer.get_submodule(name)) for name in names)
+                      for kind, names in self.layout.sublayers.items()} for layer in layers)
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -137,9 +137,14 @@ class HF(ModelSource):
             inspect(at)
             return loading.load_weights(at, config, layout, dtype, device, self.device_map, self.trust_remote_code)
 
+        def load_streamed() -> Any:
+            at = self._with_weights(folder)
+            inspect(at)
+            return loading.load_streamed(at, config, layout, dtype, device, self.trust_remote_code)
+
         return ModelHandle(name=short_name(folder) if local else self.path, config=config, layout=layout,
                            digest=digest({**identify(folder), "dtype": dtype}) if identify else UNKNOWN,
-                           device=device, load_model=load,
+                           device=device, load_model=load, load_streamed=load_streamed,
                            load_tokenizer=lambda: loading.read_tokenizer(folder, self.trust_remote_code),
                            licences=licence_files(folder), origin=read_origin(folder, "" if local else self.path))
 

@@ -124,6 +124,27 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         raise ConfigError(f"the tokenizer in {folder} cannot be read ({reason}).") from cause
 
 
+def load_streamed(folder: Path, config: PretrainedConfig, layout: LayerLayout, dtype: str, device: torch.device,
+                  trust_remote_code: bool = False) -> PreTrainedModel:
+    """A folder's model with layers that stay in their files, the rest loaded as `dtype` on `device`.
+
+    Raises:
+        CheckpointError: as `load_weights`; what a layer lacks is found when it is read.
+        ArchitectureError: a layer holds more than weights.
+    Memory: embedding, head, and one layer of every kind that the config tells apart, which is dropped again.
+    """
+    from slm_exp.models.streaming import streamed
+
+    few = layout.config_of(config, layout.kinds(config))
+    before = logging.getLogger("transformers").level
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every other layer as unexpected
+    try:
+        model = load_weights(folder, few, layout, dtype, device, None, trust_remote_code, some=True)
+    finally:
+        logging.getLogger("transformers").setLevel(before)
+    return streamed(model, empty_model(config), layout.layer_list, folder, device)
+
+
 def load_weights(
     folder: Path,
     config: PretrainedConfig,
@@ -132,8 +153,10 @@ def load_weights(
     device: torch.device,
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    some: bool = False,
 ) -> PreTrainedModel:
-    """Load a folder's weights, every one of them and nothing else, as `dtype` on `device`.
+    """Load a folder's weights, every one of them and nothing else, as `dtype` on `device`. `some`: `config` counts
+    fewer layers than there are.
 
     Raises:
         CheckpointError: weights are missing, have other shapes, or belong to layers the config does not count.
@@ -161,7 +184,7 @@ def load_weights(
     for problem, keys in (
         ("lack", info["missing_keys"]),
         ("have other shapes than config.json says:", shaped),
-        ("hold, beyond what config.json counts,", extra_layers),
+        ("hold, beyond what config.json counts,", set() if some else extra_layers),
     ):
         if keys:
             raise _misfit(folder, problem, keys)

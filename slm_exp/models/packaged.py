@@ -90,6 +90,7 @@ class Packaged(ModelSource):
         return ModelHandle(name=self.name, config=config, layout=layout, digest=self._digest(folder, dtype),
                            device=device, note=self.note, licences=licence_files(folder), origin=self.origin,
                            load_model=lambda: loading.load_weights(folder, config, layout, dtype, device),
+                           load_streamed=lambda: loading.load_streamed(folder, config, layout, dtype, device),
                            load_tokenizer=lambda: loading.read_tokenizer(folder))
 
     def files(self) -> list[Path]:

@@ -20,8 +20,9 @@ from omegaconf import OmegaConf
 
 from slm_exp.core.cache.code import package_digest
 from slm_exp.core.errors import SlmError, StageError
-from slm_exp.core.files import JsonObject, write_json, write_text
+from slm_exp.core.files import JsonObject, plain, write_json, write_text
 from slm_exp.core.locks import Lock
+from slm_exp.core.plugins import words
 from slm_exp.core.secrets import masked
 from slm_exp.core.types import MergePlan
 from slm_exp.evaluation.base import EvalReport
@@ -33,8 +34,10 @@ from slm_exp.reporting.heatmap import draw_heatmap
 from slm_exp.reporting.page import write_report
 from slm_exp.runs.files import result_files
 from slm_exp.runs.record import FILE as RECORD
-from slm_exp.runs.record import failure, finished_run, git_state, read_run, versions, write_record
+from slm_exp.runs.record import Run, failure, finished_run, git_state, read_run, versions, write_record
+from slm_exp.runs.schema import Record
 from slm_exp.runs.state import LOCK, remove_stale
+from slm_exp.runs.statistics.verdict import judge_run
 from slm_exp.runs.tracking.base import Tracker
 
 log = logging.getLogger(__name__)
@@ -134,7 +137,8 @@ class Recorder:
         overrides = masked(self.overrides)
         self.record = {
             "run_id": run_id, "status": "running", "group": self.group,
-            "command": shlex.join(["python", "-m", "slm_exp", *overrides]), "overrides": overrides,
+            "command": shlex.join(["python", "-m", "slm_exp", *words(self.cfg.plugins), *overrides]),
+            "overrides": overrides, "plugins": [plugin.to_json() for plugin in self.cfg.plugins],
             "config": masked(self.cfg.resolved()), "versions": versions(), "code": package_digest(), "device": None,
             "git": git_state(), "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": None,
             "pid": os.getpid(), "stages": [], "warnings": [], "eval": {"dense": None, "compressed": None},
@@ -174,7 +178,8 @@ class Recorder:
         match stage.name:
             case "load":
                 self.note(device=self.cfg.runtime.describe(x.dense.device),
-                          model={"name": x.dense.name, "note": x.dense.note, "digest": x.dense.digest})
+                          model={"name": x.dense.name, "note": x.dense.note, "digest": x.dense.digest,
+                                 "random": x.dense.random})
             case "calibrate":
                 x.tokens.save(self.folder)
                 self.note(calibration=x.tokens.describe())
@@ -200,6 +205,8 @@ class Recorder:
                                   "zeroed": zeroed(x.model, x.plan)})
             case "evaluate":
                 self.keep_evaluation("compressed", x.report)
+                run = Run(self.folder, Record.of(plain(self.record)), on_disk=False)
+                self.note(verdict=judge_run(run).model_dump(exclude_none=True))
             case "time":
                 self.note(speed=x.speed)
                 self.warn(*x.speed["notes"])

@@ -38,7 +38,7 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
             rec.accept_evaluations()
             return rec.record
         rec.warn(*cfg.advice())
-        store = StageStore(Path(cfg.cache.dir) if cfg.cache.enabled else None)
+        store = StageStore(cfg.cache_folder)
         x = Experiment(cfg, folder, store, training, record=rec.record)
         load, *others = steps(cfg)
         rec.step(load, x)  # what cannot work is refused before a tracker hears of it

@@ -16,6 +16,7 @@ from slm_exp.calibration.heldout import RULE
 from slm_exp.core.cache.code import PACKAGE, Code, code_files
 from slm_exp.core.cache.store import Inputs, StageStore
 from slm_exp.core.files import JsonObject, digest
+from slm_exp.core.plugins import plugin_of
 from slm_exp.core.registry import Component
 from slm_exp.core.runtime import world
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity, MergePlan
@@ -25,6 +26,7 @@ from slm_exp.merging.surgery import apply_plan
 from slm_exp.merging.width import apply_width
 from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline.config import RunConfig
+from slm_exp.pipeline.memory import opened
 from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_tensors
 from slm_exp.recovery.gain import HeldOutLoss, chain_report, held_out_loss
 from slm_exp.runs.tracking.base import Tracker
@@ -178,9 +180,10 @@ class Step(NamedTuple):
 
 
 def code_of(*members: Component) -> tuple[str, ...]:
-    """The files that define members of config groups, their base classes in this package included."""
-    files = (inspect.getfile(kind) for member in members for kind in type(member).__mro__ if kind is not object)
-    inside = (Path(f).resolve() for f in files)
+    """The files of this package that define members of config groups and their base classes. A plug-in's code is in the
+    member's identity."""
+    kinds = [kind for member in members for kind in type(member).__mro__ if kind is not object]
+    inside = (Path(inspect.getfile(kind)).resolve() for kind in kinds if plugin_of(kind) is None)
     return tuple(dict.fromkeys(str(f.relative_to(PACKAGE)) for f in inside if f.is_relative_to(PACKAGE)))
 
 
@@ -189,8 +192,7 @@ def code_of(*members: Component) -> tuple[str, ...]:
 
 def _load(x: Experiment) -> ModelHandle:
     cfg = x.cfg
-    device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
-    dense = cfg.model.open(device, Path(cfg.cache.dir))
+    dense = opened(cfg, cfg.runtime.prepare(cfg.seed, cfg.model.device))
     check_model(cfg, dense)
     return dense
 
@@ -274,7 +276,7 @@ SIMILARITY = Stage(
 EVALUATE_DENSE = Stage(
     "evaluate_dense", "dense_report", lambda x: x.cfg.evaluation.run(x.dense), EvalReport,
     lambda x: {**x.on(x.dense), **x.cfg.evaluation.measured_by()},
-    code=lambda x: (*BUILT, *READ, "evaluation", "engine/fused.py"),
+    code=lambda x: (*BUILT, *READ, "evaluation", "engine/fused.py", "engine/calls.py"),
     libraries=("torch", "transformers", "lm_eval"), works=lambda x: x.cfg.evaluation.measures, cache="evaluate")
 
 # --- width: of the dense model before the plan, or of the merged one

@@ -70,3 +70,10 @@ class Fitted(Recovery):
 
         tokens_NT = self.draw(task).tokens_NT
         return token_rows(tokens_NT[held_out(len(tokens_NT)).numpy()])
+
+
+def require_maps(name: str, dense: ModelHandle) -> None:
+    """Raise ConfigError where there is no code for maps behind this family's layers."""
+    if not dense.layout.layerwise:
+        raise ConfigError(f"recovery={name} puts maps behind layers, for which {dense.layout.family} models have no "
+                          "code here. Take recovery=reconstruct or replace_me.")

@@ -36,6 +36,10 @@ class Reconstruct(Fitted):
     """
 
     through_norms: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
+    file_passes: ClassVar[int] = 10
+    """Two of the fit, and four of either model to judge the result."""
+
     layers: str = "cuts"
     """cuts: the layer beside every cut. all: every layer from the first of these up."""
     attention: bool = True

@@ -54,7 +54,7 @@ def model_card(compressed: ModelHandle, plan: MergePlan, record: Record) -> str:
     hub = compressed.origin.base_model or (source if "/" in source else "")
     own_code = has_own_code(compressed.config)
     title = f"{source}, {plan.n_layers_out} of {plan.n_layers} layers"
-    command = shlex.join(["python", "-m", "slm_exp", *record.overrides])
+    command = shlex.join(["python", "-m", "slm_exp", *record.words])
     files = ", ".join(f"`{path.name}`" for path in compressed.licences)
     return CARD.format(
         front=_header(compressed, plan, record, hub, title), title=title,

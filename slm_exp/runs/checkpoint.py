@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from slm_exp.models.saving import for_older_readers, save_tokenizer
 from slm_exp.runs.card import model_card
 from slm_exp.runs.reload import Json, tensor_digests
 from slm_exp.runs.schema import Record
+from slm_exp.runs.shards import write_by_layer
 from slm_exp.runs.state import remove_stale
 
 ROWS, LENGTH = 2, 32  # tokens whose logits are compared
@@ -50,7 +52,8 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
         What was verified: `{tensors, logits_off, kv_cache_off, tolerance, device}`.
     Raises:
         CheckpointError: the disk is full or not writable, or the reloaded model differs.
-    Cost: the weights' bytes on disk and again in a second process, and its start (about 10 s).
+    Cost: the weights' bytes on disk and again in a second process, and its start (about 10 s); of a model whose layers
+        stay in files, about three layers in either.
     """
     tmp = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp")
     try:
@@ -58,7 +61,9 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
         tmp.mkdir(parents=True)
         model = compressed.model
         with savable(model.generation_config):
-            model.save_pretrained(tmp, max_shard_size=max_shard_size)
+            digests = write_by_layer(compressed, tmp) if compressed.streamed else None
+            if digests is None:
+                model.save_pretrained(tmp, max_shard_size=max_shard_size)
         if not has_own_code(compressed.config):
             _name_no_code(tmp / "config.json")
         for_older_readers(tmp / "config.json")
@@ -69,7 +74,7 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
         write_json(tmp / "plan.json", plan.to_json())  # without what was fitted: readers take any safetensors here
         write_text(tmp / "README.md", model_card(compressed, plan, Record.of(record or {})))
         honour_umask(tmp)
-        verified = verify_checkpoint(tmp, compressed, tokens)
+        verified = verify_checkpoint(tmp, compressed, tokens, digests)
         _flush(tmp)
         _replace(tmp, folder)
     except (OSError, SafetensorError) as cause:  # the latter is Rust's I/O error
@@ -80,7 +85,8 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
     return verified
 
 
-def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None = None) -> Json:
+def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None = None,
+                      digests: Mapping[str, str] | None = None) -> Json:
     """Reload a folder in a fresh process with plain transformers and compare it with the model in memory.
 
     Every tensor must be bit-equal, embeddings tied or not as before, logits within 1e-5 in float32 (in half precision
@@ -88,13 +94,17 @@ def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: Calibration
     process uses the model's device; where the GPU has no room for a second copy it uses the CPU, whose arithmetic
     differs, and 5 % of the largest logit are allowed.
 
+    A model whose layers stay in files is verified by file: `digests` of the tensors as they were written, by their
+    names in the files, and logits with layers that the process reads as they run (transformers' disk offload). It
+    generates no text, for which every token would read all layers.
+
     Returns:
-        `{tensors, logits_off, kv_cache_off, tolerance, device}`.
+        `{tensors, logits_off, kv_cache_off, peak_bytes, tolerance, device}`.
     Raises:
         CheckpointError: the first difference found, or why the process could not finish.
     """
     with tempfile.TemporaryDirectory(prefix="slm_exp-verify-") as where:
-        expected = expectation(folder, compressed, tokens, Path(where))
+        expected = expectation(folder, compressed, tokens, Path(where), digests)
         script = Path(__file__).with_name("reload.py")
         ran = subprocess.run(
             [sys.executable, "-P", str(script), where],  # -P: the script's folder stays off the import path
@@ -111,7 +121,8 @@ def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: Calibration
     return {**result, "tolerance": expected["tolerance"], "device": expected["device"]}
 
 
-def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None, where: Path) -> Json:
+def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None, where: Path,
+                digests: Mapping[str, str] | None = None) -> Json:
     """Write what a reloaded model must show into `where`: expected.json and logits.npy ([2, T, V] float32)."""
     model = compressed.model
     vocab = int(compressed.config.vocab_size)
@@ -120,12 +131,13 @@ def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens
     head: Any = model.get_output_embeddings().weight  # type: ignore[operator]
     with torch.inference_mode():
         logits_NTV = model(torch.as_tensor(ids).long().to(embedding.device), use_cache=False).logits.float().cpu()
-    device = _second_device(model)
+    device = "cpu" if digests else _second_device(model)
     same = device == "auto" or torch.device(device) == model.device
     exact = same and model.dtype == torch.float32
     scale = max(1.0, float(logits_NTV.abs().max()))
     expected = {
-        "folder": str(folder.resolve()), "tensors": tensor_digests(model),
+        "folder": str(folder.resolve()), "tensors": dict(digests) if digests else tensor_digests(model),
+        "placed": _placed(compressed) if digests else None, "scratch": str(where),
         "tied": embedding.data_ptr() == head.data_ptr(), "tokenizer": compressed.tokenizer is not None,
         "tokens": np.asarray(ids).tolist(), "device": device, "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(), "exact": exact,
@@ -136,6 +148,17 @@ def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens
     write_json(where / "expected.json", expected)
     np.save(where / "logits.npy", logits_NTV.numpy(), allow_pickle=False)
     return expected
+
+
+def _placed(handle: ModelHandle) -> dict[str, str]:
+    """transformers' device map for reading layers from disk as they run."""
+    where: dict[str, str] = {}
+    path = ""
+    for part in handle.layout.layer_list.split("."):
+        beside = handle.model.get_submodule(path).named_children()
+        where |= {f"{path}.{name}".lstrip("."): "cpu" for name, _ in beside if name != part}
+        path = f"{path}.{part}".lstrip(".")
+    return where | {f"{path}.{i}": "disk" for i in range(handle.n_layers)}
 
 
 def _second_device(model: PreTrainedModel) -> str:

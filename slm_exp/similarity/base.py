@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.calibration.fit import FitSource
@@ -71,6 +71,11 @@ class Similarity(Component, ABC):
         """An option that is off leaves no trace."""
         out = {k: v for k, v in super().identity().items() if k not in (*FIT, "after")}
         return {**out, **self.after_identity()}
+
+    def score_identity(self) -> dict[str, Any]:
+        """What decides a score besides kernel and refit: its name, and what is its own, not the CKA estimator's."""
+        shared = {f.name for f in fields(Similarity)}
+        return {k: v for k, v in self.identity().items() if k not in shared and k != "after"}
 
     def after_identity(self) -> dict[str, Any]:
         """What decides a score besides the score itself."""
