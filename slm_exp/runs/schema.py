@@ -249,6 +249,9 @@ class Verdict(Section):
     """Compressed minus dense, the mean over tasks that are not mute, in [-1, 1]."""
     tasks: dict[str, JudgedTask] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self.outcome)
+
 
 class Examples(Section):
     train: int = 0
