@@ -46,6 +46,10 @@ class Calibration(Component, ABC):
         """Sequences and tokens of each, before they are drawn."""
         return Tokens(self.n_samples, self.seq_len)
 
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence, by the setting that says so."""
+        return {f"calibration.{'path' if self.reads_ids else 'seq_len'}": self.shape().t}
+
     @abstractmethod
     def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
         """Draw the tokens; `seed` is the run's and yields to the source's own.

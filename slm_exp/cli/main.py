@@ -21,7 +21,8 @@ COMMANDS = {"plan": "plan [overrides]    what a run or a grid would do and cost;
             "report": "report DIR...       one self-contained page, DIR/report.html, of a run or a sweep",
             "merge": "merge MODEL PLAN OUT   the checkpoint that a plan makes of a model",
             "export": "export RUN_OR_PLAN  a plan as another tool's file (mergekit)",
-            "doctor": "doctor              what is wrong on this machine, and what to do about it",
+            "import": "import FILE         another program's plan as a plan.json: EvoPress, mergekit, LLM-Drop",
+            "doctor": "doctor [overrides]  what is wrong with this machine or the model named, and what to do",
             "cache": "cache [show|prune|verify]   what the stage cache holds; by age, by size; whether it is whole",
             "sync": "sync DIR...         send offline W&B runs, each once",
             "completion": "completion bash|zsh|fish   what your shell needs to complete these"}

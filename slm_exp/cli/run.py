@@ -35,6 +35,7 @@ from slm_exp.launch.hydra_compat import help_text, is_sweep, parse_arguments, wo
 from slm_exp.launch.jobs import SWEEP, check_all, fields_of_swept_groups, split_sweep
 from slm_exp.launch.plugins import register_plugins
 from slm_exp.pipeline.config import to_run_config
+from slm_exp.pipeline.inspection import inspect_jobs
 
 OPTIONS = ("--multirun", "--cfg", "--resolve", "--package", "--config-dir", "--plugin", "--help", "--hydra-help",
            "--info")
@@ -93,7 +94,9 @@ def _check_command(argv: list[str]) -> list[str]:
     options, _ = _split(argv)
     search = _search(argv)
     if not args.cfg:
-        check_all([*overrides, *search], multirun=args.multirun)
+        command = check_all([*overrides, *search], multirun=args.multirun)
+        if not rank():
+            inspect_jobs(cfg for _, cfg in command.jobs)
     else:
         if any(map(is_sweep, overrides)):  # Hydra refuses --cfg of a grid
             overrides = split_sweep(fields_of_swept_groups(overrides, search), {})[0]
@@ -175,11 +178,13 @@ def _job(cfg: DictConfig) -> None:
         raise
     except SlmError as error:
         message = masked(str(error))
+        if group is None and isinstance(error, StageError) and error.refused:  # it has left no record
+            print(masked(f"{type(error.__cause__).__name__}: {error.__cause__}"), file=sys.stderr)
+            raise SystemExit(2) from None
         print(f"run {run_cfg.run_id} failed: {message}\nIts record: {folder / 'record.json'}", file=sys.stderr)
         if multirun:  # a plain message: other processes get to unpickle it
             raise SlmError(message) from None
-        refused = isinstance(error, StageError) and error.stage == "load" and isinstance(error.__cause__, SlmError)
-        raise SystemExit(2 if refused else 1) from None
+        raise SystemExit(1) from None
     from slm_exp.reporting.summary import summary
 
     print(summary(record, folder))

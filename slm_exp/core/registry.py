@@ -49,6 +49,11 @@ class Component:
         """What holds where its settings leave a choice open, a line each; for `--cfg job`."""
         return []
 
+    def needs_resident(self) -> str | None:
+        """Why this cannot work on a model whose layers stay in their files (runtime.memory=stream), or None. Known from
+        the config alone."""
+        return None
+
     def identity(self) -> Fields:
         """What distinguishes this component's results: its name and scientific fields; a path as a digest; and the
         digest of its code, where that lies outside this package."""

@@ -36,7 +36,7 @@ def supported(layer: Any, call: Mapping[str, Any], dtype: torch.dtype) -> bool:
     cos = (call.get("position_embeddings") or (None,))[0]
     mask = call.get("attention_mask")
     return (
-        all(p.device.type == "cpu" for p in parameters.values())
+        all(p.device.type in ("cpu", "meta") for p in parameters.values())  # meta: its weights are read when it runs
         and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
         and config._attn_implementation == "sdpa"
         and config.hidden_act == "silu"
@@ -93,6 +93,8 @@ def fused_layer(
                 x = norm(x, f"self_attn.{p}_norm")
             heads.append(x if p == "v" else _rotate(x, cos, sin))
         q, k, v = (x.transpose(1, 2) for x in heads)
+        if (past := call.get("past_key_values")) is not None:
+            k, v = past.update(k, v, attention.layer_idx)
         mask = call.get("attention_mask")
         o = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=attention.scaling, enable_gqa=True

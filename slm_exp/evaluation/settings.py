@@ -47,12 +47,14 @@ class Settings(Component):
     """Start every request with BOS; null leaves it to the tokenizer, as stock lm-eval does."""
     corpora: dict[str, str] = field(default_factory=dict)
     """Perplexity: name -> .txt or .jsonl text, .npy token file, hub set (wikitext2, ptb, c4), or bundled prose that
-    nothing else uses (heldout:children, heldout:news, heldout:encyclopaedia)."""
+    nothing else uses (heldout:children, heldout:news, heldout:encyclopaedia). A NAME_2048 is cut into 2,048 tokens."""
     ppl_seq_len: int = 128
-    """Tokens per chunk for perplexity."""
+    """Tokens per chunk for perplexity, but of NAME_2048."""
     ppl_bos: str = "once"
     """BOS `once` at the very start, at the start of `every_chunk`, or `never`; `both` gives a corpus a second number,
     NAME_bos, with BOS before every chunk. Token files are taken as they are."""
+    text: bool = False
+    """Let both models continue 32 openings of held-out prose, greedily: loops, distinct n-grams, whether it ends."""
     corpora_at_hand: bool = False
     """Leave out hub corpora that cannot be had here, with a warning, instead of stopping."""
     speed_runs: int = 0
@@ -114,12 +116,18 @@ class Settings(Component):
     @property
     def measures(self) -> bool:
         """Whether a model's report holds anything."""
-        return bool(self.tasks or self.corpora)
+        return bool(self.tasks or self.corpora or self.text)
 
     @property
     def times(self) -> bool:
         """Whether generations are timed."""
         return self.speed_runs > 0
+
+    @property
+    def file_passes(self) -> int:
+        """Over the files of a model whose layers stay there, at least: more where states of all texts take too much
+        memory. Tasks: three to compare the fast forward pass with a plain one, and one for all requests."""
+        return len(self.wanted_corpora()) + (4 if self.tasks else 0)
 
     def wanted_corpora(self) -> dict[str, str]:
         """`corpora`, without those that may be left out and cannot be had here."""

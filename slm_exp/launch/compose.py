@@ -13,12 +13,13 @@ from hydra import compose
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from slm_exp.core.conf import conf_dir as conf_dir
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.core.files import digest
 from slm_exp.core.format import override
 from slm_exp.core.registry import GROUPS, available, load_all
 from slm_exp.core.secrets import register_env_resolver
-from slm_exp.launch.hydra_compat import session, set_values, without_hydra
+from slm_exp.launch.hydra_compat import quoted, session, set_values, unreadable, without_hydra
 from slm_exp.launch.settings import register_settings
 from slm_exp.pipeline.config import CacheConfig, RunConfig, register_schema, to_run_config
 
@@ -26,15 +27,6 @@ PLAIN_FIELDS = ("seed", "save_model")
 """Fields of RunConfig that are values, not groups."""
 PRESETS = ("experiment", "sweep")
 """Groups whose members hold differences only."""
-
-
-def conf_dir() -> Path:
-    """The config tree: `conf/` of the checkout, or the copy inside the installed package."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise ConfigError(f"no conf/ beside or inside {package}; reinstall slm_exp.")
 
 
 @cache
@@ -144,6 +136,9 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     if isinstance(error, (yaml.YAMLError, UnicodeDecodeError, RecursionError)):
         why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(text.split())
         return f"a config file among {' '.join(overrides)}: {why}; expected plain YAML in UTF-8."
+    if "=" in (unread := unreadable(overrides)):
+        return (f"{unread}: Hydra's grammar does not take it. Text with =, commas, brackets or quotes in it is written "
+                f" {quoted(unread)}")
     if found := re.search(r"(?:Could not find|Could not load|In '[^']*': Could not find) '([\w/]+)/([\w.-]+)'", text):
         group, name = found.groups()
         extra = next((e for e in ("joblib", "submitit") if e in name), None)

@@ -20,7 +20,7 @@ from slm_exp.core.plugins import words as plugin_words
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import Composer, compose_raw, conf_dir, explain, one_list, open_mappings, prepare_hydra
-from slm_exp.launch.hydra_compat import HYDRA, axes, count, grid, is_sweep, session, without_hydra, words
+from slm_exp.launch.hydra_compat import HYDRA, axes, count, grid, is_sweep, quoted, session, without_hydra, words
 from slm_exp.launch.workers import Worker, cores, make_workers, visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.runs.record import check_writable
@@ -104,6 +104,10 @@ def command_jobs(overrides: Sequence[str], multirun: bool = False, *, cells: Seq
     overrides = fields_of_swept_groups(open_mappings(overrides))
     task = [o for o in overrides if not o.startswith(HYDRA)]
     swept = [o for o in task if is_sweep(o)]
+    for o in swept:
+        if Path(o.partition("=")[2]).expanduser().exists():
+            raise ConfigError(f"{o}: a comma makes several values of it, and there is a file or folder of that whole "
+                              f"name. If it is meant: {quoted(o)}")
     whole = compose_raw([o for o in overrides if o not in swept], with_hydra=True)
     if not (multirun or swept or cells is not None or whole.hydra.mode == RunMode.MULTIRUN):
         cfg = to_run_config(without_hydra(whole))

@@ -81,6 +81,11 @@ class Method(Component, ABC):
         """Whether attention and MLP are removed by themselves: `target_ratio` counts them, and their layers stay."""
         return False
 
+    @property
+    def narrows(self) -> bool:
+        """Whether its plan narrows layers by itself, so that no width pruner can follow."""
+        return False
+
     def uses_merge_rule(self) -> bool:
         """Whether the plan depends on the `merge_rule` group."""
         return True
@@ -96,6 +101,10 @@ class Method(Component, ABC):
     def check_model(self, handle: ModelHandle) -> None:
         """Raise ConfigError where this model has no such size. Called before weights load; may not load them."""
         self.layers_left(handle)
+
+    def check_data(self, dense: ModelHandle) -> None:
+        """Raise ConfigError or DataError where texts that it reads are absent or malformed. Called before weights
+        load."""
 
     def layers_left(self, handle: ModelHandle) -> int | None:
         """Layers that the plan will leave, where the config says it; None where the search decides. Loads no weights.
@@ -257,12 +266,13 @@ def greedy_cost(n_layers: int, parts: float, removals: int, per_layer: int = 1, 
         share: of the parts, from the top down, that are tried.
         heads: passes of the head for each candidate.
     """
-    blocks = tried = 0.0
+    blocks = tried = reads = 0.0
     for k in range(removals):
         left = max(0.0, parts * share - k)
         blocks += left * (n_layers - k / per_layer) * share / 2
         tried += left
-    return Count(blocks + 2 * n_layers, tried * heads)
+        reads += (n_layers - k / per_layer) * share
+    return Count(blocks + 2 * n_layers, tried * heads, reads=reads + 2 * n_layers)
 
 
 def lowest(scores: Mapping[int, float], n: int, shown: Callable[[float], float] = float,

@@ -53,7 +53,8 @@ class RecoveryResult:
     """What a recovery changed: new tensors by parameter name, and its report. Everything else is shared."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """By name as in the compressed model's `named_parameters()`; a tied tensor once."""
+    """By name as in the compressed model's `named_parameters()`, a tied tensor once; or new ones: those of maps behind
+    its layers (merging/maps.py)."""
     report: dict[str, Any] = field(default_factory=dict)
     """`recovery` of the record."""
 
@@ -83,6 +84,14 @@ class Recovery(Component, ABC):
     """A recovery recipe."""
 
     changes_weights: ClassVar[bool] = True
+    maps_stream: ClassVar[bool] = False
+    """Whether it puts maps of the residual stream behind layers."""
+
+    streams: ClassVar[bool] = False
+    """Whether it goes through the layers one by one, so that they may stay in their files."""
+
+    file_passes: ClassVar[int] = 0
+    """Over the files of a model whose layers stay there."""
 
     @property
     def wall_clock_limit(self) -> float | None:
@@ -97,8 +106,15 @@ class Recovery(Component, ABC):
         """Why this recipe cannot run with the rest of the config, or None. Checked before anything loads."""
         return None
 
+    def needs_resident(self) -> str | None:
+        return None if self.streams else f"recovery={self.name} takes all weights at once"
+
     def check_data(self, dense: ModelHandle) -> None:
         """Raise ConfigError or DataError where the recipe's data is absent or malformed. Called before weights load."""
+
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence that each setting makes the model read."""
+        return {}
 
     def trains(self) -> bool:
         """Whether processes that a launcher started take part."""
@@ -143,10 +159,14 @@ def with_tensors(handle: ModelHandle, result: RecoveryResult, identity: dict[str
     limit, gives another model."""
     if not result.tensors:
         return handle
+    from slm_exp.merging.maps import mapped_config
+
     lineage = handle.lineage or {"base": handle.name, "base_digest": handle.digest}
+    tensors = result.tensors
     return dataclasses.replace(
-        handle, digest=digest({"model": handle.digest, **identity, "tensors": tensors_digest(result.tensors)}),
-        load_model=lambda: copy_with(handle.model, result.tensors), load_tokenizer=lambda: handle.tokenizer,
+        handle, config=mapped_config(handle.config, tensors),
+        digest=digest({"model": handle.digest, **identity, "tensors": tensors_digest(tensors)}),
+        load_model=lambda: copy_with(handle.model, tensors), load_tokenizer=lambda: handle.tokenizer,
         lineage={**lineage, "recovery": _after(lineage.get("recovery"), identity["recovery"])})
 
 
@@ -167,7 +187,8 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def copy_with(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """See `merging.sharing.shared_copy`."""
+    """See `merging.sharing.shared_copy`; new maps of the stream are put behind their layers."""
+    from slm_exp.merging.maps import PART, with_maps
     from slm_exp.merging.sharing import shared_copy
 
-    return shared_copy(model, tensors)
+    return with_maps(model, tensors) if any(PART in name for name in tensors) else shared_copy(model, tensors)

@@ -17,6 +17,7 @@ from slm_exp.core.together import Together
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
 from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_tensors
+from slm_exp.recovery.fitted import Fitted
 from slm_exp.recovery.gain import chain_report, held_out_loss, loss_cost
 
 if TYPE_CHECKING:
@@ -43,7 +44,11 @@ class Chain(Recovery):
     def check(self) -> None:
         require(isinstance(self.steps, list) and len(self.steps) > 0, "recovery.steps", self.steps,
                 "a list of recoveries", EXAMPLE)
-        self.parts()
+        maps = [part.maps_stream for part in self.parts()]
+        for i, part in enumerate(self.parts()):
+            require(not (isinstance(part, Fitted) and not part.maps_stream and any(maps[:i])), f"recovery.steps[{i}]",
+                    part.name, "no regression after maps of the stream, which it would take for nothing",
+                    "Put it before them.")
 
     def parts(self) -> tuple[Recovery, ...]:
         return self._parts
@@ -62,6 +67,10 @@ class Chain(Recovery):
     def check_data(self, dense: ModelHandle) -> None:
         self._each(lambda part: part.check_data(dense))
 
+    def lengths(self) -> dict[str, int]:
+        return {name.replace("recovery.", f"recovery.steps[{i}].", 1): n for i, part in enumerate(self.parts())
+                for name, n in part.lengths().items()}
+
     def _each(self, of: Callable[[Recovery], T]) -> list[T]:
         """What every step gives; its complaints in the names of the chain."""
         out = []
@@ -71,6 +80,9 @@ class Chain(Recovery):
             except (ConfigError, DataError) as error:
                 raise _named(f"recovery.steps[{i}]", error) from None
         return out
+
+    def needs_resident(self) -> str | None:
+        return next(filter(None, (part.needs_resident() for part in self.parts())), None)
 
     def trains(self) -> bool:
         return any(part.trains() for part in self.parts())

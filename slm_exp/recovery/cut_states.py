@@ -37,9 +37,16 @@ class CutStates(NamedTuple):
     """The dense stream after the cut."""
 
     def errors(self, map_DD: Tensor) -> list[float]:
-        """Of the stream, relative to the dense one's: without and with the map of what is added."""
-        lacks_MD, scale = self.wanted_MD - self.after_MD, self.wanted_MD.square().sum()
-        return [float(r.square().sum() / scale) for r in (lacks_MD, lacks_MD + self.added_MD - self.added_MD @ map_DD)]
+        """Of the stream, relative to the dense one's: without and with a map of what is added."""
+        return self._errors(self.after_MD - self.added_MD + self.added_MD @ map_DD)
+
+    def stream_errors(self, map_DD: Tensor) -> list[float]:
+        """Likewise, with a map of the stream itself."""
+        return self._errors(self.after_MD @ map_DD)
+
+    def _errors(self, with_map_MD: Tensor) -> list[float]:
+        scale = self.wanted_MD.square().sum()
+        return [float((self.wanted_MD - h_MD).square().sum() / scale) for h_MD in (self.after_MD, with_map_MD)]
 
 
 def states_at_cuts(task: RecoveryTask, tokens_NT: np.ndarray) -> Iterator[CutStates]:

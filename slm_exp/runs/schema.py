@@ -48,6 +48,8 @@ class Model(Section):
     name: str = ""
     note: str = ""
     digest: str | None = None
+    random: bool = False
+    """Weights that were never trained."""
 
 
 class Calibration(Section):
@@ -155,12 +157,25 @@ class Plan(Section):
         return ", ".join([*map(str, self.dropped), *(f"{part.kind} of {part.layer}" for part in self.sublayers)])
 
 
+class FreeText(Section):
+    """What a model wrote freely, see evaluation/free_text.py: means over its texts."""
+
+    n: int = 0
+    length: float | None = None
+    ended: float | None = None
+    distinct_1: float | None = None
+    distinct_3: float | None = None
+    loop: float | None = None
+    looping: float | None = None
+
+
 class Measurement(Section):
     """What was measured on one model."""
 
     tasks: dict[str, Scores] = {}
     average: float | None = None
     perplexity: dict[str, float | None] = {}
+    text: FreeText = FreeText()
     protocol: JsonObject = {}
     """{hash, fields, sources}, see evaluation/protocol.py."""
 
@@ -196,6 +211,43 @@ class Measurements(Section):
     def of(self, which: str) -> Measurement:
         """Of the `dense` or the `compressed` model."""
         return self.dense if which == "dense" else self.compressed
+
+
+class Estimated(Section):
+    """A difference or a ratio of two models on the same documents."""
+
+    value: float
+    stderr: float | None = None
+    low: float | None = None
+    high: float | None = None
+    """95 % interval."""
+    p: float | None = None
+    n: int | None = None
+    """Documents, or chunks of text."""
+
+
+class JudgedTask(Section):
+    chance: float
+    """What guessing scores, in [0, 1]."""
+    mute: bool
+    """Whether the dense model cannot be told from that, so that the task counts in no verdict."""
+    n: int
+
+
+class Verdict(Section):
+    """What runs/statistics/verdict.py says of the compressed model."""
+
+    outcome: str = ""
+    sentence: str = ""
+    """Begins with the outcome."""
+    rules: int = 0
+    perplexity_ratio: Estimated | None = None
+    """Compressed to dense, the geometric mean over the texts."""
+    texts: dict[str, Estimated] = {}
+    """The ratio on each."""
+    tasks_difference: Estimated | None = None
+    """Compressed minus dense, the mean over tasks that are not mute, in [-1, 1]."""
+    tasks: dict[str, JudgedTask] = {}
 
 
 class Examples(Section):
@@ -335,6 +387,7 @@ class Record(Section):
     params: Parameters = Parameters()
     plan: Plan = Plan()
     eval: Measurements = Measurements()
+    verdict: Verdict = Verdict()
     recovery: Recovery = Recovery()
     speed: Speed = Speed()
     error: Failure = Failure()

@@ -17,6 +17,7 @@ from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import SlmError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, MergePlan
+from slm_exp.merging.maps import PART
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.sizes import SMOLLM2, sizes_of
 from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, token_rows, with_tensors
@@ -90,13 +91,15 @@ def test_what_did_not_change_is_shared_and_what_did_is_reported(name: str, task:
     found = quick(name).recover(task)
     model, report = go(name, task)
     before = dict(task.handle.model.named_parameters())
-    assert set(found.tensors) <= set(before)
+    maps = {n for n in found.tensors if PART in n}  # new ones, behind layers
+    assert bool(maps) == quick(name).maps_stream
+    assert set(found.tensors) - maps <= set(before)
     for key, p in model.model.named_parameters():
-        assert (p is before[key]) == (key not in found.tensors)
+        assert (p is before.get(key)) == (key not in found.tensors)
     assert json.loads(json.dumps(report)) == report
     assert (model.digest != task.handle.digest) == bool(found.tensors)
     assert ("recovery" in model.lineage) == bool(found.tensors)
-    assert model.n_params == task.handle.n_params
+    assert model.n_params == task.handle.n_params + sum(found.tensors[n].numel() for n in maps)
 
 
 @every_recovery
