@@ -204,6 +204,15 @@ def test_options_may_stand_anywhere_and_a_plus_before_a_group_is_nothing(tmp_pat
     assert sys.argv[1:] == ["-m", "--config-dir", ".", "model=tiny", "experiment=mine", "kernel=rbf,linear"]
 
 
+def test_a_model_preset_in_a_folder_of_ones_own_is_no_repo_id(tmp_path, capsys):
+    (tmp_path / "model" / "lab").mkdir(parents=True)
+    (tmp_path / "model" / "lab" / "small.yaml").write_text("layers: [")
+    assert entry_point.main(["--config-dir", str(tmp_path), "model=lab/small"]) == 2
+    shown = capsys.readouterr().err
+    assert "expected plain YAML" in shown, "the file was read"
+    assert "model=hf" not in shown
+
+
 def test_a_typo_ends_with_status_2_before_anything_exists(tmp_path):
     wrong = python_m("method.treshold=0.8", *QUICK, f"hydra.run.dir={tmp_path / 'run'}")
     assert wrong.returncode == 2

@@ -126,8 +126,10 @@ def _check_words(argv: Sequence[str]) -> None:
         ConfigError: with that command, or with the options there are.
     """
     right, wrong, words = list[str](), list[str](), iter(_split(argv)[1])
+    own_folder = bool(_search(argv)) or any("hydra.searchpath" in word for word in argv)
     for word in words:
-        better, given = meant(word), word
+        # a folder of the user's may hold model/OWNER/NAME.yaml
+        better, given = [] if own_folder and word.startswith("model=") else meant(word), word
         if word.startswith("-"):
             name, equals, value = word.lstrip("-").partition("=")
             if not _as_override(name, "VALUE"):

@@ -130,7 +130,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     text, cause = str(error), error.__cause__
     while cause is not None:
         text, cause = f"{text}\n{cause}", cause.__cause__
-    if better := next(((o, words) for o in overrides if (words := meant(o))), None):
+    missing = [o for o in overrides if not o.startswith("model=") or f"Could not find '{o.replace('=', '/')}'" in text]
+    if better := next(((o, words) for o in missing if (words := meant(o))), None):
         return f"{better[0]}: there is no such setting or member. Meant, perhaps: {' '.join(better[1])}"
     if isinstance(error, (yaml.YAMLError, UnicodeDecodeError, RecursionError)):
         why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(text.split())

@@ -148,7 +148,7 @@ def test_a_grid_that_cannot_work_is_refused(words: list[str], said: str) -> None
 
 
 def test_several_values_without_m_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^seed=0,1: several values make a multirun; add -m.$"):
+    with pytest.raises(ConfigError, match=r"^seed=0,1: several .* add -m: python -m slm_exp -m model=tiny seed=0,1$"):
         check_all(["model=tiny", "seed=0,1"], multirun=False)
 
 
