@@ -16,7 +16,7 @@ root_doc = "README"
 include_patterns = ["*.md", "docs/*.md", "docs/results/*.md"]
 
 PAGES = ["commands", "methods", "evaluation", "recovery", "sweeps", "tables", "reproduce", "results/README", "handover",
-         "reliability"]
+         "reliability", "log"]
 TABLES = sorted(page.stem for page in Path(__file__).parent.glob("results/[a-z]*.md"))
 
 
