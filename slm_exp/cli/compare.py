@@ -9,10 +9,11 @@ import click
 
 from slm_exp.cli.command import command
 
-ABOUT = """Accuracies in per cent, differences on the same documents: second minus first, with standard error and 95 %
-interval. p is two-sided: of the exact McNemar test for a task, of the paired bootstrap (10,000 resamples of documents
-within tasks) for the average. `corrected` holds for all tests of this command together (Holm); a difference counts
-where it is below 0.05. The documents are what is resampled: how far a result moves with the calibration sample is
+ABOUT = """Perplexities by their ratio, second over first, on the same chunks of a text; accuracies in per cent, by
+their difference on the same documents, second minus first. Both with standard error and 95 % interval. p is two-sided:
+of the exact McNemar test for a task, of the paired bootstrap (10,000 resamples of documents within tasks, of chunks
+within a text) for an average and a text. `corrected` holds for all tests of this command together (Holm); a difference
+counts where it is below 0.05. Documents are what is resampled: how far a result moves with the calibration sample is
 another question (sweep=calibration_seeds)."""
 
 

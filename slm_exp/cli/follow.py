@@ -19,6 +19,7 @@ from slm_exp.core.secrets import masked
 from slm_exp.engine.progress import LOG_EVERY_S
 from slm_exp.methods.slm import SLM
 from slm_exp.pipeline.config import RunConfig
+from slm_exp.pipeline.memory import opened
 from slm_exp.reporting.staircase import draw_staircase
 from slm_exp.search.cost import sizes
 from slm_exp.search.path import Branch, follow
@@ -34,15 +35,15 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
     assert isinstance(method, SLM)
     low, high = map(float, method.threshold_range)
     device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
-    dense = cfg.model.open(device, Path(cfg.cache.dir))
+    dense = opened(cfg, device)
     tokens = cfg.calibration.draw(dense, cfg.seed)
-    store = StageStore(Path(cfg.cache.dir) if cfg.cache.enabled else None)
+    store = StageStore(cfg.cache_folder)
     task = PlanTask(dense, tokens, cfg.similarity, cfg.kernel, cfg.merge_rule, None, store, cfg.seed)
     start = method.start(dense.n_layers)
     scorer = ScoringEngine(task, top=start.high)
     with watching(low, high) as show:
         path = follow(scorer, start, dense.n_layers, low, high, method.commit_open_window, method.max_evaluations,
-                      show=show)
+                      show=show, foresee=scorer.foresee)
 
     seq_len = int(tokens.tokens_NT.shape[1])
     result = {

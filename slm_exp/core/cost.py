@@ -52,6 +52,8 @@ class Count:
     scores: float = 1
     """Comparisons with the dense model's last state."""
     note: str = ""
+    reads: float | None = None
+    """Layers read from their files, where candidates share passes over them; null: one for every block forward."""
 
 
 class Tokens(NamedTuple):

@@ -53,6 +53,11 @@ class StageError(SlmError):
         super().__init__(f"stage {stage!r} failed: {type(cause).__name__}: {cause}")
         self.stage = stage
 
+    @property
+    def refused(self) -> bool:
+        """Whether nothing was computed yet: the first stage found that model, data or settings cannot work."""
+        return self.stage == "load" and isinstance(self.__cause__, SlmError)
+
 
 def require(ok: bool, field: str, value: Any, wanted: str, remedy: str = "") -> None:
     """Raise ConfigError unless `ok`: `field = value; expected wanted. remedy`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -44,3 +45,34 @@ def human(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1000
     return f"{n:.1f} GB"
+
+
+def decimals(error: float) -> int:
+    """How many an error is worth, and so what it belongs to: 0.0346 has 3 (0.035), 9.68 none (10), 412 minus 2 (400).
+
+    Two significant digits of an error that begins below 3.55, else one; the Particle Data Group's rule (Review of
+    Particle Physics, introduction, rounding).
+    """
+    exponent = math.floor(math.log10(error))
+    return (1 if error / 10.0**exponent < 3.55 else 0) - exponent
+
+
+def rounded(value: float, digits: int) -> str:
+    """With so many decimals, none where negative: the digits before the point are zeros then. No negative zero."""
+    text = f"{round(value, digits):.{max(0, digits)}f}"
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def rounded_pair(value: float, error: float | None, digits: int = 1) -> tuple[str, str]:
+    """Value and error, both as precise as the error is; with `digits` decimals where there is none, or it is 0."""
+    if error is None or not math.isfinite(error):
+        return rounded(value, digits), ""
+    digits = decimals(error) if error > 0 else digits
+    return rounded(value, digits), rounded(error, digits)
+
+
+def with_error(value: float, error: float | None, digits: int = 1, sign: bool = False) -> str:
+    """`40.7 ± 3.5`; `+5.7 ± 3.5` with a sign."""
+    text, error_text = rounded_pair(value, error, digits)
+    text = f"+{text}" if sign and float(text) > 0 else text
+    return f"{text} ± {error_text}" if error_text else text

@@ -7,15 +7,17 @@ what they write goes to a folder of their own that is removed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slm_exp.core.errors import ConfigError, require
+from slm_exp.core.errors import ConfigError, require, require_one_of
 from slm_exp.core.registry import Component, knob, register
 
 if TYPE_CHECKING:
@@ -41,6 +43,18 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if world() > 1 else 0
 
 
+def available_memory() -> int:
+    """Bytes that new processes may take: what the machine has free, or what is left of this process's cgroup."""
+    import psutil
+
+    free, root = [psutil.virtual_memory().available], Path("/sys/fs/cgroup")
+    for limit, used in (("memory.max", "memory.current"),
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # cgroup v2, v1
+        with contextlib.suppress(OSError, ValueError):  # no such cgroup, or no limit ("max")
+            free.append(int((root / limit).read_text()) - int((root / used).read_text()))
+    return max(0, min(free))
+
+
 @dataclass
 class Runtime(Component):
     """Where a run computes."""
@@ -51,12 +65,17 @@ class Runtime(Component):
     """CPU threads; null leaves torch's choice."""
     deterministic: bool = knob(False)
     """Refuse kernels that are not deterministic (slower on CUDA)."""
+    memory: str = knob("auto")
+    """resident: the whole model is loaded. stream: decoder layers stay in their files and are read when they run, at
+    most three in memory. auto: stream where the model does not fit into what is free (docs/scale.md)."""
 
     def check(self) -> None:
         require(self.device == "auto" or self.device.split(":")[0] in ("cpu", "cuda"), "runtime.device", self.device,
                 "auto, cpu, cuda or cuda:N")
         require(self.threads is None or 1 <= self.threads <= MOST_THREADS, "runtime.threads", self.threads,
                 f"null or a number from 1 to {MOST_THREADS}")
+
+        require_one_of("runtime.memory", self.memory, ("auto", "resident", "stream"))
 
     def prepare(self, seed: int, device: str | None = None) -> torch.device:
         """Set threads, determinism and every seed; return the device (`device` overrides this config's).
@@ -73,14 +92,28 @@ class Runtime(Component):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
+        self.require_device(device)
         wanted = device or self.device
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        if wanted == "cuda" and world() > 1:
-            wanted = f"cuda:{local_rank()}"
-        if wanted.startswith("cuda") and not torch.cuda.is_available():
+        return torch.device(f"cuda:{local_rank()}" if wanted == "cuda" and world() > 1 else wanted)
+
+    def require_device(self, device: str | None = None) -> None:
+        """Refuse a GPU that is not there (`device` overrides this config's). Imports torch where one is asked for.
+
+        Raises:
+            ConfigError: no GPU is visible, or none of that number.
+        """
+        wanted = device or self.device
+        if not wanted.startswith("cuda"):
+            return
+        import torch
+
+        if not torch.cuda.is_available():
             raise ConfigError(f"device = {wanted}; no CUDA device is visible. Use runtime=cpu or runtime=auto.")
-        return torch.device(wanted)
+        n, number = torch.cuda.device_count(), wanted.partition(":")[2]
+        require(not number or (number.isdigit() and int(number) < n), "device", wanted,
+                f"cuda:0 to cuda:{n - 1}, the {n} devices that are visible")
 
     def describe(self, device: torch.device) -> dict[str, Any]:
         """What the record says about the machine."""

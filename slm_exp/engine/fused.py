@@ -36,7 +36,7 @@ def supported(layer: Any, call: Mapping[str, Any], dtype: torch.dtype) -> bool:
     cos = (call.get("position_embeddings") or (None,))[0]
     mask = call.get("attention_mask")
     return (
-        all(p.device.type == "cpu" for p in parameters.values())
+        all(p.device.type in ("cpu", "meta") for p in parameters.values())  # meta: its weights are read when it runs
         and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
         and config._attn_implementation == "sdpa"
         and config.hidden_act == "silu"

@@ -6,10 +6,8 @@ any of them. The model itself is never modified.
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from slm_exp.core.errors import ArchitectureError
 from slm_exp.core.types import SUBLAYERS, Group
+from slm_exp.engine.calls import entering
 from slm_exp.engine.fused import fused_layer, supported
 from slm_exp.models.base import ModelHandle
 
@@ -80,14 +79,14 @@ class BlockRunner:
         self.forwards = 0
         """Decoder-layer passes over the whole calibration set so far."""
         self.rows = max(1, TOKENS_PER_BATCH.get(self._device(0).type, 8192) // self.tokens_NT.shape[1])
-        for i, layer in enumerate(handle.layers):
+        for i, layer in enumerate(() if handle.streamed else handle.layers):
             if any(p.is_meta for p in layer.parameters()):
                 raise ArchitectureError(
                     f"layer {i} is offloaded to disk or host memory; its weights cannot be read. "
                     "Use a machine whose devices hold the model, or a smaller model.dtype."
                 )
         self.fuse = fuse
-        self._fused: list[bool | None] = [None] * len(handle.layers)
+        self._fused: list[bool | None] = [None] * handle.n_layers
         _, calls = self._enter(self.tokens_NT[:1])
         self._calls = [self._cast(kwargs, self._device(i), self.dtype) for i, kwargs in enumerate(calls)]
 
@@ -148,7 +147,7 @@ class BlockRunner:
         return self._cast(self._calls[i], self._device(i), dtype)  # type: ignore[no-any-return]
 
     def _device(self, i: int) -> torch.device:
-        return next(self.handle.layers[i].parameters()).device
+        return self.handle.device if self.handle.streamed else next(self.handle.layers[i].parameters()).device
 
     def _weights(self, slot: Slot, everything: bool = False) -> dict[str, Tensor]:
         """Parameters and buffers as the layer runs with them: all, or those that differ from the module's own."""
@@ -198,22 +197,9 @@ class BlockRunner:
 
     def _enter(self, tokens_BT: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """Run the decoder with its layers passing states through: (embedded tokens, every layer's keywords)."""
-        calls: list[tuple[Tensor, dict[str, Any]]] = []
-        names = list(inspect.signature(type(self.handle.layers[0]).forward).parameters)[2:]  # after self and the states
-
-        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            calls.append((hidden_states, dict(zip(names, args, strict=False)) | kwargs))
-            return hidden_states
-
         decoder = self.model.get_submodule(self.handle.layout.decoder)
         device = next(self.model.get_input_embeddings().parameters()).device
-        with torch.inference_mode(), _forwards_replaced(self.handle.layers, record):
-            decoder(input_ids=tokens_BT.to(device), use_cache=False)
-        if len(calls) != len(self.handle.layers):
-            raise ArchitectureError(
-                f"{type(decoder).__name__} called {len(calls)} decoder layers, its list has {len(self.handle.layers)}."
-            )
-        return calls[0][0], [kwargs for _, kwargs in calls]
+        return entering(decoder, self.handle.layers, {"input_ids": tokens_BT.to(device), "use_cache": False})
 
     @staticmethod
     def _to(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -229,18 +215,3 @@ class BlockRunner:
         if isinstance(value, (tuple, list)):
             return type(value)(cls._cast(v, device, dtype) for v in value)
         return value
-
-
-@contextmanager
-def _forwards_replaced(layers: torch.nn.ModuleList, forward: Any) -> Iterator[None]:
-    """Give every layer another `forward` inside the block; instance attributes (accelerate's hooks) come back."""
-    before = [layer.__dict__.get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = forward
-        yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            layer.__dict__.pop("forward", None)
-            if own is not None:
-                layer.forward = own

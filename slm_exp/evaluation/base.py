@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slm_exp.core.errors import ConfigError, DataError, ProtocolError, did_you_mean, require
+from slm_exp.core.errors import ConfigError, DataError, ProtocolError, did_you_mean
 from slm_exp.core.registry import register
 from slm_exp.evaluation import perplexity as texts
 from slm_exp.evaluation import task_index
@@ -47,6 +46,14 @@ class Evaluation(Settings):
             return f"evaluation.protocol = {self.protocol}: there is no such file; give the protocol.json of a run."
         return self._unknown_task() or missing_examples(self.fewshot)
 
+    def needs_resident(self) -> str | None:
+        if self.times:
+            return "evaluation.speed_runs times generation, and reading the files would be timed"
+        if self.tasks and self.backend == "hflm":
+            return "evaluation.backend=hflm reads the whole model for every few requests; take fast"
+        others = [task for task in self.tasks if task not in SEVEN and task not in MMLU_GROUPS]
+        return f"evaluation.tasks: {others[0]} may generate text; the seven tasks and mmlu do not" if others else None
+
     def check_data(self, random_model: bool = False) -> None:
         """Raise DataError where documents or hub sets are known to be out of reach; call before weights load.
 
@@ -57,7 +64,7 @@ class Evaluation(Settings):
             raise DataError(missing)
 
     def check_model(self, handle: ModelHandle) -> None:
-        """Raise where a generation to time is longer than the model or a file has no chunk; call before weights load.
+        """Raise where tasks find no special token or a file has no chunk; call before weights load.
 
         Cost: files of texts up to CHECKED_BYTES are read and tokenised; a larger one cannot be too short.
         Raises:
@@ -71,13 +78,18 @@ class Evaluation(Settings):
                               "tokenizer_config.json, or evaluation.tasks=[].")
         files = {n: w for n, w in self.corpora.items()
                  if w.endswith(texts.FILES) and Path(w).stat().st_size <= CHECKED_BYTES}
-        if any(not where.endswith(".npy") for where in self.wanted_corpora().values()):
-            handle.require_room("evaluation.ppl_seq_len", self.ppl_seq_len)
         texts.load_corpora(files, handle, self.ppl_seq_len, self.ppl_bos)
-        longest = getattr(handle.config, "max_position_embeddings", None) or math.inf
-        for case in self.cases() if self.times else ():
-            require(case.prompt + case.new <= longest, "evaluation.speed_prompts + speed_new",
-                    f"{case.prompt} + {case.new}", f"at most {handle.name}'s {longest} tokens")
+
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence that each setting makes the model read."""
+        corpora = self.wanted_corpora()
+        out = {f"evaluation.corpora.{name}": length for name, where in corpora.items()
+               if (length := texts.row_length(where))}
+        if len(out) < len(corpora):
+            out["evaluation.ppl_seq_len"] = self.ppl_seq_len + (self.ppl_bos in ("every_chunk", "both"))
+        if self.times:
+            out["evaluation.speed_prompts + speed_new"] = max(case.prompt + case.new for case in self.cases())
+        return out
 
     def advice(self) -> list[str]:
         """What will not be measured although it was requested."""
@@ -129,7 +141,7 @@ class Evaluation(Settings):
                                 "of token files.")
             # before weights load, so that missing documents stop early
             loaded = load_tasks(self.tasks, self.limit, handle.random, self.fewshot)
-        values = {name: texts.perplexity(handle.model, corpus.tokens_NT, self.batch_size, name)
+        losses = {name: texts.chunk_losses(handle.model, corpus.tokens_NT, self.batch_size, name)
                   for name, corpus in corpora.items()}
         if loaded is not None and handle.tokenizer is not None:
             results = run_tasks(handle.model, handle.tokenizer, loaded, self.limit, self.batch_size, self.add_bos,
@@ -143,8 +155,9 @@ class Evaluation(Settings):
             "perplexity": {name: corpus.protocol for name, corpus in corpora.items()},
         }
         tasks = results.tasks if results else {}
-        return EvalReport(tasks, average(tasks), values, Protocol.of(fields, results.sources if results else {}),
-                          results.samples if results else {})
+        return EvalReport(tasks, average(tasks), {name: texts.exp_of_mean(loss_N) for name, loss_N in losses.items()},
+                          Protocol.of(fields, results.sources if results else {}),
+                          {**(results.samples if results else {}), **texts.samples(corpora, losses)})
 
     def time(self, dense: ModelHandle, compressed: ModelHandle) -> dict[str, Any]:
         """The record's `speed`: both models in turns, measured anew every time. See evaluation/backends/speed.py."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,13 +14,16 @@ from slm_exp.calibration.heldout import DOMAINS, RULE, TOKENS
 from slm_exp.calibration.tokens import load_ids, read_ids
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, did_you_mean
+from slm_exp.core.files import digest
 from slm_exp.core.text import SUFFIXES, kind_of, read_field, read_lines, slices
 from slm_exp.evaluation import documents
 from slm_exp.evaluation.progress import progress
+from slm_exp.evaluation.report import Row
 from slm_exp.evaluation.tiny_documents import made_up_prose
 from slm_exp.models.base import ModelHandle
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 HUB_SETS: dict[str, dict[str, Any]] = {  # arguments of datasets.load_dataset, the text field, how many rows
@@ -33,6 +36,8 @@ HUB_SETS: dict[str, dict[str, Any]] = {  # arguments of datasets.load_dataset, t
                     "data_files": {"train": "en/c4-validation.00000-of-00008.json.gz"}},
            "field": "text", "rows": 1100},
 }
+SAMPLES = "perplexity-"
+"""Before a corpus's name: the file of its chunks' losses in `samples/`."""
 BOS_TOO = "_bos"
 """Added to a corpus's name for its perplexity with BOS before every chunk (`ppl_bos=both`)."""
 FILES = (*SUFFIXES, ".npy")
@@ -52,7 +57,19 @@ class Corpus(NamedTuple):
 
 
 def perplexity(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | None = None, name: str = "") -> float:
-    """exp of the mean negative log-likelihood over all predicted tokens of all chunks.
+    """exp of the mean negative log-likelihood over all predicted tokens of all chunks; see `chunk_losses`."""
+    return exp_of_mean(chunk_losses(model, tokens_NT, batch_size, name))
+
+
+def exp_of_mean(loss_N: np.ndarray) -> float:
+    """The perplexity of a text from the losses of its chunks, which are equally long."""
+    mean = float(loss_N.mean())
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def chunk_losses(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | None = None,
+                 name: str = "") -> np.ndarray:
+    """Mean negative log-likelihood, in nats, of the predicted tokens of each chunk: [N] float64.
 
     Each of the N chunks is read alone, so the first of its T tokens only conditions. Log-probabilities are float32
     or wider, their sum is exact to double precision; logits of one batch are held at a time.
@@ -68,20 +85,40 @@ def perplexity(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | 
     n, t = tokens_NT.shape
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
     batch = batch_size or max(1, CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"]) // t)
-    total = 0.0
+    losses = []
+    batches = torch.as_tensor(tokens_NT, dtype=torch.long, device=device).split(batch)
     with torch.inference_mode(), progress(f"perplexity {name}".strip(), n, "chunk") as advance:
-        for start in range(0, n, batch):
-            ids_BT = torch.as_tensor(tokens_NT[start : start + batch], dtype=torch.long, device=device)
-            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        for ids_BT, logits_BTV in zip(batches, _logits(model, batches), strict=True):
             for ids_T, logits_TV in zip(ids_BT, logits_BTV, strict=True):  # row by row: one float32 copy of [T, V]
                 nll_T = cross_entropy(logits_TV[:-1].float(), ids_T[1:].to(logits_TV.device), reduction="none")
-                total += float(nll_T.double().sum())
-            if not math.isfinite(total):
+                losses.append(float(nll_T.double().mean()))
+            if not math.isfinite(sum(losses[-len(ids_BT) :])):
                 raise DataError(f"the model gives NaN or infinite logits on {name or 'the text'}, so it has no "
                                 "perplexity. Try model.dtype=float32 or bfloat16 (float16 overflows easily).")
             advance(len(ids_BT))
-    mean = total / (n * (t - 1))
-    return math.exp(mean) if mean < 700 else math.inf
+    return np.array(losses)
+
+
+def samples(corpora: Mapping[str, Corpus], losses: Mapping[str, np.ndarray]) -> dict[str, list[Row]]:
+    """What stays of every chunk, as of a task's documents: its number, a digest of its ids, its mean loss `nll`."""
+    return {SAMPLES + name: [{"doc_id": i, "doc_hash": digest(ids_T.tolist()), "nll": float(loss)}
+                             for i, (ids_T, loss) in enumerate(zip(corpus.tokens_NT, losses[name], strict=True))]
+            for name, corpus in corpora.items()}
+
+
+def _logits(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """[B, T, V] of every batch. A model whose layers stay in files is read once for as many as memory takes."""
+    from slm_exp.engine.calls import STATES_BYTES, in_step, streams
+    from slm_exp.models.layouts import layout_for
+
+    if not streams(model):
+        yield from (model(input_ids=ids_BT, use_cache=False).logits for ids_BT in batches)
+        return
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    at_once = max(1, STATES_BYTES // (batches[0].numel() * head.weight.shape[1] * head.weight.element_size()))
+    for start in range(0, len(batches), at_once):
+        calls = [{"input_ids": ids_BT, "use_cache": False} for ids_BT in batches[start : start + at_once]]
+        yield from (layout_for(model.config).logits(model.config, head(h_BTD)) for h_BTD in in_step(model, calls))
 
 
 def load_corpora(corpora: dict[str, str], handle: ModelHandle, seq_len: int, bos: str) -> dict[str, Corpus]:
@@ -134,6 +171,14 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
     if bos == "every_chunk":
         tokens_NT = np.insert(tokens_NT, 0, tokenizer.bos_token_id, axis=1)
     return Corpus(tokens_NT, {"source": corpus_identity(where), "seq_len": seq_len, "bos": bos, "chunks": n})
+
+
+def row_length(where: str) -> int | None:
+    """Tokens of a token file's rows, by its header; None of anything else."""
+    try:
+        return int(np.load(where, mmap_mode="r", allow_pickle=False).shape[1]) if where.endswith(".npy") else None
+    except Exception:  # what `read_ids` says in a line; numpy and zipfile raise a dozen kinds
+        return None
 
 
 def corpus_identity(where: str) -> str:

@@ -47,7 +47,8 @@ class EvalReport:
     perplexity: dict[str, float]
     protocol: Protocol
     samples: dict[str, list[Row]]
-    """task -> one dict per document (doc_id, doc_hash, target, per-choice log-likelihoods, acc, acc_norm)."""
+    """task -> one dict per document (doc_id, doc_hash, target, per-choice log-likelihoods, acc, acc_norm), and
+    `perplexity-CORPUS` -> one per chunk (its loss, nll)."""
 
     def to_json(self) -> dict[str, Any]:
         """Without the samples, which have a folder of their own."""

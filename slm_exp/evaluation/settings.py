@@ -121,6 +121,12 @@ class Settings(Component):
         """Whether generations are timed."""
         return self.speed_runs > 0
 
+    @property
+    def file_passes(self) -> int:
+        """Over the files of a model whose layers stay there, at least: more where states of all texts take too much
+        memory. Tasks: three to compare the fast forward pass with a plain one, and one for all requests."""
+        return len(self.wanted_corpora()) + (4 if self.tasks else 0)
+
     def wanted_corpora(self) -> dict[str, str]:
         """`corpora`, without those that may be left out and cannot be had here."""
         return {name: where for name, where in self.corpora.items()

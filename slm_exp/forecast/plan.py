@@ -11,6 +11,7 @@ from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.errors import ConfigError, SlmError
 from slm_exp.core.files import plain
 from slm_exp.core.format import duration, human
+from slm_exp.core.runtime import available_memory
 from slm_exp.forecast.machine import Machine, machine, stated
 from slm_exp.forecast.walk import CACHED, COMPUTE, MAYBE, SHARED, Lookup, Outline, walk
 from slm_exp.launch.jobs import CommandJobs, command_jobs
@@ -18,11 +19,15 @@ from slm_exp.launch.workers import cores, visible_gpus
 from slm_exp.models.sizes import Sizes
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
+from slm_exp.pipeline.inspection import Inspection
+from slm_exp.pipeline.memory import choose
 from slm_exp.recovery.gain import loss_cost
 from slm_exp.runs.sweep import FINISHED, Job, differing, read_cell
 from slm_exp.tables.build import split_words
 from slm_exp.tables.definition import cells, parameters
 
+SAVING = 5.0
+"""Passes over layers' files: writing, logits, and the fresh process's digests and two comparisons."""
 ROWS = 12
 """Jobs shown one by one."""
 
@@ -47,6 +52,10 @@ class JobPlan:
     flops_per_token: float | None = None
     flops: float = 0
     block_forwards: float | None = None
+    passes: float = 0
+    """Over the layers' files, where these stay there."""
+    read: float = 0
+    """Bytes read from them."""
     problem: str = ""
     """Why it would fail before its weights load."""
     notes: list[str] = field(default_factory=list)
@@ -61,6 +70,7 @@ class JobPlan:
             "state": self.state, "problem": self.problem or None, "layers": self.layers, "bounds": self.bounds,
             "known": self.known or None, "params": self.params, "flops_per_token": self.flops_per_token,
             "flops": self.flops, "block_forwards": self.block_forwards,
+            "streamed": {"passes": self.passes, "bytes": self.read} if self.passes else None,
             "stages": [{"name": n, "state": s, "seconds": self.seconds.get(n)} for n, s in self.stages.items()],
             "seconds": self.total, "notes": self.notes}
 
@@ -133,19 +143,22 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
     Raises:
         ConfigError: as the run itself would; names the job.
     """
-    command = jobs_of(overrides, multirun)
+    return plan_jobs(jobs_of(overrides, multirun), tflops, anew)
+
+
+def plan_jobs(command: CommandJobs, tflops: float | None = None, anew: bool = False) -> GridPlan:
+    """`make_plan` of jobs that are composed already."""
     first = command.jobs[0][1]
     requested = first.model.device or first.runtime.device
     gpus = visible_gpus() if requested != "cpu" else []
     device = "cuda" if requested.startswith("cuda") or (requested == "auto" and gpus) else "cpu"
     here = device == "cpu" or bool(gpus)
     grid = GridPlan(command.folder, command.multirun, device, *(command.capacity() if here else (1, cores())))
-    lookup = Lookup(Path(first.cache.dir) if first.cache.enabled else None)
-    sketches: dict[str, Sketch] = {}
+    lookup = Lookup(first.cache_folder)
+    inspection = Inspection(device, here=False)
     for _, cfg in command.jobs:
-        if repr(cfg.model) not in sketches:
-            sketches[repr(cfg.model)] = cfg.model.sketch(Path(cfg.cache.dir), device)
-    grid.models = list(sketches.values())
+        inspection.sketch(cfg)
+    grid.models = list(inspection.sketches.values())
     grid.notes = [note for model in grid.models for note in model.notes]
     dtype = grid.models[0].dtype
     if tflops is not None:
@@ -156,7 +169,7 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
         grid.notes.append("no GPU is visible here, so times are not known: --tflops N gives those of a machine that "
                           "sustains N TFLOP/s.")
     for job, cfg in command.jobs:
-        grid.jobs.append(_job_plan(grid, job, cfg, sketches[repr(cfg.model)], lookup))
+        grid.jobs.append(_job_plan(grid, job, cfg, inspection, lookup))
     grid.notes += dict.fromkeys(note for plan in grid.to_run for note in plan.notes)
     searches = sum(plan.bounds is not None and plan.stages.get("plan") == COMPUTE for plan in grid.to_run)
     if searches > 1:
@@ -164,27 +177,43 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
     return grid
 
 
-def jobs_of(overrides: Sequence[str], multirun: bool) -> CommandJobs:
-    """The jobs of a command line as the run would make them; of `table=NAME [PARAM=VALUE]` those that fill it."""
+def jobs_of(overrides: Sequence[str], multirun: bool, reads_weights: bool = False) -> CommandJobs:
+    """The jobs of a command line as the run would make them; of `table=NAME [PARAM=VALUE]` those that fill it.
 
-    def identify(cfg: RunConfig) -> str:
-        return "" if cfg.model.unread_weights() else cfg.run_id
-
+    Args:
+        reads_weights: for their run_id, where this machine has never read them; else that is empty.
+    """
+    identify = (lambda cfg: cfg.run_id) if reads_weights else _known_run_id
     name = next((o.partition("=")[2] for o in overrides if o.startswith("table=")), None)
     if name is None:
         return command_jobs(overrides, multirun, identify=identify)
     others, own = [o for o in overrides if not o.startswith(("table=", "hydra"))], parameters(name)
-    given, _ = split_words([o for o in others if o.partition("=")[0] in own])
-    added = [o for o in others if o.partition("=")[0] not in own]
+    given, _ = split_words([o for o in others if o.partition("=")[0] in own or o.startswith("model.")])
+    added = [o for o in others if o.partition("=")[0] not in own and not o.startswith("model.")]
     missing = [[*cell, *added] for cell in cells(name, given)]
     if not missing:
         raise ConfigError("no job is left to plan: the table has every cell.")
-    return command_jobs([o for o in overrides if o.startswith("hydra")], True, cells=missing, name=Path(name).stem,
-                        identify=identify)
+    hydra = [o for o in overrides if o.startswith("hydra")]
+    return command_jobs(hydra, True, cells=missing, name=Path(name).stem, identify=identify)
 
 
-def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: Lookup) -> JobPlan:
-    plan = JobPlan(job, read_cell(job).state if job.run_id else "unknown")
+def cell_jobs(name: str, runs: Sequence[Sequence[str]], hydra: Sequence[str] = ()) -> CommandJobs:
+    """The jobs of a table's runs, by their overrides, in the folder where `slm tables NAME --missing` puts them."""
+    return command_jobs(hydra, True, cells=runs, name=name, identify=_known_run_id)
+
+
+def _known_run_id(cfg: RunConfig) -> str:
+    """Empty where it takes a digest of weights that this machine has never read."""
+    return "" if cfg.model.unread_weights() else cfg.run_id
+
+
+def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, inspection: Inspection, lookup: Lookup) -> JobPlan:
+    plan, model = JobPlan(job, read_cell(job).state if job.run_id else "unknown"), inspection.sketch(cfg)
+    try:
+        inspection.look(cfg)
+        cfg.evaluation.check_data(model.random)
+    except SlmError as error:
+        plan.problem = str(error)
     if model.sizes is None or model.handle is None:
         plan.notes.append(f"{model.name}: without its config.json nothing can be counted.")
         return plan
@@ -192,12 +221,11 @@ def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: L
         lookup = Lookup(lookup.store.folder)
     outline = walk(cfg, model, lookup, job.save_model)
     try:
-        if not cfg.width.prunes and not (cfg.method.removes_sublayers and cfg.method.target_ratio):
+        if not cfg.width.prunes:
             cfg.method.check_model(model.handle)  # the others look at modules, which takes torch
-        cfg.evaluation.check_data(model.random)
         _size(plan, cfg, model, outline)
     except SlmError as error:
-        plan.problem = str(error)
+        plan.problem = plan.problem or str(error)
     if plan.state != FINISHED:
         plan.stages = outline.stages
         plan.notes += cfg.advice()
@@ -274,17 +302,29 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch, outline:
         if "recover" in plan.seconds:
             plan.seconds["recover"] -= sum(max(0, grid.machine.seconds(work, sizes.hidden) - 60 * limit)
                                            for part, work, _ in recoveries if (limit := part.wall_clock_limit))
-    _memory(grid, cfg, model, sizes, tokens, doing)
+    streamed = grid.device == "cpu" and choose(cfg, model.bytes, available_memory(), cfg.model.needs_resident() is None,
+                                               grid.device).streamed
+    if streamed or cfg.runtime.memory == "stream":
+        streamed = True
+        of = {"similarity": 1.0, "evaluate_dense": cfg.evaluation.file_passes, "evaluate": cfg.evaluation.file_passes,
+              "plan": (count.blocks if count.reads is None else count.reads) / sizes.n_layers,
+              "recover": cfg.recovery.file_passes, "save": SAVING}
+        plan.passes = sum(of.get(name, 0) for name in doing)
+        plan.read = plan.passes * model.bytes * sizes.n_layers * sizes.layer / sizes.total
+    _memory(grid, cfg, model, sizes, tokens, doing, streamed)
 
 
-def _memory(grid: GridPlan, cfg: RunConfig, model: Sketch, sizes: Sizes, tokens: Tokens, doing: Iterable[str]) -> None:
+def _memory(grid: GridPlan, cfg: RunConfig, model: Sketch, sizes: Sizes, tokens: Tokens, doing: Iterable[str],
+            streamed: bool) -> None:
     """Peak bytes of the process, of its checkpoint's verification beside it, and on the GPU."""
     imports = grid.machine.resident if grid.machine else 1e9
     states = (sizes.n_layers + 3) * tokens.total * sizes.hidden * 4
     stages = {"plan": states, "similarity": cfg.similarity.matrix_bytes(sizes, tokens),
               "recover": cfg.recovery.memory(sizes)}
     work = max([1e8, *(bytes_ for name, bytes_ in stages.items() if name in doing)])
-    weights = model.bytes
+    weights = float(model.bytes)
+    if streamed:
+        weights *= (sizes.total - (sizes.n_layers - 3) * sizes.layer) / sizes.total
     if grid.device == "cuda":
         grid.device_memory = max(grid.device_memory, weights + work + 1e9)
         grid.memory = max(grid.memory, imports + 2e9 + weights)
@@ -329,6 +369,8 @@ def show(grid: GridPlan) -> str:
         more = f"; {human(grid.verifying)} more while the checkpoint is verified" if grid.verifying else ""
         card = f", {human(grid.device_memory)} on the GPU" if grid.device_memory else ""
         lines.append(f"memory    {human(grid.memory)} a job{card}{more}")
+    if passes := sum(j.passes for j in todo):
+        lines.append(f"reads     {passes:,.1f} passes over the layers' files, {human(sum(j.read for j in todo))}")
     lines.append(f"work      {sum(j.flops for j in todo) / 1e12:,.3g} TFLOP")
     if grid.wall is not None and grid.seconds is not None:
         unit = "GPU" if grid.device == "cuda" else "core"

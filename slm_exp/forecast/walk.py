@@ -94,7 +94,8 @@ def walk(cfg: RunConfig, model: Sketch, lookup: Lookup, save_model: bool) -> Out
     x.dense = model.handle
     if model.digest.startswith("?"):
         x.dense = replace(model.handle, digest=Unknown(model.digest))
-        vars(x.dense).update(n_params=model.handle.n_params, layer_params=model.handle.layer_params)  # as in the sketch
+        known_sizes = ("n_params", "layer_params", "sublayer_params")
+        vars(x.dense).update({name: vars(model.handle)[name] for name in known_sizes})  # as in the sketch
     LOAD.then(x)
     for step in (step for step in steps(cfg) if step.name not in ("load", "save", "report")):
         states = [_advance(stage, x, lookup, out) for stage in step.stages if stage.when(x)]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import subprocess
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import psutil
+from slm_exp.core.runtime import available_memory
 
 GIB = 2**30
 
@@ -37,16 +35,6 @@ def visible_gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return re.findall(r"UUID: (MIG-[\w/-]+)\)", listing) or re.findall(r"UUID: (GPU-[\w-]+)\)", listing)
-
-
-def available_memory() -> int:
-    """Bytes that new processes may take: what the machine has free, or what is left of this process's cgroup."""
-    free, root = [psutil.virtual_memory().available], Path("/sys/fs/cgroup")
-    for limit, used in (("memory.max", "memory.current"),
-                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # cgroup v2, v1
-        with contextlib.suppress(OSError, ValueError):  # no such cgroup, or no limit ("max")
-            free.append(int((root / limit).read_text()) - int((root / used).read_text()))
-    return max(0, min(free))
 
 
 def make_workers(n: int | None, threads: int | None, gpus: list[str], jobs: int,

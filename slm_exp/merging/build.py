@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from slm_exp.merging.sharing import replace_parameter, scaled_outputs, shared_co
 from slm_exp.merging.sizes import full_shape, head_dim
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.layerwise import layerwise_classes
+from slm_exp.models.streaming import StreamedLayers, shells
 
 
 def build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None, hosts: list[int],
@@ -33,22 +35,41 @@ def build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None, hosts: l
     layout = handle.layout
     fitted = unpack(plan.fitted) if plan.fitted else {}
     model = shared_copy(handle.model, config=config, layer_list=layout.layer_list, layers=hosts)
-    for layer, slot, host, scale in zip(layout.layers(model), plan.slots, hosts, plan.scales, strict=True):
+    dense: Any = handle.layers
+    layers = layout.layers(model)
+
+    def changed(at: int, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a layer of the result has in place of its module's `own` parameters."""
+        slot, host, out = plan.slots[at], hosts[at], dict[str, Tensor]()
+        module = shells(layers)[at]
         if slot.stop - slot.start > 1:
             assert rule is not None
+
+            def parameter(k: int, name: str) -> Tensor:  # in the reading thread, where the layers are streamed
+                i = slot.start + k
+                return own[name] if i == host else dense.tensors(i, (name,))[name]
+
             with torch.no_grad():
+                window = shells(dense)[slot.start : slot.stop]
                 merged = (Merged(0, fitted[slot]) if rule.fits else
-                          rule.merge(layout, list(handle.layers[slot.start : slot.stop])))
+                          rule.merge(layout, window, parameter if handle.streamed else None))
             if slot.start + merged.host != host:
                 raise PlanError(f"merge_rule={rule.name} hosts {slot} in layer {slot.start + merged.host}, not {host}.")
-            for name, tensor in merged.weights.items():
-                replace_parameter(layer, name, tensor)
-        if scale != 1:
-            for name, tensor in scaled_outputs(layout, layer, {}, scale).items():
-                replace_parameter(layer, name, tensor)
-        for module in (m for s in plan.sublayers if s.layer == host for m in layout.outputs[s.kind]):
-            for name, p in layer.get_submodule(module).named_parameters():  # an ordinary layer that adds nothing here
-                replace_parameter(layer, f"{module}.{name}", torch.zeros_like(p))
+            out |= merged.weights
+        if plan.scales[at] != 1:
+            out |= scaled_outputs(layout, module, {**own, **out}, plan.scales[at])
+        for output in (m for s in plan.sublayers if s.layer == host for m in layout.outputs[s.kind]):
+            for name, _ in module.get_submodule(output).named_parameters():  # an ordinary layer that adds nothing here
+                out[f"{output}.{name}"] = torch.zeros_like(own[f"{output}.{name}"])
+        return out
+
+    for at, slot in enumerate(plan.slots):
+        if isinstance(layers, StreamedLayers):
+            if slot.stop - slot.start > 1 or plan.scales[at] != 1 or any(s.layer == hosts[at] for s in plan.sublayers):
+                layers.changes[at] = partial(changed, at)
+            continue
+        for name, tensor in changed(at, dict(layers[at].named_parameters())).items():
+            replace_parameter(layers[at], name, tensor)
     return model
 
 

@@ -78,7 +78,7 @@ class _Fit:
             fit, held = self._moments(weights, module)
             if step := ridge_step(fit, held, self.settings.ridges):
                 with torch.inference_mode():
-                    weights = weights | changed(self.layer, module, weights, step[0])
+                    weights = weights | changed(self.layout, self.layer, module, weights, step[0])
         return weights, self._moments(weights, None)[1].rr
 
     def _moments(self, weights: Mapping[str, Tensor], module: str | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slm_exp.models.layouts import LayerLayout
+from slm_exp.models.streaming import StreamedLayers, shells
 
 
 def shared_copy(model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = None,
@@ -27,17 +29,25 @@ def shared_copy(model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = N
         layer_list: path of the decoder layers in the model (`layout.layer_list`); only with `layers`.
         layers: the original layers that are left, each once, bottom to top; None keeps all. They are numbered anew.
     """
+    listed = next((m for m in model.modules() if isinstance(m, StreamedLayers)), None)
+    if listed is not None:
+        listed.residence.leave()  # so that no layer's weights are copied with its module, and kept
+    ordinary, streamed = _apart(model, tensors or {})
     # A deep copy that finds every tensor already copied: as itself, or as its replacement wherever it occurs.
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for name, tensor in (tensors or {}).items():
+    for name, tensor in ordinary.items():
         old = model.get_parameter(name)
         memo[id(old)] = torch.nn.Parameter(tensor.detach().to(old.device, old.dtype), requires_grad=False)
     if config is not None:
         memo[id(model.config)] = config
-    if layers is not None:
-        own: Any = model.get_submodule(layer_list)
-        memo[id(own)] = torch.nn.ModuleList(copy.deepcopy(own[i], memo) for i in layers)
+    if layers is not None or listed is not None:
+        own: Any = listed if layers is None else model.get_submodule(layer_list)
+        hosts = range(len(own)) if layers is None else layers
+        modules = [copy.deepcopy(shells(own)[i], memo) for i in hosts]
+        memo[id(own)] = torch.nn.ModuleList(modules) if listed is None else listed.of(hosts, modules)
     out: PreTrainedModel = copy.deepcopy(model, memo)
+    for at, some in streamed.items():
+        _change(out, at, some)
     if layers is not None:
         _number(out, layer_list, layers)
     if config is not None:
@@ -45,6 +55,23 @@ def shared_copy(model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = N
             if isinstance(getattr(module, "config", None), PretrainedConfig):
                 module.config = config  # type: ignore[assignment]
     return out
+
+
+def _apart(model: PreTrainedModel, tensors: Mapping[str, Tensor]
+           ) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+    """Replacements of ordinary parameters, and those of streamed layers by layer."""
+    path = next((f"{name}." for name, m in model.named_modules() if isinstance(m, StreamedLayers)), None)
+    ordinary, streamed = dict(tensors), defaultdict[int, dict[str, Tensor]](dict)
+    for name in [name for name in tensors if path and name.startswith(path)]:
+        at, _, inside = name.removeprefix(str(path)).partition(".")
+        streamed[int(at)][inside] = ordinary.pop(name)
+    return ordinary, streamed
+
+
+def _change(model: PreTrainedModel, at: int, tensors: Mapping[str, Tensor]) -> None:
+    """Give a streamed layer other parameters when it is read."""
+    layers = next(m for m in model.modules() if isinstance(m, StreamedLayers))
+    layers.changes[at] = lambda own: {name: t.to(own[name].dtype) for name, t in tensors.items()}
 
 
 def replace_parameter(module: torch.nn.Module, name: str, tensor: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -12,11 +11,10 @@ from slm_exp.core.files import digest
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.width import apply_width
-from slm_exp.models.base import ModelHandle, empty_model
-from slm_exp.models.layout import LayerLayout
+from slm_exp.models.base import ModelHandle
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = None) -> ModelHandle:
@@ -49,10 +47,10 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
     effect = {**plan.effect(), "rule": rule.name if plan.groups and rule is not None else None}
     unchanged = plan.n_layers_out == plan.n_layers and not plan.sublayers and "compensation" not in effect
     return ModelHandle(
-        handle.name, _shorter_config(handle.layout, handle.config, _hosts(plan, rule)), handle.layout,
+        handle.name, handle.layout.config_of(handle.config, _hosts(plan, rule)), handle.layout,
         digest=handle.digest if unchanged else digest({"model": handle.digest, "plan": effect}), device=handle.device,
         load_model=lambda: _built(handle, plan, rule), load_tokenizer=lambda: handle.tokenizer, note=handle.note,
-        random=handle.random, licences=handle.licences,
+        random=handle.random, licences=handle.licences, origin=handle.origin, streamed=handle.streamed,
         lineage={"base": handle.name, "base_digest": handle.digest, "plan": effect})
 
 
@@ -62,41 +60,18 @@ def _hosts(plan: MergePlan, rule: MergeRule | None) -> list[int]:
     return [slot.stop - 1 if top else slot.start for slot in plan.slots]
 
 
-def _shorter_config(layout: LayerLayout, config: PretrainedConfig, hosts: list[int]) -> PretrainedConfig:
-    """A copy of a config in which everything that counts or lists layers speaks of the result's."""
-    out = copy.deepcopy(config)
-    for name in layout.per_layer_config:
-        values = getattr(config, name, None)
-        if values is not None:
-            setattr(out, name, [values[i] for i in hosts])
-    for name in layout.layer_bounds:
-        bound = getattr(config, name, None)
-        if bound is not None:
-            setattr(out, name, sum(i < bound for i in hosts))
-    for name in layout.layer_counts:
-        setattr(out, name, len(hosts))
-    return out
-
-
 def _built(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None) -> PreTrainedModel:
     from slm_exp.merging.build import build
 
     hosts = _hosts(plan, rule)
-    return build(handle, plan, rule, hosts, _shorter_config(handle.layout, handle.model.config, hosts))
-
-
-def sublayer_sizes(handle: ModelHandle, layer: int = 0) -> dict[str, int]:
-    """Parameters of a layer's attention and MLP sublayers: projections and their biases. Loads no weights."""
-    module = handle.layout.layers(handle.model if handle.loaded else empty_model(handle.config))[layer]
-    return {kind: sum(p.numel() for name in names for p in module.get_submodule(name).parameters())
-            for kind, names in handle.layout.sublayers.items()}
+    return build(handle, plan, rule, hosts, handle.layout.config_of(handle.model.config, hosts))
 
 
 def zeroed(compressed: ModelHandle, plan: MergePlan) -> int:
     """Parameters that a plan's sublayers leave in the checkpoint, and in `n_params`, without effect. An engine that
     skips such sublayers could leave them out."""
     at = {slot.start: i for i, slot in enumerate(plan.slots)}
-    return sum(sublayer_sizes(compressed, at[s.layer])[s.kind] for s in plan.sublayers)
+    return sum(compressed.sublayer_params[at[s.layer]][s.kind] for s in plan.sublayers)
 
 
 def zeroed_note(handle: ModelHandle, plan: MergePlan) -> tuple[str, ...]:
@@ -105,8 +80,7 @@ def zeroed_note(handle: ModelHandle, plan: MergePlan) -> tuple[str, ...]:
     if not kinds:
         return ()
     which = " and ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
-    sizes = sublayer_sizes(handle)
-    size = sum(sizes[s.kind] for s in plan.sublayers)
+    size = sum(handle.sublayer_params[s.layer][s.kind] for s in plan.sublayers)
     are = "sublayer is" if len(plan.sublayers) == 1 else "sublayers are"
     return (f"{which} {are} zeroed: {size / 1e6:.3g} M parameters ({size / handle.n_params:.1%}) could be left out by "
             "an engine that skips them; the checkpoint keeps them.",)

@@ -37,7 +37,8 @@ def apply_width(handle: ModelHandle, width: WidthDecision) -> ModelHandle:
         digest=narrowed_digest(handle.digest, width),
         load_model=lambda: _build(handle, width), load_tokenizer=lambda: handle.tokenizer, note=handle.note,
         random=handle.random,
-        licences=handle.licences, lineage={"base": handle.name, "base_digest": handle.digest, **handle.lineage,
+        licences=handle.licences, origin=handle.origin,
+        lineage={"base": handle.name, "base_digest": handle.digest, **handle.lineage,
                  "width": {k: about.get(k) for k in ("method", "ratio", "reached", "uniform", "sizes")}})
 
 

@@ -257,12 +257,13 @@ def greedy_cost(n_layers: int, parts: float, removals: int, per_layer: int = 1, 
         share: of the parts, from the top down, that are tried.
         heads: passes of the head for each candidate.
     """
-    blocks = tried = 0.0
+    blocks = tried = reads = 0.0
     for k in range(removals):
         left = max(0.0, parts * share - k)
         blocks += left * (n_layers - k / per_layer) * share / 2
         tried += left
-    return Count(blocks + 2 * n_layers, tried * heads)
+        reads += (n_layers - k / per_layer) * share
+    return Count(blocks + 2 * n_layers, tried * heads, reads=reads + 2 * n_layers)
 
 
 def lowest(scores: Mapping[int, float], n: int, shown: Callable[[float], float] = float,

@@ -28,4 +28,4 @@ class BlockPruner(SublayerBaseline):
         return self.greedy_cost(n_layers)
 
     def remove(self, task: PlanTask, wanted: Wanted) -> Removed:
-        return greedy(task.engine, self.units(task.handle.n_layers), task.engine.loss, wanted, self.name)
+        return greedy(task.engine, self.units(task.handle.n_layers), task.engine.losses, wanted, self.name)

@@ -9,7 +9,6 @@ from slm_exp.core.cost import Count
 from slm_exp.core.errors import require
 from slm_exp.core.registry import register
 from slm_exp.core.types import SUBLAYERS
-from slm_exp.merging.surgery import sublayer_sizes
 from slm_exp.methods.base import Selection
 from slm_exp.methods.objectives import OBJECTIVES, SetSearch
 from slm_exp.models.base import ModelHandle
@@ -69,7 +68,7 @@ class EvoPress(SetSearch):
             n = self.target_sublayers // 2
         else:
             assert self.target_ratio is not None
-            n = max(1, round(self.target_ratio * handle.n_params / sum(sublayer_sizes(handle).values())))
+            n = max(1, round(self.target_ratio * handle.n_params / sum(handle.sublayer_params[0].values())))
         require(n <= most, "method.target_sublayers", 2 * n, f"at most {2 * most} for {handle.name}")
         return n
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,8 +50,8 @@ class FinerCut(SublayerBaseline):
     def remove(self, task: PlanTask, wanted: Wanted) -> Removed:
         engine = task.engine
 
-        def cost(slots: Slots) -> float:
-            return engine.loss(slots) if self.metric == "perplexity" else engine.distance(slots, self.metric)
+        def cost(models: Sequence[Slots]) -> Iterator[float]:
+            return engine.losses(models) if self.metric == "perplexity" else engine.distances(models, self.metric)
 
         units = self.units(task.handle.n_layers)
         late = math.floor(self.exclude_first * len(units))

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from slm_exp.core.conf import PUBLISHED, published_file
 from slm_exp.core.errors import ConfigError, PlanError, require
 from slm_exp.core.files import digest, read_json
 from slm_exp.core.registry import available, register
@@ -33,7 +34,7 @@ class FromPlan(Method):
     """
 
     path: str = ""
-    """A plan.json, or a run's folder that holds one."""
+    """A plan.json, a run's folder that holds one, or published:SOURCE/MODEL/NAME, a set of conf/published."""
 
     def check(self) -> None:
         super().check()
@@ -63,7 +64,8 @@ class FromPlan(Method):
     @cached_property
     def _read(self) -> tuple[MergePlan, bool]:
         """The plan, and whether the file names the number of layers."""
-        path = Path(self.path).expanduser()
+        named, _, name = self.path.partition(PUBLISHED)
+        path = published_file(name) if name and not named else Path(self.path).expanduser()
         path = path / "plan.json" if path.is_dir() else path
         try:
             data = read_json(path)
@@ -112,6 +114,9 @@ class FromPlan(Method):
         require(rule.fits == (self.given.fitted is not None), "fitted of the plan in method.path", self.given.fitted,
                 "a file with the merged layers, which this rule fits" if rule.fits else f"none: {name} fits nothing")
         return rule
+
+    def needs_resident(self) -> str | None:
+        return f"the plan in method.path = {self.path} narrows layers" if self.given.width else None
 
     def layers_left(self, handle: ModelHandle) -> int | None:
         return self.plan_for(handle).n_layers_out

@@ -24,12 +24,12 @@ class ShortenedPPL(Shortened):
 
     def search_cost(self, n_layers: int, removed: int | None) -> Count:
         above = [n_layers - 1 - i for i in self.removable(n_layers)]
-        return Count(sum(above) + 2 * n_layers - (removed or 0), len(above))
+        return Count(sum(above) + 2 * n_layers - (removed or 0), len(above), reads=3 * n_layers)
 
     def choose(self, task: PlanTask, n_remove: int) -> Selection:
         if n_remove == 0:
             return Selection()
         dense, units = task.engine.dense, [Unit(i) for i in self.removable(task.handle.n_layers)]
-        costs = each_alone(dense, units, task.engine.loss, self.name)
+        costs = each_alone(dense, units, task.engine.losses, self.name)
         taken = one_shot(dense, costs, lambda removed, _: len(removed) < n_remove)
         return Selection(tuple(u.layer for u in taken), trace=tuple(traced(costs, taken, dense)))

@@ -31,5 +31,5 @@ class SLEB(Baseline):
 
     def choose(self, task: PlanTask, n_remove: int) -> Selection:
         units = [Unit(i) for i in self.removable(task.handle.n_layers)]
-        gone = greedy(task.engine, units, task.engine.loss, lambda removed, _: len(removed) < n_remove, self.name)
+        gone = greedy(task.engine, units, task.engine.losses, lambda removed, _: len(removed) < n_remove, self.name)
         return Selection(tuple(u.layer for u in gone.units), trace=gone.trace)

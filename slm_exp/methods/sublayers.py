@@ -10,7 +10,6 @@ from typing import ClassVar
 from slm_exp.core.cost import Count
 from slm_exp.core.errors import ConfigError, require
 from slm_exp.core.types import SUBLAYERS, Sublayer
-from slm_exp.merging.surgery import sublayer_sizes
 from slm_exp.methods.base import Baseline, Selection, greedy_cost
 from slm_exp.models.base import ModelHandle
 from slm_exp.search.greedy import Removed, Unit, Wanted
@@ -80,10 +79,10 @@ class SublayerBaseline(Baseline):
                     "Protected layers and one sublayer at least stay.")
             return lambda removed, unit: len(removed) < n
         assert self.target_ratio is not None
-        ratio, sizes, total = self.target_ratio, sublayer_sizes(handle), handle.n_params
+        ratio, sizes, total = self.target_ratio, handle.sublayer_params, handle.n_params
 
         def share(removed: Sequence[Unit]) -> float:
-            return sum(sizes[str(u.kind)] for u in removed) / total
+            return sum(sizes[u.layer][str(u.kind)] for u in removed) / total
 
         largest = max(share([u]) for u in units) if units else 0.0
         if share(units) < ratio - largest / 2:

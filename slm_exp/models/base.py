@@ -44,6 +44,9 @@ class ModelSource(Component, ABC):
                 self.device, "null, auto, cpu, cuda or cuda:N")
         require(self.device_map in (None, "auto"), "model.device_map", self.device_map, "null or auto")
 
+    def needs_resident(self) -> str | None:
+        return f"model.device_map={self.device_map} spreads the weights over devices" if self.device_map else None
+
     def refuse_elsewhere(self, why: str) -> None:
         """Refuse fields that say where a model comes from and how it is spread, for a source that would ignore them."""
         for name in ("path", "revision", "device_map", "trust_remote_code"):
@@ -66,6 +69,15 @@ class ModelSource(Component, ABC):
             ConfigError: config.json cannot be that of a model.
         """
         return unknown(self.name)
+
+    def look(self) -> ModelHandle | None:
+        """What `open` would give, without its digest and with no weights to load, as far as nothing has to be fetched
+        or converted for it; None where that is all there is to see. Imports transformers where there is something.
+
+        Raises:
+            ConfigError / ArchitectureError / CheckpointError: as `open` and the loading of weights would.
+        """
+        return None
 
     @abstractmethod
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:

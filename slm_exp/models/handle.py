@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.errors import require
+from slm_exp.models.origin import Origin
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +39,14 @@ class ModelHandle:
     """True for made-up weights (`model=tiny`)."""
     licences: tuple[Path, ...] = ()
     """Licence and notice files that came with the weights; they go along with what is made of these."""
+    origin: Origin = field(default_factory=Origin)
+    """What the hub knows of the source."""
     lineage: dict[str, Any] = field(default_factory=dict)
     """What was done to the dense model; empty for the dense model itself."""
+    load_streamed: Callable[[], PreTrainedModel] | None = field(default=None, repr=False)
+    """Loads the model with layers that stay in their files (see models/streaming.py); None where there are no files."""
+    streamed: bool = False
+    """Whether `model` is such a one."""
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -61,6 +69,11 @@ class ModelHandle:
     def layers(self) -> torch.nn.ModuleList:
         """The decoder layers, bottom to top."""
         return self.layout.layers(self.model)
+
+    def stream(self) -> ModelHandle:
+        """The same model with layers that stay in their files."""
+        assert self.load_streamed is not None
+        return dataclasses.replace(self, load_model=self.load_streamed, streamed=True)
 
     @property
     def n_layers(self) -> int:
@@ -91,6 +104,13 @@ class ModelHandle:
         """Parameters of one decoder layer, the mean where layers differ. Loads no weights."""
         model = self.model if self.loaded else empty_model(self.config)
         return count_params(self.layout.layers(model)) // self.n_layers
+
+    @cached_property
+    def sublayer_params(self) -> tuple[dict[str, int], ...]:
+        """Of every layer, parameters of attention and of the MLP: projections and their biases. Loads no weights."""
+        layers = self.layout.layers(self.model if self.loaded else empty_model(self.config))
+        return tuple({kind: sum(count_params(layer.get_submodule(name)) for name in names)
+                      for kind, names in self.layout.sublayers.items()} for layer in layers)
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:

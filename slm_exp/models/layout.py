@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -116,8 +117,12 @@ class LayerLayout:
 
     @property
     def no_refit(self) -> str:
-        """Why a regression cannot take over what a layer's outputs lack; empty where it can."""
+        """Why what a projection adds to the stream is not linear in it; empty where it is."""
         return f"its sublayers' outputs pass a norm ({', '.join(self.output_norms)})" if self.output_norms else ""
+
+    def norm_behind(self, module: str | None) -> str:
+        """The norm that a projection's output passes on its way into the stream; empty where there is none."""
+        return dict(zip((self.o, self.mlp_out), self.output_norms, strict=False)).get(module or "", "")
 
     def written(self, layer: torch.nn.Module) -> dict[str, float]:
         """Parameters that what a layer adds to the stream is proportional to, and what each is written relative to."""
@@ -150,6 +155,30 @@ class LayerLayout:
     def layers(self, model: PreTrainedModel) -> torch.nn.ModuleList:
         """The decoder layers, bottom to top."""
         return model.get_submodule(self.layer_list)  # type: ignore[return-value]
+
+    def config_of(self, config: PretrainedConfig, hosts: Sequence[int]) -> PretrainedConfig:
+        """A copy of a config in which everything that counts or lists layers speaks of a model of these layers."""
+        out = copy.deepcopy(config)
+        for name in self.per_layer_config:
+            values = getattr(config, name, None)
+            if values is not None:
+                setattr(out, name, [values[i] for i in hosts])
+        for name in self.layer_bounds:
+            bound = getattr(config, name, None)
+            if bound is not None:
+                setattr(out, name, sum(i < bound for i in hosts))
+        for name in self.layer_counts:
+            setattr(out, name, len(hosts))
+        return out
+
+    def kinds(self, config: PretrainedConfig) -> list[int]:
+        """The lowest layer of every kind that the config tells apart."""
+        lists = [list(values) for name in self.per_layer_config if (values := getattr(config, name, None)) is not None]
+        bounds = [bound for name in self.layer_bounds if (bound := getattr(config, name, None)) is not None]
+        found: dict[str, int] = {}
+        for i in range(config.num_hidden_layers):
+            found.setdefault(repr([[values[i] for values in lists], [i < bound for bound in bounds]]), i)
+        return list(found.values())
 
     def attention_width(self, layer: torch.nn.Module) -> int:
         """Channels of all query heads together."""

@@ -82,16 +82,21 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> tuple[Pr
 
 
 def _check_shapes(folder: Path, model: PreTrainedModel) -> None:
-    """Refuse weights whose headers have another shape than the model for a tensor of the same name.
+    """Refuse weights whose headers lack a tensor of the model, or have one of another shape.
+
+    What transformers makes of other tensors (experts, which old files hold one by one) is left to it, as are names
+    without the decoder's own in front.
 
     Raises:
         CheckpointError: names tensors and shapes.
     """
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    odd = [f"{name} {tensor.shape} for {wanted[name]}" for name, tensor in headers(folder).items()
-           if name in wanted and tensor.shape != wanted[name]]  # fmt: skip
-    if odd:
-        raise _misfit(folder, "have other shapes than config.json says:", odd)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # of tied ones, the embedding
+    has = {name: tensor.shape for name, tensor in headers(folder).items()}
+    odd = [f"{name} {has[name]} for {shape}" for name, shape in wanted.items() if has.get(name, shape) != shape]
+    lacks = [name for name in wanted if not {name, name.partition(".")[2]} & set(has) and ".experts." not in name]
+    for problem, names in (("have other shapes than config.json says:", odd), ("lack", lacks)):
+        if names:
+            raise _misfit(folder, problem, names)
 
 
 def _misfit(folder: Path, problem: str, keys: Collection[str]) -> CheckpointError:
@@ -119,6 +124,27 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         raise ConfigError(f"the tokenizer in {folder} cannot be read ({reason}).") from cause
 
 
+def load_streamed(folder: Path, config: PretrainedConfig, layout: LayerLayout, dtype: str, device: torch.device,
+                  trust_remote_code: bool = False) -> PreTrainedModel:
+    """A folder's model with layers that stay in their files, the rest loaded as `dtype` on `device`.
+
+    Raises:
+        CheckpointError: as `load_weights`; what a layer lacks is found when it is read.
+        ArchitectureError: a layer holds more than weights.
+    Memory: embedding, head, and one layer of every kind that the config tells apart, which is dropped again.
+    """
+    from slm_exp.models.streaming import streamed
+
+    few = layout.config_of(config, layout.kinds(config))
+    before = logging.getLogger("transformers").level
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every other layer as unexpected
+    try:
+        model = load_weights(folder, few, layout, dtype, device, None, trust_remote_code, some=True)
+    finally:
+        logging.getLogger("transformers").setLevel(before)
+    return streamed(model, empty_model(config), layout.layer_list, folder, device)
+
+
 def load_weights(
     folder: Path,
     config: PretrainedConfig,
@@ -127,8 +153,10 @@ def load_weights(
     device: torch.device,
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    some: bool = False,
 ) -> PreTrainedModel:
-    """Load a folder's weights, every one of them and nothing else, as `dtype` on `device`.
+    """Load a folder's weights, every one of them and nothing else, as `dtype` on `device`. `some`: `config` counts
+    fewer layers than there are.
 
     Raises:
         CheckpointError: weights are missing, have other shapes, or belong to layers the config does not count.
@@ -156,7 +184,7 @@ def load_weights(
     for problem, keys in (
         ("lack", info["missing_keys"]),
         ("have other shapes than config.json says:", shaped),
-        ("hold, beyond what config.json counts,", extra_layers),
+        ("hold, beyond what config.json counts,", set() if some else extra_layers),
     ):
         if keys:
             raise _misfit(folder, problem, keys)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slm_exp.core.errors import ConfigError
 from slm_exp.models.files import BUFFERS, LAYER, Tensor
+from slm_exp.models.layout import LayerLayout
 from slm_exp.models.layouts import FAMILIES
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -46,11 +47,12 @@ class Sizes:
     """Width of all query heads together."""
     mlp: int
     """Channels between the MLP's projections."""
+    sublayers: dict[str, int]
+    """Parameters of one layer's attention and of its MLP: projections and their biases."""
 
     def with_layers(self, n: float) -> Sizes:
         """The same model with another number of layers."""
-        return Sizes(int(n), self.hidden, self.vocab, self.layer, self.total - int((self.n_layers - n) * self.layer),
-                     self.matrices, self.query, self.mlp)  # fmt: skip
+        return replace(self, n_layers=int(n), total=self.total - int((self.n_layers - n) * self.layer))
 
     def block_flops(self, tokens: float, seq_len: float) -> float:
         """Operations of one layer over so many tokens in sequences of `seq_len`; as `search.cost.flops_per_token`."""
@@ -98,8 +100,24 @@ def sizes_in(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sizes:
     routed = float(about.get("num_experts_per_tok") or 1) / experts
     matrices = sum(t.size * (routed if ".experts." in name else 1) for name, t in layers.items() if len(t.shape) > 1)
     layer = sum(t.size for t in layers.values()) // max(1, n)
+    parts = _sublayers(FAMILIES[str(about.get("model_type"))], layers)
     return Sizes(n, d, v, layer, sum(t.size for t in own.values()), int(matrices / max(1, n)),
-                 heads * int(about.get("head_dim") or d // heads), int(about.get("intermediate_size") or 4 * d))
+                 heads * int(about.get("head_dim") or d // heads), int(about.get("intermediate_size") or 4 * d),
+                 {kind: size // max(1, n) for kind, size in parts.items()})
+
+
+def _sublayers(layout: LayerLayout, layers: Mapping[str, Tensor]) -> dict[str, int]:
+    """Parameters of all layers' attention and MLP by the names of their tensors. Checkpoints name experts in ways of
+    their own, so there the MLP is every matrix that is not attention's."""
+    out = dict.fromkeys(layout.sublayers, 0)
+    for name, tensor in layers.items():
+        own = name[LAYER.search(name).end():]  # type: ignore[union-attr]
+        kind = next((kind for kind, modules in layout.sublayers.items()
+                     if own.startswith(tuple(f"{module}." for module in modules))),
+                    "mlp" if layout.experts and len(tensor.shape) > 1 else None)
+        if kind:
+            out[kind] += tensor.size
+    return out
 
 
 def sizes_of(config: Any) -> Sizes:
@@ -122,18 +140,19 @@ def sizes_of(config: Any) -> Sizes:
     kv = int(about.get("num_key_value_heads") or heads)
     head = int(about.get("head_dim") or d // heads)
     q, k = heads * head, kv * head
-    matrices = 2 * d * q + 2 * d * k + 3 * d * f
-    vectors = 2 * d  # two norms
+    attention, mlp = 2 * d * q + 2 * d * k, 3 * d * f
+    matrices = attention + mlp
     if family == "qwen2":
-        vectors += q + 2 * k
+        attention += q + 2 * k
     elif about.get("attention_bias"):
-        vectors += q + 2 * k + d
+        attention += q + 2 * k + d
+    if family == "llama" and about.get("mlp_bias"):
+        mlp += 2 * f + d
+    vectors = 2 * d  # two norms
     if family == "gemma3_text":
         vectors += 2 * d  # four norms
     if family in ("qwen3", "gemma3_text"):
         vectors += 2 * head
-    if family == "llama" and about.get("mlp_bias"):
-        vectors += 2 * f + d
-    layer = matrices + vectors
+    layer = attention + mlp + vectors
     total = n * layer + d + v * d * (1 if about.get("tie_word_embeddings", family == "gemma3_text") else 2)
-    return Sizes(n, d, v, layer, total, matrices, q, f)
+    return Sizes(n, d, v, layer, total, matrices, q, f, {"attention": attention, "mlp": mlp})

@@ -61,6 +61,9 @@ class Tiny(ModelSource):
                 "" if windowed else f"{self.family} has no local attention.")
         self.refuse_elsewhere("is made in memory")
 
+    def needs_resident(self) -> str | None:
+        return "model=tiny is made in memory and has no files"
+
     def identity(self) -> Fields:
         named = ("family", "layers", "hidden", "heads", "kv_heads", "vocab", "tied", "sliding_window", "seed")
         return {"name": self.name, "recipe": RECIPE, **{n: getattr(self, n) for n in named}, "dtype": self._dtype()}

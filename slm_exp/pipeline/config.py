@@ -15,7 +15,8 @@ from slm_exp.core.cache.digests import remember_in
 from slm_exp.core.cache.store import default_cache_dir
 from slm_exp.core.errors import ConfigError, caused_by_config, did_you_mean, require, require_one_of
 from slm_exp.core.files import digest
-from slm_exp.core.registry import GROUPS
+from slm_exp.core.plugins import Plugin
+from slm_exp.core.registry import GROUPS, foreign
 from slm_exp.core.runtime import Runtime
 from slm_exp.core.together import Together
 from slm_exp.evaluation.base import Evaluation
@@ -85,12 +86,23 @@ class RunConfig:
         return {**groups, "seed": self.seed}
 
     @property
+    def plugins(self) -> list[Plugin]:
+        """Those that members of this config come from."""
+        return foreign([*(getattr(self, name) for name in GROUPS), *self.recovery.parts()])
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Of the stage cache; None where nothing is kept: switched off, or a member whose code has no file, so that no
+        key could see it change (a notebook's cell)."""
+        return Path(self.cache.dir) if self.cache.enabled and all(plugin.digest for plugin in self.plugins) else None
+
+    @property
     def _kernel_decides(self) -> bool:
         return self.similarity.uses_kernel() or self.method.uses_layer_similarity
 
     def plan_identity(self) -> dict[str, Any]:
         """What decides the plan besides model and tokens: kernel and rule only where score or method look at them."""
-        similarity = {"name": self.similarity.name, **self.similarity.after_identity()}
+        similarity = {**self.similarity.score_identity(), **self.similarity.after_identity()}
         if self._kernel_decides:
             similarity |= self.similarity.identity() | {"kernel": self.kernel.identity()}
         rule = self.merge_rule.identity() if self.method.uses_merge_rule() else None
@@ -100,6 +112,16 @@ class RunConfig:
         """What decides the layer similarity matrix besides model and tokens: kernel and CKA estimator."""
         estimator = {k: v for k, v in self.similarity.identity().items() if k not in ("name", "after")}
         return {"kernel": self.kernel.identity(), "estimator": estimator}
+
+    def in_force(self) -> list[str]:
+        """What holds where the config leaves a choice open, and `advice`; for `--cfg job`."""
+        saved = ["save_model: yes in a single run, no in a multirun"] if self.save_model is None else []
+        return [line for name in GROUPS for line in getattr(self, name).in_force()] + saved + self.advice()
+
+    def needs_resident(self) -> list[str]:
+        """Why the model's layers cannot stay in their files; nothing where they can."""
+        members = (getattr(self, name) for name in GROUPS)
+        return [reason for member in members if (reason := member.needs_resident())]
 
     def advice(self) -> list[str]:
         """Settings that are allowed but do less than they seem to."""
@@ -130,6 +152,8 @@ def check_together(cfg: RunConfig) -> None:
     others = Together(method=cfg.method.name, recovery=cfg.recovery.name, target_ratio=cfg.method.target_ratio,
                       removes_sublayers=cfg.method.removes_sublayers, plan=plan, plan_path=cfg.method.plan_path,
                       new_hidden_size=cfg.width.new_hidden_size, model_dtype=cfg.model.dtype)
+    if cfg.runtime.memory == "stream" and (reasons := cfg.needs_resident()):
+        raise ConfigError(f"runtime.memory = stream; expected auto or resident, for {reasons[0]}.")
     of_groups = (group.refuses(others) for group in (cfg.method, cfg.width, cfg.recovery))
     for refused in (*of_groups, cfg.evaluation.refuses()):
         if refused:

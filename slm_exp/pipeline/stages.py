@@ -16,6 +16,7 @@ from slm_exp.calibration.heldout import RULE
 from slm_exp.core.cache.code import PACKAGE, Code, code_files
 from slm_exp.core.cache.store import Inputs, StageStore
 from slm_exp.core.files import JsonObject, digest
+from slm_exp.core.plugins import plugin_of
 from slm_exp.core.registry import Component
 from slm_exp.core.runtime import world
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity, MergePlan
@@ -25,6 +26,7 @@ from slm_exp.merging.surgery import apply_plan
 from slm_exp.merging.width import apply_width
 from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline.config import RunConfig
+from slm_exp.pipeline.memory import opened
 from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_tensors
 from slm_exp.recovery.gain import HeldOutLoss, chain_report, held_out_loss
 from slm_exp.runs.tracking.base import Tracker
@@ -178,9 +180,10 @@ class Step(NamedTuple):
 
 
 def code_of(*members: Component) -> tuple[str, ...]:
-    """The files that define members of config groups, their base classes in this package included."""
-    files = (inspect.getfile(kind) for member in members for kind in type(member).__mro__ if kind is not object)
-    inside = (Path(f).resolve() for f in files)
+    """The files of this package that define members of config groups and their base classes. A plug-in's code is in the
+    member's identity."""
+    kinds = [kind for member in members for kind in type(member).__mro__ if kind is not object]
+    inside = (Path(inspect.getfile(kind)).resolve() for kind in kinds if plugin_of(kind) is None)
     return tuple(dict.fromkeys(str(f.relative_to(PACKAGE)) for f in inside if f.is_relative_to(PACKAGE)))
 
 
@@ -189,23 +192,55 @@ def code_of(*members: Component) -> tuple[str, ...]:
 
 def _load(x: Experiment) -> ModelHandle:
     cfg = x.cfg
-    device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
-    dense = cfg.model.open(device, Path(cfg.cache.dir))
+    dense = opened(cfg, cfg.runtime.prepare(cfg.seed, cfg.model.device))
     check_model(cfg, dense)
     return dense
 
 
-def check_model(cfg: RunConfig, dense: ModelHandle) -> None:
-    """Refuse what this model cannot do, before weights load. Raises ConfigError or DataError, which name the field."""
-    dense.require_room(f"calibration.{'path' if cfg.calibration.reads_ids else 'seq_len'}", cfg.calibration.shape().t)
+def check_lengths(cfg: RunConfig, dense: ModelHandle) -> None:
+    """Refuse sequences longer than the model has positions. Raises ConfigError, which names the field."""
+    merges = cfg.method.uses_merge_rule() and cfg.method.replays is None
+    read = {**cfg.calibration.lengths(), **cfg.evaluation.lengths(), **cfg.recovery.lengths(),
+            **cfg.similarity.lengths(), **(cfg.merge_rule.lengths() if merges else {})}
+    for name, tokens in read.items():
+        dense.require_room(name, tokens)
+
+
+def _check_width(cfg: RunConfig, dense: ModelHandle) -> None:
     cfg.width.check_model(dense, cfg.method)
     cfg.width.check_depth(cfg.method, dense)
-    cfg.evaluation.check_data(dense.random)
-    cfg.evaluation.check_model(dense)
-    cfg.recovery.check_data(dense)
-    cfg.similarity.check_data(dense)
+
+
+def _check_rule(cfg: RunConfig, dense: ModelHandle) -> None:
     if cfg.method.uses_merge_rule() and cfg.method.replays is None:
         cfg.merge_rule.check_data(dense)
+
+
+CHECKS: tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]], ...] = (
+    (("calibration", "evaluation", "recovery", "similarity", "merge_rule", "method"), check_lengths),
+    (("width", "method"), _check_width),
+    (("evaluation",), lambda cfg, dense: cfg.evaluation.check_data(dense.random)),
+    (("evaluation",), lambda cfg, dense: cfg.evaluation.check_model(dense)),
+    (("recovery",), lambda cfg, dense: cfg.recovery.check_data(dense)),
+    (("similarity",), lambda cfg, dense: cfg.similarity.check_data(dense)),
+    (("merge_rule", "method"), _check_rule),
+)
+"""(groups, check of their settings against a model)."""
+
+
+def check_model(cfg: RunConfig, dense: ModelHandle, passed: set[str] | None = None) -> None:
+    """Refuse what this model cannot do, before weights load.
+
+    Args:
+        passed: checks that other jobs with this model have passed, by the settings they look at; more are added.
+    Raises:
+        ConfigError / DataError: names the field.
+    """
+    passed = set() if passed is None else passed
+    for i, (groups, check) in enumerate(CHECKS):
+        if (looked := repr([i, *(getattr(cfg, group) for group in groups)])) not in passed:
+            check(cfg, dense)
+            passed.add(looked)
 
 
 def _loaded(x: Experiment) -> None:
@@ -241,7 +276,7 @@ SIMILARITY = Stage(
 EVALUATE_DENSE = Stage(
     "evaluate_dense", "dense_report", lambda x: x.cfg.evaluation.run(x.dense), EvalReport,
     lambda x: {**x.on(x.dense), **x.cfg.evaluation.measured_by()},
-    code=lambda x: (*BUILT, *READ, "evaluation", "engine/fused.py"),
+    code=lambda x: (*BUILT, *READ, "evaluation", "engine/fused.py", "engine/calls.py"),
     libraries=("torch", "transformers", "lm_eval"), works=lambda x: x.cfg.evaluation.measures, cache="evaluate")
 
 # --- width: of the dense model before the plan, or of the merged one

@@ -87,6 +87,12 @@ class Recovery(Component, ABC):
     maps_stream: ClassVar[bool] = False
     """Whether it puts maps of the residual stream behind layers."""
 
+    streams: ClassVar[bool] = False
+    """Whether it goes through the layers one by one, so that they may stay in their files."""
+
+    file_passes: ClassVar[int] = 0
+    """Over the files of a model whose layers stay there."""
+
     @property
     def wall_clock_limit(self) -> float | None:
         """Minutes after which it stops; None where it ends by itself."""
@@ -100,8 +106,15 @@ class Recovery(Component, ABC):
         """Why this recipe cannot run with the rest of the config, or None. Checked before anything loads."""
         return None
 
+    def needs_resident(self) -> str | None:
+        return None if self.streams else f"recovery={self.name} takes all weights at once"
+
     def check_data(self, dense: ModelHandle) -> None:
         """Raise ConfigError or DataError where the recipe's data is absent or malformed. Called before weights load."""
+
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence that each setting makes the model read."""
+        return {}
 
     def trains(self) -> bool:
         """Whether processes that a launcher started take part."""

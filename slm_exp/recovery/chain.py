@@ -67,6 +67,10 @@ class Chain(Recovery):
     def check_data(self, dense: ModelHandle) -> None:
         self._each(lambda part: part.check_data(dense))
 
+    def lengths(self) -> dict[str, int]:
+        return {name.replace("recovery.", f"recovery.steps[{i}].", 1): n for i, part in enumerate(self.parts())
+                for name, n in part.lengths().items()}
+
     def _each(self, of: Callable[[Recovery], T]) -> list[T]:
         """What every step gives; its complaints in the names of the chain."""
         out = []
@@ -76,6 +80,9 @@ class Chain(Recovery):
             except (ConfigError, DataError) as error:
                 raise _named(f"recovery.steps[{i}]", error) from None
         return out
+
+    def needs_resident(self) -> str | None:
+        return next(filter(None, (part.needs_resident() for part in self.parts())), None)
 
     def trains(self) -> bool:
         return any(part.trains() for part in self.parts())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from slm_exp.calibration.fit import FitSource
 from slm_exp.core.errors import ConfigError, DataError, require
@@ -19,6 +19,9 @@ CALLED = (("calibration.", "recovery."), ("calibration=", "recovery, as in calib
 @dataclass
 class Fitted(Recovery):
     """A recovery by regression, without training. Every fifth sequence is held out: the whole model is judged there."""
+
+    through_norms: ClassVar[bool] = False
+    """Whether it can change a projection whose output passes a norm."""
 
     path: str | None = None
     """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is the bundled text."""
@@ -43,10 +46,13 @@ class Fitted(Recovery):
         return needs_dense_stream(others)
 
     def check_data(self, dense: ModelHandle) -> None:
-        if dense.layout.no_refit:
+        if dense.layout.no_refit and not self.through_norms:
             raise ConfigError(f"recovery={self.name}: {dense.layout.family} layers cannot be refitted by regression: "
                               f"{dense.layout.no_refit}. Take recovery=lora or another trained recovery.")
         self._source().check(dense)
+
+    def lengths(self) -> dict[str, int]:
+        return self._source().lengths()
 
     def _source(self) -> FitSource:
         return FitSource(self.path, self.n_samples, self.seq_len, self.field, CALLED)

@@ -17,6 +17,7 @@ class NoRecovery(Recovery):
     """No recovery."""
 
     changes_weights: ClassVar[bool] = False
+    streams: ClassVar[bool] = True
 
     def stored(self) -> bool:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 from slm_exp.core.cost import Work
 from slm_exp.core.errors import require, require_one_of
@@ -26,12 +27,18 @@ class Reconstruct(Fitted):
     bottom up, on the stream of the model refitted so far, the layer's `down_proj` and `o_proj` get the change that
     brings the stream after it nearest to the dense model's after the window, by ridge regression. What `o_proj` adds is
     taken as passing the layer's MLP by; a change that makes the error on held-out sequences larger is taken back.
+    Where a norm stands behind a projection, its gain is fitted too, after it (see `engine.ridge.moments`).
     How tokens are weighted matters (`engine.ridge.token_weights`): the few of huge norm must not dominate the fit, nor
     be forgotten by it.
 
     Cost: two passes over the calibration tokens (dense and compressed), 2 x passes + 1 more of every refitted layer,
     and its normal equations. Memory: two states [N, T, D] in temporary files, and 16 C^2 bytes for C MLP channels.
     """
+
+    through_norms: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
+    file_passes: ClassVar[int] = 10
+    """Two of the fit, and four of either model to judge the result."""
 
     layers: str = "cuts"
     """cuts: the layer beside every cut. all: every layer from the first of these up."""

@@ -108,7 +108,7 @@ class _Refit:
         left = {kind: () if kind in removed else names for kind, names in self.layout.fitted.items()}
         if not self.settings.attention and left["mlp"]:
             left["attention"] = ()
-        modules = [*left["mlp"], *left["attention"]]
+        modules = [m for name in (*left["mlp"], *left["attention"]) for m in (name, self.layout.norm_behind(name)) if m]
         weights: dict[str, Tensor] = {}
         kept, lowest = weights, math.inf
         errors: list[float] = []
@@ -125,7 +125,8 @@ class _Refit:
                 step = ridge_step(fit, held, self.settings.ridges)
                 ridges.append(step[1] if step else None)
                 if step:
-                    weights = weights | changed(self.task.handle.layers[position], module, weights, step[0])
+                    layer = self.task.handle.layers[position]
+                    weights = weights | changed(self.layout, layer, module, weights, step[0])
         return weights, Refitted(position, list(slot), errors, modules * self.settings.passes, ridges)
 
     def _moments(self, position: int, module: str | None, weights: dict[str, Tensor], scale: float

@@ -123,8 +123,10 @@ class Trained(Recovery):
     def check_data(self, dense: ModelHandle) -> None:
         if dense.tokenizer is None:
             raise DataError(f"recovery={self.name} reads text, and {dense.name} has no tokenizer.")
-        dense.require_room("recovery.seq_len", self.seq_len)
         read_rows(self.data, self.path, dense)
+
+    def lengths(self) -> dict[str, int]:
+        return {"recovery.seq_len": self.seq_len}
 
     def trains(self) -> bool:
         return True

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
+from slm_exp.core.format import rounded, with_error
 from slm_exp.core.types import Group, MergePlan
 from slm_exp.reporting import svg
 from slm_exp.reporting.results import Comparison
@@ -164,23 +165,28 @@ def intervals(rows: Sequence[Comparison]) -> Markup:
     both = [e for row in rows for e in (row.dense, row.compressed) if e]
     if not both:
         return Markup("")
-    least = max(0.0, min(e.value - (e.stderr or 0) for e in both))
+    least = max(0.0, min([*(e.value - (e.stderr or 0) for e in both),
+                          *(row.chance for row in rows if row.chance is not None)]))
     scale = Axis([least, max(least + 0.01, *(e.value + (e.stderr or 0) for e in both))])  # all may be equal
     x = scale.across
     lines = []
     for row in rows:
         parts = [tag("line", x1=x(t), x2=x(t), y1="0", y2="100%", class_="grid") for t in scale.ticks]
+        if row.chance is not None:
+            parts.append(tag("g", tag("title", f"{row.task}, chance: {rounded(100 * row.chance, 1)}"),
+                             tag("line", x1=x(row.chance), x2=x(row.chance), y1=4, y2=32, class_="chance")))
         for estimate, kind, y in ((row.dense, "dense", 12), (row.compressed, "compressed", 24)):
             if estimate is None:
                 continue
-            spread = "" if estimate.stderr is None else f" ± {100 * estimate.stderr:.1f}"
-            marks = [tag("title", f"{row.task}, {kind}: {100 * estimate.value:.1f}{spread}")]
+            shown = with_error(100 * estimate.value, None if estimate.stderr is None else 100 * estimate.stderr)
+            marks = [tag("title", f"{row.task}, {kind}: {shown}")]
             if estimate.stderr is not None:
                 ends = x(estimate.value - estimate.stderr), x(estimate.value + estimate.stderr)
                 marks.append(tag("line", x1=ends[0], x2=ends[1], y1=y, y2=y, class_="spread"))
             marks.append(tag("use", href=f"#mark-{kind}", x=x(estimate.value), y=y))
             parts.append(tag("g", *marks, class_=kind))
-        lines.append(Markup('<div class="name">{}</div>').format(row.task)
+        name = Markup('<div class="name{}">{}</div>').format(" mute" if row.mute else "", row.task)
+        lines.append(name
                      + tag("svg", *parts, width="100%", height=36, class_="chart row"))
     shapes = tag("defs", tag("circle", r=4.5, id="mark-dense"),
                  tag("path", d="M0 -5.5 L5.5 0 L0 5.5 L-5.5 0 Z", id="mark-compressed"))

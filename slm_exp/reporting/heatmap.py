@@ -10,6 +10,7 @@ from slm_exp.core.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from slm_exp.core.types import LayerSimilarity, MergePlan
 
@@ -17,7 +18,14 @@ INK, SOFT, GONE = "#1c2127", "#59626d", "#e8590c"
 
 
 def draw_heatmap(similarity: LayerSimilarity, plan: MergePlan | None, path_png: Path, title: str) -> None:
-    """Write a PNG: similarity of every pair of layers, layer 0 in the lower left corner, colours fixed at 0 to 1.
+    """Write `heatmap` as a PNG, atomically; folders are made."""
+    with writing(path_png) as tmp:
+        heatmap(similarity, plan, title).savefig(tmp, format="png")
+
+
+def heatmap(similarity: LayerSimilarity, plan: MergePlan | None, title: str, kind: type[Figure] | None = None
+            ) -> Figure:
+    """Similarity of every pair of layers, layer 0 in the lower left corner, colours fixed at 0 to 1.
 
     Merged windows are framed and named on the diagonal; removed layers are struck out, removed sublayers counted below
     the title. Scores below 0 (unbiased CKA of unlike layers scatters around 0) take the colour of 0, and the colour
@@ -26,8 +34,8 @@ def draw_heatmap(similarity: LayerSimilarity, plan: MergePlan | None, path_png: 
     Args:
         similarity: [L, L] and how it was estimated; both go into the subtitle.
         plan: what was decided, or None for the matrix alone.
-        path_png: written atomically; folders are made.
         title: one line.
+        kind: of the figure, where it is not matplotlib's own.
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,7 +44,7 @@ def draw_heatmap(similarity: LayerSimilarity, plan: MergePlan | None, path_png: 
 
     matrix_LL = similarity.matrix_LL
     n_layers = len(matrix_LL)
-    figure = Figure(figsize=(7.2, 7.0), dpi=150, facecolor="white")
+    figure = (kind or Figure)(figsize=(7.2, 7.0), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)  # no pyplot: nothing global, no display
     axes = figure.add_axes((0.09, 0.075, 0.76, 0.76 * 7.2 / 7.0))
     image = axes.imshow(matrix_LL, origin="lower", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
@@ -66,8 +74,7 @@ def draw_heatmap(similarity: LayerSimilarity, plan: MergePlan | None, path_png: 
                 f"{'left out' if similarity.skip_first_token else 'kept'}")
     lines = [estimate, *([_effect(plan)] if plan is not None else [])]
     figure.text(0.09, 0.945, "\n".join(lines), fontsize=9, color=SOFT, va="top", linespacing=1.45)
-    with writing(path_png) as tmp:
-        figure.savefig(tmp, format="png")
+    return figure
 
 
 def _draw_plan(axes: Axes, plan: MergePlan) -> None:

@@ -12,10 +12,7 @@ from slm_exp.core.errors import SlmError
 from slm_exp.core.files import JsonObject, read_json
 from slm_exp.reporting.rows import Row
 from slm_exp.runs.schema import Calibration, Model
-from slm_exp.runs.statistics.scores import Estimate
-
-Z95 = 1.96
-"""Standard errors from a mean to either end of its 95 % interval."""
+from slm_exp.runs.statistics.scores import Z95, Estimate
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,18 @@ import json
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import JsonObject, plain, write_text
-from slm_exp.core.format import duration
+from slm_exp.core.format import decimals, duration, rounded, rounded_pair
 from slm_exp.reporting import charts, results, svg
 from slm_exp.reporting.rows import setting
 from slm_exp.runs.record import Run, say_unverified
-from slm_exp.runs.schema import Record
+from slm_exp.runs.schema import Estimated, Record
+from slm_exp.runs.statistics.paired import Difference
+from slm_exp.runs.statistics.scores import Estimate, estimate
+from slm_exp.runs.statistics.verdict import times, verdict_of
 
 
 def write_report(folder: Path, record: JsonObject | None = None, verify: bool = False, run: Run | None = None) -> Path:
@@ -38,7 +42,8 @@ def write_report(folder: Path, record: JsonObject | None = None, verify: bool = 
         run=run, record=shown, plan=run.plan, charts=charts, svg=svg, matrix=run.similarity, advice=advice(shown),
         widths={name: column for name, column in widths.items() if column},  # empty where layers kept theirs
         config_yaml=run.config_yaml or json.dumps(shown.config, indent=1, ensure_ascii=False),  # YAML holds JSON
-        unverified=say_unverified([run]), rows=rows, average=results.average(measured, rows),
+        unverified=say_unverified([run]), rows=rows, average=results.average(run, rows), verdict=verdict_of(run),
+        estimate=estimate,
         perplexity={corpus: [side.perplexity.get(corpus) for side in measured.both]
                     for corpus in {**measured.dense.perplexity, **measured.compressed.perplexity}},
         protocol=measured.compressed.protocol or measured.dense.protocol)
@@ -52,7 +57,8 @@ def environment() -> Environment:
     """Jinja2 with this package's templates and number formats; everything is escaped, a misspelt name is an error."""
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                       trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"percent": percent, "signed": signed, "duration": duration, "setting": setting}
+    env.filters |= {"percent": percent, "estimated": estimated, "ends": ends, "duration": duration, "setting": setting,
+                    "times": times}
     env.globals["size_change"] = size_change
     return env
 
@@ -62,10 +68,27 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f}"
 
 
-def signed(value: float) -> str:
-    """-0.05 -> −5.0, in percentage points."""
-    rounded = round(100 * value, 1)
-    return f"{'+' if rounded > 0 else '−' if rounded < 0 else ''}{abs(rounded):.1f}"
+def estimated(found: Estimate | Difference | Estimated | None, factor: float = 100, digits: int = 1,
+              sign: bool = False) -> Markup:
+    """`40.7 ± 3.5`, rounded as the error is; a dash for None. A share in per cent, a difference in points."""
+    if found is None:
+        return Markup("–")
+    error = None if found.stderr is None else factor * found.stderr
+    value, error_text = rounded_pair(factor * found.value, error, digits)
+    value = typographic(value, sign)
+    return Markup("{} <span class=err>± {}</span>").format(value, error_text) if error_text else Markup(value)
+
+
+def ends(found: Difference) -> str:
+    """The interval of a difference, in points, as precise as its error."""
+    digits = decimals(100 * found.stderr) if found.stderr else 1
+    return ", ".join(typographic(rounded(100 * end, digits), True) for end in (found.low, found.high)
+                     if end is not None)
+
+
+def typographic(number: str, sign: bool = False) -> str:
+    """With a true minus, and a plus where it is asked for."""
+    return f"+{number}" if sign and float(number) > 0 else number.replace("-", "−")
 
 
 def size_change(before: int, after: int) -> tuple[str, str]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import mixed
 from slm_exp.evaluation.report import metric_of
 from slm_exp.runs.record import Run
-from slm_exp.runs.schema import Measurements
-from slm_exp.runs.statistics.scores import Estimate, by_document, estimate, standard_error, stderr_of_mean
+from slm_exp.runs.schema import JudgedTask, Measurements
+from slm_exp.runs.statistics.paired import Difference
+from slm_exp.runs.statistics.runs import Measured, difference
+from slm_exp.runs.statistics.scores import Z95, Estimate, estimate, stderr_of_mean
+from slm_exp.runs.statistics.verdict import verdict_of
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,14 @@ class Comparison:
     n: int | None
     dense: Estimate | None
     compressed: Estimate | None
-    difference: Estimate | None
+    difference: Difference | None
     """Compressed minus dense."""
     paired: bool = False
-    """Whether the difference's standard error comes from the same documents under both models."""
+    """Whether the difference comes from the same documents under both models."""
+    chance: float | None = None
+    """What guessing scores; None where that is not known."""
+    mute: bool = False
+    """Whether the dense model cannot be told from guessing."""
 
 
 def compare(run: Run) -> list[Comparison]:
@@ -35,7 +43,8 @@ def compare(run: Run) -> list[Comparison]:
     Models measured by different protocols have no difference.
     """
     dense, compressed = run.record.eval.both
-    rows = [_compare_task(run, task) for task in dict.fromkeys([*dense.tasks, *compressed.tasks])]
+    judged = verdict_of(run).tasks
+    rows = [_compare_task(run, task, judged.get(task)) for task in dict.fromkeys([*dense.tasks, *compressed.tasks])]
     apart = protocols_differ(run.record.eval)
     return [replace(row, difference=None, paired=False) for row in rows] if apart else rows
 
@@ -45,38 +54,42 @@ def protocols_differ(measured: Measurements) -> str | None:
     return mixed({"dense": measured.dense.protocol, "compressed": measured.compressed.protocol})
 
 
-def average(measured: Measurements, rows: list[Comparison]) -> Comparison | None:
+def average(run: Run, rows: list[Comparison]) -> Comparison | None:
     """The seven-task mean as one more row; None unless both models have it by one protocol. Tasks are independent."""
-    dense, compressed = measured.dense.average, measured.compressed.average
+    dense, compressed = (side.average for side in run.record.eval.both)
     seven = [row for row in rows if row.task in SEVEN]
-    if dense is None or compressed is None or len(seven) != len(SEVEN) or protocols_differ(measured):
+    if dense is None or compressed is None or len(seven) != len(SEVEN) or protocols_differ(run.record.eval):
         return None
-    return Comparison("average", "seven-task mean", None, Estimate(dense, stderr_of_mean(row.dense for row in seven)),
-                      Estimate(compressed, stderr_of_mean(row.compressed for row in seven)),
-                      Estimate(compressed - dense, stderr_of_mean(row.difference for row in seven)),
-                      all(row.paired for row in seven))
+    before, after = (Estimate(value, stderr_of_mean(row.dense if which == "dense" else row.compressed for row in seven))
+                     for which, value in (("dense", dense), ("compressed", compressed)))
+    counts = [row.n for row in seven if row.n is not None]
+    found, paired = _difference(run, tuple(SEVEN), before, after, [row.difference for row in seven])
+    return Comparison("average", "seven-task mean", sum(counts) if len(counts) == len(SEVEN) else None, before, after,
+                      found, paired)
 
 
-def _compare_task(run: Run, task: str) -> Comparison:
+def _compare_task(run: Run, task: str, judged: JudgedTask | None) -> Comparison:
     dense, compressed = (side.scores(task) for side in run.record.eval.both)
     metric = metric_of(task, dense or compressed) or "acc"
     before, after = estimate(dense, metric), estimate(compressed, metric)
     documents = (compressed or dense).get("n")
     n = documents if isinstance(documents, int) else None
+    about = (None, False) if judged is None else (judged.chance, judged.mute)
     if not before or not after:
-        return Comparison(task, metric, n, before, after, None)
-    paired = _paired(run, task, metric)
-    if paired and math.isclose(paired.value, after.value - before.value, abs_tol=1e-6):
-        return Comparison(task, metric, n, before, after, paired, paired=True)
-    known = before.stderr is not None and after.stderr is not None
-    stderr = math.hypot(before.stderr or 0, after.stderr or 0) if known else None
-    return Comparison(task, metric, n, before, after, Estimate(after.value - before.value, stderr))
+        return Comparison(task, metric, n, before, after, None, False, *about)
+    return Comparison(task, metric, n, before, after, *_difference(run, (task,), before, after), *about)
 
 
-def _paired(run: Run, task: str, metric: str) -> Estimate | None:
-    """Mean and standard error of the per-document difference; None unless both models saw the same documents."""
-    dense, compressed = (by_document(run.samples(which, task), metric) for which in ("dense", "compressed"))
-    if not dense or dense.keys() != compressed.keys():
-        return None
-    differences = [compressed[document] - dense[document] for document in dense]
-    return Estimate(math.fsum(differences) / len(differences), standard_error(differences))
+def _difference(run: Run, tasks: tuple[str, ...], before: Estimate, after: Estimate,
+                parts: Sequence[Difference | None] = ()) -> tuple[Difference, bool]:
+    """The paired estimate; where documents are not at hand or not the same, that of independent ones, and False."""
+    value = after.value - before.value
+    paired = difference([Measured(run, "dense")], [Measured(run)], tasks)
+    if paired and math.isclose(paired.value, value, abs_tol=1e-6):
+        return paired, True
+    errors = [part.stderr if part else None for part in parts] or [before.stderr, after.stderr]
+    known = [e for e in errors if e is not None]
+    stderr = math.hypot(*known) / max(1, len(parts)) if len(known) == len(errors) else None
+    low, high = (None, None) if stderr is None else (value - Z95 * stderr, value + Z95 * stderr)
+    p = math.erfc(abs(value) / stderr / math.sqrt(2)) if stderr else 1.0
+    return Difference(value, stderr, low, high, p, "normal"), False

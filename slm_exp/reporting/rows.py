@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,13 @@ from slm_exp.core.types import MergePlan
 from slm_exp.reporting import results
 from slm_exp.reporting.results import Comparison
 from slm_exp.runs.record import Run
-from slm_exp.runs.schema import Measurements, Parameters, Record
+from slm_exp.runs.schema import Measurements, Parameters, Record, Verdict
 from slm_exp.runs.state import DAMAGED, DIED, FAILED, FINISHED, UNEXPECTED, WAITING
+from slm_exp.runs.statistics.spread import UNINTERESTING, Spread, by_seed, is_seed, spread
+from slm_exp.runs.statistics.verdict import verdict_of
 from slm_exp.runs.sweep import Cell, SweepFolder
 from slm_exp.runs.tracking.base import flat
 
-UNINTERESTING = ("tracking/", "runtime/", "cache/", "save_model")
-"""Settings that change no result: never a column."""
 FACETS = range(2, 13)
 """So many values make a setting one to choose from, in the filter and for the marks of the charts."""
 NOTHING = Record()
@@ -51,6 +51,7 @@ class Row:
     average: Comparison | None = None
     measured: Measurements = NOTHING.eval
     """The record's `eval`; empty where protocols differ and side by side was not requested."""
+    verdict: Verdict = NOTHING.verdict
 
     @property
     def record(self) -> Record:
@@ -67,6 +68,12 @@ class Row:
     @property
     def score(self) -> float | None:
         return self.record.plan.final_score
+
+    @property
+    def kept(self) -> float | None:
+        """Share of the dense model's average."""
+        dense, small = (side.average for side in self.measured.both)
+        return small / dense if dense and small is not None else None
 
     @property
     def plan(self) -> MergePlan | None:
@@ -133,7 +140,8 @@ def with_results(row: Row) -> Row:
     if row.run is None:
         return row
     tasks = results.compare(row.run)
-    return replace(row, measured=row.record.eval, tasks=tuple(tasks), average=results.average(row.record.eval, tasks))
+    return replace(row, measured=row.record.eval, tasks=tuple(tasks), average=results.average(row.run, tasks),
+                   verdict=verdict_of(row.run))
 
 
 def in_order(rows: list[Row]) -> list[Row]:
@@ -178,3 +186,42 @@ def facets(rows: list[Row]) -> dict[str, list[Any]]:
     """Settings with few values, and the values: what the table is filtered by."""
     found = {path: {row.settings[path] for row in rows} - {None} for path in (rows[0].settings if rows else ())}
     return {path: sorted(values, key=order) for path, values in found.items() if len(values) in FACETS}
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """Finished runs that differ in their seeds alone, as one."""
+
+    rows: tuple[Row, ...]
+    """Two or more."""
+    settings: Mapping[str, Any]
+    """Without the seeds."""
+    numbers: Mapping[str, Spread]
+    """Mean and 95 % interval over the seeds, by the name of NUMBERS."""
+
+
+NUMBERS: dict[str, Callable[[Row], float | None]] = {
+    "Perplexity, times dense": lambda row: r.value if (r := row.verdict.perplexity_ratio) else None,
+    "Average": lambda row: None if row.average is None or row.average.compressed is None else (
+        100 * row.average.compressed.value),
+    "Against dense": lambda row: None if row.average is None or row.average.difference is None else (
+        100 * row.average.difference.value),
+    "Kept of dense, %": lambda row: None if row.kept is None else 100 * row.kept,
+    "Layers": lambda row: row.record.layers.after,
+    "Removed, %": lambda row: None if row.removed is None else 100 * row.removed,
+    "Similarity": lambda row: row.score,
+}
+"""What is averaged over seeds: heading -> number."""
+
+
+def over_seeds(rows: Sequence[Row]) -> list[OverSeeds]:
+    """The sweep's settings, each with all of its seeds; none where no setting has two finished runs."""
+    done = [row for row in rows if row.finished]
+    out = []
+    for numbers in by_seed([flat(row.record.config) for row in done]):
+        some = tuple(done[n] for n in numbers)
+        if len(some) > 1:
+            found = {name: [value for row in some if (value := of(row)) is not None] for name, of in NUMBERS.items()}
+            out.append(OverSeeds(some, {p: v for p, v in some[0].settings.items() if not is_seed(p)},
+                                 {name: spread(values) for name, values in found.items() if len(values) == len(some)}))
+    return out

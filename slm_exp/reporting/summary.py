@@ -5,18 +5,38 @@ from __future__ import annotations
 from pathlib import Path
 
 from slm_exp.core.files import JsonObject, plain
+from slm_exp.core.format import rounded, with_error
+from slm_exp.reporting import results
+from slm_exp.reporting.results import Comparison
+from slm_exp.runs.record import Run
 from slm_exp.runs.schema import Record, SizeTarget, SpeedCase
-from slm_exp.runs.statistics.scores import main_score
+from slm_exp.runs.statistics.paired import Difference
+from slm_exp.runs.statistics.scores import Estimate
+from slm_exp.runs.statistics.verdict import DESTROYED, RANDOM, times, verdict_of
 
 
 def summary(finished: JsonObject, folder: Path) -> str:
-    """Sizes, scores dense and compressed, where the time went, where things lie, what to do next."""
+    """What came of it, first of all: perplexity, average, verdict; then sizes, tasks, time, and where things lie."""
     record = Record.of(plain(finished))
+    run = Run(folder, record, on_disk=False)
     plan, layers, params, (dense, small) = record.plan, record.layers, record.params, record.eval.both
+    verdict, rows = verdict_of(run), results.compare(run)
     removed = f"; removed {plan.removed}" if plan.removed else ""
     note = f" ({record.model.note})" if record.model.note else ""
-    lines = [
-        f"run {record.run_id} finished in {record.seconds or 0:.0f} s",
+    first = verdict.sentence if verdict.outcome in (DESTROYED, RANDOM) else ""
+    lines = [f"run {record.run_id} finished in {record.seconds or 0:.0f} s{first and f': {first}'}"]
+    for corpus, value in small.perplexity.items():
+        before, ratio = dense.perplexity.get(corpus), verdict.texts.get(corpus)
+        lines.append(f"  perplexity {corpus}: {_perplexity(before)} -> {_perplexity(value)}"
+                     f"{f' ({times(ratio)})' if ratio else ''}")
+    if verdict.perplexity_ratio and len(verdict.texts) > 1:
+        lines.append(f"  perplexity of all: {times(verdict.perplexity_ratio)} the dense model's")
+    if average := results.average(run, rows):
+        lines.append(f"  average    {_percent(average.dense)} -> {_percent(average.compressed)}: "
+                     f"{points(average.difference)} points, n = {average.n} in seven tasks")
+    if verdict:
+        lines.append(f"  verdict    {verdict.sentence}")
+    lines += [
         f"  model      {record.model.name}{note}",
         f"  layers     {layers.before} -> {layers.after}, merged {plan.merged or 'none'}{removed}",
         f"  parameters {(params.before or 0) / 1e6:.1f} M -> {(params.after or 0) / 1e6:.1f} M"
@@ -25,16 +45,14 @@ def summary(finished: JsonObject, folder: Path) -> str:
     if plan.final_score is not None:
         lines.append(f"  score      {plan.final_score:.4f} by {plan.similarity} ({plan.evaluations} candidates)")
     lines += _sizes(plan.target)
-    if small.tasks:
-        lines.append(f"  {'task':<16} {'dense':>7} {'compressed':>11}")
-        for task, scores in small.tasks.items():
-            lines.append(f"  {task:<16} {_percent(main_score(task, dense.scores(task))):>7} "
-                         f"{_percent(main_score(task, scores)):>11}")
-        lines.append(f"  {'average':<16} {_percent(dense.average):>7} {_percent(small.average):>11}")
-        lines.append("  (percent; hellaswag, arc_challenge, openbookqa by acc_norm; standard errors in the report)")
-    for corpus, value in small.perplexity.items():
-        before = dense.perplexity.get(corpus)
-        lines.append(f"  perplexity {corpus}: {_perplexity(before)} -> {_perplexity(value)}")
+    if rows:
+        lines.append(f"  {'task':<16} {'metric':<9} {'n':>6} {'chance':>7} {'dense':>12} {'compressed':>12} "
+                     f"{'difference':>12}")
+        lines += [f"  {row.task:<16} {row.metric:<9} {row.n or '':>6} {_chance(row):>7} {_percent(row.dense):>12} "
+                  f"{_percent(row.compressed):>12} {points(row.difference):>12}{'  mute' if row.mute else ''}"
+                  for row in rows]
+        if any(row.mute for row in rows):
+            lines.append("  (mute: dense is not above chance by two standard errors; counts in no verdict)")
     lines += [_speed(cell) for cell in record.speed.cells]
     slow = sorted(record.stages, key=lambda s: -s.seconds)[:3]
     lines.append("  time       " + ", ".join(f"{s.name} {s.seconds:.0f} s" for s in slow))
@@ -68,11 +86,24 @@ def _sizes(target: SizeTarget) -> list[str]:
         f"{1e3 * (s.latency_s or 0):.0f} ms a prefill" for s in sorted(near, key=lambda size: -size.n_layers))]
 
 
-def _percent(value: float | None) -> str:
-    if value is None:
+def _percent(found: Estimate | None) -> str:
+    """Per cent with its standard error; what is no share as it is."""
+    if found is None:
         return "-"
-    return f"{100 * value:.1f}" if 0 <= value <= 1 else f"{value:.4g}"
+    factor = 100 if 0 <= found.value <= 1 else 1
+    return with_error(factor * found.value, None if found.stderr is None else factor * found.stderr)
+
+
+def points(found: Difference | None) -> str:
+    """A difference of shares in percentage points, with its sign and standard error."""
+    if found is None:
+        return "-"
+    return with_error(100 * found.value, None if found.stderr is None else 100 * found.stderr, sign=True)
+
+
+def _chance(row: Comparison) -> str:
+    return "-" if row.chance is None else rounded(100 * row.chance, 1)
 
 
 def _perplexity(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:.2f}" if value < 1e5 else f"{value:.3g}"

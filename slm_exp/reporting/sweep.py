@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import write_text
-from slm_exp.core.format import printable
+from slm_exp.core.format import printable, with_error
 from slm_exp.evaluation.protocol import mixed
 from slm_exp.reporting import atlas, charts, measures, svg, sweep_charts
 from slm_exp.reporting.page import advice, environment, write_report
-from slm_exp.reporting.rows import Row, facets, in_order, order, read_rows, with_results
+from slm_exp.reporting.rows import NUMBERS, Row, facets, in_order, order, over_seeds, read_rows, with_results
 from slm_exp.runs.record import Run, say_unverified
 from slm_exp.runs.state import DAMAGED, DIED, FAILED, LOG, RUNNING, STATES, WAITING, last_lines
 from slm_exp.runs.sweep import SweepFolder
@@ -112,7 +112,8 @@ def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Seque
         troubles=troubles(rows), resume=resume_command(folder, sweep),
         stages=stage_costs(rows), warnings=warnings(rows), origin=origin(rows),
         command=shlex.join(["python", "-m", "slm_exp", "-m", *sweep.argv]) if sweep else "", about=about(rows),
-        bound=sweep_charts.bound, zeroed=any(row.params.zeroed for row in rows),
+        seeds=over_seeds(rows), numbers=list(NUMBERS), with_error=with_error, bound=sweep_charts.bound,
+        zeroed=any(row.params.zeroed for row in rows),
         unverified=say_unverified(row.run for row in rows if row.run))
     path = folder / "report.html"
     write_text(path, page)

@@ -15,7 +15,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from slm_exp.reporting.measures import Z95, Measure, PathPlan, Point, ThresholdPath
+from slm_exp.reporting.measures import Measure, PathPlan, Point, ThresholdPath
 from slm_exp.reporting.page import size_change
 from slm_exp.reporting.results import Comparison
 from slm_exp.reporting.rows import Row, facets
@@ -242,23 +242,22 @@ def bound(threshold: float) -> str:
 
 def reach(rows: Sequence[Row]) -> float:
     """The largest distance from 0 that an interval of a difference has, 0.05 to 0.5: the scale of the small bars."""
-    ends = [abs(c.difference.value) + Z95 * (c.difference.stderr or 0)
-            for row in rows for c in (*row.tasks, row.average) if c and c.difference]
+    ends = [abs(end) for row in rows for c in (*row.tasks, row.average) if c and (d := c.difference)
+            for end in (d.value, d.low, d.high) if end is not None]
     return min(0.5, max([0.05, *ends]))
 
 
 def interval(row: Comparison, reach: float) -> Markup:
     """Compressed minus dense with its 95 % interval, 0 in the middle, cut at `reach`; beside it stands the number."""
     assert row.difference is not None
-    value, stderr = row.difference.value, row.difference.stderr
+    value, low, high = row.difference.value, row.difference.low, row.difference.high
 
     def x(difference: float) -> float:
         return round(50 * (1 + min(1.0, max(-1.0, difference / reach))), 2)
 
     parts = [tag("path", d="M50 0V16", class_="zero")]
     kind = "unsure"
-    if stderr:  # 0: every document changed in the same way, which says nothing of those not seen
-        low, high = value - Z95 * stderr, value + Z95 * stderr
+    if low is not None and high is not None and low < high:  # else every document changed alike: no word on others
         kind = "worse" if high < 0 else "better" if low > 0 else "unsure"
         parts.append(tag("path", d=f"M{x(low):g} 8H{x(high):g}", class_="spread"))
     parts.append(tag("circle", cx=x(value), cy=8, r=3.2))

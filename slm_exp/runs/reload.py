@@ -21,15 +21,31 @@ Json = dict[str, Any]
 """Contents of expected.json and result.json."""
 
 
-def tensor_digests(model: Any) -> dict[str, str]:
-    """Every entry of the state dict, tied ones too: sha256 over dtype, shape and bytes."""
+def tensor_digest(tensor: Any) -> str:
+    """Of dtype, shape and bytes."""
     import torch
 
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def tensor_digests(model: Any) -> dict[str, str]:
+    """Every entry of the state dict, tied ones too."""
+    return {name: tensor_digest(tensor) for name, tensor in model.state_dict().items()}
+
+
+def file_digests(folder: str) -> dict[str, str]:
+    """Every tensor of the weight files under its name there, one in memory at a time."""
+    from safetensors import safe_open
+
     out = {}
-    for name, tensor in model.state_dict().items():
-        found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        out[name] = found.hexdigest()[:16]
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as names:
+            found = list(names.keys())
+        for name in found:
+            with safe_open(path, "pt") as file:  # opened anew: pages of one map would stay in memory
+                out[name] = tensor_digest(file.get_tensor(name))
     return out
 
 
@@ -38,21 +54,22 @@ def check(expected: Json, logits_NTV: Any) -> Json:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, device = expected["folder"], expected["device"]
+    folder, device, placed = expected["folder"], expected["device"], expected["placed"]
     torch.set_num_threads(expected["threads"])
     torch.set_deterministic_debug_mode("error" if expected["deterministic"] else "default")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=expected["own_code"],
-        output_loading_info=True, device_map="auto" if device == "auto" else None)
+        output_loading_info=True, device_map=placed or ("auto" if device == "auto" else None),
+        offload_folder=expected["scratch"] if placed else None)
     model, info = loaded
-    if device != "auto":
+    if device != "auto" and not placed:
         model.to(device)
     model.eval()
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             return {"error": f"{what}: {', '.join(sorted(map(str, info[what]))[:3])}"}
 
-    found = tensor_digests(model)
+    found = file_digests(folder) if placed else tensor_digests(model)
     for name in sorted(set(found) | set(expected["tensors"])):
         if found.get(name) != expected["tensors"].get(name):
             return {"error": f"tensor {name} differs from the one saved"}
@@ -71,7 +88,7 @@ def check(expected: Json, logits_NTV: Any) -> Json:
         return {**result, "error": f"logits differ by {off:.3g}"}
 
     cached_NTV, cache = [], None
-    prompt = max(1, tokens_NT.shape[1] - NEW_TOKENS)
+    prompt = max(1, tokens_NT.shape[1] - (1 if placed else NEW_TOKENS))
     with torch.inference_mode():
         for some_NT in (tokens_NT[:, :prompt], *tokens_NT[:, prompt:].split(1, dim=1)):  # as generation feeds them
             out = model(some_NT, past_key_values=cache, use_cache=True)
@@ -81,13 +98,25 @@ def check(expected: Json, logits_NTV: Any) -> Json:
     result["kv_cache_off"] = off
     if not off <= expected["kv_tolerance"]:
         return {**result, "error": f"logits with the KV cache differ by {off:.3g}"}
+    if "slm_exp" in sys.modules:
+        return {**result, "error": "loading the checkpoint imported slm_exp"}
+    if placed:  # every token would read all layers again
+        return result
     texts = [model.generate(tokens_NT[:1], attention_mask=torch.ones_like(tokens_NT[:1]), do_sample=False, num_beams=1,
                             max_new_tokens=NEW_TOKENS, use_cache=cached, pad_token_id=0) for cached in (True, False)]
     if expected["exact"] and not torch.equal(*texts):
         return {**result, "error": "generated text with and without the KV cache differs"}
-    if "slm_exp" in sys.modules:
-        return {**result, "error": "loading the checkpoint imported slm_exp"}
     return result
+
+
+def peak_bytes() -> int | None:
+    """The most memory this process has had, mapped files included; None where the system does not say. Not getrusage's:
+    that one starts with the peak of the process that started this one."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None
 
 
 def main(where: str) -> None:
@@ -100,6 +129,7 @@ def main(where: str) -> None:
         result = check(expected, np.load(at / "logits.npy", allow_pickle=False))
     except Exception as error:
         result = {"error": f"{type(error).__name__}: {error}"}
+    result["peak_bytes"] = peak_bytes()
     (at / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 

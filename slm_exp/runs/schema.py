@@ -48,6 +48,8 @@ class Model(Section):
     name: str = ""
     note: str = ""
     digest: str | None = None
+    random: bool = False
+    """Weights that were never trained."""
 
 
 class Calibration(Section):
@@ -198,6 +200,43 @@ class Measurements(Section):
         return self.dense if which == "dense" else self.compressed
 
 
+class Estimated(Section):
+    """A difference or a ratio of two models on the same documents."""
+
+    value: float
+    stderr: float | None = None
+    low: float | None = None
+    high: float | None = None
+    """95 % interval."""
+    p: float | None = None
+    n: int | None = None
+    """Documents, or chunks of text."""
+
+
+class JudgedTask(Section):
+    chance: float
+    """What guessing scores, in [0, 1]."""
+    mute: bool
+    """Whether the dense model cannot be told from that, so that the task counts in no verdict."""
+    n: int
+
+
+class Verdict(Section):
+    """What runs/statistics/verdict.py says of the compressed model."""
+
+    outcome: str = ""
+    sentence: str = ""
+    """Begins with the outcome."""
+    rules: int = 0
+    perplexity_ratio: Estimated | None = None
+    """Compressed to dense, the geometric mean over the texts."""
+    texts: dict[str, Estimated] = {}
+    """The ratio on each."""
+    tasks_difference: Estimated | None = None
+    """Compressed minus dense, the mean over tasks that are not mute, in [-1, 1]."""
+    tasks: dict[str, JudgedTask] = {}
+
+
 class Examples(Section):
     train: int = 0
     held_out: int = 0
@@ -298,6 +337,15 @@ class ResultFile(Section):
     sha256: str
 
 
+class UsedPlugin(Section):
+    """A plug-in that a member of the config came from; see core/plugins."""
+
+    name: str = ""
+    file: str | None = None
+    digest: str = ""
+    version: str | None = None
+
+
 class Record(Section):
     """record.json."""
 
@@ -306,6 +354,7 @@ class Record(Section):
     group: str | None = None
     command: str = ""
     overrides: list[str] = []
+    plugins: list[UsedPlugin] = []
     config: JsonObject = {}
     """Every setting, with the member's name in each group."""
     versions: dict[str, str | None] = {}
@@ -325,6 +374,7 @@ class Record(Section):
     params: Parameters = Parameters()
     plan: Plan = Plan()
     eval: Measurements = Measurements()
+    verdict: Verdict = Verdict()
     recovery: Recovery = Recovery()
     speed: Speed = Speed()
     error: Failure = Failure()
@@ -365,6 +415,11 @@ class Record(Section):
             ValueError: where, what came, what was wanted.
         """
         return parse(cls, data)
+
+    @property
+    def words(self) -> list[str]:
+        """What repeats the run, after `python -m slm_exp`: plug-ins and overrides."""
+        return [*(f"--plugin={plugin.file}" for plugin in self.plugins if plugin.file), *self.overrides]
 
     def member(self, group: str) -> Mapping[str, Any]:
         """The settings of a config group; empty where the record has none."""

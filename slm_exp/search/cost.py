@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from slm_exp.core.types import MergePlan, SizeCost
+from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.rules.keep_low import KeepLow
 from slm_exp.merging.surgery import apply_plan
@@ -48,6 +49,8 @@ def flops_per_token(handle: ModelHandle, n_layers: int, seq_len: int) -> float:
 def latencies(models: Mapping[int, ModelHandle], seq_len: int) -> dict[int, float]:
     """Median seconds of a prefill over one sequence, for models by number of layers. The models take turns within every
     round, so that the ratios hold on a machine whose speed drifts."""
+    if any(handle.streamed for handle in models.values()):
+        return _by_block(models, seq_len)
     times: dict[int, list[float]] = {n: [] for n in models}
     for turn in range(ROUNDS + 1):  # the first is not counted
         for n, handle in models.items():
@@ -62,3 +65,20 @@ def latencies(models: Mapping[int, ModelHandle], seq_len: int) -> dict[int, floa
             if turn:
                 times[n].append(time.perf_counter() - started)
     return {n: statistics.median(t) for n, t in times.items()}
+
+
+def _by_block(models: Mapping[int, ModelHandle], seq_len: int) -> dict[int, float]:
+    """Of models whose layers stay in their files: the median of one layer that has been read, times the layers, and
+    that of the head."""
+    handle = next(iter(models.values()))
+    runner = BlockRunner(handle, torch.arange(seq_len)[None] % handle.config.vocab_size, fuse=False)
+    h_NTD = runner.embed()
+    layers, heads = [], []
+    for _ in range(ROUNDS + 1):  # the first reads it
+        started = time.perf_counter()
+        runner.block(Slot(0), h_NTD)
+        layers.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        runner.logits(runner.finish(h_NTD).flatten(0, 1))
+        heads.append(time.perf_counter() - started)
+    return {n: n * statistics.median(layers[1:]) + statistics.median(heads[1:]) for n in models}

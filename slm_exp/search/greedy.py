@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,6 +30,8 @@ class Unit(NamedTuple):
         return f"{self.kind or 'layer'} {self.layer}"
 
 
+Costs = Callable[[Sequence["Slots"]], Iterable[float]]
+"""Of models, one after the other."""
 Wanted = Callable[[Sequence[Unit], Unit], bool]
 """Whether a part may go, given those removed so far."""
 
@@ -59,7 +61,7 @@ def position(slots: Slots, unit: Unit) -> int:
     return next(i for i, slot in enumerate(slots) if slot.host == unit.layer)
 
 
-def greedy(engine: ScoringEngine, units: Sequence[Unit], cost: Callable[[Slots], float], wanted: Wanted, what: str,
+def greedy(engine: ScoringEngine, units: Sequence[Unit], cost: Costs, wanted: Wanted, what: str,
            last: Sequence[Unit] = ()) -> Removed:
     """Remove one part at a time, each time the one without which `cost` is lowest (the lower one at a tie).
 
@@ -67,7 +69,7 @@ def greedy(engine: ScoringEngine, units: Sequence[Unit], cost: Callable[[Slots],
 
     Args:
         units: what may go, from the bottom up.
-        cost: of a model; lower is better.
+        cost: of models; lower is better.
         wanted: the search ends when no part is.
         last: parts that may go only when none of `units` may.
     Raises:
@@ -92,12 +94,12 @@ def greedy(engine: ScoringEngine, units: Sequence[Unit], cost: Callable[[Slots],
     return Removed(tuple(removed), tuple(trace))
 
 
-def each_alone(slots: Slots, units: Sequence[Unit], cost: Callable[[Slots], float], what: str) -> dict[Unit, float]:
+def each_alone(slots: Slots, units: Sequence[Unit], cost: Costs, what: str) -> dict[Unit, float]:
     """The cost of a model without each part, one at a time."""
     costs: dict[Unit, float] = {}
     with ticking(what, len(units)) as tick:
-        for unit in units:
-            costs[unit] = cost(without(slots, unit))
+        for unit, value in zip(units, cost([without(slots, unit) for unit in units]), strict=True):
+            costs[unit] = value
             tick(f"{costs[unit]:.4f} without {unit}")
     return costs
 

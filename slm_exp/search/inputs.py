@@ -66,7 +66,7 @@ def journal_inputs(value: str, *, model: str, device: str, tokens: str, similari
     if fitted is not None:
         out["fitted"] = fitted
     if value == "score":
-        out["similarity"] = similarity.name
+        out["similarity"] = similarity.score_identity()
         if similarity.uses_kernel():
             out |= {"similarity": similarity.identity(), "kernel": kernel.identity()}
     return out

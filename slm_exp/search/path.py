@@ -8,7 +8,7 @@ Following both sides, with every score computed once, answers for all thresholds
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,10 @@ class Scores(Protocol):
 
     def score(self, candidate: Candidate, /) -> float:
         """The candidate's score; computed at most once."""
+
+
+Foresee = Callable[[Sequence[Candidate]], None]
+"""Told which candidates will be scored next, so that what helps to do it at once can be done."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Path:
 def follow(scores: Scores, start: SearchState, n_layers: int, low: float, high: float, commit_open_window: bool = True,
            max_evaluations: int | None = None, wanted: Callable[[range], bool] | None = None,
            show: Callable[[Branch, int], None] | None = None, scored: set[Candidate] | None = None,
-           only: float | None = None) -> Path:
+           only: float | None = None, foresee: Foresee | None = None) -> Path:
     """Every plan of the thresholds [low, high), from the highest threshold down.
 
     Args:
@@ -81,6 +85,7 @@ def follow(scores: Scores, start: SearchState, n_layers: int, low: float, high: 
         scored: candidates scored before that count towards `max_evaluations`; those scored here join them.
         show: called with a branch before it is decided, and the number of candidates scored so far.
         only: follow this one threshold; its plan has the interval that decides the same.
+        foresee: called with the candidates of both sides of a split before either is scored.
     Cost: one score for every distinct candidate of any threshold in the range.
     """
     plans: list[PathPlan] = []
@@ -103,6 +108,11 @@ def follow(scores: Scores, start: SearchState, n_layers: int, low: float, high: 
             continue
         if show:
             show(branch, len(scored))
+        if foresee:
+            beside = [b.state.candidate for b in todo[-1:]
+                      if wanted is None or wanted(sizes(b.state, n_layers, commit_open_window))]
+            room = None if max_evaluations is None else max(1, max_evaluations - len(scored))
+            foresee([candidate, *(c for c in beside if c is not None)][:room])
         scored.add(candidate)
         score = scores.score(candidate)
         if branch.low < score:
@@ -169,7 +179,8 @@ class SearchResult:
 
 
 def best_of_size(scores: Scores, start: SearchState, n_layers: int, layers: int, low: float, high: float,
-                 commit_open_window: bool = True, budget: int = BUDGET) -> SearchResult:
+                 commit_open_window: bool = True, budget: int = BUDGET, foresee: Foresee | None = None
+                 ) -> SearchResult:
     """Among the plans of thresholds [low, high) that leave `layers` layers, the one with the best final score.
 
     A plan's final score is no lower than its thresholds, so they are followed from the highest down. Bisection comes
@@ -186,7 +197,7 @@ def best_of_size(scores: Scores, start: SearchState, n_layers: int, layers: int,
     with ticking(f"search for {layers} layers", budget, "candidate") as tick:
         probed = _bisect(at, layers, low, high, lambda about: tick(about, len(scored)))
         path = follow(scores, start, n_layers, low, high, commit_open_window, budget,
-                      wanted=lambda sizes: layers in sizes, scored=scored,
+                      wanted=lambda sizes: layers in sizes, scored=scored, foresee=foresee,
                       show=lambda branch, n: tick(f"below {branch.high:.4f} to do", n))
     best = max((p for p in (*path.plans, *probed) if p.n_layers == layers), key=lambda p: p.final_score, default=None)
     if best is None:

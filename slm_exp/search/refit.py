@@ -21,6 +21,7 @@ from torch import Tensor
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.engine.ridge import changed, held_out, inputs_of, moments, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.models.streaming import shells
 from slm_exp.search.fitting import dense_states, disjoint
 from slm_exp.search.inputs import SearchInputs
 
@@ -101,7 +102,7 @@ class Refits:
         fit, held = moments(self._runner, plain, module, states[start], states[end], held_out(len(states[0])))
         step = ridge_step(fit, held, RIDGES)
         with torch.inference_mode():
-            return changed(handle.layers[slot.host], module, weights, step[0]) if step else {}
+            return changed(handle.layout, handle.layers[slot.host], module, weights, step[0]) if step else {}
 
     @cached_property
     def _runner(self) -> BlockRunner:
@@ -114,7 +115,7 @@ class Refits:
         runner = BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32)
         layout = self.task.handle.layout
         (module,) = layout.fitted["mlp"] or layout.fitted["attention"]
-        inputs = inputs_of(self.task.handle.layers[0].get_submodule(module))
+        inputs = inputs_of(shells(self.task.handle.layers)[0].get_submodule(module))
         if self.tokens.tokens_NT.size < 2 * inputs:
             log.warning("similarity.after=reconstruct fits %d inputs on %d tokens; several times as many tokens are "
                         "better (similarity.fit_samples, similarity.fit_seq_len).", inputs, self.tokens.tokens_NT.size)

@@ -22,11 +22,15 @@ from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.engine.vocabulary import mean_loss, prediction_distance
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.sharing import scaled_outputs
+from slm_exp.models.streaming import in_order, parameter, shells
 from slm_exp.search.fitting import Windows
 from slm_exp.search.inputs import SearchInputs, journal_inputs, journal_of
 from slm_exp.search.refit import Refits, with_refits
 from slm_exp.search.state import Candidate, layers_key
 from slm_exp.similarity.base import Scorer
+
+TOGETHER_BYTES = 1 << 30
+"""States of models that share a pass over the file of a streamed one."""
 
 Slots = tuple[Slot, ...]
 Model = Candidate | MergePlan | Sequence[Slot]
@@ -131,11 +135,20 @@ class ScoringEngine:
 
     def loss(self, model: Model) -> float:
         """Mean next-token cross entropy in nats over the calibration tokens; infinite where it is not a number."""
-        return self.measure(model, "loss", lambda last_NTD: mean_loss(self.runner, last_NTD))
+        return next(self.losses([model]))
 
-    def distance(self, model: Model, kind: str) -> float:
-        """How far its predictions are from the dense model's, see `engine.vocabulary.prediction_distance`."""
-        return self.measure(model, kind, lambda h_NTD: prediction_distance(self.runner, self._dense_last, h_NTD, kind))
+    def losses(self, models: Sequence[Model]) -> Iterator[float]:
+        """Of each, see `loss`; of a streamed model in few passes over its file."""
+        return self._measures(models, "loss", lambda last_NTD: mean_loss(self.runner, last_NTD))
+
+    def distances(self, models: Sequence[Model], kind: str) -> Iterator[float]:
+        """How far predictions are from the dense model's, see `engine.vocabulary.prediction_distance`."""
+        return self._measures(models, kind,
+                              lambda h_NTD: prediction_distance(self.runner, self._dense_last, h_NTD, kind))
+
+    def foresee(self, models: Sequence[Model]) -> None:
+        """These will be scored: where the model is streamed, all of them in one pass over its file."""
+        self._together(models, "score", lambda last_NTD: self._against(last_NTD))
 
     @cached_property
     def _dense_last(self) -> Tensor:
@@ -165,13 +178,54 @@ class ScoringEngine:
             return self._compute(slots, of, dtype)
         if (name, dtype, slots) not in self._values:
             self._cost.ask(slots)
-            entries, key = self._journal(name, dtype, any(s.merged for s in slots)), entry_key(slots)
+            entries, key = self._entry(name, slots, dtype)
             if key not in entries.entries:
                 value = self._compute(slots, of, dtype)
                 entries.append(key, value if math.isfinite(value) else None)
             kept = entries.entries[key]
             self._values[name, dtype, slots] = math.inf if kept is None else float(kept)
         return self._values[name, dtype, slots]
+
+    def _measures(self, models: Sequence[Model], name: str, of: Callable[[Tensor], float]) -> Iterator[float]:
+        self._together(models, name, of)
+        return (self.measure(model, name, of) for model in models)
+
+    def _together(self, models: Sequence[Model], name: str, of: Callable[[Tensor], float]) -> None:
+        """Put the values of streamed models into the journal, as many in a pass over the file as memory takes.
+
+        Every layer is read once for all of them, and for the base's own states where those are not known. What this
+        computes is counted when it is asked for, as ever.
+        """
+        if not self.task.handle.streamed:
+            return
+        missing = [slots for slots in dict.fromkeys(map(self._slots, models)) if not any(s.weights for s in slots)]
+        missing = [slots for slots in missing if (entry := self._entry(name, slots))[1] not in entry[0].entries]
+        states = self._known_states()
+        at_once = max(2, TOGETHER_BYTES // (states[0].numel() * states[0].element_size()))
+        for some in (missing[i : i + at_once] for i in range(0, len(missing), at_once)):
+            if len(some) > 1:
+                for slots, last_NTD in zip(some, self._last_states(some), strict=True):
+                    entries, key = self._entry(name, slots)
+                    value = of(self.runner.finish(last_NTD))
+                    entries.append(key, value if math.isfinite(value) else None)
+
+    def _last_states(self, models: Sequence[Slots]) -> list[Tensor]:
+        """The output of the last layer of each, before the final norm; every layer is asked for once."""
+        states, prefixes = self._known_states(), [shared(self._base, slots) for slots in models]
+        left = [list(slots[prefix:]) for slots, prefix in zip(models, prefixes, strict=True)]
+        base = list(self._base[len(states) - 1 : max(prefixes)])
+        h: list[Tensor | None] = [None] * len(models)
+        hosts = sorted({slot.host for slots in (base, *left) for slot in slots})
+        with in_order(self.task.handle.layers, hosts):
+            for host in hosts:
+                for n, slots in enumerate(left):
+                    if slots and slots[0].host == host:
+                        entering = h[n] if h[n] is not None else states[prefixes[n]]
+                        assert entering is not None
+                        h[n] = self.block(slots.pop(0), entering)
+                if base and base[0].host == host:
+                    states.append(self.block(base.pop(0), states[-1]))
+        return [h[n] if h[n] is not None else states[prefixes[n]] for n in range(len(models))]  # type: ignore[misc]
 
     def commit(self, model: Model) -> None:
         """Make this model the base whose states are reused. Its layers run when a candidate needs their output."""
@@ -188,7 +242,11 @@ class ScoringEngine:
         if slot.merged and self.task.rule.fits:
             weights = self._windows.weights(slot.merged)
         elif slot.merged:
-            weights = self.task.rule.merge(handle.layout, list(handle.layers[slice(*slot.merged)])).weights
+            start, layers = slot.merged.start, handle.layers
+            layers[slot.host]  # streamed: first, so that what the rule takes from it is not read twice
+            weights = self.task.rule.merge(handle.layout, shells(layers)[slice(*slot.merged)],
+                                           (lambda k, name: parameter(layers, start + k, name)) if handle.streamed
+                                           else None).weights
         if slot.scale != 1:
             weights = {**weights, **scaled_outputs(handle.layout, handle.layers[slot.host], weights, slot.scale)}
         if slot.refit:
@@ -203,15 +261,25 @@ class ScoringEngine:
         return with_refits(slots, self.n_layers) if self.task.similarity.after else slots
 
     def _compute(self, slots: Slots, of: Callable[[Tensor], float], dtype: str | None) -> float:
-        prefix = shared(self._base, slots)
+        prefix, states = shared(self._base, slots), self._known_states()
+        below = self._base[len(states) - 1 : prefix]
+        with in_order(self.task.handle.layers, [slot.host for slot in (*below, *slots[prefix:])]):
+            for slot in below:
+                states.append(self.block(slot, states[-1]))
+            h_NTD = states[prefix]
+            for slot in slots[prefix:]:
+                h_NTD = self.block(slot, h_NTD, dtype)
+        return of(self.runner.finish(h_NTD))
+
+    def _known_states(self) -> list[Tensor]:
+        """The states entering the base's slots, as far as they are known."""
         if self._states is None:
             self._states = self._dense_pass[: shared(self.dense, self._base) + 1]
-        while len(self._states) <= prefix:
-            self._states.append(self.block(self._base[len(self._states) - 1], self._states[-1]))
-        h_NTD = self._states[prefix]
-        for slot in slots[prefix:]:
-            h_NTD = self.block(slot, h_NTD, dtype)
-        return of(self.runner.finish(h_NTD))
+        return self._states
+
+    def _entry(self, name: str, slots: Slots, dtype: str | None = None) -> tuple[Journal, str]:
+        """Where a value is kept, and under which key."""
+        return self._journal(name, dtype, any(s.merged for s in slots)), entry_key(slots)
 
     def _journal(self, name: str, dtype: str | None, merges: bool) -> Journal:
         """Values of one name for this model and these tokens, as far as the store has them."""

@@ -126,7 +126,8 @@ def slide(task: PlanTask, start: SearchState, threshold: float, size: Target | N
     if size is not None:
         assert size.layers is not None
         low, high = threshold_range
-        best = best_of_size(engine, start, n_layers, size.layers, low, high, commit_open_window, budget)
+        best = best_of_size(engine, start, n_layers, size.layers, low, high, commit_open_window, budget,
+                            engine.foresee)
         threshold = (best.plan.low + best.plan.high) / 2
         size = replace(size, complete=best.complete, threshold=(best.plan.low, best.plan.high),
                        neighbours=tuple(Neighbour(p.low, p.n_layers, p.final_score) for p in best.neighbours),

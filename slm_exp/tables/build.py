@@ -12,11 +12,16 @@ import yaml
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.core.files import write_text
 from slm_exp.evaluation.base import SEVEN
-from slm_exp.tables.definition import Column, Params, Table, read_table
+from slm_exp.launch.compose import check_key
+from slm_exp.runs.statistics.runs import Measured
+from slm_exp.tables.definition import Column, Table, check_parameters, parameters, read_table
+from slm_exp.tables.facts import Params, model_of
 from slm_exp.tables.formats import FORMATS
 from slm_exp.tables.grid import fill, missing_commands
+from slm_exp.tables.match import check_any
 from slm_exp.tables.quantities import check_quantity
 from slm_exp.tables.records import find_runs
+from slm_exp.tables.reference import form as empty_form
 from slm_exp.tables.reference import reference_grid
 from slm_exp.tables.sweep import sweep_grid
 
@@ -24,7 +29,8 @@ OUTPUTS = Path("outputs")
 
 
 def draw(name: str, words: Sequence[str], formats: str = "md", out: Path | None = None, columns: str | None = None,
-         missing: bool = False, reference: bool = False, mixed_protocols: bool = False, verify: bool = False) -> int:
+         missing: bool = False, reference: bool = False, mixed_protocols: bool = False, verify: bool = False,
+         form: bool = False, reference_file: Path | None = None) -> int:
     """Print a table, write it in several formats, or print what is missing; the exit status. See `slm tables --help`.
 
     Raises:
@@ -33,19 +39,32 @@ def draw(name: str, words: Sequence[str], formats: str = "md", out: Path | None 
     """
     chosen = _formats(formats, out)
     params, folders = split_words(words)
-    if name == "sweep" and (params or missing or reference):
-        given = "--missing" if missing else "--reference" if reference else next(iter(params))
+    flags = {"--missing": missing, "--reference": reference, "--form": form, "--reference-file": reference_file}
+    if name == "sweep" and (params or any(flags.values())):
+        given = next((flag for flag, value in flags.items() if value), None) or next(iter(params))
         raise ConfigError(f"slm tables sweep: {given}; expected folders only, this table has no cells. "
                           "slm sweep status DIR tells what a sweep lacks.")
-    table = None if name == "sweep" else _with_columns(read_table(name, params), columns)
-    nowhere = missing and not folders and not OUTPUTS.is_dir()
-    runs = [] if nowhere else find_runs(folders or [OUTPUTS], may_be_empty=missing, verify=verify)
+    if name != "sweep":
+        check_parameters(name, params)
+    if form:
+        print(empty_form(read_table(name, params)), end="")
+        return 0
+    may_be_empty = missing or reference_file is not None
+    nowhere = may_be_empty and not folders and not OUTPUTS.is_dir()
+    runs = [] if nowhere else find_runs(folders or [OUTPUTS], may_be_empty, verify)
+    table = None if name == "sweep" else _with_columns(read_table(name, with_model(name, params, runs)), columns)
+    if table and not (missing or reference or reference_file):
+        check_any(table, runs)
     if table and missing:
         commands = missing_commands(fill(table, runs, mixed_protocols=True, marks=False))
         print("\n".join(commands) if commands else "nothing is missing", file=sys.stdout if commands else sys.stderr)
         return 0
-    grid = (sweep_grid(runs, mixed_protocols, columns) if table is None else
-            reference_grid(table, runs, mixed_protocols) if reference else fill(table, runs, mixed_protocols))
+    if table is None:
+        grid = sweep_grid(runs, mixed_protocols, columns)
+    elif reference or reference_file:
+        grid = reference_grid(table, runs, mixed_protocols, reference_file)
+    else:
+        grid = fill(table, runs, mixed_protocols)
     for kind in chosen:
         text = FORMATS[kind](grid)
         if out is None:
@@ -78,17 +97,32 @@ def _formats(formats: str, out: Path | None) -> list[str]:
     return names
 
 
+def with_model(name: str, params: Params, runs: Sequence[Measured]) -> Params:
+    """Parameters with the model of the records, where the call names none. See `facts.model_of` for errors."""
+    default = parameters(name).get("model")
+    found = {} if "model" in params or default is None else model_of(runs, str(default))
+    return found | params | ({"extra": [*found["extra"], *params.get("extra", [])]} if "extra" in found else {})
+
+
 def split_words(words: Sequence[str]) -> tuple[Params, list[Path]]:
-    """Parameters and folders; what has an equals sign and is no folder is a parameter, its value YAML."""
+    """Parameters and folders. What has an equals sign and is no folder is a parameter, its value YAML; with a dot in
+    its name it is an override of every run, as `extra` has them: model.path=FOLDER."""
     params: Params = {}
     folders: list[Path] = []
+    extra: list[str] = []
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or Path(word).is_dir():
             folders.append(Path(word))
             continue
+        if "." in key:
+            check_key(word)
+            extra.append(word)
+            continue
         try:
             params[key] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ConfigError(f"{word}: the value is not YAML; expected e.g. {key}=[1,2] or {key}=word.") from None
+    if extra:
+        params["extra"] = [*(params.get("extra") or []), *extra]
     return params, folders

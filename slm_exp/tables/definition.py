@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from slm_exp.core.documents import Document, read_document, read_yaml
+from slm_exp.core.documents import Document, read_document
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.launch.compose import check_key, conf_dir
+from slm_exp.tables.facts import MODELS, Params, model_facts, ours
 from slm_exp.tables.quantities import check_quantity, quantity
-
-MODELS = "_models"
-"""The file beside the tables that says what `$sizes` and its like are for each model."""
-Params = dict[str, Any]
-"""A table's parameters: what `$name` stands for; of an `each`: parameter -> a list of values, or `$name` of one."""
 
 
 class Column(Document):
@@ -143,25 +139,35 @@ def table_names() -> list[str]:
 def read_table(name: str, params: Mapping[str, Any] | None = None) -> Table:
     """A table by name or by the path of its file; see `cells` for arguments and errors."""
     path = _found(name)
+    check_parameters(name, params or {})
     return _Reader(path, read_document(TableText, path)).table(dict(params or {}))
 
 
-def parameters(name: str) -> set[str]:
-    """The parameters of a table, whatever its model is; see `cells` for errors."""
-    return {*read_document(TableText, _found(name)).params, *model_facts("")[1]}
+def check_parameters(name: str, given: Iterable[str]) -> None:
+    """Refuse a parameter that a table has not, by name, with those that it has; see `cells` for errors."""
+    known = sorted(parameters(name))
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{key}: {_found(name)} has no such parameter; it has {', '.join(known)}. "
+                              f"{did_you_mean(key, known)}".rstrip())
+
+
+def parameters(name: str) -> Params:
+    """The parameters of a table, whatever its model is, with its own values; see `cells` for errors."""
+    return {**dict.fromkeys(model_facts("")[1]), **read_document(TableText, _found(name)).params}
 
 
 def summaries() -> Iterator[tuple[str, str, list[str]]]:
     """Name, title and own parameters of every declared table."""
     for name in table_names():
         text = read_document(TableText, _found(name))
-        yield name, (text.title or "").replace(", $model", ""), list(text.params)
+        yield name, (text.title or "").replace(", $named", ""), list(text.params)
 
 
 def _found(name: str) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else conf_dir() / "table" / f"{name}.yaml"
     if not path.is_file():
-        names = ["sweep", *table_names()]
+        names = ["sweep", "paper", *table_names()]
         raise ConfigError(f"table = {name}; expected one of {', '.join(names)}, or an existing .yaml file. "
                           f"{did_you_mean(name, names)}".rstrip())
     return path
@@ -170,12 +176,6 @@ def _found(name: str) -> Path:
 def together(*parts: Sequence[str]) -> list[str]:
     """Overrides in order; of two for the same key the later one holds, at the earlier one's place."""
     return list({override.partition("=")[0]: override for override in itertools.chain(*parts)}.values())
-
-
-def model_facts(model: str) -> tuple[Params, set[str]]:
-    """What `_models.yaml` says of a model, on top of what it says of all; and the names it knows for any model."""
-    models = read_yaml(conf_dir() / "table" / f"{MODELS}.yaml")
-    return {**models["all"], **models.get(model, {})}, {key for facts in models.values() for key in facts}
 
 
 @dataclass
@@ -191,12 +191,8 @@ class _Reader:
         model = str(given.get("model", own.get("model", "")))
         if model:
             check_key(f"model={model}")
-        facts, self._known_facts = model_facts(model)
-        known = sorted({*own, *self._known_facts})
-        for key in given:
-            if key not in known:
-                raise ConfigError(f"{key}={given[key]}: {self._path} has no parameter {key}; it has "
-                                  f"{', '.join(known)}. {did_you_mean(key, known)}".rstrip())
+        extra = [str(o) for o in given.get("extra") or [] if str(o).startswith("model.")]
+        facts, self._known_facts = model_facts(model, extra)
         params = {**facts, **own, **given}
         params = {key: self._fill(value, params, f"params.{key}") for key, value in params.items()}
         columns = tuple(c for i, each in enumerate(text.columns) for c in self._columns(each, params, f"columns[{i}]"))
@@ -208,7 +204,7 @@ class _Reader:
                 raise ConfigError(f"{self._path}: over has {', '.join(values)}; expected every value once, for a run "
                                   "counted twice is no second run.")
         if not any(row.which != "dense" for block in blocks for row in block.rows):
-            used = text.model_dump_json()
+            used = str([*(part.each for part in text.blocks), *(part.each for part in text.rows)])
             empty = sorted(key for key, value in params.items() if value == [] and key in used)
             raise ConfigError(f"{self._path}: no run fills this table, because nothing is known for model = "
                               f"{params.get('model')} of {', '.join(empty) or 'its rows'}. Say it: "
@@ -241,7 +237,9 @@ class _Reader:
         """The parameters once for every combination of the `each` values; a size brings its shares along."""
         for values in itertools.product(*self._values(each, params, f"{where}.each").values()):
             inner = params | dict(zip(each, values, strict=True))
-            yield inner | (_shares(inner) if "size" in each else {})
+            taus = (params.get("at_size") or {}).get(inner.get("size"), [])
+            inner |= {"ours": ours(str(inner["set"]))} if "set" in each else {}
+            yield inner | ({"taus": taus, **_shares(inner)} if "size" in each else {})
 
     def _values(self, each: Params, params: Params, where: str) -> dict[str, list[Any]]:
         filled = {key: self._fill(values, params, f"{where}.{key}") for key, values in each.items()}
@@ -276,8 +274,9 @@ class _Reader:
             return string.Template(value).substitute(params)
         except KeyError as error:
             if (name := error.args[0]) in self._known_facts:
-                raise ConfigError(f"{self._path}: {where} uses ${name}, which conf/table/{MODELS}.yaml does not say of "
-                                  f"model={params.get('model')}; give it: {name}=VALUE.") from None
+                raise ConfigError(f"{self._path}: {where} uses ${name}, which neither conf/table/{MODELS}.yaml nor a "
+                                  f"config.json on this machine says of model={params.get('model')}; give it: "
+                                  f"{name}=VALUE.") from None
             raise ConfigError(f"{self._path}: {where} uses ${error.args[0]}, and there is no such parameter; known: "
                               f"{', '.join(sorted(params))}. {did_you_mean(error.args[0], params)}".rstrip()) from None
         except ValueError as error:

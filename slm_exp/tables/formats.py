@@ -17,7 +17,8 @@ from markupsafe import escape
 
 from slm_exp.core.format import printable
 from slm_exp.tables.commands import commands
-from slm_exp.tables.grid import BEST, SECOND, TIED, Entry, Grid
+from slm_exp.tables.grid import BEST, SECOND, TIED, Entry, Grid, shown
+from slm_exp.tables.quantities import Value
 
 EMPTY = "–"
 LEGEND = {BEST: "bold", SECOND: "underlined", TIED: "°"}
@@ -51,7 +52,8 @@ class Drawn:
         used = {e.mark for e in grid.entries()} - {""}
         legend = ", ".join(f"{mark} {LEGEND[mark]}" for mark in LEGEND if mark in used)
         self.title, self.columns = escape(grid.title), [escape(c) for c in (grid.row_heads[1], *grid.columns)]
-        self.notes = [escape(note) for note in [*grid.notes, *([f"Shown as: {legend}."] if legend else [])]]
+        self.legend = [escape(note) for note in [*grid.legend, *([f"Shown as: {legend}."] if legend else [])]]
+        self.notes = [escape(note) for note in grid.notes]
         self.blocks = [(escape(label), [(escape(name), list(map(style.place, row))) for name, row in rows])
                        for label, rows in grid.blocks]
         self.gaps = [f"[{gap.number}] {escape(gap.label)} ({escape(gap.why)}): {style.code(command)}"
@@ -71,7 +73,7 @@ def markdown(grid: Grid) -> str:
         lines.append("| " + " | ".join(drawn.columns) + " |")
         lines.append("|---|" + "---:|" * len(grid.columns))
         lines += ["| " + " | ".join([name, *row]) + " |" for name, row in rows]
-    lines += ["", *(f"- {note}" for note in drawn.notes)]
+    lines += ["", *(f"- {note}" for note in (*drawn.legend, *drawn.notes))]
     if drawn.gaps:
         lines += ["", "Missing:", "", *(f"- {gap}" for gap in drawn.gaps)]
     return "\n".join(lines).rstrip() + "\n"
@@ -92,12 +94,15 @@ def _md_code(text: str) -> str:
 
 
 def latex(grid: Grid) -> str:
-    """A booktabs table to \\input; needs \\usepackage{booktabs} alone. Missing runs are comments behind it."""
+    """A booktabs table to \\input, labelled tab:NAME; needs \\usepackage{booktabs} alone. Missing runs are comments
+    behind it."""
     marks = {BEST: "\\textbf{{{}}}", SECOND: "\\underline{{{}}}", TIED: "{}$^{{\\circ}}$"}
     drawn = Drawn(grid, Style(_tex, _line, marks, "{{\\tiny$\\pm${}}}", "$^{{[{}]}}$", "--"))
     width = len(drawn.columns)
+    caption = " ".join([f"{drawn.title}.", *drawn.legend])
     lines = ["% needs \\usepackage{booktabs}", "\\begin{table}",
-             "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}", f"\\caption{{{drawn.title}}}",
+             "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}", f"\\caption{{{caption}}}",
+             f"\\label{{tab:{grid.name}}}",
              f"\\begin{{tabular}}{{l{'r' * len(grid.columns)}}}", "\\toprule", " & ".join(drawn.columns) + " \\\\"]
     for label, rows in drawn.blocks:
         lines.append("\\midrule")
@@ -145,7 +150,7 @@ def html(grid: Grid) -> str:
             cells = "".join(f"<td>{cell}</td>" for cell in row)
             parts.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
         parts.append("</tbody>")
-    parts += ["</table>", "<ul>" + "".join(f"<li>{note}</li>" for note in drawn.notes) + "</ul>"]
+    parts += ["</table>", "<ul>" + "".join(f"<li>{note}</li>" for note in (*drawn.legend, *drawn.notes)) + "</ul>"]
     if drawn.gaps:
         parts.append(f"<h2>Missing</h2><ul>{''.join(f'<li>{gap}</li>' for gap in drawn.gaps)}</ul>")
     body = "\n".join(parts)
@@ -190,10 +195,16 @@ def csv_text(grid: Grid) -> str:
         for name, row in rows:
             missing = [c for n in dict.fromkeys(e.missing for e in row if e.missing is not None) for c in by_number[n]]
             note = "; ".join(f"{c}: {e.note}" for c, e in zip(columns, row, strict=True) if e.note)
-            put(*([label] if named else []), name, *(e.text for e in row), *(row[k].half_text for k in spread),
+            put(*([label] if named else []), name, *(_number(e, e.value) for e in row),
+                *(_number(row[k], row[k].half) for k in spread),
                 *(row[k].mark for k in marks), *([note] if noted else []),
                 *(["; ".join(missing)] if grid.gaps else []))
     return out.getvalue()
+
+
+def _number(entry: Entry, value: Value) -> str:
+    """With all of its column's decimals: whoever reads CSV computes with it."""
+    return "" if value is None else shown(value, entry.digits)
 
 
 def _csv(text: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from slm_exp.core.errors import ConfigError, ProtocolError
+from slm_exp.core.format import decimals, rounded
 from slm_exp.evaluation.protocol import mixed
 from slm_exp.runs.record import say_unverified
 from slm_exp.runs.schema import Record
@@ -48,12 +49,12 @@ class Entry:
 
     @property
     def text(self) -> str:
-        """The value as shown, without its plus-minus; empty where there is none."""
-        return "" if self.value is None else shown(self.value, self.digits)
+        """The value as shown, as precise as its plus-minus; empty where there is none."""
+        return "" if self.value is None else shown(self.value, self.digits, self.half)
 
     @property
     def half_text(self) -> str:
-        return "" if self.half is None else shown(self.half, self.digits)
+        return "" if self.half is None else shown(self.half, self.digits, self.half)
 
 
 @dataclass(frozen=True)
@@ -76,21 +77,23 @@ class Grid:
     columns: list[str]
     blocks: list[tuple[str, list[tuple[str, list[Entry]]]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    """Below the table: what was measured, by what."""
     gaps: list[Gap] = field(default_factory=list)
     row_heads: tuple[str, str] = ("block", "row")
     tested: bool = False
     """Whether marks were looked for."""
+    legend: list[str] = field(default_factory=list)
+    """What a reader has to know to read the numbers: of a paper's table, the caption after its title."""
 
     def entries(self) -> Iterable[Entry]:
         return (entry for _, rows in self.blocks for _, row in rows for entry in row)
 
 
-def shown(value: float | str, digits: int) -> str:
-    """A number with fixed decimals (whole numbers and text as they are)."""
+def shown(value: float | str, digits: int, half: float | None = None) -> str:
+    """A number with fixed decimals, or with those its plus-minus is worth; text as it is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    text = f"{value:.{digits}f}"
-    return text.lstrip("-") if float(text) == 0 else text
+    return rounded(value, decimals(half) if half else digits)
 
 
 def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, marks: bool = True) -> Grid:
@@ -121,7 +124,7 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
                 models = [m for m in here if m and _finished(m)]
                 gap = None if row.which == "dense" else _gap(table, row, column, here, gaps, block.label)
                 digits = kinds[k].digits if column.digits is None else column.digits
-                entry = _entry(models, kinds[k], digits, len(table.over))
+                entry = entry_of(models, kinds[k], digits, len(table.over))
                 line.append(replace(entry, missing=gap.number if gap else None))
                 placed[i, j, k] = models
             rows.append((row.label, line))
@@ -131,7 +134,8 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
     grid.notes += other.values()
     if marks:
         _mark(table, grid, kinds, placed, other)
-    grid.notes += _explanations(table, grid, kinds, placed)
+    grid.legend = _explanations(table, grid, kinds)
+    grid.notes += provenance([m for found in placed.values() for m in found])
     return grid
 
 
@@ -189,7 +193,7 @@ def _reason(m: Measured) -> str:
     return f"{state}, not finished"
 
 
-def _entry(models: Sequence[Measured], kind: Quantity, digits: int, wanted: int) -> Entry:
+def entry_of(models: Sequence[Measured], kind: Quantity, digits: int, wanted: int) -> Entry:
     """One run: its value and its own error. Several: the mean and its 95 % interval; text by majority."""
     values = [value for m in models if (value := kind.value(m)) is not None]
     if not values:
@@ -276,9 +280,9 @@ def marked(values: dict[int, float], p_value: Callable[[int, int], float | None]
     return {order[0]: BEST} | ({order[1]: SECOND} if first_of(order[1:]) else {})
 
 
-def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: Placed) -> list[str]:
+def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity]) -> list[str]:
     """What a reader has to know to read the numbers."""
-    out = []
+    out = ["Accuracies in per cent."] if any(kind.tasks for kind in kinds) else []
     spreads = {kinds[k].spread for _, rows in grid.blocks for _, line in rows for k, e in enumerate(line)
               if e.half is not None}
     dense = any(row.which == "dense" for block in table.blocks for row in block.rows)
@@ -297,15 +301,19 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity], placed: P
         marks = "; ".join(f"{mark}: {MARKS[mark]}" for mark in MARKS if mark in used) or "no row is marked"
         out.append(f"Marks: {marks}. {test[0].upper()}{test[1:]}, Holm's correction over all pairs of a block and "
                    f"column, level {LEVEL:g}.{' The dense model takes no part.' if dense else ''}")
-    return [*out, *provenance([m for found in placed.values() for m in found])]
+    return out
 
 
-def provenance(runs: Sequence[Measured]) -> list[str]:
-    """How many runs, by which commit, of which model, by which protocol; and whether they could be checked."""
+def provenance(runs: Sequence[Measured], n: int | None = None) -> list[str]:
+    """How many runs, by which commit, of which model, by which protocol; and whether they could be checked.
+
+    Args:
+        n: runs, where one that lies in two folders counts twice.
+    """
     out = []
     records = {m.record.run_id: m.record for m in runs}.values()
     if versions := sorted({f"slm_exp {r.versions.get('slm_exp')}{_commit(r)}" for r in records}):
-        out.append(f"{len(records)} runs, by {', '.join(versions)}.")
+        out.append(f"{n or len(records)} runs, by {', '.join(versions)}.")
     out += [f"Model: {note}." for note in sorted({m.record.model.note for m in runs} - {""})]
     protocols = {p.get("hash"): p.get("fields") or {} for m in runs if (p := m.evaluation.protocol)}
     if len(protocols) == 1:

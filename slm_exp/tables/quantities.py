@@ -10,9 +10,11 @@ from slm_exp.core.files import digest
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import Stored
 from slm_exp.evaluation.report import metric_of
-from slm_exp.runs.schema import Quartiles, SpeedCase
+from slm_exp.runs.schema import Estimated, Quartiles, SpeedCase
 from slm_exp.runs.statistics.runs import Measured
 from slm_exp.runs.statistics.scores import estimate, main_score, stderr_of_mean
+from slm_exp.runs.statistics.verdict import verdict_of
+from slm_exp.tables.facts import agreement
 
 Value = float | str | None
 
@@ -108,6 +110,24 @@ def _threshold(m: Measured) -> Value:
     return m.record.setting("method.threshold") if planned is None else planned
 
 
+def _target(m: Measured) -> str | None:
+    """`26 layers`, `18.8 %`: what was requested in place of a threshold; null where a threshold was."""
+    method = m.record.config.get("method") or {}
+    for key, value in method.items():
+        if key.startswith("target_") and value is not None:
+            return f"{100 * value:.3g} %" if key == "target_ratio" else f"{value} {key.removeprefix('target_')}"
+    return None
+
+def _kept(m: Measured) -> float | None:
+    """Per cent of the dense model's average, as the same run measured it."""
+    dense, small = (side.average for side in m.record.eval.both)
+    return 100 * small / dense if dense and small is not None else None
+
+
+def _ratio(m: Measured) -> Estimated | None:
+    return verdict_of(m.run).perplexity_ratio
+
+
 NAMED = {
     "layers": Quantity("layers", _sided(lambda m: m.record.layers.before, lambda m: m.record.layers.after)),
     "params": Quantity("params (M)", _sided(_scaled(lambda m: m.record.params.before, 1e-6),
@@ -117,6 +137,8 @@ NAMED = {
     "removed_or_zeroed": Quantity("removed or zeroed (%)", _sided(lambda _: 0.0, _idle), 1),
     "score": Quantity("score", _compressed(lambda m: m.record.plan.final_score), 4),
     "plan": Quantity("plan", _compressed(_plan)),
+    "agrees": Quantity("as published", _compressed(agreement)),
+    "target": Quantity("target", _compressed(_target)),
     "threshold": Quantity("threshold", _compressed(_threshold), 4),
     "evaluations": Quantity("candidates", _compressed(lambda m: m.record.plan.evaluations)),
     "block_forwards": Quantity("block forwards", _compressed(lambda m: m.record.plan.block_forwards)),
@@ -124,6 +146,10 @@ NAMED = {
     "average": Quantity("average", _scaled(lambda m: m.evaluation.average, 100), 2, _scaled(
         lambda m: stderr_of_mean(estimate(m.scores(task), metric) for task, metric in SEVEN.items()), 100),
         tuple(SEVEN), _protocol),
+    "kept": Quantity("kept (%)", _sided(lambda _: 100.0, _kept), 1, protocol=_protocol),
+    "ppl_ratio": Quantity("ppl ratio", _compressed(lambda m: r.value if (r := _ratio(m)) else None), 2,
+                          lambda m: r.stderr if m.which != "dense" and (r := _ratio(m)) else None, protocol=_protocol),
+    "verdict": Quantity("verdict", _compressed(lambda m: verdict_of(m.run).outcome or None)),
     **{name: _task(name) for name in SEVEN},
 }
 PAPERS_CASE = "1x12x128"

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from slm_exp.core.errors import ConfigError, SlmError
 from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.format import printable
 from slm_exp.core.registry import GROUPS, available
-from slm_exp.launch.compose import compose_run
+from slm_exp.launch.compose import Composer
 from slm_exp.pipeline.config import UNSCIENTIFIC
 from slm_exp.runs.record import Run
 from slm_exp.runs.schema import Record
@@ -85,7 +85,7 @@ class Finder:
         return self._found[key]
 
     def _same(self, overrides: tuple[str, ...]) -> list[Measured]:
-        """Composing costs 0.1 s, so only where a record is left that the overrides do not contradict."""
+        """Only where a record is left that the overrides do not contradict are they composed."""
         left = [m for m in self._runs if not _contradicts(m.record, overrides)]
         if not left:
             return []
@@ -105,15 +105,23 @@ def _said(overrides: Iterable[str]) -> set[str]:
     return {o for o in overrides if o.partition("=")[0].partition(".")[0] not in (*UNSCIENTIFIC, *NO_RESULT)}
 
 
+_composer = cache(Composer)
+
+
 @lru_cache(maxsize=4096)
 def _composed(overrides: tuple[str, ...]) -> tuple[str | None, JsonObject | None]:
     """run_id (None where this machine lacks a file that it depends on) and scientific config of overrides."""
-    cfg = compose_run(overrides)
+    cfg = _composer().run_config(overrides)
     try:
         run_id = cfg.run_id
     except (ConfigError, OSError):
         run_id = None
     return run_id, science(plain(cfg.resolved()))
+
+
+def science_of(overrides: Sequence[str]) -> JsonObject | None:
+    """What decides a cell's results, as `science` has it of a record."""
+    return _composed(tuple(overrides))[1]
 
 
 def science(config: JsonObject) -> JsonObject | None:

@@ -73,6 +73,9 @@ class Width(Component, ABC):
         """Why this pruner cannot run with the rest of the config, or None. Checked before anything loads."""
         return None
 
+    def needs_resident(self) -> str | None:
+        return f"width={self.name} looks at and cuts whole models" if self.prunes else None
+
     def check_model(self, handle: ModelHandle, method: DepthMethod) -> None:
         """Raise ConfigError where the dense model cannot be narrowed so. Called before weights load."""
 

@@ -78,8 +78,11 @@ class Pruner(Width):
     uniform: bool = True
     """The same widths in every layer, saved as an ordinary config. Otherwise a checkpoint brings its own code."""
     layers: list[int] | None = None
-    """[start, stop) of the dense model's layers to narrow; needs uniform=false. A merged layer is narrowed if all
-    the layers it stands for are in the range."""
+    """[start, stop) of the layers to narrow; needs uniform=false. A merged layer is narrowed if all the layers it
+    stands for are in the range."""
+    counts: str = "dense"
+    """What `layers` (or the published range) counts: `dense`, the layers of the dense model; `merged`, those that depth
+    left, as released scripts do that prune a merged checkpoint; there a stop beyond the last but one is that."""
     allocation: str | None = None
     """With uniform=false: `equal` ratios, one threshold for all layers' units (`score`), or by ECoFLaP's
     zeroth-order importance of each layer (`ecoflap`). Null is what the method published."""
@@ -106,6 +109,9 @@ class Pruner(Width):
             value = getattr(self, name)
             require(not self.uniform or value is None, f"width.{name}", value, "null with width.uniform=true",
                     "Layers of different widths need width.uniform=false; their checkpoint brings its own code.")
+        require_one_of("width.counts", self.counts, ("dense", "merged"))
+        require(not self.uniform or self.counts == "dense", "width.counts", self.counts,
+                "dense with width.uniform=true", "All layers get the same widths there.")
         if self.order == "before":
             require(self.uniform, "width.order", self.order, "after with width.uniform=false",
                     "Merging needs layers of one shape: merge first, then narrow.")
@@ -123,6 +129,8 @@ class Pruner(Width):
             out["ratio"] = RATIO if self.ratio is None else self.ratio
         if self._allocation != "ecoflap":
             out.pop("ecoflap_samples")
+        if self.counts == "dense":
+            out.pop("counts")
         return out
 
     @property
@@ -149,7 +157,8 @@ class Pruner(Width):
     def cost(self, sizes: Sizes, layers: float, tokens: Tokens) -> Work:
         passes, heads = self.passes * layers + 2 * layers + sizes.n_layers, 0.0
         if self._allocation == "ecoflap":  # as `layer_importance` says, the layers in proportion to those left
-            start, stop = (at * layers / sizes.n_layers for at in self.layers or self.protected_range(sizes.n_layers))
+            n = int(layers) if self.counts == "merged" else sizes.n_layers
+            start, stop = (at * layers / n for at in self._range(n))
             losses, share = 2 * PROJECTIONS * (stop - start), min(self.ecoflap_samples, tokens.n) / tokens.n
             passes += share * (losses * (layers - (start + stop - 1) / 2) + stop - 1)
             heads = share * losses
@@ -165,7 +174,7 @@ class Pruner(Width):
 
     def params_removed(self, sizes: Sizes, layers: int, target_ratio: float | None) -> int:
         if self.ratios is not None:
-            start, stop = self.layers or self.protected_range(sizes.n_layers)
+            start, stop = self._range(sizes.n_layers)
             return int(sum(self.ratios[start:stop]) / sizes.n_layers * layers * sizes.layer)
         if self.share is None:
             return int((self.ratio or RATIO) * layers * sizes.layer)
@@ -269,13 +278,20 @@ class Pruner(Width):
         """The published [start, stop) of layers to narrow when uniform=false and no range is given."""
         return 0, n_layers
 
+    def _range(self, n_layers: int) -> tuple[int, int]:
+        """The [start, stop) to narrow of the model that is counted."""
+        start, stop = self.layers or self.protected_range(n_layers)
+        return start, min(stop, n_layers - 1) if self.counts == "merged" else stop
+
     def _selected(self, slots: Sequence[Group], n_dense: int) -> list[int]:
         """Layers to narrow, as positions in the model at hand."""
         if self.uniform:
             return list(range(len(slots)))
-        start, stop = self.layers or self.protected_range(n_dense)
+        merged = self.counts == "merged"
+        start, stop = self._range(len(slots) if merged else n_dense)
         require(stop <= n_dense, "width.layers", self.layers, f"a range within the model's {n_dense} layers")
-        found = [p for p, slot in enumerate(slots) if start <= slot.start and slot.stop <= stop]
+        found = [p for p, slot in enumerate(slots)
+                 if (start <= p < stop if merged else start <= slot.start and slot.stop <= stop)]
         if not found:
             raise PlanError(f"width.layers = [{start}, {stop}) holds no whole layer of the {len(slots)} that are left, "
                             f"of {n_dense}. Widen it, e.g. width.layers=[0,{n_dense}].")

@@ -30,6 +30,10 @@ from slm_exp.runs.schema import Record
 L = 30
 SIZE, LAYER = 134_515_008, 3_540_096
 """Parameters of SmolLM2 and of a layer of it."""
+OPTIONS = {"boolq": 2, "piqa": 2, "winogrande": 2}
+"""Of a task's documents; others have four."""
+CHUNKS = 32
+"""Of a text."""
 SECONDS = {"load": 2.13, "calibrate": 0.31, "similarity": 3.92, "evaluate_dense": 61.04, "plan": 25.6, "merge": 0.02,
            "width": 0.0, "recover": 0.0, "evaluate": 55.7, "save": 9.8}  # fmt: skip
 
@@ -47,6 +51,19 @@ def answers(skill: float, n: int, task: str, luck: int = 0) -> np.ndarray:
     return (rng.random(n) + noise < skill).astype(float)
 
 
+def write_samples(folder: Path, name: str, rows: Sequence[JsonObject]) -> None:
+    """A file of `samples/<which>`."""
+    with writing(folder / f"{name}.jsonl.gz") as tmp, gzip.GzipFile(tmp, "wb", mtime=0) as f:
+        f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def chunk_losses(corpus: str, perplexity: float, n: int = CHUNKS) -> np.ndarray:
+    """Of a text's chunks, hard and easy ones the same for all models, whose perplexity is exactly that."""
+    hard = np.random.default_rng(zlib.crc32(corpus.encode())).normal(0, 0.5, n)
+    own = np.random.default_rng(round(1e4 * perplexity)).normal(0, 0.05, n)
+    return np.log(perplexity) + hard - hard.mean() + own - own.mean()
+
+
 def measured(
     folder: Path, tasks: Mapping[str, Mapping[str, np.ndarray]], limit: int | None, **perplexity: float
 ) -> JsonObject:
@@ -58,14 +75,17 @@ def measured(
     scores: JsonObject = {}
     for task, columns in tasks.items():
         (n,) = {len(column) for column in columns.values()}
-        rows = [{"doc_id": i, "doc_hash": f"{task}{i}", "target": 0, **{m: float(c[i]) for m, c in columns.items()}}
-                for i in range(n)]
-        with writing(folder / f"{task}.jsonl.gz") as tmp, gzip.GzipFile(tmp, "wb", mtime=0) as f:
-            f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_samples(folder, task, [
+            {"doc_id": i, "doc_hash": f"{task}{i}", "target": 0, "loglikelihoods": [0.0] * OPTIONS.get(task, 4),
+             **{m: float(c[i]) for m, c in columns.items()}} for i in range(n)])
         scores[task] = {"n": n}
         for metric, column in columns.items():
             stderr = float(column.std(ddof=1) / np.sqrt(n))
             scores[task] |= {metric: float(column.mean()), f"{metric}_stderr": stderr}
+    for corpus, value in perplexity.items():
+        write_samples(folder, f"perplexity-{corpus}", [
+            {"doc_id": i, "doc_hash": f"{corpus}{i}", "nll": float(loss)}
+            for i, loss in enumerate(chunk_losses(corpus, value))])
     average = float(np.mean([scores[task][metric] for task, metric in SEVEN.items()]))
     protocol = Protocol.of({"limit": limit, "lm_eval": "0.4.13", "documents": n}).to_json()
     return {"tasks": scores, "average": average, "perplexity": perplexity, "protocol": protocol}
@@ -108,11 +128,15 @@ def change_record(folder: Path, **sections: Any) -> None:
 
 
 def make_run(
-    root: Path, overrides: Sequence[str], skill: float = 0.5, n: int = 60, luck: int = 0, **changes: Any
+    root: Path, overrides: Sequence[str], skill: float = 0.5, n: int = 60, luck: int = 0,
+    ratio: float | None = None, **changes: Any
 ) -> Path:
     """`root/<run_id>` of a finished run of these overrides, without a trace, with answers at two skills.
 
-    `changes` replace sections of its record. Returns the folder.
+    Args:
+        ratio: of the perplexities of a text `news`, the dense model's 30; None measures no text.
+        changes: replace sections of its record.
+    Returns the folder.
     """
     cfg = config(*overrides)
     folder = root / cfg.run_id
@@ -120,8 +144,8 @@ def make_run(
     evaluation = {
         side: measured(folder / "samples" / side, {
             task: dict.fromkeys(dict.fromkeys(("acc", metric)), answers(of_side, n, task, of_luck))
-            for task, metric in SEVEN.items()}, cfg.evaluation.limit)
-        for side, of_side, of_luck in (("dense", 0.7, 0), ("compressed", skill, luck))}  # fmt: skip
+            for task, metric in SEVEN.items()}, cfg.evaluation.limit, **({"news": 30 * times} if ratio else {}))
+        for side, of_side, of_luck, times in (("dense", 0.7, 0, 1.0), ("compressed", skill, luck, ratio or 1.0))}
     low = min(14, L - 1 - removed)
     groups = (Group(low, low + removed + 1),) if removed else ()
     plan = MergePlan(L, groups, method=cfg.method.name, rule=cfg.merge_rule.name, similarity=cfg.similarity.name,

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from slm_exp import __version__
+from slm_exp.core.runtime import available_memory
 from slm_exp.launch import pool as pool_module
 from slm_exp.launch.plugins import _with_reason
 from slm_exp.launch.pool import Pool, died_of
 from slm_exp.launch.screen import Screen
-from slm_exp.launch.workers import GIB, Worker, available_memory, make_workers, visible_gpus
+from slm_exp.launch.workers import GIB, Worker, make_workers, visible_gpus
 from slm_exp.runs.sweep import DIED, FAILED, FINISHED, WAITING, Cell, Job, read_cell
 
 # A job: writes a running record, does `body`, writes the finished one. It knows its batch size and its folder.

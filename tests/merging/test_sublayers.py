@@ -16,7 +16,7 @@ import torch
 
 from slm_exp.core.errors import PlanError
 from slm_exp.core.types import MergePlan, Sublayer
-from slm_exp.merging.surgery import apply_plan, sublayer_sizes, zeroed, zeroed_note
+from slm_exp.merging.surgery import apply_plan, zeroed, zeroed_note
 
 PLAN = MergePlan(8, dropped=(1,), sublayers=(
     Sublayer(0, "mlp"), Sublayer(3, "attention"), Sublayer(5, "mlp"), Sublayer(5, "attention"),
@@ -88,7 +88,7 @@ def test_what_is_removed_is_what_is_gone(make_tiny: Any) -> None:
     assert dense.n_params - small.n_params == gone
     assert dense.n_params - sum(p.numel() for p in small.model.parameters()) == gone
     attention, mlp = (sum(p.numel() for p in part.parameters()) for part in (layer.self_attn, layer.mlp))
-    assert sublayer_sizes(dense) == {"attention": attention, "mlp": mlp}
+    assert dense.sublayer_params == ({"attention": attention, "mlp": mlp},) * dense.n_layers
     assert zeroed(small, PLAN) == zeroed(apply_plan(make_tiny("qwen2"), PLAN), PLAN) == 2 * attention + mlp
     (note,) = zeroed_note(dense, PLAN)
     assert note.startswith("2 attention and 1 mlp sublayers are zeroed: ")

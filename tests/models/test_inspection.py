@@ -124,6 +124,7 @@ def test_sizes_from_headers_are_the_models(family, make_tiny, tmp_path):
     sketch = HF(path=str(tmp_path)).sketch(tmp_path, "cpu")
     assert sketch.sizes == sizes
     assert sketch.handle.n_layers == 8
+    assert sketch.handle.sublayer_params == handle.sublayer_params
     if family in ("llama", "qwen3", "gemma3_text"):
         assert sizes_of(config) == sizes
 

@@ -16,6 +16,7 @@ def test_sizes_are_those_of_the_real_classes(family, tied, make_tiny):
     sketch = Tiny(family=family, tied=tied, layers=3).sketch(Path("unused"), "cpu")
     assert sketch.digest == real.digest
     assert (sketch.sizes.total, sketch.sizes.layer) == (real.n_params, real.layer_params)
+    assert sketch.handle.sublayer_params == real.sublayer_params
     assert sketch.sizes.flops_per_token(64) == flops_per_token(real, 3, 64)
     assert sketch.sizes.with_layers(2).total == real.n_params - real.layer_params
     assert sizes_of(real.config.to_dict()) == sketch.sizes

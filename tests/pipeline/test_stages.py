@@ -35,6 +35,7 @@ CONFIGS = {
     "width": ["width=llm_pruner", "width.ratio=0.2"],
     "before": ["width=flap", "width.ratio=0.2", "width.order=before"],
     "greedy": ["method=blockpruner", "method.target_sublayers=2"],
+    "share": ["method=blockpruner", "method.target_ratio=0.2"],
     "measured": ["method=shortgpt", "method.target_layers=4", "evaluation.corpora.news=heldout:news"],
     "compensated": ["method=shortgpt", "method.target_layers=3", "method.compensate=magnitude"],
 }  # fmt: skip
@@ -104,6 +105,10 @@ def shared(tmp_path_factory):
 @given(overrides=configs())
 def test_the_forecast_names_the_keys_that_the_run_stores(shared, overrides):
     keys_agree(shared, overrides)
+
+
+def test_the_forecast_names_the_keys_of_a_share_in_sublayers(shared):
+    keys_agree(shared, CONFIGS["share"])
 
 
 def keys_agree(folder: Path, overrides: list[str]) -> None:

@@ -23,7 +23,7 @@ from slm_exp.core.files import write_json
 from slm_exp.core.format import duration
 from slm_exp.core.types import Group, MergePlan, Trial
 from slm_exp.reporting import charts, svg
-from slm_exp.reporting.page import signed, size_change, write_report
+from slm_exp.reporting.page import size_change, typographic, write_report
 
 
 @pytest.fixture
@@ -74,18 +74,30 @@ def test_can_be_read_without_the_pictures(kind: str, tmp_path: Path) -> None:
 
 def test_headline(page: Page) -> None:
     assert page.text("h1") == ["smollm2_135m: 30 layers to 27"]
-    assert page.text("dd", "big") == ["30 →to 27", "134.5 →to 123.9 M", "48.6 →to 43.6 %", "57.31 →to 81.94", "0.9053"]
-    assert page.text("dd", "small")[:3] == ["3 fewer", "7.9 % removed", "−5.0 ± 2.8 points"]
+    assert page.text("dd", "big") == ["1.430 ± 0.018 times", "−5.0 ± 2.7 points", "30 →to 27", "134.5 →to 123.9 M",
+                                      "0.9053"]
+    assert page.text("dd", "small")[:5] == ["57.31 →to 81.94", "49 ± 4 →to 44 ± 4 %, n = 140", "89.7 % of dense kept",
+                                            "3 fewer", "7.9 % removed"]
+    assert page.text("p", "verdict") == ["Clearly worse: perplexity is 1.430 ± 0.018 times the dense model's."]
     assert "dequantised from Q4_1" in page.text("p", "note")[0]
 
 
 def test_every_task_has_its_row(page: Page) -> None:
     rows = {cells[0].split("acc")[0]: cells[1:] for cells in table(page, "Accuracy in per cent")}
-    assert list(rows) == [*TASKS, "averageseven-task mean"]
-    assert rows["boolq"] == ["60.0 ± 11.2", "55.0 ± 11.4", "−5.0 ± 5.0"]
-    assert rows["hellaswag"] == ["40.0 ± 11.2", "35.0 ± 10.9", "−5.0 ± 8.8"]
-    assert rows["averageseven-task mean"] == ["48.6 ± 4.2", "43.6 ± 4.2", "−5.0 ± 2.8"]
-    assert table(page, "Perplexity") == [["wikitext2", "57.31", "81.94", "1.430"]]
+    assert list(rows) == [*TASKS, "averageseven-task mean, n = 140"]
+    assert rows["boolq"] == ["50.0", "60 ± 11", "55 ± 11", "−5 ± 5"]
+    assert rows["hellaswag"] == ["25.0", "40 ± 11", "35 ± 11", "−5 ± 9"]
+    assert rows["averageseven-task mean, n = 140"] == ["–", "49 ± 4", "44 ± 4", "−5.0 ± 2.7"]
+    assert table(page, "Perplexity") == [["wikitext2", "57.31", "81.94", "1.430 ± 0.018"]]
+
+
+def test_what_guessing_gives_is_drawn_and_mute_tasks_are_marked(page: Page) -> None:
+    titles = [title for title in page.text("title") if ", chance: " in title]
+    assert titles[:3] == ["boolq, chance: 50.0", "piqa, chance: 50.0", "hellaswag, chance: 25.0"]
+    mute = [cells[0].split("acc")[0] for cells in table(page, "Accuracy in per cent") if cells[0].endswith("mute")]
+    assert mute == [name.split("acc")[0] for name in page.text("div", "mute")]
+    assert "boolq" in mute  # 60 of 100 is within two errors of 50 at 20 documents
+    assert "arc_easy" not in mute
 
 
 def test_stages_parameters_and_command(page: Page) -> None:
@@ -119,7 +131,7 @@ def test_what_a_baseline_removes_is_hatched(tmp_path: Path) -> None:
     assert told in page.text("p", "lede")[0]
     assert not [e for e in page.all("section") if e["attrs"].get("id") == "search"]
     assert page.text("h1") == ["smollm2_135m: 30 layers to 27, 1 attention and 1 mlp removed"]
-    assert page.text("dd", "small")[:2] == ["3 fewer; 1 attention and 1 mlp removed", "7.9 % removed; 1.0 % zeroed"]
+    assert page.text("dd", "small")[3:5] == ["3 fewer; 1 attention and 1 mlp removed", "7.9 % removed; 1.0 % zeroed"]
 
 
 def test_narrower_layers_and_recovery_are_shown(tmp_path: Path) -> None:
@@ -273,7 +285,7 @@ def test_numbers_for_people() -> None:
     assert size_change(134_515_008, 123_894_720) == ("134.5", "123.9 M")
     assert size_change(6_738_415_616, 5_524_000_000) == ("6.74", "5.52 B")
     assert size_change(91_200, 80_000) == ("91.2", "80.0 k")
-    assert [signed(v) for v in (-0.05, 0.0004, 0.01, -0.0001)] == ["−5.0", "0.0", "+1.0", "0.0"]
+    assert [typographic(v, True) for v in ("-5.0", "0.0", "1.0")] == ["−5.0", "0.0", "+1.0"]
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,15 @@ from slm_exp.reporting import results
 from slm_exp.reporting.results import Comparison
 from slm_exp.runs.record import Run
 from slm_exp.runs.schema import Record
+from slm_exp.runs.statistics.paired import mcnemar
 
 
 def compare(evaluation: dict[str, Any], folder: Path) -> list[Comparison]:
     return results.compare(Run(folder, Record.of({"eval": evaluation})))
 
 
-def average(evaluation: dict[str, Any], rows: list[Comparison]) -> Comparison | None:
-    return results.average(Record.of({"eval": evaluation}).eval, rows)
+def average(evaluation: dict[str, Any], rows: list[Comparison], folder: Path = Path("nowhere")) -> Comparison | None:
+    return results.average(Run(folder, Record.of({"eval": evaluation})), rows)
 
 
 def write(folder: Path, which: str, task: str, rows: list[dict[str, Any]]) -> None:
@@ -57,7 +58,8 @@ def test_paired_error_is_that_of_the_differences(tmp_path: Path) -> None:
     assert row.difference
     differences = compressed - dense
     assert row.difference.value == pytest.approx(differences.mean())
-    assert row.difference.stderr == pytest.approx(differences.std(ddof=1) / math.sqrt(200))
+    assert row.difference.stderr == pytest.approx(differences.std(ddof=1) / math.sqrt(200), rel=0.03)  # a bootstrap
+    assert row.difference.p == mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
     unpaired = one(tmp_path, dense, compressed, hashes="other")
     assert not unpaired.paired
     assert unpaired.difference

@@ -66,8 +66,9 @@ def test_rows_are_ordered_by_what_differs(tmp_path: Path) -> None:
     page = Page(write_sweep_report(sweep(tmp_path / "grid")).read_text())
     cells = table(page, "Every run")
     assert [row[:2] for row in cells] == [["aaa", "0.8"], ["bbb", "0.85"], ["ccc", "0.9"]]
-    assert cells[0][2:7] == ["30 → 27", "7.9 %", "0.9053", "43.6 ± 4.2", "−5.0 ± 2.8"]
-    assert cells[1][2:] == ["–", "–", "0.9053", "–", "–", "–", "2 min 39 s", "failed: OutOfMemoryError in evaluate"]
+    assert cells[0][2:10] == ["1.430 ± 0.018", "44 ± 4", "−5.0 ± 2.7", "89.7 %", "clearly worse", "30 → 27", "7.9 %",
+                              "0.9053"]
+    assert cells[1][2:] == [*"–––––––", "0.9053", "–", "2 min 39 s", "failed: OutOfMemoryError in evaluate"]
     assert "3 runs that differ in method.threshold;" in page.text("p", "lede")[0]
 
 

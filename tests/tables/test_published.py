@@ -10,12 +10,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from builders.records import make_run
 
+from slm_exp.core.documents import read_yaml
+from slm_exp.core.errors import ConfigError
 from slm_exp.core.types import MergePlan
 from slm_exp.evaluation.base import SEVEN
-from slm_exp.launch.compose import check_key, conf_dir
+from slm_exp.launch.compose import check_key, compose_run, conf_dir
 from slm_exp.methods.from_plan import FromPlan
-from slm_exp.tables.definition import Table, model_facts, read_table, read_yaml
+from slm_exp.runs.record import Run
+from slm_exp.runs.schema import Record
+from slm_exp.runs.statistics.runs import Measured
+from slm_exp.tables.definition import Table, read_table
+from slm_exp.tables.facts import agreement, model_facts, published_of
 from slm_exp.tables.reference import Published, matches, published
 
 FILES = sorted((conf_dir() / "reference").glob("*.yaml"))
@@ -171,6 +178,42 @@ def test_from_plan_takes_it(path: Path) -> None:
     method.check()
     assert method.given == MergePlan.from_json(json.loads(path.read_text()))
     assert not method.uses_merge_rule()
+
+
+def test_a_set_is_named_and_a_wrong_name_is_refused_with_the_nearest() -> None:
+    at = conf_dir() / "published" / "linearpatch" / "llama2_7b" / "shortgpt_7.json"
+    assert FromPlan(path="published:linearpatch/llama2_7b/shortgpt_7").identity() == FromPlan(path=str(at)).identity()
+    overrides = ["model=llama2_7b", "method=from_plan", "method.path=published:linearpatch/llama2_7b/shortgpt_7"]
+    assert compose_run(overrides).method.replays.dropped == tuple(range(23, 30))
+    with pytest.raises(ConfigError, match=r"published:linearpatch/llama2_7b/shortgtp_7; .*Did you mean .*/shortgpt_7"):
+        FromPlan(path="published:linearpatch/llama2_7b/shortgtp_7").check()
+
+
+def test_agreement_counts_what_our_run_chooses_too(tmp_path: Path) -> None:
+    """Our ShortGPT of 7 layers shares 6 with LinearPatch's; a run of another size or method is compared with none."""
+    words = ["model=llama2_7b", "evaluation=none", "method=shortgpt", "method.target_layers=25"]
+    run = Measured(Run.read(make_run(tmp_path, words, n=2)))
+    of = {"n_layers": 32, "groups": [], "dropped": [22, *range(24, 30)], "sublayers": [], "method": "shortgpt"}
+
+    def agreed(**plan: object) -> str | None:
+        return agreement(Measured(Run(run.run.folder, Record.of(run.record.raw | {"plan": of | plan}))))
+
+    assert agreed() == "6 of 7 (linearpatch)"
+    assert agreed(dropped=list(range(23, 30))) == "7 of 7 (linearpatch)"
+    assert agreed(method="sleb", dropped=[14, 23, 11, 24, 10, 27, 2]) == "6 of 7 (linearpatch)"
+    assert agreed(dropped=[29]) is None
+    kinds = [{"layer": i, "kind": "attention"} for i in range(6)]
+    assert agreed(method="blockpruner", dropped=[], sublayers=kinds).endswith(" of 6 (blockpruner)")
+
+
+def test_every_set_stands_in_the_agreement_table_beside_our_run_of_its_method() -> None:
+    table = read_table("agreement", {"model": "llama2_7b"})
+    assert [block.label for block in table.blocks] == published_of("llama2_7b")
+    rows = {block.label: [row.runs for row in block.rows] for block in table.blocks}
+    assert rows["linearpatch/llama2_7b/shortgpt_7"] == [
+        ["method=from_plan", "method.path=published:linearpatch/llama2_7b/shortgpt_7"],
+        ["method=shortgpt", "method.target_layers=25"]]
+    assert ["method=blockpruner", "method.target_sublayers=12"] in rows["blockpruner/llama2_7b/sublayers_12"]
 
 
 def test_smaller_sets_of_a_greedy_or_one_shot_method_lie_in_the_larger_ones() -> None:

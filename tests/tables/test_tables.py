@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 from builders.records import make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -162,8 +163,8 @@ def jobs_of(command: str) -> list[frozenset[str]]:
                       for o in job if not o.startswith("hydra.")) for job in split_sweep(words[4:], {})]  # fmt: skip
 
 
-COMMANDS = {"as_published": 6, "calibration": 1, "depth_width": 3, "main": 5, "main_lora": 5, "recovery": 4, "rules": 1,
-            "similarity": 2, "speed": 5, "thresholds": 1}  # fmt: skip
+COMMANDS = {"as_published": 6, "calibration": 1, "depth_width": 3, "main": 5, "main_lora": 5, "methods": 2,
+            "recovery": 4, "rules": 1, "similarity": 2, "speed": 5, "thresholds": 1}  # fmt: skip
 """Multiruns that a table needs: its rows that take the same settings share one."""
 
 
@@ -190,6 +191,32 @@ def test_a_gap_shows_the_command_that_fills_it(rules: Path, capsys) -> None:
     assert jobs_of(command) == [frozenset(job)]
     assert command in drawn(capsys, *RULES, rules, "--format", "tex")
     assert "hydra.sweep.dir=outputs/multirun/rules" in command
+
+
+def test_the_records_say_which_model_and_its_sizes(tmp_path: Path, capsys) -> None:
+    """A preset; and a folder that is not on this machine, whose sizes the records have."""
+    (job,) = [c for c in cells("rules", {"model": "vicuna_7b", "sizes": [26]}) if "merge_rule=mean" in c]
+    make_run(tmp_path / "a", job, n=5)
+    assert "## Merge rules at equal size, Vicuna-7B" in drawn(capsys, "rules", "sizes=[26]", tmp_path / "a")
+    gone = {"model": "hf", "extra": ["model.path=nobody/nothing"], "sizes": [25], "layers": 30}
+    gone |= {"parameters": 134515008, "per_layer": 3540096}
+    (job,) = [c for c in cells("rules", gone) if "merge_rule=mean" in c]
+    make_run(tmp_path / "b", job, n=5)
+    text = drawn(capsys, "rules", "sizes=[25]", tmp_path / "b")
+    assert "25 of 30 layers, 13.2 % of the parameters removed" in text
+    assert "the runs there are of 2 models; say which" in refused(capsys, "rules", tmp_path)
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (["rules", "model=tiny"], "Other model: they are of model=smollm2_135m, the table of model=tiny."),
+    (["rules", "evaluation.limit=7"], "Other protocol: evaluation.limit = 20, in the table 7."),
+    (["rules", "sizes=[25]"], "Other sizes: they have method.target_layers=27, the table method.target_layers=25."),
+    (["rules", "sizes=[27]", "calibration.n_samples=3"], "has calibration.n_samples = 10, in the table 3."),
+])  # fmt: skip
+def test_runs_of_which_none_fits_say_why_in_one_line(rules: Path, words: list[str], reason: str, capsys) -> None:
+    said = refused(capsys, *words, rules)
+    assert reason in said
+    assert said.count("\n") == 1
 
 
 def test_nothing_run_yet(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -271,13 +298,16 @@ def test_wrong_calls_name_what_was_wanted(rules: Path, capsys) -> None:
 def test_sweep_has_a_row_for_every_run(rules: Path, capsys) -> None:
     rows = rows_of(drawn(capsys, "sweep", rules, "--format", "csv"))
     dense = rows.pop("dense")
-    assert (dense["rule"], dense["params"]) == ("", "134515008")
+    assert (dense["rule"], dense["params"]) == ("", "134.5")
     assert set(rows) == {p.name for p in rules.iterdir()}
-    wanted = ["threshold", "rule", "similarity", "kernel", "layers", "params", *SEVEN, "average"]
+    wanted = ["threshold", "rule", "similarity", "kernel", "layers", "params", "average", "kept", "verdict", *SEVEN]
     (row, *_) = rows.values()
     assert [c for c in row if c in wanted] == wanted
     assert {row["rule"] for row in rows.values()} == set(SKILL)
-    assert row["params"] == str(134_515_008 - 3 * 3_540_096)
+    assert (row["target"], row["params"], row["removed"]) == ("27 layers", "123.9", "7.9")
+    text = drawn(capsys, "sweep", rules)
+    assert len(re.findall(r"\d+ runs(?! of an older)", text)) == 1
+    assert "## Runs that differ in rule" in text
     narrow = drawn(capsys, "sweep", rules, "--format", "csv", "--columns", "rule,average")
     assert narrow.splitlines()[0].startswith("run,rule,average")
 
@@ -410,7 +440,65 @@ def test_ours_beside_theirs(tmp_path: Path, capsys) -> None:
     assert "4031a92" in text
     assert "3326c54" in text
     assert "1.654 average points" in text
-    assert "There is: nothing" in refused(capsys, *RULES, tmp_path, "--reference")
+    assert "There is: nothing" in refused(capsys, *RULES, "model=smollm2_135m", tmp_path, "--reference")
+
+
+FILLED = {"dense": [77.74, 78.07, 75.97, 68.98, 76.30, 46.33, 44.20, 66.80],  # of Bolaco's table
+          "SLM, path at the size": [62.17, 66.32, 58.36, 64.40, 50.76, 34.04, 33.4, 52.78],
+          "FLAP, one threshold for all layers": [70.21, 75.24, 69.34, 66.30, 67.30, 39.42, 37.40, 60.74]}
+
+
+@pytest.fixture
+def filled(capsys) -> dict:
+    """The form of `main`, filled as a person would with the numbers of one size."""
+    text = yaml.safe_load(drawn(capsys, "main", "--form", "model=llama2_7b"))
+    rows = {(e.get("block", "")[:2], e["what"]): e for e in text["entries"]}
+    assert len(rows) == len(text["entries"]) == 1 + 2 * 19 + 1, "every row, the dense one once"
+    for what, numbers in FILLED.items():
+        rows["" if what == "dense" else "26", what]["values"].update(zip([*SEVEN, "average"], numbers, strict=True))
+    rows["26", "FLAP, one threshold for all layers"]["marks"] = {"average": "best"}
+    return text | {"source": "arXiv 2405.10616", "protocol": "zero-shot"}
+
+
+def test_a_form_that_is_filled_stands_beside_ours_and_against_dense(filled: dict, tmp_path: Path, capsys) -> None:
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(filled))
+    job = next(c for c in cells("main", {"model": "llama2_7b"}) if c[-2:] == ["method=slm", "method.target_layers=26"])
+    folder = make_run(tmp_path / "runs", job, 0.5, n=400)
+    record = json.loads((folder / "record.json").read_text())
+    words = ["main", tmp_path / "runs", "--reference-file", tmp_path / "theirs.yaml", "--format", "csv"]
+    rows = list(csv.DictReader(io.StringIO(drawn(capsys, *words))))
+    assert [r["row"] for r in rows[:8]] == ["dense"] * 8
+    (row,) = [r for r in rows if r["row"].startswith("SLM") and r["quantity"] == "average"]
+    ours, dense = (100 * record["eval"][which]["average"] for which in ("compressed", "dense"))
+    assert float(row["difference"]) == pytest.approx(ours - 52.78, abs=0.006)
+    assert float(row["against dense"]) == pytest.approx((ours - dense) - (52.78 - 66.80), abs=0.006)
+    assert row["published by"] == "theirs"
+    assert {r["verdict"] for r in rows if r["row"].startswith("FLAP")} == {"not run"}
+
+
+@pytest.mark.parametrize(("what", "change", "message"), [
+    ("dense", {"values": {"piqa": 87.07}}, "dense: average = 66.8; the mean of the row's seven is 68.08"),
+    ("dense", {"values": {"piqa": 0.7807}}, "dense: piqa = 0.7807; expected an accuracy in per cent"),
+    ("dense", {"values": {"perplexity.ptb": 0.5}}, "perplexity.ptb = 0.5; expected a perplexity > 1"),
+    ("dense", {"values": {"pika": 1}}, "pika.*Did you mean piqa"),
+    ("SLM, path at the size", {"marks": {"average": "best"}}, "marks.average = best; the best there is 60.74"),
+    ("SLM, path at the size", {"marks": {"average": "bold"}}, "expected best or second"),
+])  # fmt: skip
+def test_a_form_filled_wrongly_says_where(filled: dict, what: str, change: dict, message: str, tmp_path: Path, capsys
+                                          ) -> None:
+    entry = next(e for e in filled["entries"] if e["what"] == what)
+    for key, values in change.items():
+        entry[key] = {**entry[key], **values}
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(filled))
+    said = refused(capsys, "main", "model=llama2_7b", "--reference-file", tmp_path / "theirs.yaml")
+    assert re.search(message, said), said
+    assert "theirs.yaml" in said
+
+
+def test_an_empty_form_is_refused(tmp_path: Path, capsys) -> None:
+    (tmp_path / "form.yaml").write_text(drawn(capsys, "main", "--form", "model=llama2_7b"))
+    assert "source = " in refused(capsys, "main", "model=llama2_7b", "--reference-file", tmp_path / "form.yaml")
+    assert "--form; expected folders only" in refused(capsys, "sweep", "--form")
 
 
 def test_mixed_protocols_stand_beside_published_numbers_only_where_that_was_said(tmp_path: Path, capsys) -> None:

@@ -53,7 +53,7 @@ def test_the_dense_row_is_of_its_own_blocks_model(tmp_path: Path) -> None:
         measured["dense"]["average"] = 0.1 if half else 0.9
         change_record(made, eval=measured)
     grid = fill(read_table(name), find_runs([tmp_path / "runs"]))
-    assert [dict(rows)["dense"][0].text for _, rows in grid.blocks] == ["90.00", "10.00"]
+    assert [dict(rows)["dense"][0].text for _, rows in grid.blocks] == ["90.0", "10.0"]
 
 
 def test_one_dense_row_of_two_models_is_refused(tmp_path: Path) -> None:

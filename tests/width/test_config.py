@@ -31,6 +31,8 @@ SMALL = ("calibration.n_samples=2", "method.threshold=0.5")
         (["width=flap", "width.order=between"], "width.order = between; expected one of after, before"),
         (["width=flap", "width.layers=[2,5]"], "width.layers = .2, 5.; expected null with width.uniform=true"),
         (["width=flap", "width.uniform=false", "width.layers=[5,2]"], "two layer numbers"),
+        (["width=flap", "width.counts=merged"], "width.counts = merged; expected dense with width.uniform=true"),
+        (["width=flap", "width.uniform=false", "width.counts=mergd"], "width.counts = mergd.*Did you mean merged"),
         (["width=flap", "width.uniform=false", "width.order=before"], "Merging needs layers of one shape"),
         (["width=flap", "width.ratio=0.2", "width.share=0.5"], "set at most one of width.ratio, width.share"),
         (["width=flap", "width.share=0.5"], "a part of method.target_ratio, which is not set"),
@@ -113,6 +115,20 @@ def test_score_allocation_takes_the_lowest_wherever_they_are():
 @pytest.fixture
 def run(tmp_path):
     return lambda *overrides, folder="run": tiny_run(tmp_path / folder, *SMALL, *overrides)
+
+
+def test_layers_can_be_counted_in_the_merged_model(run, make_tiny):
+    """8 layers, 6 left: [2, 26) of the merged model are positions 2 to 4, whatever they stand for."""
+    depth = ("method.threshold=null", "method.target_layers=6", "width=llm_pruner", "width.uniform=false",
+             "width.ratio=0.2", "width.layers=[2,26]")  # fmt: skip
+    merged = run(*depth, "width.counts=merged")
+    channels = merged["plan"]["width"]["sizes"]["channels"]
+    assert [c < max(channels) for c in channels] == [False, False, True, True, True, False]
+    with pytest.raises(ConfigError, match=r"width.layers = .2, 26.; expected a range within the model's 8 layers"):
+        available("width")["llm_pruner"](uniform=False, layers=[2, 26]).check_model(make_tiny(layers=8), SLM())
+    dense = compose_run([*QUICK, *depth[2:5], "method.threshold=1.0"])
+    assert "counts" not in dense.width.identity()  # run_ids of before the setting stay
+    assert compose_run([*QUICK, *depth, "width.counts=merged"]).width.identity()["counts"] == "merged"
 
 
 @pytest.mark.parametrize("order", ["after", "before"])

@@ -26,12 +26,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slm_exp.core.errors import ArchitectureError, DataError
+from slm_exp.engine.calls import STATES_BYTES, entering, in_step, streams
 from slm_exp.engine.fused import fused_layer, supported
 from slm_exp.evaluation.backends.decoding import Prompt, agrees, continue_greedily, stop_ids, unusual
 from slm_exp.evaluation.backends.hflm import CheckedHFLM, make_room, refuse_broken
 from slm_exp.evaluation.backends.trees import Request, Tree, common_prefix, grow
 from slm_exp.evaluation.progress import progress
 from slm_exp.models.layouts import layout_for
+from slm_exp.models.streaming import shells
 
 log = logging.getLogger(__name__)
 
@@ -255,6 +257,14 @@ class FastLM(CheckedHFLM):
         assert self._forward is not None
         left = deque(trees)
         tokens = sum(map(len, trees))
+        if streams(self.model):
+            with torch.inference_mode(), self._forward.ready(), progress(what, tokens, "token", disable) as advance:
+                for some in self._forward.groups(trees, self.nodes_per_batch):
+                    calls = [self._forward.inputs(batch) for batch in some]
+                    for batch, h_BTD in zip(some, in_step(self.model, calls), strict=True):
+                        yield _score(self._forward, batch, h_BTD)
+                        advance(sum(map(len, batch)))
+            return
         with torch.inference_mode(), self._forward.ready(), progress(what, tokens, "token", disable) as advance:
             while left:
                 rows = max(1, self.nodes_per_batch // len(left[0]))
@@ -307,6 +317,26 @@ class TreeForward:
 
     def hidden(self, trees: Sequence[Tree]) -> Tensor:
         """Last hidden states after the final norm: [B, T, D], T the longest tree; padding holds anything finite."""
+        return self.decoder(**self.inputs(trees)).last_hidden_state  # type: ignore[no-any-return]
+
+    def groups(self, trees: Sequence[Tree], nodes: int) -> Iterator[list[list[Tree]]]:
+        """Batches of trees of at most so many nodes, as many together as may go through a streamed model at once."""
+        row = self.head.weight.shape[1] * self.head.weight.element_size()
+        group: list[list[Tree]] = []
+        left, room = deque(trees), STATES_BYTES
+        while left:
+            longest = len(left[0])
+            batch = [left.popleft() for _ in range(min(max(1, nodes // longest), len(left)))]
+            room -= len(batch) * longest * (row + 4 * longest)  # states, and masks in float32
+            if group and room < 0:
+                yield group
+                group, room = [], STATES_BYTES
+            group.append(batch)
+        if group:
+            yield group
+
+    def inputs(self, trees: Sequence[Tree]) -> dict[str, Any]:
+        """What the decoder is called with."""
         size = max(map(len, trees))
         ids_BT = np.zeros((len(trees), size), dtype=np.int64)
         positions_BT = np.zeros_like(ids_BT)
@@ -317,8 +347,8 @@ class TreeForward:
             visible_BTT[row] = tree.visible(size)
         positions = torch.as_tensor(positions_BT, device=self.device)
         mask = self._mask(torch.as_tensor(visible_BTT, device=self.device)[:, None], positions)
-        return self.decoder(input_ids=torch.as_tensor(ids_BT, device=self.device), position_ids=positions,
-                            attention_mask=mask, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return {"input_ids": torch.as_tensor(ids_BT, device=self.device), "position_ids": positions,
+                "attention_mask": mask, "use_cache": False}
 
     def logits(self, h_PD: Tensor) -> Tensor:
         """[P, D] -> [P, V]."""
@@ -342,9 +372,10 @@ class TreeForward:
         return torch.zeros((), dtype=self.model.dtype, device=self.device).where(visible_B1TT, float("-inf"))
 
 
-def _score(forward: TreeForward, trees: Sequence[Tree]) -> list[tuple[int, Score]]:
-    """(owner, score) of every request of some trees: one forward pass, logits in portions."""
-    h_BTD = forward.hidden(trees)
+def _score(forward: TreeForward, trees: Sequence[Tree], h_BTD: Tensor | None = None) -> list[tuple[int, Score]]:
+    """(owner, score) of every request of some trees: one forward pass, unless its states are given, and logits in
+    portions."""
+    h_BTD = forward.hidden(trees) if h_BTD is None else h_BTD
     size = h_BTD.shape[1]
     predictions = [(owner, row * size + nodes, targets)
                    for row, tree in enumerate(trees) for owner, nodes, targets in tree.predictions()]  # fmt: skip
@@ -432,29 +463,21 @@ def _fused_forwards(model: PreTrainedModel) -> list[tuple[Any, Callable[..., Ten
 
     Cost: a forward pass over two tokens, to see what the layers are called with.
     """
+    kinds = set(getattr(model.config, "layer_types", None) or [])
+    mask = torch.zeros(1, 1, 2, 2, dtype=model.dtype)
     try:
-        layers = list(layout_for(model.config).layers(model))
+        layers = layout_for(model.config).layers(model)
+        _, calls = entering(model.base_model, layers, {
+            "input_ids": torch.zeros(1, 2, dtype=torch.long), "use_cache": False,
+            "attention_mask": dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask})
     except ArchitectureError:
         return []
-    calls: dict[int, dict[str, Any]] = {}
-
-    def record(layer: Any, args: Any, call: dict[str, Any]) -> None:
-        calls[id(layer)] = call
-
-    hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
-    try:
-        kinds = set(getattr(model.config, "layer_types", None) or [])
-        mask = torch.zeros(1, 1, 2, 2, dtype=model.dtype)
-        model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False,
-                         attention_mask=dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask)  # fmt: skip
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not all(id(layer) in calls and supported(layer, calls[id(layer)], model.dtype) for layer in layers):
+    modules = shells(layers)
+    if not all(supported(layer, call, model.dtype) for layer, call in zip(modules, calls, strict=True)):
         return []
 
-    def fused(layer: Any) -> Callable[..., Tensor]:
-        weights = dict(layer.named_parameters())
-        return lambda hidden_states, **call: fused_layer(layer, weights, call, hidden_states, model.dtype)
+    def fused(layer: Any) -> Callable[..., Tensor]:  # weights are looked up at every call: streamed ones come and go
+        return lambda hidden_states, **call: fused_layer(layer, dict(layer.named_parameters()), call, hidden_states,
+                                                         model.dtype)
 
-    return [(layer, fused(layer)) for layer in layers]
+    return [(layer, fused(layer)) for layer in modules]

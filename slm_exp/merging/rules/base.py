@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from slm_exp.core.cost import Work
 from slm_exp.core.errors import ArchitectureError
@@ -44,6 +45,26 @@ class Merged(NamedTuple):
     """By name inside the layer. Selected parameters are the layers' own tensors, combined ones are new."""
 
 
+class _Stack(Sequence["Tensor"]):
+    """One parameter of each layer of a window, lowest first, each fetched when it is looked at."""
+
+    def __init__(self, fetch: Callable[[int], Tensor], numbers: range) -> None:
+        self.fetch, self.numbers = fetch, numbers
+        self.last: dict[int, Tensor] = {}
+        """The one fetched last, by its layer: a rule that selects gives it back."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return _Stack(self.fetch, self.numbers[at])
+        at = self.numbers[at]
+        if at not in self.last:
+            self.last = {at: self.fetch(at)}
+        return self.last[at]
+
+
 @dataclass
 class MergeRule(Component, ABC):
     """Combines projection matrices (and routers and experts); norms and biases stay the lowest layer's unless
@@ -56,6 +77,10 @@ class MergeRule(Component, ABC):
     fits: ClassVar[bool] = False
     """Whether a merged layer is fitted on tokens. `combine` is then what the fit starts from; a plan's layers lie
     beside it (`MergePlan.fitted`)."""
+
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence that each setting makes the model read."""
+        return {}
 
     def check_data(self, dense: ModelHandle) -> None:
         """Raise ConfigError or DataError where the rule's tokens cannot be had. Called before weights load."""
@@ -78,15 +103,25 @@ class MergeRule(Component, ABC):
         """
         raise NotImplementedError
 
+    def needs_resident(self) -> str | None:
+        return f"merge_rule={self.name} fits on all layers of a window at once" if self.fits else None
+
     @abstractmethod
     def combine(self, weights: Sequence[Tensor]) -> Tensor:
         """One projection's merged weight from that projection of each layer, lowest first (two or more). Returns one of
         `weights` itself where the rule selects (no copy), else a new tensor of the same dtype. Arithmetic is float32 or
         wider."""
 
-    def merge(self, layout: LayerLayout, layers: Sequence[nn.Module]) -> Merged:
-        """The layer that a window of layers (lowest first, two or more) becomes. Modifies nothing. Raises
-        ArchitectureError: the layers do not have the same parameters in the same shapes."""
+    def merge(self, layout: LayerLayout, layers: Sequence[nn.Module],
+              parameter: Callable[[int, str], Tensor] | None = None) -> Merged:
+        """The layer that a window of layers (lowest first, two or more) becomes. Modifies nothing.
+
+        Args:
+            parameter: gives one of the window's k-th layer, where the modules do not hold them: read when the rule
+                looks at it, so that one projection of one layer is in memory at a time.
+        Raises:
+            ArchitectureError: the layers do not have the same parameters in the same shapes.
+        """
         sources = [dict(layer.named_parameters()) for layer in layers]
         for i, other in enumerate(sources[1:], 1):
             for name in sorted(set(sources[0]) | set(other)):
@@ -95,14 +130,16 @@ class MergeRule(Component, ABC):
                     raise ArchitectureError(
                         f"merging needs equal layers: {name} is {low} in the window's lowest layer and {high} in layer "
                         f"{i} above it. Merge layers before pruning them to different widths.")
+
+        def fetch(name: str, k: int) -> Tensor:
+            return parameter(k, name) if parameter else sources[k][name].to(sources[host][name].device)
+
         host = len(layers) - 1 if self.attention_from == "top" else 0
         matrices = set(layout.matrices)
         weights: dict[str, Tensor] = {}
-        for name, own in sources[host].items():
-            if name in matrices:
-                merged = self.combine([source[name].to(own.device) for source in sources])
-            else:
-                merged = own if self.whole_layer else sources[0][name]
-            if merged is not own:
+        for name in sources[host]:
+            stack = _Stack(partial(fetch, name), range(len(layers)))
+            merged = self.combine(stack) if name in matrices else stack[host if self.whole_layer else 0]
+            if merged is not stack.last.get(host):
                 weights[name] = merged
         return Merged(host, weights)

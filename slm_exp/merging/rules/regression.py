@@ -71,6 +71,9 @@ class Regression(MergeRule):
         out = {name: value for name, value in super().identity().items() if name not in sizes}
         return {**out, "tokens": self._source().identity()}
 
+    def lengths(self) -> dict[str, int]:
+        return self._source().lengths()
+
     def check_data(self, dense: ModelHandle) -> None:
         if dense.layout.no_refit:
             raise ConfigError(f"merge_rule=regression: {dense.layout.family} layers cannot be fitted by regression: "

@@ -7,19 +7,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from slm_exp.core.errors import ConfigError, SlmError
-from slm_exp.core.format import printable
+from slm_exp.core.format import decimals, printable, rounded, with_error
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import require_same
 from slm_exp.evaluation.report import metric_of
 from slm_exp.runs.record import Run, say_unverified
 from slm_exp.runs.statistics.paired import LEVEL, holm
-from slm_exp.runs.statistics.runs import Measured, difference
+from slm_exp.runs.statistics.runs import Measured, difference, ratio_of, text_difference, text_scores
 from slm_exp.runs.statistics.scores import main_score
+
+TIMES = "times"
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One test: a task, or the average, of a second model against a first one."""
+    """One test: a task, the average, or a text's perplexity, of a second model against a first one."""
 
     first: str
     second: str
@@ -29,7 +31,7 @@ class Compared:
     first_score: float | None
     second_score: float | None
     difference: float
-    """Second minus first."""
+    """Second minus first; of perplexities (metric `times`) second over first."""
     stderr: float | None
     interval: tuple[float | None, float | None]
     test: str
@@ -68,7 +70,7 @@ def open_run(name: str, verify: bool = False) -> Measured:
 
 
 def compare(models: Sequence[Measured]) -> list[Compared]:
-    """Every model against the first: per task and on average.
+    """Every model against the first: texts whose chunks both runs kept, then tasks and their average.
 
     Raises:
         ProtocolError: measured by different protocols; names two and the fields.
@@ -78,6 +80,12 @@ def compare(models: Sequence[Measured]) -> list[Compared]:
     first, *others = models
     rows: list[Compared] = []
     for other in others:
+        for corpus in first.evaluation.perplexity:
+            if text := text_difference([first], [other], [corpus]):
+                ratio = ratio_of(text)
+                a, b = (m.evaluation.perplexity[corpus] for m in (first, other))
+                rows.append(Compared(first.name, other.name, f"perplexity {corpus}", TIMES, _chunks(first, corpus), a,
+                                     b, ratio.value, ratio.stderr, (ratio.low, ratio.high), text.test, text.p))
         tests = [(task, [task]) for task in first.evaluation.tasks if task in other.evaluation.tasks]
         if all(m.evaluation.average is not None for m in (first, other)):
             tests.append(("average", list(SEVEN)))
@@ -96,12 +104,17 @@ def compare(models: Sequence[Measured]) -> list[Compared]:
             for row, corrected in zip(rows, holm([row.p for row in rows]), strict=True)]
 
 
+def _chunks(m: Measured, corpus: str) -> int:
+    found = text_scores(m, corpus)
+    return 0 if found is None else len(found[1])
+
+
 def shown(rows: Sequence[Compared], models: Sequence[Measured] = ()) -> str:
     """Aligned text, one block per pair of runs."""
     lines = []
     for first, second in dict.fromkeys((row.first, row.second) for row in rows):
         lines += [f"first   {first}", f"second  {second}",
-                  f"{'task':<14} {'metric':<13} {'n':>6} {'first':>6} {'second':>6} {'difference':>16} "
+                  f"{'task':<24} {'metric':<13} {'n':>6} {'first':>8} {'second':>8} {'difference':>16} "
                   f"{'95 % interval':>17} {'p':>8} {'corrected':>9}"]
         lines += [*(_line(row) for row in rows if (row.first, row.second) == (first, second)), ""]
     names = {"mcnemar": "exact McNemar", "bootstrap": "paired bootstrap"}
@@ -114,9 +127,19 @@ def shown(rows: Sequence[Compared], models: Sequence[Measured] = ()) -> str:
 
 
 def _line(row: Compared) -> str:
-    difference = f"{100 * row.difference:+.2f}" + ("" if row.stderr is None else f" ± {100 * row.stderr:.2f}")
+    text = row.metric == TIMES
+    factor, digits = (1, 2) if text else (100, 2)
+    stderr = None if row.stderr is None else factor * row.stderr
+    apart = with_error(factor * row.difference, stderr, digits, sign=not text)
+    places = decimals(stderr) if stderr else digits
     low, high = row.interval
-    interval = "" if low is None or high is None else f"[{100 * low:+.2f}, {100 * high:+.2f}]"
-    return (f"{row.task:<14} {row.metric:<13} {row.n:>6} {100 * (row.first_score or 0):>6.2f} "
-            f"{100 * (row.second_score or 0):>6.2f} {difference:>16} {interval:>17} {row.p:>8.2g} "
+    interval = "" if low is None or high is None else f"[{_end(low * factor, places, not text)}, " \
+                                                      f"{_end(high * factor, places, not text)}]"
+    return (f"{row.task:<24} {row.metric:<13} {row.n:>6} {factor * (row.first_score or 0):>8.2f} "
+            f"{factor * (row.second_score or 0):>8.2f} {apart:>16} {interval:>17} {row.p:>8.2g} "
             f"{row.corrected:>9.2g}{' *' if row.counts else ''}")
+
+
+def _end(value: float, digits: int, sign: bool) -> str:
+    text = rounded(value, digits)
+    return f"+{text}" if sign and value >= 0 else text

@@ -18,6 +18,8 @@ from slm_exp.runs.statistics.spread import student_two_sided
 LEVEL = 0.05
 """A difference counts where its corrected p-value is below this."""
 DRAWS = 10_000
+TABLE = 2_000_000
+"""Counts held at a time."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Difference:
     p: float
     """Two-sided."""
     test: str
-    """What gave p: `mcnemar`, `bootstrap`, or either with `+ t` when seeds were tested too."""
+    """What gave p: `mcnemar`, `bootstrap`, the latter with `+ t` when seeds were tested too; `normal` without pairs."""
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -73,7 +75,10 @@ def bootstrap(differences: Sequence[np.ndarray], draws: int = DRAWS, seed: int =
     means_R, value, differing = np.zeros(draws), 0.0, 0
     for at_SN in differences:
         total_U, count_U = np.unique(at_SN.sum(axis=0), return_counts=True)
-        means_R += rng.multinomial(at_SN.shape[1], count_U / count_U.sum(), size=draws) @ total_U / at_SN.size
+        block = max(1, TABLE // len(total_U))  # of draws at a time: the numbers come in the same order
+        means_R += np.concatenate([
+            rng.multinomial(at_SN.shape[1], count_U / count_U.sum(), size=min(block, draws - start)) @ total_U
+            for start in range(0, draws, block)]) / at_SN.size
         value += float(count_U @ total_U) / at_SN.size
         differing += int(count_U[total_U != 0].sum())
     means_R, value = means_R / len(differences), value / len(differences)

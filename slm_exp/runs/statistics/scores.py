@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slm_exp.core.errors import DataError
 from slm_exp.core.text import read_rows
@@ -14,6 +16,9 @@ from slm_exp.runs.schema import Scores
 
 MOST = 10**6
 """Rows of a samples file; one that holds more is no run's."""
+
+Z95 = 1.96
+"""Standard errors from a mean to either end of its 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,28 @@ def by_document(path: Path, metric: str) -> dict[tuple[object, object], float]:
     """
     name, _, chosen = metric.removesuffix(")").partition("(")
     try:
-        out = {}
-        for n, row in enumerate(read_rows(path)):
-            if n == MOST:
-                return {}
-            if row.value.get("filter", "") == chosen:
-                out[row.value.get("doc_id"), row.value.get("doc_hash")] = float(row.value[name])
-        return out
+        return {(row.get("doc_id"), row.get("doc_hash")): float(row[name]) for row in _rows(path)
+                if row.get("filter", "") == chosen}
     except (DataError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def chance_of(paths: Iterable[Path]) -> float | None:
+    """What guessing scores on documents: the mean of 1 / their number of options, 0 for an answer in words.
+
+    None where the files do not say.
+    """
+    try:
+        each = [1 / len(row["loglikelihoods"]) if "loglikelihoods" in row else 0.0
+                for path in paths for row in _rows(path) if "loglikelihoods" in row or "answers" in row]
+    except (DataError, ValueError, TypeError, ZeroDivisionError):
+        return None
+    return math.fsum(each) / len(each) if each else None
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """A file of samples. Raises DataError: missing, damaged, or more than MOST rows."""
+    rows = [row.value for row in itertools.islice(read_rows(path), MOST + 1)]
+    if len(rows) > MOST:
+        raise DataError(f"{path}: more than {MOST} rows.")
+    return rows

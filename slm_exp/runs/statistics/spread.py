@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from slm_exp.runs.statistics.scores import standard_error
+
+UNINTERESTING = ("tracking/", "runtime/", "cache/", "save_model")
+"""Settings that change no result, by how `tracking.base.flat` names them."""
 
 
 class Spread(NamedTuple):
@@ -22,6 +25,25 @@ def spread(values: Sequence[float]) -> Spread:
     stderr = standard_error(values)
     half = None if stderr is None else student_quantile(0.975, len(values) - 1) * stderr
     return Spread(math.fsum(values) / len(values), half)
+
+
+def is_seed(path: str) -> bool:
+    """Whether a setting, by its path, only draws another sample of the same: `seed`, `calibration/seed`."""
+    return path.rpartition("/")[2] == "seed"
+
+
+def by_seed(configs: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Which runs differ in nothing but seeds, by their numbers, in the order of the first of each.
+
+    Args:
+        configs: every setting by its path.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, config in enumerate(configs):
+        same = sorted((path, repr(value)) for path, value in config.items()
+                      if not is_seed(path) and not path.startswith(UNINTERESTING))
+        groups.setdefault(repr(same), []).append(number)
+    return list(groups.values())
 
 
 def student_two_sided(t: float, freedom: int) -> float:

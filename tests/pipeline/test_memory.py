@@ -1,0 +1,73 @@
+"""runtime.memory: what is refused before any stage, what auto chooses, and a streamed run against a resident one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.streams import saved
+
+from slm_exp.core.errors import ConfigError
+from slm_exp.forecast.plan import make_plan
+from slm_exp.launch.compose import compose_run
+from slm_exp.pipeline import memory, stages
+from slm_exp.pipeline.memory import choose
+from slm_exp.pipeline.run import run
+
+QUIET = ["tracking=none", "evaluation=none", "calibration.n_samples=2", "calibration.seq_len=16", "save_model=false"]
+
+
+def config(folder: Path, *more: str) -> Any:
+    return compose_run(["model=hf", f"model.path={folder}", *QUIET, *more])
+
+
+@pytest.mark.parametrize(("override", "named"), [
+    ("recovery=lora", "recovery=lora takes all weights"), ("width=flap", "width=flap"),
+    ("evaluation.speed_runs=20", "evaluation.speed_runs"), ("model.device_map=auto", "model.device_map=auto"),
+    ("merge_rule=regression", "merge_rule=regression"), ("+evaluation.tasks=[nq_open]", "nq_open"),
+])
+def test_what_cannot_stream_is_refused_by_name(tmp_path: Path, override: str, named: str) -> None:
+    saved(tmp_path, layers=3)
+    with pytest.raises(ConfigError, match=r"runtime\.memory = stream; expected auto or resident") as refused:
+        config(tmp_path, "runtime.memory=stream", override.lstrip("+"))
+    assert named in str(refused.value)
+
+
+def test_a_model_without_files_is_refused() -> None:
+    with pytest.raises(ConfigError, match="model=tiny is made in memory"):
+        compose_run(["model=tiny", "runtime.memory=stream"])
+
+
+def test_auto_goes_by_what_is_free_and_says_so(tmp_path: Path, monkeypatch, caplog) -> None:
+    cfg = config(saved(tmp_path, layers=3))
+    gib = 2**30
+    assert not choose(cfg, 10 * gib, 12.6 * gib, True, "cpu").streamed
+    assert choose(cfg, 10 * gib, 12.4 * gib, True, "cpu").streamed
+    assert not choose(cfg, 10 * gib, 12.4 * gib, False, "cpu").streamed
+    trained = choose(config(tmp_path, "recovery=lora"), 10 * gib, 12.4 * gib, True, "cpu")
+    assert not trained.streamed
+    assert "recovery=lora" in trained.why
+    monkeypatch.setattr(memory, "available_memory", lambda: gib)
+    x = stages.Experiment(cfg, tmp_path, None)  # type: ignore[arg-type]
+    stages.LOAD.carry_out(x)
+    assert x.dense.streamed
+    assert "runtime.memory=auto: layers are read from their files as they run" in caplog.text
+
+
+def test_a_run_and_its_forecast(tmp_path: Path) -> None:
+    """The same plan, score and refit; the checkpoint's digest too."""
+    folder, records = saved(tmp_path / "model", layers=6), []
+    more = ("method.threshold=0.3", "recovery=reconstruct", "recovery.n_samples=4", "recovery.seq_len=16")
+    for how in ("resident", "stream"):
+        cfg = config(folder, *more, f"runtime.memory={how}", f"cache.dir={tmp_path / how}")
+        records.append(run(cfg, tmp_path / f"run-{how}"))
+    a, b = records
+    assert a["run_id"] == b["run_id"]
+    assert a["plan"] == b["plan"]
+    assert a["plan"]["groups"]
+    assert a["recovery"] == b["recovery"]
+    grid = make_plan(["model=hf", f"model.path={folder}", *QUIET, "runtime.memory=stream",
+                      f"cache.dir={tmp_path / 'other'}", f"hydra.run.dir={tmp_path / 'new'}"], tflops=0.1)
+    assert grid.jobs[0].passes > 2
+    assert grid.jobs[0].read > 0
