@@ -60,30 +60,37 @@ def documents() -> None:
     from slm_exp.evaluation.backends.harness import load_tasks
     from slm_exp.evaluation.backends.trees import Request, grow
     from slm_exp.evaluation.base import SEVEN
+    from slm_exp.evaluation.documents import SPLIT
+    from slm_exp.evaluation.question_sets import SPLIT as QUESTIONS
     from slm_exp.evaluation.task_index import quiet
     from slm_exp.models.smollm2_135m import SmolLM2
 
     tokenizer = SmolLM2().open(torch.device("cpu"), Path(default_cache_dir())).tokenizer
     assert tokenizer is not None
-    for limit in (20, None):
+    cases: list[tuple[str, int | None, dict[str, int]]] = [(n, limit, {}) for limit in (20, None) for n in SEVEN]
+    cases += [(name, 100, {}) for name in SPLIT if name in QUESTIONS or name in ("nq_open", "rte", "copa")]
+    cases += [("mmlu", limit, {"mmlu": n}) for n in (0, 5) for limit in (20, 100)]
+    for name, limit, fewshot in cases:
         with quiet():
-            loaded = load_tasks(list(SEVEN), limit).objects
-        for name in SEVEN:
-            task = loaded["tasks"][name]
-            with quiet():
+            tasks = load_tasks([name], limit, fewshot=fewshot).objects["tasks"].values()
+            for task in tasks:
                 task.build_all_requests(limit=limit)
-            n = len({r.doc_id for r in task.instances})
-            contexts = tokenizer([r.args[0] for r in task.instances], add_special_tokens=False)["input_ids"]
-            wholes = tokenizer([r.args[0] + r.args[1] for r in task.instances], add_special_tokens=False)["input_ids"]
-            asked = [Request(i, tuple(w[:-1]), tuple(w[len(c) :]))
-                     for i, (c, w) in enumerate(zip(contexts, wholes, strict=True))
-                     if len(w) > max(1, len(c))]  # fmt: skip
-            trees = grow(asked)
-            nodes = sum(map(len, trees)) / n
-            predicting = sum(len({int(i) for _, at, _ in t.predictions() for i in at}) for t in trees) / n
-            plain = sum(len(r.tokens) for r in asked) / n
-            print(f"{'all' if limit is None else limit:>4} {name:<14} {n:>6} documents: {nodes:6.1f} nodes, "
-                  f"{predicting:6.1f} predicting, {plain:6.1f} plain")  # fmt: skip
+        instances = [r for task in tasks for r in task.instances]
+        n = len({(r.task_name, r.doc_id) for r in instances})
+        answers = [r.args[1] if r.request_type == "loglikelihood" else "" for r in instances]
+        contexts = tokenizer([r.args[0] for r in instances], add_special_tokens=False)["input_ids"]
+        wholes = tokenizer([r.args[0] + a for r, a in zip(instances, answers, strict=True)],
+                           add_special_tokens=False)["input_ids"]  # fmt: skip
+        asked = [Request(i, tuple(w[:-1]), tuple(w[len(c) :])) if answers[i] else Request(i, tuple(w), (0,))
+                 for i, (c, w) in enumerate(zip(contexts, wholes, strict=True))
+                 if not answers[i] or len(w) > max(1, len(c))]  # fmt: skip
+        trees = grow(asked)
+        nodes = (sum(map(len, trees)) + sum(map(len, {t.trunk for t in trees}))) / n
+        predicting = sum(len({int(i) for _, at, _ in t.predictions() for i in at}) for t in trees) / n
+        read = {r.tokens for r in asked} if name == "mmlu" else [r.tokens for r in asked]  # four letters in one pass
+        plain = sum(map(len, read)) / n
+        print(f"{'all' if limit is None else limit:>4} {name:<34} {fewshot or ''!s:<12} {n:>6} documents: "
+              f"{nodes:6.1f} nodes, {predicting:6.1f} predicting, {plain:6.1f} plain", flush=True)
 
 
 def against_records(folder: Path) -> float:

@@ -34,6 +34,8 @@ class Together:
     """Share of the model's parameters requested by the method; None where it asks otherwise."""
     removes_sublayers: bool
     """Whether the method counts sublayers, not whole layers."""
+    narrows: bool
+    """Whether the method narrows layers by itself."""
     plan: MergePlan | None
     """The plan that is replayed (method=from_plan); None where one is searched."""
     plan_path: str

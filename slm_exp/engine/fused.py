@@ -93,6 +93,8 @@ def fused_layer(
                 x = norm(x, f"self_attn.{p}_norm")
             heads.append(x if p == "v" else _rotate(x, cos, sin))
         q, k, v = (x.transpose(1, 2) for x in heads)
+        if (past := call.get("past_key_values")) is not None:
+            k, v = past.update(k, v, attention.layer_idx)
         mask = call.get("attention_mask")
         o = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=attention.scaling, enable_gqa=True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -223,12 +223,15 @@ def held_out(n: int) -> Tensor:
     return held_N
 
 
-def ridge_step(fit: Moments, held: Moments, ridges: list[float]) -> tuple[Tensor, float, float] | None:
+def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = False
+               ) -> tuple[Tensor, float, float] | None:
     """The change [C, D] of a linear map that takes most of the residual away on tokens it was not fitted on.
 
     Minimises the squared residual over `fit` plus ridge x the mean diagonal of its xx x the squared change, for every
     ridge; the change is thereby pulled to zero, the map to what it was.
 
+    Args:
+        whole: fit once more by the chosen ridge, on the tokens held out as well.
     Returns:
         (change, ridge, squared residual left over `held`), or None where no ridge lowers it.
     Cost: one Cholesky factor of [C, C] and one product with [C, D] for every ridge.
@@ -244,4 +247,39 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float]) -> tuple[Tensor
         error = held.error(change_CD)
         if error < (held.rr if best is None else best[2]):
             best = change_CD, ridge, error
+    if whole and best:
+        both = type(fit)(fit.xx_CC + held.xx_CC, fit.xr_CD + held.xr_CD)
+        change_CD = both.solve(best[1] * both.scale)
+        return (best[0] if change_CD is None else change_CD, *best[1:])
     return best
+
+
+def eliminated(xx_CC: Tensor, map_CD: Tensor, step: int, least: int, ridge: float = 0.03
+               ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs of a linear map that stay when it gets narrower step by step, and the map refitted to its own output.
+
+    Backward elimination: the inputs go whose loss costs the refitted map least, |map of c|^2 / (xx^-1)_cc each (Optimal
+    Brain Surgeon, Hassibi and Stork 1993), `step` at a time. The ridge pulls to the map as it was.
+
+    Yields:
+        (inputs that stay, ascending, [K], their map [K, D]) with C - step, C - 2 step, ... of them, `least` at last.
+    Cost: one inverse of [K, K] for every step.
+    """
+    gram_CC = xx_CC / xx_CC.diagonal().mean().clamp(min=1e-30)
+    gram_CC.diagonal().mul_(1 + ridge).add_(1e-3 * ridge)
+    aim_CD = gram_CC @ map_CD
+    stay_K = torch.arange(len(xx_CC), device=xx_CC.device)
+    inverse_KK, part_KD = _inverse(gram_CC), map_CD
+    while len(stay_K) > least:
+        cost_K = part_KD.square().sum(1) / inverse_KK.diagonal()
+        gone = cost_K.argsort(stable=True)[: min(step, len(stay_K) - least)]
+        left_K = torch.ones_like(stay_K, dtype=torch.bool)
+        left_K[gone] = False
+        stay_K = stay_K[left_K]
+        inverse_KK = _inverse(gram_CC[stay_K][:, stay_K])
+        part_KD = inverse_KK @ aim_CD[stay_K]
+        yield stay_K, part_KD
+
+
+def _inverse(gram_CC: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram_CC))

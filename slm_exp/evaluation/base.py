@@ -9,10 +9,10 @@ from typing import Any
 
 from slm_exp.core.errors import ConfigError, DataError, ProtocolError, did_you_mean
 from slm_exp.core.registry import register
+from slm_exp.evaluation import free_text, task_index
 from slm_exp.evaluation import perplexity as texts
-from slm_exp.evaluation import task_index
 from slm_exp.evaluation.cost import generating, measuring
-from slm_exp.evaluation.documents import MMLU_GROUPS, SPLIT, documents_source, missing_documents, missing_examples
+from slm_exp.evaluation.documents import HUB, MMLU_GROUPS, SPLIT, documents_source, missing_documents, missing_examples
 from slm_exp.evaluation.protocol import Protocol, read_protocol, require_same
 from slm_exp.evaluation.report import SEVEN, EvalReport, average
 from slm_exp.evaluation.settings import Settings
@@ -60,7 +60,8 @@ class Evaluation(Settings):
         Looks at what is installed, at the offline switches and at folder names; opens nothing.
         """
         corpora = self.wanted_corpora()
-        if missing := missing_documents(self.tasks, random_model) or texts.missing_corpora(corpora, random_model):
+        missing = missing_documents(self.tasks, random_model) or texts.missing_corpora(corpora, random_model)
+        if missing := missing or (free_text.missing_openings(random_model) if self.text else None):
             raise DataError(missing)
 
     def check_model(self, handle: ModelHandle) -> None:
@@ -85,8 +86,11 @@ class Evaluation(Settings):
         corpora = self.wanted_corpora()
         out = {f"evaluation.corpora.{name}": length for name, where in corpora.items()
                if (length := texts.row_length(where))}
-        if len(out) < len(corpora):
-            out["evaluation.ppl_seq_len"] = self.ppl_seq_len + (self.ppl_bos in ("every_chunk", "both"))
+        for name, where in corpora.items():
+            if not where.endswith(".npy"):
+                size = texts.chunk_tokens(name, self.ppl_seq_len)
+                field = "ppl_seq_len" if size == self.ppl_seq_len else f"corpora.{name}"
+                out[f"evaluation.{field}"] = size + (self.ppl_bos in ("every_chunk", "both"))
         if self.times:
             out["evaluation.speed_prompts + speed_new"] = max(case.prompt + case.new for case in self.cases())
         return out
@@ -98,7 +102,7 @@ class Evaluation(Settings):
                 f"Give a file: evaluation.corpora.{name}=path/to/{name}.txt" for name in gone]
 
     def _unknown_task(self) -> str | None:
-        others = [task for task in self.tasks if task not in SPLIT and task not in MMLU_GROUPS]
+        others = [task for task in self.tasks if task not in (*SPLIT, *MMLU_GROUPS, *HUB)]
         others = [task for task in others if task not in task_index.bundled_tasks()]
         known = task_index.task_names() if others else set()
         for task in others:
@@ -114,6 +118,9 @@ class Evaluation(Settings):
         del out["corpora_at_hand"]  # it shows in which corpora there are
         if not self.fewshot:
             del out["fewshot"]
+        out["text"] = free_text.RULE if self.text else None
+        if not self.text:
+            del out["text"]
         return {name: value for name, value in out.items() if self.times or not name.startswith("speed_")}
 
     def measured_by(self) -> dict[str, Any]:
@@ -132,13 +139,13 @@ class Evaluation(Settings):
                 be read, NaN or infinite logits.
         """
         corpora = texts.load_corpora(self.wanted_corpora(), handle, self.ppl_seq_len, self.ppl_bos)
-        loaded = results = None
+        loaded = results = text = None
+        if (self.tasks or self.text) and handle.tokenizer is None:
+            raise DataError(f"{handle.name} has no tokenizer, and tasks are text. Use evaluation=none, or corpora of "
+                            "token files.")
         if self.tasks:
             from slm_exp.evaluation.backends.harness import load_tasks, run_tasks  # lm-eval takes seconds to import
 
-            if handle.tokenizer is None:
-                raise DataError(f"{handle.name} has no tokenizer, and tasks are text. Use evaluation=none, or corpora "
-                                "of token files.")
             # before weights load, so that missing documents stop early
             loaded = load_tasks(self.tasks, self.limit, handle.random, self.fewshot)
         losses = {name: texts.chunk_losses(handle.model, corpus.tokens_NT, self.batch_size, name)
@@ -146,18 +153,25 @@ class Evaluation(Settings):
         if loaded is not None and handle.tokenizer is not None:
             results = run_tasks(handle.model, handle.tokenizer, loaded, self.limit, self.batch_size, self.add_bos,
                                 self.backend)
+        samples = results.samples if results else {}
+        if self.text and handle.tokenizer is not None:
+            from slm_exp.evaluation.backends.free_text import write_freely
+
+            text, samples[free_text.NAME] = write_freely(handle.model, handle.tokenizer, self.batch_size)
         fields: dict[str, Any] = {
             "lm_eval": version("lm-eval"),
-            "tasks": {name: asdict(task) for name, task in results.protocol.items()} if results else {},
+            "tasks": {n: {k: v for k, v in asdict(task).items() if k != "differs" or v}
+                      for n, task in results.protocol.items()} if results else {},
             "limit": self.limit,
             **(results.settings if results else {}),
-            "dtype": str(handle.model.dtype).removeprefix("torch.") if results or corpora else None,
+            "dtype": str(handle.model.dtype).removeprefix("torch.") if results or corpora or text else None,
             "perplexity": {name: corpus.protocol for name, corpus in corpora.items()},
+            **({"text": free_text.RULE} if text else {}),
         }
         tasks = results.tasks if results else {}
         return EvalReport(tasks, average(tasks), {name: texts.exp_of_mean(loss_N) for name, loss_N in losses.items()},
                           Protocol.of(fields, results.sources if results else {}),
-                          {**(results.samples if results else {}), **texts.samples(corpora, losses)})
+                          {**samples, **texts.samples(corpora, losses)}, text)
 
     def time(self, dense: ModelHandle, compressed: ModelHandle) -> dict[str, Any]:
         """The record's `speed`: both models in turns, measured anew every time. See evaluation/backends/speed.py."""

@@ -7,8 +7,6 @@ split that lm-eval itself uses counts: sciq is in the wheel with its validation 
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +16,8 @@ from typing import Any
 
 from slm_exp.calibration.bundled import assets_folder as assets_folder
 from slm_exp.core.errors import DataError
+from slm_exp.evaluation import question_sets
+from slm_exp.evaluation.question_sets import EXAMPLES, OWN, request_rows, table
 from slm_exp.evaluation.report import SEVEN, Row
 from slm_exp.evaluation.task_index import data_set
 from slm_exp.evaluation.tiny_documents import made_up
@@ -29,6 +29,8 @@ HUB = {  # where lm-eval itself looks for each task's data
     "commonsense_qa": "tau/commonsense_qa", "social_iqa": "lighteval/siqa", "sciq": "allenai/sciq",
     "copa": "aps/super_glue", "cb": "aps/super_glue", "rte": "nyu-mll/glue", "sst2": "nyu-mll/glue",
     "mrpc": "nyu-mll/glue", "nq_open": "google-research-datasets/nq_open", "mmlu": "cais/mmlu",
+    "gsm8k_cot": "openai/gsm8k", "lambada_openai": "EleutherAI/lambada_openai", "race": "EleutherAI/race",
+    "wsc273": "lighteval/winograd_wsc",
 }  # fmt: skip
 ARROW = {  # tables of hub rows, below hf_datasets; the split is validation
     "boolq": "boolq/none", "piqa": "piqa/plain_text", "hellaswag": "hellaswag/none",
@@ -40,7 +42,7 @@ ELSEWHERE = {"sciq": "the assets hold its validation split, and lm-eval asks its
 MMLU = "hails/mmlu_no_train"
 MMLU_GROUPS = ("mmlu", "mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities")
 SPLIT = dict.fromkeys((*SEVEN, *ARROW), "validation") | dict.fromkeys(
-    ("arc_easy", "arc_challenge", "openbookqa"), "test")
+    ("arc_easy", "arc_challenge", "openbookqa"), "test") | question_sets.SPLIT
 """The split that lm-eval uses, of every task whose documents the assets hold; mmlu's 57 come besides."""
 
 
@@ -70,7 +72,7 @@ def local_documents(task: str, limit: int | None, random_model: bool = False) ->
         return Documents(_from_assets(folder, task, limit), SPLIT[task], documents_source())
     if folder is not None and task in mmlu_subjects():
         tables = folder / "hf_datasets" / MMLU / task.removeprefix("mmlu_")  # dev: five questions for few-shot prompts
-        return Documents(_table(tables / "test", limit), "test", documents_source(), {"dev": _table(tables / "dev", 5)})
+        return Documents(table(tables / "test", limit), "test", documents_source(), {"dev": table(tables / "dev", 5)})
     if random_model and task in SEVEN:
         return Documents(made_up(task)[:limit], SPLIT[task], "packaged")
     return None
@@ -81,32 +83,36 @@ def missing_documents(tasks: Iterable[str], random_model: bool = False) -> str |
 
     Cost: microseconds for the tasks of SPLIT; for any other lm-eval's index of task files, which `refuses` has read.
     """
-    if not offline():
-        return None
-    here = assets_folder() is not None
+    here, cut_off = assets_folder() is not None, offline()
     missing = []
     for task in tasks:
         if (random_model and task in SEVEN) or (here and task in (*SPLIT, *MMLU_GROUPS, *mmlu_subjects())):
             continue
-        repo = HUB.get(task, HUB["mmlu"]) if task in HUB or task in MMLU_GROUPS else data_set(task)
-        if repo and out_of_reach(repo):
-            missing.append(f"{task} (data set {repo})")
+        if task in OWN:
+            missing.append(f"{task} (in the assets alone)")
+        elif cut_off:
+            repo = HUB.get(task, HUB["mmlu"]) if task in HUB or task in MMLU_GROUPS else data_set(task)
+            if repo and out_of_reach(repo):
+                missing.append(f"{task} (data set {repo})")
     if not missing:
         return None
     reasons = [f" Of {task}, {why}." for task, why in ELSEWHERE.items() if here and any(task in m for m in missing)]
-    return (f"evaluation.tasks: no documents of {', '.join(missing)} on this machine, which is offline."
+    return (f"evaluation.tasks: no documents of {', '.join(missing)} on this machine{', which is offline' * cut_off}."
             f"{''.join(reasons)} {remedy(m.partition(' ')[0] for m in missing)}")
 
 
 def missing_examples(fewshot: Mapping[str, int]) -> str | None:
     """Why a task cannot have so many examples before each question; or None.
 
-    They come from another split than the questions, which the assets hold for mmlu alone: five a subject.
+    They come from another split than the questions, which the assets hold for mmlu alone (five a subject), or from the
+    task's definition.
     """
     for task, n in fewshot.items():
-        most = 5 if task.startswith("mmlu") else 0 if task in SPLIT and assets_folder() is not None else n
+        none = 0 if task in SPLIT and assets_folder() is not None else n
+        most = 5 if task.startswith("mmlu") else EXAMPLES.get(task, none)
         if n > most:
-            why = "it has five examples a subject" if most else "the assets hold no training split to take them from"
+            why = ("it has five examples a subject" if task.startswith("mmlu") else "its definition has no more" if most
+                   else "the assets hold no training split to take them from")
             return f"evaluation.fewshot.{task} = {n}; expected at most {most}: {why}."
     return None
 
@@ -146,9 +152,11 @@ def out_of_reach(repo: str) -> bool:
 
 def _from_assets(folder: Path, task: str, limit: int | None) -> list[Row]:
     try:
+        if task in question_sets.SPLIT:
+            return question_sets.questions(folder, task, limit)
         if task not in ARROW:
             return _science_questions(folder, task, limit)
-        rows = _table(folder / "hf_datasets" / ARROW[task] / "validation", limit)
+        rows = table(folder / "hf_datasets" / ARROW[task] / "validation", limit)
         return _with_titles(folder, rows) if task == "boolq" else rows
     except (OSError, KeyError, ValueError) as error:
         raise DataError(f"{task}: the assets in {folder} cannot be read ({type(error).__name__}: {error}). "
@@ -160,14 +168,6 @@ def mmlu_subjects() -> list[str]:
     folder = assets_folder()
     tables = sorted((folder / "hf_datasets" / MMLU).glob("*/test")) if folder is not None else []
     return [f"mmlu_{table.parent.name}" for table in tables]
-
-
-def _table(path: Path, limit: int | None) -> list[Row]:
-    import datasets
-
-    table = datasets.load_from_disk(str(path))
-    rows: list[Row] = table.select(range(min(limit or len(table), len(table)))).to_list()
-    return rows
 
 
 def _with_titles(folder: Path, rows: list[Row]) -> list[Row]:
@@ -198,9 +198,8 @@ def _science_questions(folder: Path, task: str, limit: int | None) -> list[Row]:
 def _requests(folder: Path, name: str, key: str, limit: int | None) -> Iterable[Row]:
     """The documents of a request file, each once, the first `limit`."""
     docs: dict[Any, Row] = {}
-    with gzip.open(folder / "oe_eval_tasks" / name / "requests.jsonl.gz", "rt", encoding="utf-8") as f:
-        for doc in (json.loads(line)["doc"] for line in f):
-            docs.setdefault(doc[key], doc)
-            if len(docs) == limit:
-                break
+    for doc in (row["doc"] for row in request_rows(folder, name)):
+        docs.setdefault(doc[key], doc)
+        if len(docs) == limit:
+            break
     return docs.values()

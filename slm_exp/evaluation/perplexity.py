@@ -40,6 +40,9 @@ SAMPLES = "perplexity-"
 """Before a corpus's name: the file of its chunks' losses in `samples/`."""
 BOS_TOO = "_bos"
 """Added to a corpus's name for its perplexity with BOS before every chunk (`ppl_bos=both`)."""
+WINDOW = 2048
+LONG_WINDOWS = f"_{WINDOW}"
+"""The end of a corpus's name whose chunks have WINDOW tokens, as in the papers of 2025-26; others `ppl_seq_len`."""
 FILES = (*SUFFIXES, ".npy")
 LONG = 2**22  # characters tokenised at a time: above every published corpus here, so those are in one piece
 HELD_OUT = {f"heldout:{domain}": domain for domain in DOMAINS}
@@ -122,13 +125,19 @@ def _logits(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[Tenso
 
 
 def load_corpora(corpora: dict[str, str], handle: ModelHandle, seq_len: int, bos: str) -> dict[str, Corpus]:
-    """`load_corpus` of each; with bos `both`, NAME as with `once` and NAME_bos as with `every_chunk` besides."""
+    """`load_corpus` of each, NAME_2048 in chunks of that length; `both` adds NAME_bos, with BOS in `every_chunk`."""
     out = {}
     for name, where in corpora.items():
-        out[name] = load_corpus(where, handle, seq_len, "once" if bos == "both" else bos)
+        size = chunk_tokens(name, seq_len)
+        out[name] = load_corpus(where, handle, size, "once" if bos == "both" else bos)
         if bos == "both" and not where.endswith(".npy"):
-            out[name + BOS_TOO] = load_corpus(where, handle, seq_len, "every_chunk")
+            out[name + BOS_TOO] = load_corpus(where, handle, size, "every_chunk")
     return out
+
+
+def chunk_tokens(name: str, seq_len: int) -> int:
+    """Tokens per chunk of a text corpus."""
+    return WINDOW if name.endswith(LONG_WINDOWS) else seq_len
 
 
 def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = "once") -> Corpus:

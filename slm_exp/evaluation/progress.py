@@ -14,12 +14,15 @@ log = logging.getLogger(__name__)
 
 MEASURED_S = 1.0
 """Work timed before the total is estimated."""
+WRITING_S = 10.0
+"""The same for generation, whose first step reads the prompts and says nothing of the others."""
 LONG_S = 30.0
 """What takes longer is announced."""
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str, disable: bool = False) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int, unit: str, disable: bool = False, measured_s: float | None = None
+             ) -> Iterator[Callable[[int], None]]:  # fmt: skip
     """A bar on a terminal; elsewhere a line in the log with the estimated time, then lines with done and time left.
 
     Yields a function to call with how many more units are done, at least every few seconds.
@@ -35,7 +38,7 @@ def progress(what: str, total: int, unit: str, disable: bool = False) -> Iterato
             done += more
             elapsed = time.monotonic() - started
             whole = elapsed * total / max(done, 1)
-            if not announced and elapsed >= MEASURED_S:
+            if not announced and elapsed >= (measured_s or MEASURED_S):
                 announced = True
                 if whole >= LONG_S:
                     log.info("%s: %d %ss, about %s", what, total, unit, duration(whole))

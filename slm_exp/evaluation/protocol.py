@@ -33,6 +33,8 @@ class TaskProtocol:
     documents: str
     """Digest of the documents' contents, in order."""
     document_ids: str
+    differs: str | None = None
+    """From which stock task and in what; null for stock tasks, and then left out of the protocol."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def mixed(protocols: Mapping[str, Stored] | Iterable[tuple[str, Stored]]) -> str
 def _measures(protocol: Mapping[str, Any]) -> bool:
     """Whether anything was measured by it: `evaluation=none` has a protocol without tasks and texts."""
     fields = protocol.get("fields") or {}
-    parts = [fields[part] for part in ("tasks", "perplexity") if part in fields]
+    parts = [fields[part] for part in ("tasks", "perplexity", "text") if part in fields]
     return not parts or any(parts)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,25 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
+class FreeText:
+    """Means over the texts that a model wrote."""
+
+    n: int
+    length: float
+    """Tokens written."""
+    ended: float
+    """Share of texts that the model ended by itself."""
+    distinct_1: float
+    """Distinct tokens, as a share of all of a text."""
+    distinct_3: float
+    """Distinct runs of three tokens, as a share of all."""
+    loop: float
+    """Tokens of a text's longest loop."""
+    looping: float
+    """Share of texts at least half of which is one loop."""
+
+
+@dataclass(frozen=True)
 class EvalReport:
     """One model's measurements, as in record.json's `eval.dense` / `eval.compressed`."""
 
@@ -49,19 +68,21 @@ class EvalReport:
     samples: dict[str, list[Row]]
     """task -> one dict per document (doc_id, doc_hash, target, per-choice log-likelihoods, acc, acc_norm), and
     `perplexity-CORPUS` -> one per chunk (its loss, nll)."""
+    text: FreeText | None = None
+    """Health of free text; its texts stand in `samples`."""
 
     def to_json(self) -> dict[str, Any]:
         """Without the samples, which have a folder of their own."""
         tasks = {name: score.to_json() for name, score in self.tasks.items()}
         return {"tasks": tasks, "average": self.average, "perplexity": self.perplexity,
-                "protocol": self.protocol.to_json()}  # fmt: skip
+                **({"text": asdict(self.text)} if self.text else {}), "protocol": self.protocol.to_json()}  # fmt: skip
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], samples: dict[str, list[Row]] | None = None) -> EvalReport:
         """A section of record.json's `eval`, or a report.json."""
         tasks = {name: TaskScore.from_json(score) for name, score in stored["tasks"].items()}
         return cls(tasks, stored["average"], dict(stored["perplexity"]), Protocol.from_json(stored["protocol"]),
-                   samples or {})  # fmt: skip
+                   samples or {}, FreeText(**stored["text"]) if stored.get("text") else None)  # fmt: skip
 
     def number(self, name: str) -> float | None:
         """Per cent of `average` or a task, by the metric that counts, or a corpus's perplexity; None: not measured."""

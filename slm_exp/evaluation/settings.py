@@ -47,12 +47,14 @@ class Settings(Component):
     """Start every request with BOS; null leaves it to the tokenizer, as stock lm-eval does."""
     corpora: dict[str, str] = field(default_factory=dict)
     """Perplexity: name -> .txt or .jsonl text, .npy token file, hub set (wikitext2, ptb, c4), or bundled prose that
-    nothing else uses (heldout:children, heldout:news, heldout:encyclopaedia)."""
+    nothing else uses (heldout:children, heldout:news, heldout:encyclopaedia). A NAME_2048 is cut into 2,048 tokens."""
     ppl_seq_len: int = 128
-    """Tokens per chunk for perplexity."""
+    """Tokens per chunk for perplexity, but of NAME_2048."""
     ppl_bos: str = "once"
     """BOS `once` at the very start, at the start of `every_chunk`, or `never`; `both` gives a corpus a second number,
     NAME_bos, with BOS before every chunk. Token files are taken as they are."""
+    text: bool = False
+    """Let both models continue 32 openings of held-out prose, greedily: loops, distinct n-grams, whether it ends."""
     corpora_at_hand: bool = False
     """Leave out hub corpora that cannot be had here, with a warning, instead of stopping."""
     speed_runs: int = 0
@@ -114,7 +116,7 @@ class Settings(Component):
     @property
     def measures(self) -> bool:
         """Whether a model's report holds anything."""
-        return bool(self.tasks or self.corpora)
+        return bool(self.tasks or self.corpora or self.text)
 
     @property
     def times(self) -> bool:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 BUNDLED_FOLDERS = (
     "super_glue/boolq", "piqa", "hellaswag", "winogrande", "arc", "openbookqa", "commonsense_qa", "siqa", "sciq",
-    "super_glue/copa", "super_glue/cb", "glue/rte", "glue/sst2", "glue/mrpc", "nq_open", "mmlu/default",
+    "super_glue/copa", "super_glue/cb", "glue/rte", "glue/sst2", "glue/mrpc", "nq_open", "mmlu/default", "gsm8k",
+    "triviaqa", "lambada", "race", "wsc273",
 )  # fmt: skip
 """Where lm-eval defines the tasks whose documents can come with the assets."""
 
@@ -54,6 +55,13 @@ def data_set(task: str) -> str | None:
         return None
     path = load_yaml(entry.yaml_path, resolve_func=False, recursive=True).get("dataset_path")
     return path if isinstance(path, str) and "/" in path and not Path(path).exists() else None
+
+
+def stock_config(task: str) -> dict[str, Any]:
+    """lm-eval's definition of a bundled task, as its file has it."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return dict(load_yaml(task_manager(True).task_index[task].yaml_path, resolve_func=True, recursive=True))
 
 
 def _bootstrap(f: Callable[[Any], float], xs: Any, iters: int) -> float:

@@ -81,6 +81,11 @@ class Method(Component, ABC):
         """Whether attention and MLP are removed by themselves: `target_ratio` counts them, and their layers stay."""
         return False
 
+    @property
+    def narrows(self) -> bool:
+        """Whether its plan narrows layers by itself, so that no width pruner can follow."""
+        return False
+
     def uses_merge_rule(self) -> bool:
         """Whether the plan depends on the `merge_rule` group."""
         return True
@@ -96,6 +101,10 @@ class Method(Component, ABC):
     def check_model(self, handle: ModelHandle) -> None:
         """Raise ConfigError where this model has no such size. Called before weights load; may not load them."""
         self.layers_left(handle)
+
+    def check_data(self, dense: ModelHandle) -> None:
+        """Raise ConfigError or DataError where texts that it reads are absent or malformed. Called before weights
+        load."""
 
     def layers_left(self, handle: ModelHandle) -> int | None:
         """Layers that the plan will leave, where the config says it; None where the search decides. Loads no weights.

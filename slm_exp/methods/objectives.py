@@ -68,7 +68,7 @@ class SetSearch(SublayerBaseline):
             plan = plan_without(engine.n_layers, parts)
             if self.objective == "loss":
                 return engine.loss(plan)
-            return -engine.score(plan) if self.objective == "score" else next(engine.distances([plan], self.objective))
+            return -engine.score(plan) if self.objective == "score" else engine.distance(plan, self.objective)
 
         return cost
 

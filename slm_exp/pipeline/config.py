@@ -149,9 +149,13 @@ def check_together(cfg: RunConfig) -> None:
     if cfg.similarity.after and (cfg.method.compensate or (plan and plan.compensation)):
         raise ConfigError(f"similarity.after = {cfg.similarity.after}; expected null with a compensated plan "
                           "(method.compensate): a refit restores the norm of the residual stream after a cut already.")
+    if cfg.similarity.after and cfg.method.narrows:
+        raise ConfigError(f"similarity.after = {cfg.similarity.after}; expected null with method={cfg.method.name}, "
+                          "which prices every change after a refit of its own.")
     others = Together(method=cfg.method.name, recovery=cfg.recovery.name, target_ratio=cfg.method.target_ratio,
-                      removes_sublayers=cfg.method.removes_sublayers, plan=plan, plan_path=cfg.method.plan_path,
-                      new_hidden_size=cfg.width.new_hidden_size, model_dtype=cfg.model.dtype)
+                      removes_sublayers=cfg.method.removes_sublayers, narrows=cfg.method.narrows, plan=plan,
+                      plan_path=cfg.method.plan_path, new_hidden_size=cfg.width.new_hidden_size,
+                      model_dtype=cfg.model.dtype)
     if cfg.runtime.memory == "stream" and (reasons := cfg.needs_resident()):
         raise ConfigError(f"runtime.memory = stream; expected auto or resident, for {reasons[0]}.")
     of_groups = (group.refuses(others) for group in (cfg.method, cfg.width, cfg.recovery))

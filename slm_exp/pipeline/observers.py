@@ -189,7 +189,7 @@ class Recorder:
                 self.keep_evaluation("dense", x.dense_report)
             case "plan":
                 self.keep_plan(x.plan, x.plan.notes)
-                if not x.plan.changes_layers:
+                if not x.plan.changes_layers and (x.plan.width is None or self.cfg.width.prunes):
                     best = max((t.score for t in x.plan.trace), default=None)
                     lower = best is not None and x.plan.threshold is not None
                     hint = f" The best candidate scored {best:.4f}: lower method.threshold below that." if lower else ""

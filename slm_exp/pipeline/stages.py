@@ -224,6 +224,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]], 
     (("recovery",), lambda cfg, dense: cfg.recovery.check_data(dense)),
     (("similarity",), lambda cfg, dense: cfg.similarity.check_data(dense)),
     (("merge_rule", "method"), _check_rule),
+    (("method",), lambda cfg, dense: cfg.method.check_data(dense)),
 )
 """(groups, check of their settings against a model)."""
 

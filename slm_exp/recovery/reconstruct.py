@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from slm_exp.core.cost import Work
 from slm_exp.core.errors import require, require_one_of
-from slm_exp.core.registry import register
+from slm_exp.core.registry import Fields, register
 from slm_exp.models.sizes import Sizes
-from slm_exp.recovery.base import RecoveryResult, RecoveryTask
+from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, Row
 from slm_exp.recovery.fitted import Fitted
 
-LAYERS = ("cuts", "all")
+LAYERS = ("cuts", "all", "sublayers")
 WEIGHTS = ("class", "relative", "equal")
 
 
@@ -41,11 +41,13 @@ class Reconstruct(Fitted):
     """Two of the fit, and four of either model to judge the result."""
 
     layers: str = "cuts"
-    """cuts: the layer beside every cut. all: every layer from the first of these up."""
+    """cuts: the layer beside every cut. all: every layer from the first of these up. sublayers: likewise, and each
+    attention and MLP once, to the dense stream where the next one that is left begins; on all tokens, once the ridge is
+    chosen."""
     attention: bool = True
     """Refit o_proj too."""
-    passes: int = 2
-    """How often each layer's projections are refitted, in turn."""
+    passes: int | None = None
+    """How often each layer's projections are refitted, in turn; null is 2. With layers=sublayers once."""
     ridges: list[float] = dataclasses.field(default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0])
     """Ridges to choose from, in units of the mean diagonal of the normal equations."""
     weighting: str = "class"
@@ -54,17 +56,32 @@ class Reconstruct(Fitted):
 
     def check(self) -> None:
         super().check()
-        require(self.passes >= 1, "recovery.passes", self.passes, "a whole number >= 1")
+        require(self.passes is None or self.passes >= 1, "recovery.passes", self.passes, "null or a whole number >= 1")
+        require(self.layers != "sublayers" or self.passes in (None, 1), "recovery.passes", self.passes,
+                "null or 1 with recovery.layers=sublayers")
         require(bool(self.ridges) and all(r > 0 for r in self.ridges), "recovery.ridges", self.ridges,
                 "one or more numbers > 0", "For example [0.01].")
         require_one_of("recovery.layers", self.layers, LAYERS)
         require_one_of("recovery.weighting", self.weighting, WEIGHTS)
 
+    def identity(self) -> Fields:
+        return {**super().identity(), "passes": self.rounds}
+
+    @property
+    def rounds(self) -> int:
+        """How often each projection is refitted."""
+        return 1 if self.layers == "sublayers" else self.passes or 2
+
+    def judged_on(self, task: RecoveryTask) -> list[Row]:
+        if self.layers == "sublayers":  # whose last fit is on all of its tokens
+            return Recovery.judged_on(self, task)
+        return super().judged_on(task)
+
     def cost(self, sizes: Sizes, layers: float) -> tuple[Work, list[str]]:
         total = self.n_samples * self.seq_len
         cuts = max(1.0, sizes.n_layers - layers) if self.layers == "cuts" else layers
-        refits = cuts * self.passes * (2 if self.attention else 1)
-        blocks = sizes.n_layers + layers + cuts * (2 * self.passes + 1)
+        refits = cuts * self.rounds * (2 if self.attention else 1)
+        blocks = sizes.n_layers + layers + cuts * (2 * self.rounds + 1)
         return Work(blocks=blocks * sizes.block_flops(total, self.seq_len),
                     wide=refits * (2 * total * sizes.mlp**2 + 20 * sizes.mlp**3)), []
 

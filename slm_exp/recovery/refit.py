@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from slm_exp.core.types import CalibrationTokens, Group
+from slm_exp.core.types import SUBLAYERS, CalibrationTokens, Group, Kind
+from slm_exp.engine.progress import ticking
 from slm_exp.engine.ridge import Moments, changed, held_out, moments, ridge_step, token_weights
 from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.merging.sizes import full_shape
 from slm_exp.recovery.base import RecoveryTask
 from slm_exp.recovery.cuts import beside_cuts, slot_ends, stream_scales
 
@@ -25,9 +28,11 @@ class Settings(Protocol):
 
     layers: str
     attention: bool
-    passes: int
     ridges: list[float]
     weighting: str
+
+    @property
+    def rounds(self) -> int: ...
 
 
 class Refitted(NamedTuple):
@@ -48,7 +53,8 @@ def refit(task: RecoveryTask, tokens: CalibrationTokens, settings: Settings
           ) -> tuple[dict[str, Tensor], list[Refitted]]:
     """New tensors of the compressed model by name, and what was done layer by layer."""
     with tempfile.TemporaryDirectory(prefix="slm_exp-reconstruct-") as where:
-        return _Refit(settings, task, tokens, Path(where)).run()
+        kind = _Upward if settings.layers == "sublayers" else _Refit
+        return kind(settings, task, tokens, Path(where)).run()
 
 
 class _Refit:
@@ -114,7 +120,7 @@ class _Refit:
         errors: list[float] = []
         ridges: list[float | None] = []
         self.weight_NT = token_weights(self.dense_NTD, self.settings.weighting, self.short.rows)
-        for module in [*modules * self.settings.passes, None]:  # the last round only judges the last change
+        for module in [*modules * self.settings.rounds, None]:  # the last round only judges the last change
             fit, held = self._moments(position, module, weights, scale)
             if held.rr > lowest:
                 weights, ridges[-1] = kept, None
@@ -127,12 +133,96 @@ class _Refit:
                 if step:
                     layer = self.task.handle.layers[position]
                     weights = weights | changed(self.layout, layer, module, weights, step[0])
-        return weights, Refitted(position, list(slot), errors, modules * self.settings.passes, ridges)
+        return weights, Refitted(position, list(slot), errors, modules * self.settings.rounds, ridges)
 
     def _moments(self, position: int, module: str | None, weights: dict[str, Tensor], scale: float
                  ) -> tuple[Moments, Moments]:
         return moments(self.short, Slot(position, weights), module, self.short_NTD, self.dense_NTD, self.held_N,
                        self.weight_NT, scale)
+
+
+class _Upward(_Refit):
+    """Sublayer by sublayer instead: each is fitted once, to the dense stream where the next one that is left begins."""
+
+    def run(self) -> tuple[dict[str, Tensor], list[Refitted]]:
+        out: dict[str, Tensor] = {}
+        steps: list[Refitted] = []
+        plan, left = self.task.plan, self._left()
+        starts = [2 * plan.slots[at].start + (kind == "mlp") for at, kind in left] + [2 * plan.n_layers]
+        merged = {at for at, slot in enumerate(plan.slots) if slot.stop - slot.start > 1}
+        first = next((j for j, (at, _) in enumerate(left) if at in merged or starts[j + 1] - starts[j] > 1
+                      or at in self._narrowed or (j == 0 and starts[0] > 0)), None)
+        if first is None:
+            return {}, []
+        self._embed()
+        reached = starts[first] if first else 0
+        if not _in_sequence(self.dense, self.dense_NTD[self.batches[0]]):
+            log.info("attention and MLP run side by side here: each layer is refitted as one (recovery.layers=all).")
+            return super().run()
+        for i in range(reached):  # so far the two models are the same
+            self._advance(self.dense, self.dense_NTD, _half(i))
+        self.short_NTD.copy_(self.dense_NTD)
+        with ticking("refit", len(left) - first, "sublayer") as tick:
+            for j in range(first, len(left)):
+                for i in range(reached, starts[j + 1]):
+                    self._advance(self.dense, self.dense_NTD, _half(i))
+                reached = starts[j + 1]
+                (at, kind), above = left[j], left[min(j + 1, len(left) - 1)][0]
+                weights, step = self._fitted(at, kind, plan.scales[above])
+                steps += [step] if step else []
+                out |= {f"{self.layout.layer_list}.{at}.{name}": t for name, t in weights.items()}
+                self._advance(self.plain, self.short_NTD, Slot(at, weights, without=_other(kind)))
+                tick(f"layer {at}, {kind}: relative error {step.errors[0]:.4f}, {step.errors[1]:.4f}" if step else "")
+        return out, steps
+
+    @cached_property
+    def plain(self) -> BlockRunner:
+        """Of the compressed model; nobody looks into its layers, so that they may be fused."""
+        return BlockRunner(self.task.handle, self.short.tokens_NT, torch.float32)
+
+    def _left(self) -> list[tuple[int, Kind]]:
+        """The compressed model's sublayers, bottom to top, by position."""
+        gone = {(s.layer, s.kind) for s in self.task.plan.sublayers}
+        return [(at, kind) for at, slot in enumerate(self.task.plan.slots) for kind in SUBLAYERS
+                if (slot.start, kind) not in gone]
+
+    @cached_property
+    def _narrowed(self) -> set[int]:
+        """Positions of layers that lost width."""
+        width = self.task.plan.width
+        if width is None:
+            return set()
+        full, sizes = full_shape(self.task.dense.config), width.sizes
+        shapes = list(zip(sizes.heads, sizes.kv_heads, sizes.channels, strict=True))
+        return {at for at, shape in enumerate(shapes) if shape != full or width.order == "before"}
+
+    def _fitted(self, at: int, kind: Kind, scale: float) -> tuple[dict[str, Tensor], Refitted | None]:
+        modules = self.layout.fitted[kind] if self.settings.attention or kind == "mlp" else ()
+        if not modules:
+            return {}, None
+        weight_NT = token_weights(self.dense_NTD, self.settings.weighting, self.short.rows)
+        fit, held = moments(self.short, Slot(at, without=_other(kind)), modules[0], self.short_NTD, self.dense_NTD,
+                            self.held_N, weight_NT, scale)
+        step = ridge_step(fit, held, self.settings.ridges, whole=True)
+        weights = changed(self.layout, self.task.handle.layers[at], modules[0], {}, step[0]) if step else {}
+        errors = [held.rr / held.tt, (step[2] if step else held.rr) / held.tt]
+        return weights, Refitted(at, list(self.task.plan.slots[at]), errors, [modules[0]], [step[1] if step else None])
+
+
+def _other(kind: Kind) -> frozenset[str]:
+    return frozenset(SUBLAYERS) - {kind}
+
+
+def _half(i: int) -> Slot:
+    """The i-th sublayer of the dense model, with its residual."""
+    return Slot(i // 2, without=_other(SUBLAYERS[i % 2]))
+
+
+def _in_sequence(runner: BlockRunner, h_BTD: Tensor) -> bool:
+    """Whether a layer is its attention and then its MLP; side by side they are not."""
+    row = h_BTD[:1]
+    whole, halves = runner.block(Slot(0), row), runner.block(_half(1), runner.block(_half(0), row))
+    return bool((whole - halves).norm() < 1e-3 * (whole - row).norm())
 
 
 def _on_disk(path: Path, shape: tuple[int, ...]) -> Tensor:

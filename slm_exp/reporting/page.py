@@ -46,6 +46,7 @@ def write_report(folder: Path, record: JsonObject | None = None, verify: bool = 
         estimate=estimate,
         perplexity={corpus: [side.perplexity.get(corpus) for side in measured.both]
                     for corpus in {**measured.dense.perplexity, **measured.compressed.perplexity}},
+        texts=results.free_texts(run), others=results.other_metrics(measured),
         protocol=measured.compressed.protocol or measured.dense.protocol)
     path = folder / "report.html"
     write_text(path, text)

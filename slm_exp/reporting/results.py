@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from slm_exp.core.errors import DataError
+from slm_exp.evaluation import free_text
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import mixed
 from slm_exp.evaluation.report import metric_of
@@ -13,7 +16,7 @@ from slm_exp.runs.record import Run
 from slm_exp.runs.schema import JudgedTask, Measurements
 from slm_exp.runs.statistics.paired import Difference
 from slm_exp.runs.statistics.runs import Measured, difference
-from slm_exp.runs.statistics.scores import Z95, Estimate, estimate, stderr_of_mean
+from slm_exp.runs.statistics.scores import Z95, Estimate, estimate, samples_of, stderr_of_mean
 from slm_exp.runs.statistics.verdict import verdict_of
 
 
@@ -66,6 +69,39 @@ def average(run: Run, rows: list[Comparison]) -> Comparison | None:
     found, paired = _difference(run, tuple(SEVEN), before, after, [row.difference for row in seven])
     return Comparison("average", "seven-task mean", sum(counts) if len(counts) == len(SEVEN) else None, before, after,
                       found, paired)
+
+
+def other_metrics(measured: Measurements) -> list[Comparison]:
+    """Every metric besides acc and acc_norm, of every task that has one: GSM8K's strict and flexible match."""
+    scores = {task: (measured.dense.scores(task), measured.compressed.scores(task))
+              for task in dict.fromkeys([*measured.dense.tasks, *measured.compressed.tasks])}
+    return [Comparison(task, metric, None, estimate(dense, metric), estimate(compressed, metric), None)
+            for task, (dense, compressed) in scores.items() for metric in dict.fromkeys([*dense, *compressed])
+            if metric not in ("acc", "acc_norm", "n") and "_stderr" not in metric]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What both models wrote after one opening; empty where one wrote nothing."""
+
+    prompt: str
+    dense: str
+    compressed: str
+
+
+def free_texts(run: Run) -> list[Written]:
+    """The texts of `evaluation.text`, in the order of the openings; empty where there are none or a file is damaged."""
+    sides = [_texts(run.samples(which, free_text.NAME)) for which in ("dense", "compressed")]
+    prompts = dict.fromkeys([*sides[0], *sides[1]])
+    return [Written(prompt, *(side.get(prompt, "") for side in sides)) for prompt in prompts]
+
+
+def _texts(path: Path) -> dict[str, str]:
+    """Opening -> text."""
+    try:
+        return {str(row["prompt"]): str(row["text"]) for row in samples_of(path)}
+    except (DataError, KeyError, TypeError):
+        return {}
 
 
 def _compare_task(run: Run, task: str, judged: JudgedTask | None) -> Comparison:

@@ -53,6 +53,11 @@ def summary(finished: JsonObject, folder: Path) -> str:
                   for row in rows]
         if any(row.mute for row in rows):
             lines.append("  (mute: dense is not above chance by two standard errors; counts in no verdict)")
+    if small.text:
+        ended, distinct = ([getattr(side.text, name, None) for side in (dense, small)]
+                           for name in ("ended", "distinct_3"))
+        lines.append(f"  free text  ends by itself {_share(ended[0])} -> {_share(ended[1])}, distinct runs of three "
+                     f"{_share(distinct[0])} -> {_share(distinct[1])}")
     lines += [_speed(cell) for cell in record.speed.cells]
     slow = sorted(record.stages, key=lambda s: -s.seconds)[:3]
     lines.append("  time       " + ", ".join(f"{s.name} {s.seconds:.0f} s" for s in slow))
@@ -69,6 +74,10 @@ def _speed(cell: SpeedCase) -> str:
         return case + cell.error
     return case + (f"{before.median:.3g} s -> {after.median:.3g} s, {times.median:.2f} times faster ({times.q1:.2f} to "
                    f"{times.q3:.2f})")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _sizes(target: SizeTarget) -> list[str]:

@@ -157,12 +157,25 @@ class Plan(Section):
         return ", ".join([*map(str, self.dropped), *(f"{part.kind} of {part.layer}" for part in self.sublayers)])
 
 
+class FreeText(Section):
+    """What a model wrote freely, see evaluation/free_text.py: means over its texts."""
+
+    n: int = 0
+    length: float | None = None
+    ended: float | None = None
+    distinct_1: float | None = None
+    distinct_3: float | None = None
+    loop: float | None = None
+    looping: float | None = None
+
+
 class Measurement(Section):
     """What was measured on one model."""
 
     tasks: dict[str, Scores] = {}
     average: float | None = None
     perplexity: dict[str, float | None] = {}
+    text: FreeText = FreeText()
     protocol: JsonObject = {}
     """{hash, fields, sources}, see evaluation/protocol.py."""
 

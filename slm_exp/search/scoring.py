@@ -150,6 +150,12 @@ class ScoringEngine:
         """These will be scored: where the model is streamed, all of them in one pass over its file."""
         self._together(models, "score", lambda last_NTD: self._against(last_NTD))
 
+    def distance(self, model: Model, kind: str, dtype: str | None = None) -> float:
+        """How far its predictions are from the dense model's, see `engine.vocabulary.prediction_distance`; `dtype`: as
+        in `score`, and of the head."""
+        return self.measure(
+            model, kind, lambda h_NTD: prediction_distance(self._runner(dtype), self._dense_last, h_NTD, kind), dtype)
+
     @cached_property
     def _dense_last(self) -> Tensor:
         """After the final norm."""

@@ -145,6 +145,8 @@ class Pruner(Width):
         if others.plan is not None and others.plan.width:
             return (f"width = {self.name}: the plan in method.path has width pruning already. Leave it as it is with "
                     "width=none, or take a plan without.")
+        if others.narrows:
+            return f"width = {self.name}; expected none with method={others.method}, which narrows layers by itself."
         if self.share is not None and others.target_ratio is None:
             return (f"width.share = {self.share} is a part of method.target_ratio, which is not set. Set "
                     "method.target_ratio, or width.ratio instead of width.share.")

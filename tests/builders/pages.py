@@ -107,7 +107,8 @@ def page_run(folder: Path, kind: str = "finished") -> Path:
             "examples": {"train": 90, "held_out": 10, "dropped": 0}, "trained_parameters": 1_234_567, "steps": 40,
             "steps_planned": 40, "best_step": 30, "loss": [[10 * i, 3 - 0.4 * i**0.5] for i in range(1, 5)],
             "held_out_loss": [[20, 2.9], [40, 2.7]],
-            "layers": [{"layer": 14, "original": [14, 16], "errors": [0.2, 0.11, 0.09]}]}  # fmt: skip
+            "layers": [{"layer": 14, "original": [14, 16], "errors": [0.2, 0.11, 0.09]}],
+            "whole_model": {"rows": 13, "before": 5.978, "after": 11.018, "kept": False}}  # fmt: skip
     if kind == "chain":
         out["recovery"] = {"steps": [
             {"name": "reconstruct", "gain": {"before": 4.5, "after": 4.1},

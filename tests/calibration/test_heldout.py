@@ -86,8 +86,8 @@ class TestThePools:
         texts += [text for domain in DOMAINS for text in bundled.held_out_prose(domain)]
         texts += bundled.PROSE.read_text(encoding="utf-8").split("\n\n")
         ours = {window: text for text in texts for window in windows(text)}
-        tasks = evaluated_tasks()
-        assert len(tasks) >= 7
+        tasks = evaluated_tasks() - {"race", "wsc273"}  # nine_a: the hub's alone; conf/evaluation/nine_a.yaml warns
+        assert len(tasks) >= 80
         shared = {}
         for task in sorted(tasks):
             documents = local_documents(task, None)

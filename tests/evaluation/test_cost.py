@@ -9,6 +9,7 @@ import pytest
 
 from slm_exp.core.cost import Work
 from slm_exp.evaluation.base import SEVEN, Evaluation
+from slm_exp.launch.compose import compose_run
 from slm_exp.models.sizes import SMOLLM2, sizes_of
 
 SIZES = sizes_of(SMOLLM2)
@@ -43,8 +44,33 @@ def test_corpora_by_their_length(tmp_path: Path) -> None:
     assert by_bytes.head == pytest.approx(4.5 * once.head)
 
 
+@pytest.mark.parametrize("preset", ["generation", "mmlu", "nine_b"])
+def test_presets_are_known(preset: str) -> None:
+    """Every task of a preset is counted; answers that are written read every weight again and again."""
+    evaluation = compose_run([f"evaluation={preset}"]).evaluation
+    work, notes = evaluation.cost(SIZES, 30, random=False)
+    assert notes == []
+    assert (work.read > 0) == (preset == "generation")
+    assert work.blocks > evaluation.cost(SIZES, 20, random=False)[0].blocks > 0
+
+
+def test_examples_that_are_shared_cost_once_a_subject() -> None:
+    settings = {"tasks": ["mmlu"], "fewshot": {"mmlu": 5}, "limit": 10}
+    fast, plain = (Evaluation(**settings, backend=b).cost(SIZES, 30, random=False)[0] for b in ("fast", "hflm"))  # type: ignore[arg-type]
+    assert plain.blocks > 5 * fast.blocks
+    assert Evaluation(tasks=["mmlu"], fewshot={"mmlu": 3}).cost(SIZES, 30, random=False)[1] == [
+        "evaluation.tasks: how long mmlu takes is not known"]  # fmt: skip
+
+
+def test_long_windows_attend_further(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("word " * 9000)
+    short, long = (Evaluation(corpora={name: str(tmp_path / "text.txt")}).cost(SIZES, 30, random=False)[0]
+                   for name in ("mine", "mine_2048"))  # fmt: skip
+    assert long.blocks == 30 * SIZES.block_flops(10_000, 2048) > short.blocks
+
+
 def test_what_is_not_known_is_said() -> None:
-    work, notes = Evaluation(tasks=["copa"], corpora={"gone": "gone.txt"}).cost(SIZES, 30, random=False)
+    work, notes = Evaluation(tasks=["sciq"], corpora={"gone": "gone.txt"}).cost(SIZES, 30, random=False)
     assert [note.partition(":")[0] for note in notes] == ["evaluation.tasks", "evaluation.corpora.gone"]
     assert work.flops == 0
     assert Evaluation().cost(SIZES, 30, random=False) == (Work(), [])

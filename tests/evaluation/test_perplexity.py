@@ -183,6 +183,28 @@ def test_held_out_prose_is_of_one_length(tiny_handle: ModelHandle) -> None:
     assert "Did you mean heldout:news?" in str(unknown_corpus("heldout:new"))
 
 
+def test_a_name_says_how_long_the_windows_are(tiny_handle: ModelHandle, tmp_path: Path) -> None:
+    """NAME_2048 beside NAME: the same text, 2,048 tokens of it at a time; a token file is taken as it is."""
+    (tmp_path / "text.txt").write_text("word " * 1000)
+    np.save(tmp_path / "ids.npy", np.zeros((3, 10), dtype=int))
+    where = str(tmp_path / "text.txt")
+    corpora = {"mine": where, "mine_2048": where, "ids_2048": str(tmp_path / "ids.npy")}
+    got = load_corpora(corpora, tiny_handle, 64, "once")
+    assert {name: corpus.tokens_NT.shape[1] for name, corpus in got.items()} == {
+        "mine": 64, "mine_2048": 2048, "ids_2048": 10}  # fmt: skip
+    assert got["mine_2048"].protocol["seq_len"] == 2048
+    assert (got["mine_2048"].tokens_NT.reshape(-1)[:640] == got["mine"].tokens_NT.reshape(-1)[:640]).all()
+    assert set(load_corpora({"mine_2048": where}, tiny_handle, 64, "both")) == {"mine_2048", "mine_2048_bos"}
+
+
+def test_windows_longer_than_the_model_are_refused_by_name(tiny_handle: ModelHandle, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("word " * 1000)
+    tiny_handle.config.max_position_embeddings = 512
+    evaluation = Evaluation(corpora={"mine_2048": str(tmp_path / "text.txt")})
+    with pytest.raises(ConfigError, match=r"evaluation.corpora.mine_2048 = 2048; expected at most 512"):
+        evaluation.check_model(tiny_handle)
+
+
 def test_a_hub_set_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_handle: ModelHandle) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))

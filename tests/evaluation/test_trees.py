@@ -16,7 +16,7 @@ def random_requests(seed: int) -> list[Request]:
     """Contexts with branches of random lengths, some of them repeated, some prefixes of others."""
     rng = np.random.default_rng(seed)
     out: list[Request] = []
-    for _ in range(6):
+    for _ in range(9):
         context = tuple(rng.integers(0, 3, rng.integers(1, 60)).tolist())
         for _ in range(rng.integers(1, 5)):
             tokens = context + tuple(rng.integers(0, 3, rng.integers(0, 6)).tolist())
@@ -25,20 +25,22 @@ def random_requests(seed: int) -> list[Request]:
     return out
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_every_request_reads_its_own_tokens(seed: int) -> None:
-    asked = random_requests(seed)
+@pytest.mark.parametrize("shared", [0, 900])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_request_reads_its_own_tokens(seed: int, shared: int) -> None:
+    asked = [r._replace(tokens=(*range(5, 5 + shared), *r.tokens)) for r in random_requests(seed)]
     trees = grow(asked)
     assert sorted(r.owner for tree in trees for r in tree.requests) == list(range(len(asked)))
     assert [len(tree) for tree in trees] == sorted((len(tree) for tree in trees), reverse=True)
+    assert all(not tree.trunk for tree in trees) == (shared == 0)
     for tree in trees:
         visible = tree.visible(len(tree) + 3)
         assert not np.triu(visible, 1).any()  # causal in the order of nodes
         assert (visible[len(tree):] == np.eye(len(visible), dtype=bool)[len(tree):]).all()  # padding sees itself alone
         assert not visible[: len(tree), len(tree):].any()
         for request, path, (owner, nodes, targets) in zip(tree.requests, tree.paths, tree.predictions(), strict=True):
-            assert [tree.tokens[i] for i in path] == list(request.tokens)
-            assert [tree.positions[i] for i in path] == list(range(len(path)))
+            assert [*tree.trunk, *(tree.tokens[i] for i in path)] == list(request.tokens)
+            assert [tree.positions[i] for i in path] == list(range(len(tree.trunk), len(request.tokens)))
             assert (owner, targets) == (request.owner, request.targets)
             assert nodes.tolist() == path[-len(targets):].tolist()
             for place, node in enumerate(path):  # what a node sees is its own sequence up to itself
@@ -71,11 +73,29 @@ def test_a_very_long_context_is_still_shared() -> None:
 
 
 def test_short_trees_do_not_grow_without_end() -> None:
-    """A prompt in front of everything must not make one row of a whole task."""
+    """A prompt in front of everything must not make one row of a whole task: it is the trunk of all."""
     prompt = tuple(range(1500))
     trees = grow(requests(*((*prompt, *range(5000 + 100 * i, 5060 + 100 * i)) for i in range(80))))
-    assert 1 < len(trees) < 10
-    assert max(map(len, trees)) <= 4096
+    assert [tree.trunk for tree in trees] == [prompt] * 80
+    assert [len(tree) for tree in trees] == [60] * 80
+    assert trees[0].positions == list(range(1500, 1560))
+
+
+def test_what_predicts_stands_behind_the_trunk() -> None:
+    """Answers of 40 tokens after 100 shared ones: the last shared token predicts the first of each answer."""
+    context = tuple(range(100))
+    asked = [Request(i, (*context, *range(200 + 50 * i, 239 + 50 * i)), tuple(range(40))) for i in range(30)]
+    trees = grow(asked)
+    assert {tree.trunk for tree in trees} == {context[:99]}
+    for tree in trees:
+        assert all((nodes >= 0).all() and len(nodes) == 40 for _, nodes, _ in tree.predictions())
+
+
+def test_trees_of_a_trunk_stand_together() -> None:
+    one, other = tuple(range(300)), tuple(range(1000, 1200))
+    asked = [(*start, 5000 + i, *range(i, 2 * i + 20)) for i in range(20) for start in (one, other, (7000 + i,))]
+    trunks = [tree.trunk for tree in grow(requests(*asked))]
+    assert [trunk for i, trunk in enumerate(trunks) if trunk != trunks[i - 1]] == [one, other, ()]
 
 
 def test_common_prefix() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from slm_exp.core.registry import available
 from slm_exp.forecast.walk import Lookup, walk
 from slm_exp.launch.compose import compose_run
+from slm_exp.methods.base import Method
 from slm_exp.pipeline import stages
 from slm_exp.pipeline.run import run
 
@@ -37,6 +38,8 @@ CONFIGS = {
     "greedy": ["method=blockpruner", "method.target_sublayers=2"],
     "share": ["method=blockpruner", "method.target_ratio=0.2"],
     "measured": ["method=shortgpt", "method.target_layers=4", "evaluation.corpora.news=heldout:news"],
+    "joint": ["method=joint", "method.target_layers=4", "method.fit_samples=4", "method.fit_seq_len=24",
+              "recovery=reconstruct", "recovery.n_samples=4", "recovery.seq_len=24", "recovery.layers=sublayers"],
     "compensated": ["method=shortgpt", "method.target_layers=3", "method.compensate=magnitude"],
 }  # fmt: skip
 
@@ -51,7 +54,7 @@ def filled(tmp_path_factory):
 
 
 STAGES = [("slm", "calibrate"), ("slm", "similarity"), ("slm", "plan"), ("after", "plan"), ("cka", "plan"),
-          ("regression", "plan"),
+          ("regression", "plan"), ("joint", "plan"), ("joint", "recover"),
           ("greedy", "plan"), ("compensated", "plan"), ("width", "width"), ("width", "narrowed_score"),
           ("before", "width"), ("before", "plan"), ("reconstruct", "recover"), ("chain", "held_out"),
           ("measured", "evaluate_dense"), ("measured", "evaluate")]  # fmt: skip
@@ -79,6 +82,8 @@ def configs(draw):
     method = draw(st.sampled_from(METHODS))
     cls = available("method")[method]
     out = [f"method={method}"]
+    if cls.narrows is not Method.narrows:
+        return CONFIGS["joint"] + [f"seed={draw(st.integers(0, 1))}"]
     if "target_sublayers" in getattr(cls, "targets", ()):
         out.append("method.target_sublayers=2")
     elif method != "slm" or draw(st.booleans()):

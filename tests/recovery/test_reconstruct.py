@@ -66,6 +66,36 @@ def test_the_healed_model_is_nearer_to_the_dense_one_on_unseen_tokens(name: str,
         assert step["errors"] == sorted(step["errors"], reverse=True)
 
 
+@pytest.mark.parametrize("name", [*PLANS, "narrowed"])
+def test_sublayer_by_sublayer_it_is_nearer_too_and_nothing_below_the_first_cut_changes(
+    name: str, refit: Any, ids_file: str
+) -> None:
+    plans = PLANS | {"narrowed": MergePlan(8, width=keeps_first([4] * 8, [2] * 8, [64, 64, 64, 40, 64, 64, 48, 64]))}
+    first, sublayers = {"merged": (2, 8), "removed": (2, 7), "the lowest removed": (0, 12), "the top removed": (6, 1),
+                        "sublayers": (2, 10), "compensated": (2, 7), "narrowed": (3, 10)}[name]  # fmt: skip
+    recovery = Reconstruct(path=ids_file, layers="sublayers", ridges=[0.01, 0.1, 1, 10])
+    task, found, refitted = refit(recovery, plans[name])
+    dense = last_state(task.dense)
+    off = [float((last_state(h) - dense).norm()) for h in (task.handle, refitted)]
+    assert off[1] < off[0]
+    steps = found.report["layers"]
+    assert all(step["errors"][1] <= step["errors"][0] for step in steps)
+    assert {step["layer"] for step in steps} == {*range(first, task.handle.n_layers)}
+    assert len(steps) == sublayers
+    assert all(n.endswith(("mlp.down_proj.weight", "self_attn.o_proj.weight")) for n in found.tensors)
+
+
+def test_sublayer_by_sublayer_the_last_fit_is_on_all_tokens(refit: Any, ids_file: str) -> None:
+    recovery = Reconstruct(path=ids_file, layers="sublayers")
+    task, _, _ = refit(recovery, PLANS["removed"])
+    assert recovery.judged_on(task) == token_rows(task.tokens.tokens_NT)
+    held = Reconstruct(path=ids_file).judged_on(task)
+    ids = np.load(ids_file)
+    assert [row["input_ids"] for row in held] == ids[4::5].tolist()
+    _, nothing, _ = refit(recovery, MergePlan(8))
+    assert not nothing.tensors
+
+
 def test_only_output_projections_beside_cuts_change(refit: Any, ids_file: str) -> None:
     task, found, refitted = refit(Reconstruct(path=ids_file), PLANS["merged"])
     names = {f"model.layers.{i}.{p}.weight" for i in (2, 4) for p in ("mlp.down_proj", "self_attn.o_proj")}
@@ -217,8 +247,9 @@ def test_texts_that_are_enough_at_the_start_are_enough_after_the_search(make_tin
 @pytest.mark.parametrize(("fields", "message"), [
     ({"n_samples": 1}, "recovery.n_samples = 1; expected a whole number >= 2"),
     ({"passes": 0}, "recovery.passes = 0; expected"),
+    ({"passes": 2, "layers": "sublayers"}, "recovery.passes = 2; expected null or 1"),
     ({"ridges": []}, "recovery.ridges = "),
-    ({"layers": "some"}, "recovery.layers = some; expected one of all, cuts"),
+    ({"layers": "some"}, "recovery.layers = some; expected one of all, cuts, sublayers"),
     ({"weighting": "relativ"}, "Did you mean relative"),
 ])  # fmt: skip
 def test_bad_settings_are_refused(fields: dict[str, Any], message: str) -> None:

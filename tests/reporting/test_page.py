@@ -141,6 +141,7 @@ def test_narrower_layers_and_recovery_are_shown(tmp_path: Path) -> None:
     assert (len(rows), rows[1]) == (27, ["1", "6", "3", "1528", ""])
     assert table(page, "Layers refitted") == [["14", "14–15", "0.2000", "0.0900"]]
     assert "40 of 40 steps on 90 examples, 10 held out, 1,234,567 parameters trained" in page.text("section")[5]
+    assert "5.978 before, 11.018 after; worse, so it was taken back" in page.text("section")[5]
     labels = [e["attrs"].get("aria-label") or "" for e in page.all("svg")]
     assert any(label.startswith("Training loss over steps: 2.600 at first") for label in labels)
 

@@ -13,6 +13,7 @@ import pytest
 
 from slm_exp.evaluation.report import metric_of
 from slm_exp.reporting import results
+from slm_exp.reporting.page import write_report
 from slm_exp.reporting.results import Comparison
 from slm_exp.runs.record import Run
 from slm_exp.runs.schema import Record
@@ -144,3 +145,29 @@ def test_models_measured_by_different_protocols_have_no_difference(tmp_path: Pat
     assert row.difference is None
     assert row.dense
     assert average(evaluation, [row] * 7) is None
+
+
+def test_other_metrics_are_those_besides_accuracy() -> None:
+    gsm8k = {"exact_match(strict-match)": 0.1, "exact_match_stderr(strict-match)": 0.03,
+             "exact_match(flexible-extract)": 0.2, "n": 10}  # fmt: skip
+    lambada = {"acc": 0.3, "perplexity": 60.0}
+    sides = {"tasks": {"gsm8k_cot": gsm8k, "piqa": side(np.ones(4)), "lambada_openai": lambada}}
+    got = results.other_metrics(Record.of({"eval": {"dense": sides, "compressed": {}}}).eval)
+    assert [(row.task, row.metric, row.dense.value, row.compressed) for row in got if row.dense] == [
+        ("gsm8k_cot", "exact_match(strict-match)", 0.1, None),
+        ("gsm8k_cot", "exact_match(flexible-extract)", 0.2, None), ("lambada_openai", "perplexity", 60.0, None),
+    ]
+
+
+def test_free_texts_stand_side_by_side(tmp_path: Path) -> None:
+    for which, texts in (("dense", "ab"), ("compressed", "b")):
+        write(tmp_path, which, "free_text", [{"prompt": p, "text": f"{which} after <{p}>"} for p in texts])
+    about = {"n": 2, "ended": 0.5, "length": 9.0, "distinct_1": 0.4, "distinct_3": 0.25, "loop": 3.0, "looping": 0.0}
+    run = Run(tmp_path, Record.of({"eval": {"dense": {"text": about}, "compressed": {"text": about}}}))
+    a, b = results.free_texts(run)
+    assert (a.dense, a.compressed, b.compressed) == ("dense after <a>", "", "compressed after <b>")
+    page = write_report(tmp_path, run=run).read_text()
+    assert page.count("<td>50.0</td><td>9</td><td>40.0</td><td>25.0</td><td>3</td><td>0.0</td>") == 2
+    assert "compressed after &lt;b&gt;" in page
+    (tmp_path / "samples" / "dense" / "free_text.jsonl.gz").write_bytes(b"damaged")
+    assert [text.prompt for text in results.free_texts(run)] == ["b"]

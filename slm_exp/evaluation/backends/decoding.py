@@ -1,5 +1,7 @@
 """Greedy generation for many prompts at once, each until its own end: a row that is done leaves the batch.
 
+What prompts begin with, as the examples of a few-shot task, is read once for all of them.
+
 Letters: B rows, T tokens, V vocabulary.
 """
 
@@ -12,6 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from slm_exp.evaluation.backends.hflm import refuse_broken
+from slm_exp.evaluation.backends.shared import Shared, growing, window_of
+from slm_exp.evaluation.backends.trees import TRUNK, alike
 
 PLAIN = {
     "_from_model_config", "bos_token_id", "cache_implementation", "do_sample", "eos_token_id", "max_length",
@@ -51,22 +55,37 @@ def stop_ids(model: PreTrainedModel, eos: int | None) -> set[int]:
     return {int(token) for token in (*own, eos) if token is not None}
 
 
-def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: set[int]) -> list[list[int]]:
+class Start(NamedTuple):
+    """What all of some prompts begin with."""
+
+    tokens: tuple[int, ...] = ()
+    kept: Shared | None = None
+    """Its keys and values."""
+
+
+def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: set[int], start: Start | None = None,
+                      done: Callable[[int], None] = lambda tokens: None) -> list[list[int]]:  # fmt: skip
     """The most likely tokens after each prompt, until `ended` or `room` or with one of `ends`, which is included.
 
     Prompts are padded on the left and share each forward pass; the cache of rows that are done is dropped.
+    Args:
+        start: is not read again.
+        done: is told, step by step, how many more of the tokens that there is room for are generated or not needed.
     Raises:
         DataError: NaN or infinite logits.
         RuntimeError: there is no cache to go on from.
-    Cost: one pass over the prompts, then a forward of one token per step and row; the cache of all rows.
+    Cost: one pass over the prompts after their start, then a forward of one token per step and row; the cache of all.
     """
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
-    size = max(len(p.tokens) for p in prompts)
-    ids_BT = torch.tensor([[0] * (size - len(p.tokens)) + list(p.tokens) for p in prompts], device=device)
-    mask_BT = torch.tensor([[0] * (size - len(p.tokens)) + [1] * len(p.tokens) for p in prompts], device=device)
-    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    begun, kept = (len(start.tokens), start.kept) if start is not None else (0, None)
+    tails = [p.tokens[begun:] for p in prompts]
+    size = max(map(len, tails))
+    ids_BT = torch.tensor([[0] * (size - len(tail)) + list(tail) for tail in tails], device=device)
+    mask_BT = torch.tensor([[1] * begun + [0] * (size - len(tail)) + [1] * len(tail) for tail in tails], device=device)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, begun:]
     out: list[list[int]] = [[] for _ in prompts]
-    rows, cache = list(range(len(prompts))), None
+    rows = list(range(len(prompts)))
+    cache: Any = kept.for_rows(len(prompts)) if kept is not None else growing() if window_of(model) is None else None
     with torch.inference_mode():
         while rows:
             output: Any = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT,
@@ -81,7 +100,9 @@ def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: s
                 out[row].append(token)
             left = [i for i, row in enumerate(rows) if out[row][-1] not in ends and len(out[row]) < prompts[row].room
                     and not prompts[row].ended(out[row])]  # fmt: skip
-            if len(left) < len(rows):
+            gone = set(range(len(rows))).difference(left)
+            done(len(left) + sum(prompts[rows[i]].room - len(out[rows[i]]) + 1 for i in gone))
+            if gone:
                 rows = [rows[i] for i in left]
                 if not rows:
                     break
@@ -92,6 +113,31 @@ def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: s
             mask_BT = torch.cat([mask_BT, torch.ones_like(ids_BT)], dim=1)
             positions_BT = positions_BT[:, -1:] + 1
     return out
+
+
+def together(model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[tuple[list[int], Start | None]]:
+    """Which prompts are continued together, and what they begin with where it is worth reading first.
+
+    Returns:
+        places in `prompts`, longest first; all in one where a model's attention has a window, which padding between a
+        beginning and its prompt would narrow.
+    Cost: one pass over each beginning.
+    """
+    places = sorted(range(len(prompts)), key=lambda i: prompts[i].tokens)
+    pieces = alike([prompts[i].tokens for i in places]) if window_of(model) is None else []
+    alone, out = [], []
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    for place, shared in pieces:
+        some = places[place]
+        length = min(shared, *(len(prompts[i].tokens) - 1 for i in some))
+        if len(some) == 1 or length < TRUNK:
+            alone += some
+            continue
+        tokens = prompts[some[0]].tokens[:length]
+        with torch.inference_mode():
+            out.append((some, Start(tokens, Shared.reading(model, torch.tensor([tokens], device=device)))))
+    groups: list[tuple[list[int], Start | None]] = [*out, (alone if pieces else places, None)]
+    return [(sorted(some, key=lambda i: -len(prompts[i].tokens)), start) for some, start in groups if some]
 
 
 def agrees(model: PreTrainedModel, prompt: Prompt, answer: Sequence[int]) -> bool:

@@ -7,7 +7,7 @@ itself (decoding.py).
 
 Before it trusts a model it compares itself with a plain forward pass, and falls back to HFLM where they disagree.
 
-Letters: B trees, T nodes, D hidden size, V vocabulary, P predicting nodes.
+Letters: B trees, T nodes, K nodes and their trunk, D hidden size, V vocabulary, P predicting nodes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ import numpy as np
 import torch
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from slm_exp.core.errors import ArchitectureError, DataError
 from slm_exp.engine.calls import STATES_BYTES, entering, in_step, streams
 from slm_exp.engine.fused import fused_layer, supported
-from slm_exp.evaluation.backends.decoding import Prompt, agrees, continue_greedily, stop_ids, unusual
+from slm_exp.evaluation.backends.decoding import Prompt, agrees, continue_greedily, stop_ids, together, unusual
 from slm_exp.evaluation.backends.hflm import CheckedHFLM, make_room, refuse_broken
+from slm_exp.evaluation.backends.shared import Shared, window_of
 from slm_exp.evaluation.backends.trees import Request, Tree, common_prefix, grow
-from slm_exp.evaluation.progress import progress
+from slm_exp.evaluation.progress import WRITING_S, progress
 from slm_exp.models.layouts import layout_for
 from slm_exp.models.streaming import shells
 
@@ -105,7 +106,7 @@ class FastLM(CheckedHFLM):
         sequences = [self._request(i, *request) for i, request in enumerate(requests)]
         out = [Score(0.0, True)] * len(sequences)  # an empty continuation is certain
         sequences = [s for s in sequences if s.targets]
-        trees = grow(sequences)
+        trees = grow(sequences, trunks=not streams(self.model))  # a pass over its files for each
         if not trees:
             return out
         if self._forward is None and self._falls_back is None:
@@ -189,28 +190,33 @@ class FastLM(CheckedHFLM):
             RuntimeError: the model does not generate by its cache what it finds most likely without.
         """
         ends = stop_ids(self.model, self.tokenizer.eos_token_id)
-        left = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].prompt.tokens))
-        most = self.trees_per_batch or ROWS_AT_ONCE
         out: list[list[int]] = [[]] * len(prompts)
-        with progress("greedy answers", len(prompts), "prompt", disable_tqdm) as advance:
-            while left:
-                longest = max(len(prompts[i].prompt.tokens) + prompts[i].prompt.room for i in left[:most])
-                some = left[: max(1, min(most, CACHED_AT_ONCE.get(self.device.type, 8192) // longest))]
-                try:
-                    answers = continue_greedily(self.model, [prompts[i].prompt for i in some], ends)
-                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    make_room(error, self.device, f"a context and answer of {longest} tokens" if len(some) == 1 else "")
-                    most = len(some) // 2
-                    log.warning("out of memory; going on with %d prompts at once.", most)
-                    continue
-                if len(left) == len(prompts):
-                    shortest = min(range(len(some)), key=lambda i: len(answers[i]))
-                    if not agrees(self.model, prompts[some[shortest]].prompt, answers[shortest]):
-                        raise RuntimeError("what it generates by its cache is not what it finds most likely without")
-                for i, answer in zip(some, answers, strict=True):
-                    out[i] = answer
-                advance(len(some))
-                left = left[len(some) :]
+        most = self.trees_per_batch or ROWS_AT_ONCE
+        rooms = sum(p.prompt.room for p in prompts)
+        what = f"greedy answers to {len(prompts)} prompts, at most"
+        with progress(what, rooms, "token", disable_tqdm, WRITING_S) as advance:
+            for left, start in together(self.model, [p.prompt for p in prompts]):
+                checked = False
+                while left:
+                    longest = max(len(prompts[i].prompt.tokens) + prompts[i].prompt.room for i in left[:most])
+                    some = left[: max(1, min(most, CACHED_AT_ONCE.get(self.device.type, 8192) // longest))]
+                    try:
+                        answers = continue_greedily(self.model, [prompts[i].prompt for i in some], ends, start, advance)
+                    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                        alone = f"a context and answer of {longest} tokens" if len(some) == 1 else ""
+                        make_room(error, self.device, alone)
+                        most = len(some) // 2
+                        log.warning("out of memory; going on with %d prompts at once.", most)
+                        continue
+                    if not checked:
+                        shortest = min(range(len(some)), key=lambda i: len(answers[i]))
+                        if not agrees(self.model, prompts[some[shortest]].prompt, answers[shortest]):
+                            raise RuntimeError("what it generates by its cache is not what it finds most likely "
+                                               "without")
+                        checked = True
+                    for i, answer in zip(some, answers, strict=True):
+                        out[i] = answer
+                    left = left[len(some) :]
         return iter(out)
 
     def _plain_scores(self, sequences: Sequence[Request], requests: Sequence[Any],
@@ -256,7 +262,7 @@ class FastLM(CheckedHFLM):
         """Scores of a batch at a time; longest trees first, so memory runs out at once or never."""
         assert self._forward is not None
         left = deque(trees)
-        tokens = sum(map(len, trees))
+        tokens = sum(map(len, trees)) + sum(map(len, {tree.trunk for tree in trees}))
         if streams(self.model):
             with torch.inference_mode(), self._forward.ready(), progress(what, tokens, "token", disable) as advance:
                 for some in self._forward.groups(trees, self.nodes_per_batch):
@@ -268,13 +274,15 @@ class FastLM(CheckedHFLM):
         with torch.inference_mode(), self._forward.ready(), progress(what, tokens, "token", disable) as advance:
             while left:
                 rows = max(1, self.nodes_per_batch // len(left[0]))
-                batch = [left.popleft() for _ in range(min(rows, self.trees_per_batch or rows, len(left)))]
+                batch = [left.popleft()]
+                while left and len(batch) < min(rows, self.trees_per_batch or rows) and left[0].trunk == batch[0].trunk:
+                    batch.append(left.popleft())
                 try:
                     scores = _score(self._forward, batch)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                     left.extendleft(reversed(self._smaller(batch, error)))
                     continue
-                advance(sum(map(len, batch)))
+                advance(sum(map(len, batch)) + len(batch[0].trunk) * (not left or left[0].trunk != batch[0].trunk))
                 yield scores
 
     def _smaller(self, batch: list[Tree], error: BaseException) -> list[Tree]:
@@ -302,6 +310,7 @@ class TreeForward:
         """Layers and what they run as inside `ready`; then the head runs by the same library."""
         self.window = window_of(model)
         v = self.head.weight.shape[0]
+        self._trunk: tuple[tuple[int, ...], Shared] | None = None
         self.positions_at_once = max(1, LOGITS_AT_ONCE.get(self.device.type, LOGITS_AT_ONCE["cuda"]) // v)
 
     @contextmanager
@@ -316,8 +325,24 @@ class TreeForward:
                 layer.__dict__.pop("forward", None)
 
     def hidden(self, trees: Sequence[Tree]) -> Tensor:
-        """Last hidden states after the final norm: [B, T, D], T the longest tree; padding holds anything finite."""
-        return self.decoder(**self.inputs(trees)).last_hidden_state  # type: ignore[no-any-return]
+        """Last hidden states after the final norm: [B, T, D], T the longest tree; padding holds anything finite.
+
+        Trees of one call have one trunk. Its keys and values are computed with its first trees and kept for the next.
+        """
+        trunk = trees[0].trunk
+        return self._decode(trees, self._shared(trunk) if trunk else None)
+
+    def _shared(self, trunk: tuple[int, ...]) -> Shared:
+        if self._trunk is None or self._trunk[0] != trunk:
+            self._trunk, cache, alone = None, DynamicCache(), Tree()
+            alone.add(Request(0, trunk, ()), 0)
+            self._decode([alone], cache)
+            self._trunk = trunk, Shared.of(cache)
+        return self._trunk[1]
+
+    def _decode(self, trees: Sequence[Tree], past: Shared | DynamicCache | None) -> Tensor:
+        keys = past.before() if isinstance(past, Shared) else past
+        return self.decoder(**self.inputs(trees), past_key_values=keys).last_hidden_state  # type: ignore[no-any-return]
 
     def groups(self, trees: Sequence[Tree], nodes: int) -> Iterator[list[list[Tree]]]:
         """Batches of trees of at most so many nodes, as many together as may go through a streamed model at once."""
@@ -337,16 +362,17 @@ class TreeForward:
 
     def inputs(self, trees: Sequence[Tree]) -> dict[str, Any]:
         """What the decoder is called with."""
+        before = len(trees[0].trunk)
         size = max(map(len, trees))
         ids_BT = np.zeros((len(trees), size), dtype=np.int64)
         positions_BT = np.zeros_like(ids_BT)
-        visible_BTT = np.empty((len(trees), size, size), dtype=bool)
+        visible_BTK = np.ones((len(trees), size, before + size), dtype=bool)
         for row, tree in enumerate(trees):
             ids_BT[row, : len(tree)] = tree.tokens
             positions_BT[row, : len(tree)] = tree.positions
-            visible_BTT[row] = tree.visible(size)
+            visible_BTK[row, :, before:] = tree.visible(size)
         positions = torch.as_tensor(positions_BT, device=self.device)
-        mask = self._mask(torch.as_tensor(visible_BTT, device=self.device)[:, None], positions)
+        mask = self._mask(torch.as_tensor(visible_BTK, device=self.device)[:, None], positions)
         return {"input_ids": torch.as_tensor(ids_BT, device=self.device), "position_ids": positions,
                 "attention_mask": mask, "use_cache": False}
 
@@ -358,18 +384,21 @@ class TreeForward:
             out_PV = self.head(h_PD)
         return layout_for(self.model.config).logits(self.model.config, out_PV)
 
-    def _mask(self, visible_B1TT: Tensor, positions_BT: Tensor) -> Any:
+    def _mask(self, visible_B1TK: Tensor, positions_BT: Tensor) -> Any:
         """What is added to attention scores, 0 or -inf, as the decoder takes it: a mask, or one per attention kind."""
-        full = self._additive(visible_B1TT)
+        full = self._additive(visible_B1TK)
         if self.window is None:
             return full
-        distance_B1TT = positions_BT[:, None, :, None] - positions_BT[:, None, None, :]
-        near = self._additive(visible_B1TT & (distance_B1TT < self.window))
+        b, t = positions_BT.shape
+        trunk_BP = torch.arange(visible_B1TK.shape[-1] - t, device=self.device).expand(b, -1)
+        keys_BK = torch.cat([trunk_BP, positions_BT], dim=1)
+        distance_B1TK = positions_BT[:, None, :, None] - keys_BK[:, None, None, :]
+        near = self._additive(visible_B1TK & (distance_B1TK < self.window))
         kinds = set(getattr(self.model.config, "layer_types", None) or [])
         return {"full_attention": full, "sliding_attention": near} if len(kinds) > 1 else near
 
-    def _additive(self, visible_B1TT: Tensor) -> Tensor:
-        return torch.zeros((), dtype=self.model.dtype, device=self.device).where(visible_B1TT, float("-inf"))
+    def _additive(self, visible_B1TK: Tensor) -> Tensor:
+        return torch.zeros((), dtype=self.model.dtype, device=self.device).where(visible_B1TK, float("-inf"))
 
 
 def _score(forward: TreeForward, trees: Sequence[Tree], h_BTD: Tensor | None = None) -> list[tuple[int, Score]]:
@@ -424,16 +453,8 @@ def unfit(model: PreTrainedModel) -> str | None:
     return None
 
 
-def window_of(model: PreTrainedModel) -> int | None:
-    """Tokens of the local attention window, where any layer has one."""
-    config = model.config
-    kinds = getattr(config, "layer_types", None)
-    window: int | None = getattr(config, "sliding_window", None)
-    return window if kinds is None or "sliding_attention" in kinds else None
-
-
 def _probes(trees: Sequence[Tree], window: int | None) -> list[Tree]:
-    """A piece around a fork of these trees, and one longer than the window where any sequence is."""
+    """A piece around a fork of these trees, one longer than the window where any sequence is, and one with a trunk."""
     reaches = [PROBE, window] if window is not None and max(max(t.positions) for t in trees) > window else [PROBE]
     pairs = [(a.tokens, b.tokens) for tree in trees for a, b in pairwise(tree.requests)]
     forks = [(a, b, n) for a, b in pairs if (n := common_prefix(a, b)) < min(len(a), len(b))]
@@ -445,6 +466,10 @@ def _probes(trees: Sequence[Tree], window: int | None) -> list[Tree]:
         start, stop = max(0, n - reach), max(n, reach) + PROBE
         pieces = [Request(0, piece, piece[-PROBE:]) for piece in (a[start:stop], b[start:stop]) if piece]
         out += grow(pieces)[:1]
+    if tree := next((t for t in trees if t.trunk), None):
+        trunk, after = tree.trunk[-max(reaches) :], tree.requests[0].tokens[len(tree.trunk) :][:PROBE]
+        out.append(Tree(trunk))
+        out[-1].add(Request(0, (*trunk, *after), after), 0)
     return out
 
 

@@ -21,13 +21,16 @@ from slm_exp.evaluation.backends.hflm import CheckedHFLM
 from slm_exp.evaluation.documents import (
     HUB,
     MMLU_GROUPS,
+    SPLIT,
     Documents,
+    assets_folder,
     documents_source,
     local_documents,
     mmlu_subjects,
     remedy,
 )
 from slm_exp.evaluation.protocol import TaskProtocol
+from slm_exp.evaluation.question_sets import OWN, STOCK_DIFFERS, own_config, shots
 from slm_exp.evaluation.report import SEVEN, Row, TaskScore
 from slm_exp.evaluation.task_index import quiet
 
@@ -82,7 +85,8 @@ def run_tasks(
     scores = {name: _score(metrics) for name, metrics in results["results"].items()}
     protocol = {
         name: TaskProtocol(results["versions"].get(name), SEVEN.get(name), scores[name].n, results["n-shot"].get(name),
-                           digest([row["doc_hash"] for row in rows]), digest([row["doc_id"] for row in rows]))
+                           digest([row["doc_hash"] for row in rows]), digest([row["doc_id"] for row in rows]),
+                           OWN[name].differs if name in OWN else STOCK_DIFFERS.get(name))
         for name, rows in samples.items()
     }  # fmt: skip
     settings = {"add_bos": lm.tok_encode("a")[:1] == [lm.tokenizer.bos_token_id], "max_length": lm.max_length}
@@ -108,7 +112,7 @@ def load_tasks(
     Raises:
         DataError: lm-eval could not find the data of a task.
     """
-    manager = task_index.task_manager(all(task in SEVEN or task in task_index.bundled_tasks() for task in tasks))
+    manager = task_index.task_manager(all(task in SPLIT or task in task_index.bundled_tasks() for task in tasks))
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     sources: dict[str, str] = {}
     for task in tasks:
@@ -138,7 +142,8 @@ def _spec(task: str, limit: int | None, random_model: bool, manager: TaskManager
     """What lm-eval's task manager is to load, and where the documents come from."""
     documents = local_documents(task, limit, random_model)
     if documents is not None:
-        return {"group": LOCAL + task, "task": [_on(task, documents)]}, documents.source
+        spec = _on(task, documents)  # the whole definition of an own task; laid over that of a stock task
+        return spec if task in OWN else {"group": LOCAL + task, "task": [spec]}, documents.source
     if task in MMLU_GROUPS and mmlu_subjects():
 
         def of_subject(config_source: str, **_: Any) -> dict[str, datasets.Dataset]:
@@ -159,7 +164,12 @@ def _on(task: str, documents: Documents) -> Row:
     """The stock task with other data: only splits that exist may be named."""
     splits = dict.fromkeys(("training_split", "validation_split", "test_split"))
     splits["test_split" if documents.split == "test" else "validation_split"] = documents.split
-    return {"task": task, "custom_dataset": lambda **_: _tables(documents), **splits}
+    own: Row = {}
+    if task in OWN:
+        base, folder = OWN[task].base, assets_folder()
+        assert folder is not None  # where the documents came from
+        own = own_config(task, task_index.stock_config(base) if base else None, shots(folder, task))
+    return own | {"task": task, "custom_dataset": lambda **_: _tables(documents), **splits}
 
 
 def _tables(documents: Documents) -> dict[str, datasets.Dataset]:

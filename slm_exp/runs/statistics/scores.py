@@ -73,7 +73,7 @@ def by_document(path: Path, metric: str) -> dict[tuple[object, object], float]:
     """
     name, _, chosen = metric.removesuffix(")").partition("(")
     try:
-        return {(row.get("doc_id"), row.get("doc_hash")): float(row[name]) for row in _rows(path)
+        return {(row.get("doc_id"), row.get("doc_hash")): float(row[name]) for row in samples_of(path)
                 if row.get("filter", "") == chosen}
     except (DataError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -86,13 +86,13 @@ def chance_of(paths: Iterable[Path]) -> float | None:
     """
     try:
         each = [1 / len(row["loglikelihoods"]) if "loglikelihoods" in row else 0.0
-                for path in paths for row in _rows(path) if "loglikelihoods" in row or "answers" in row]
+                for path in paths for row in samples_of(path) if "loglikelihoods" in row or "answers" in row]
     except (DataError, ValueError, TypeError, ZeroDivisionError):
         return None
     return math.fsum(each) / len(each) if each else None
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def samples_of(path: Path) -> list[dict[str, Any]]:
     """A file of samples. Raises DataError: missing, damaged, or more than MOST rows."""
     rows = [row.value for row in itertools.islice(read_rows(path), MOST + 1)]
     if len(rows) > MOST:

@@ -1,0 +1,203 @@
+"""Attention sublayers and MLP channels go together: the set of least KL divergence, each priced after its repair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slm_exp.calibration.fit import FitSource
+from slm_exp.core.cost import Count
+from slm_exp.core.errors import ConfigError, require, require_one_of
+from slm_exp.core.registry import register
+from slm_exp.core.types import MergePlan, Sublayer, Target, Trial
+from slm_exp.core.widths import KeptUnits, WidthDecision, WidthSizes, pack_indices
+from slm_exp.merging.sizes import CHANNELS, Costs, Shape, costs_of, full_shape
+from slm_exp.methods.base import Baseline, Selection
+from slm_exp.models.base import ModelHandle
+from slm_exp.search.task import PlanTask
+
+if TYPE_CHECKING:
+    from slm_exp.search.joint import Choice, Price
+
+DTYPES = ("bfloat16", "float16", "float32")
+LEAST = 2
+"""Steps of channels that every MLP keeps."""
+CALLED = (("calibration.path", "method.fit_path"), ("calibration.n_samples", "method.fit_samples"),
+          ("calibration.seq_len", "method.fit_seq_len"))
+
+
+@register("method", "joint")
+@dataclass
+class Joint(Baseline):
+    """Attention sublayers and MLP channels go together: the set of least KL divergence, each priced after its repair.
+
+    Every layer's attention, its MLP at half its width and its MLP at the narrowest are taken away alone, the projection
+    that can make up for it is refitted, and the predictions' KL divergence from the dense model's is the price. Widths
+    between follow a power law; prices are taken to add up (as in LAPTOP-Diff, arXiv:2404.11098), and a knapsack finds
+    the cheapest set of the size that is asked. Channels go by backward elimination (Optimal Brain Surgeon). The plan is
+    only the choice: `recovery=reconstruct recovery.layers=sublayers` is the repair it was made for.
+
+    `target_layers` and `target_ratio` count parameters: as many go as that many whole layers have. A removed attention
+    keeps one group of heads, at zero, in the checkpoint. Layers have widths of their own, so the checkpoint brings its
+    own code.
+    Fitted and scored on different tokens: the fits take `fit_samples` x `fit_seq_len` tokens of documents that the
+    calibration has not drawn from, or `fit_path`.
+    Cost: three scored models a layer, of the layers above it and the head twice, two passes over the tokens of the
+    fits, and steps x inverses of [channels, channels] in float64 a layer.
+    """
+
+    mergeable: ClassVar[bool] = False
+
+    protect_first: int = 1
+    protect_last: int = 1
+    steps: int = 12
+    """Into how many parts an MLP's channels are divided; two at least stay."""
+    fit_path: str | None = None
+    """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is the bundled text."""
+    fit_samples: int = 12
+    """Sequences; of a .npy file all are taken."""
+    fit_seq_len: int = 256
+    """Tokens per sequence."""
+    screen_dtype: str | None = "bfloat16"
+    """Scored models run in it; null is the model's own."""
+
+    @property
+    def removes_sublayers(self) -> bool:
+        return True
+
+    @property
+    def narrows(self) -> bool:
+        return True
+
+    def check(self) -> None:
+        super().check()
+        require(self.steps >= 2 * LEAST, "method.steps", self.steps, f"a whole number >= {2 * LEAST}")
+        require(self.fit_samples >= 2, "method.fit_samples", self.fit_samples, "a whole number >= 2")
+        require(self.fit_seq_len >= 2, "method.fit_seq_len", self.fit_seq_len, "a whole number >= 2")
+        require(self.compensate is None, "method.compensate", self.compensate, "null: the refit restores magnitudes")
+        if self.screen_dtype is not None:
+            require_one_of("method.screen_dtype", self.screen_dtype, DTYPES)
+
+    def identity(self) -> dict[str, Any]:
+        own = {k: v for k, v in super().identity().items() if k not in ("fit_path", "fit_samples", "fit_seq_len")}
+        return {**own, "tokens": self._source().identity()}
+
+    def _source(self) -> FitSource:
+        return FitSource(self.fit_path, self.fit_samples, self.fit_seq_len, called=CALLED)
+
+    def check_model(self, handle: ModelHandle) -> None:
+        layout = handle.layout
+        why = layout.no_width or layout.no_refit
+        if not layout.layerwise:
+            why = why or "there is no code for layers of different widths"
+        elif getattr(handle.config, "layer_widths", None):
+            why = "they have widths of their own already"
+        if why:
+            raise ConfigError(f"method={self.name}: {layout.family} layers cannot be narrowed and refitted: {why}. "
+                              "Take another method, e.g. method=shortgpt.")
+        self._wanted(handle)
+
+    def check_data(self, dense: ModelHandle) -> None:
+        self._source().check(dense)
+
+    def layers_left(self, handle: ModelHandle) -> int | None:
+        return None
+
+    def bounds(self, n_layers: int) -> tuple[int, int] | None:
+        return n_layers, n_layers
+
+    def search_cost(self, n_layers: int, removed: int | None) -> Count:
+        models = 3 * len(self.removable(n_layers))
+        return Count(2 * n_layers + models * n_layers / 2, 2 * models, note=(
+            f"method={self.name} removes as many parameters as so many layers have, and keeps every layer; "
+            "its fits cost two passes over their tokens, and inverses, beside the scores"))
+
+    def _step(self, handle: ModelHandle) -> int:
+        """Channels that go at once, so that widths stay multiples of CHANNELS."""
+        return max(CHANNELS, full_shape(handle.config).channels // self.steps // CHANNELS * CHANNELS)
+
+    def _wanted(self, handle: ModelHandle) -> float:
+        """Parameters to remove. Loads no weights. Raises ConfigError: more than can be; says how much can."""
+        full, of = full_shape(handle.config), handle.sublayer_params[0]
+        layer = of["attention"] + of["mlp"]
+        if self.target_layers is not None:
+            require(self.target_layers <= handle.n_layers, "method.target_layers", self.target_layers,
+                    f"1 to {handle.n_layers} for {handle.name}")
+            name, wanted = "target_layers", float((handle.n_layers - self.target_layers) * layer)
+        else:
+            name, wanted = "target_ratio", (self.target_ratio or 0) * handle.n_params
+        most = len(self.removable(handle.n_layers)) * (
+            layer - (LEAST + 1) * self._step(handle) / full.channels * of["mlp"])
+        require(wanted <= most, f"method.{name}", getattr(self, name),
+                f"{most / layer:.1f} layers' worth of parameters ({most / handle.n_params:.3f} of all) at most go from "
+                f"{handle.name}", f"Every MLP keeps {LEAST} of {self.steps} parts, and "
+                f"method.protect_first={self.protect_first} and protect_last={self.protect_last} keep layers.")
+        return wanted
+
+    def choose(self, task: PlanTask, n_remove: int) -> Selection:
+        raise NotImplementedError  # `plan` is its own: a selection has no widths
+
+    def plan(self, task: PlanTask) -> MergePlan:
+        from slm_exp.search.fitting import disjoint
+        from slm_exp.search.joint import cheapest, prices
+
+        task = replace(task)  # an engine of its own, for a cost of its own
+        handle, full, costs = task.handle, full_shape(task.handle.config), costs_of(task.handle)
+        step, attention = self._step(handle), costs.attention(full.heads, full.kv_heads)
+        fit = disjoint(self._source().draw(handle, task.seed, task.tokens), task.tokens, f"method={self.name}",
+                       "method.fit_path")
+        found = prices(task, fit, self.removable(handle.n_layers), step, LEAST * step, self.screen_dtype)
+        choices = cheapest(found, self._wanted(handle), attention, costs.channel, step, full.channels)
+        return self._plan(task, fit.digest, found, choices, costs)
+
+    def _plan(self, task: PlanTask, tokens: str, found: dict[int, Price], choices: Sequence[Choice], costs: Costs
+              ) -> MergePlan:
+        from slm_exp.engine.runner import Slot
+        from slm_exp.search.joint import narrowed
+
+        handle, full = task.handle, full_shape(task.handle.config)
+        of = {c.layer: c for c in choices}
+        gone = {i for i, c in of.items() if c.attention}
+        per = full.heads // full.kv_heads
+        heads = [per if i in gone else full.heads for i in range(handle.n_layers)]
+        channels = [sorted(set(range(full.channels)) - set(found[i].order[: of[i].channels] if i in of else ()))
+                    for i in range(handle.n_layers)]
+        whole = costs.size(full) * handle.n_layers
+        shapes = [Shape(h, h // per, len(c)) for h, c in zip(heads, channels, strict=True)]
+        width = WidthDecision(
+            method=self.name, ratio=self._wanted(handle) / whole, order="after", uniform=False, tokens=tokens, notes=[],
+            reached=1 - sum(map(costs.size, shapes)) / whole,
+            sizes=WidthSizes(heads=heads, kv_heads=[h // per for h in heads], channels=[len(c) for c in channels],
+                             hidden=int(handle.config.hidden_size)),
+            kept=KeptUnits(query_heads=[[*range(h)] for h in heads], kv_heads=[[*range(h // per)] for h in heads],
+                           channels=[pack_indices(c, full.channels) for c in channels]))
+        slots = tuple(
+            Slot(i, narrowed(handle.layout, handle.layers[i], c) if len(c) < full.channels else {},
+                 without=frozenset({"attention"} if i in gone else ())) for i, c in enumerate(channels))
+        score = task.engine.score(slots)
+        removed = sum(c.attention * costs.attention(full.heads, full.kv_heads) + c.channels * costs.channel
+                      for c in choices)
+        total = sum(found[c.layer].mlp(c.channels, full.channels - self._half(handle)) + (
+            found[c.layer].attention or 0.0) * c.attention for c in choices)
+        note = (f"joint: {len(gone)} attentions and {sum(c.channels for c in choices)} MLP channels go, "
+                f"{removed / handle.n_params:.4f} of the parameters; prices sum to {total:.3f} nats a token. Layers "
+                "have widths of their own, so the checkpoint brings its own code. recovery=reconstruct "
+                "recovery.layers=sublayers is the repair it was made for.")
+        asked = self.target_layers if self.target_layers is not None else self.target_ratio
+        assert asked is not None
+        changed = bool(gone) or any(len(c) < full.channels for c in channels)
+        return MergePlan(
+            handle.n_layers, sublayers=tuple(Sublayer(i, "attention") for i in sorted(gone)), method=self.name,
+            similarity=task.similarity.name, width=width if changed else None, final_score=score, notes=(note,),
+            target=Target(asked, True, handle.n_layers, sublayers=len(gone)),
+            trace=tuple(Trial(i, i, -price, accepted) for i in sorted(found)
+                        for price, accepted in ((found[i].attention, i in gone), (found[i].half, of[i].channels > 0))
+                        if price is not None and math.isfinite(price)),
+            evaluations=task.engine.evaluations, block_forwards=task.engine.block_forwards)
+
+    def _half(self, handle: ModelHandle) -> int:
+        """The width of half an MLP, in whole steps."""
+        wide, step = full_shape(handle.config).channels, self._step(handle)
+        return wide - step * (wide // (2 * step))
