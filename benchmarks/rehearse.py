@@ -101,8 +101,6 @@ def tables_for(folder: Path, only: Sequence[str] = (), tau: float | None = None,
     for name in only or ORDER:
         own = {} if name == "calibration" else {"last": [*SMALL, "calibration.n_samples=4"]}
         own |= {"last": ["calibration.n_samples=4", SMALL[0]]} if name in ("agreement", "speed") else {}
-        if name == "rules":  # random layers, added up, take more candidates to meet a size
-            own["last"].append("method.max_evaluations=4000")
         tables += [t for t in tables_of(params | own)[0] if t.name == name]
     return tables
 

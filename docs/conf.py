@@ -13,10 +13,10 @@ myst_enable_extensions = ["html_image"]
 myst_heading_anchors = 3  # links such as recovery.md#measured, as GitHub has them
 suppress_warnings = ["myst.header"]  # a table's page starts as it does where it is pasted in: with a heading of level 2
 root_doc = "README"
-include_patterns = ["*.md", "docs/*.md", "docs/results/*.md"]
+include_patterns = ["*.md", "docs/*.md", "docs/results/*.md", "examples/*.md"]
 
-PAGES = ["commands", "methods", "evaluation", "recovery", "sweeps", "tables", "reproduce", "results/README", "handover",
-         "reliability"]
+PAGES = ["commands", "python", "plugins", "models", "methods", "evaluation", "recovery", "sweeps", "tables",
+         "reproduce", "results/README", "handover", "reliability"]
 TABLES = sorted(page.stem for page in Path(__file__).parent.glob("results/[a-z]*.md"))
 
 
@@ -26,7 +26,7 @@ def contents(*pages):
 
 
 def setup(app):
-    added = {root_doc: contents(*(f"docs/{page}" for page in PAGES), "CONTRIBUTING", "CHANGELOG"),
+    added = {root_doc: contents(*(f"docs/{page}" for page in PAGES), "examples/README", "CONTRIBUTING", "CHANGELOG"),
              "docs/results/README": contents(*(f"{table} <{table}>" for table in TABLES))}  # fmt: skip
 
     def add(_, page, text):

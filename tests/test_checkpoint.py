@@ -19,7 +19,8 @@ from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.hf import HF
 from slm_exp.models.layouts import layout_for
 from slm_exp.runs import checkpoint, reload
-from slm_exp.runs.checkpoint import expectation, model_card, save_checkpoint
+from slm_exp.runs.card import model_card
+from slm_exp.runs.checkpoint import expectation, save_checkpoint
 from slm_exp.runs.schema import Record
 
 MEAN = available("merge_rule")["mean"]()

@@ -36,6 +36,8 @@ def test_help_has_examples_and_exit_statuses(name, capsys):
         (["doctor", "--ful"], "Did you mean --full?"),
         (["report", "--mixed-protocol", "x"], "Did you mean --mixed-protocols?"),
         (["export"], "RUN_OR_PLAN"),
+        (["import", "nowhere.txt"], "nowhere.txt; expected EvoPress's text"),
+        (["import", "x", "--layer", "3"], "Did you mean --layers?"),
         (["export", "x", "--format", "mergkit"], "Did you mean mergekit?"),
         (["completion", "csh"], "expected one of bash"),
         (["sync"], "DIR"),

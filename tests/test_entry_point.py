@@ -1,13 +1,14 @@
 """The entry point: what a user types, and the message when it is wrong."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from slm_exp.cli import run as entry_point
 from slm_exp.core.errors import ConfigError
@@ -34,7 +35,11 @@ def presets(group: str) -> list[str]:
 def test_every_member_composes_and_has_an_identity(group):
     for name in {*available(group), *presets(group)} - {"from_plan", "jsonl", "tokens", "hf", "cuda"}:
         sizes = getattr(available(group).get(name), "targets", ())  # a method that takes a size takes no default
-        cfg = compose_run(["model=tiny", f"{group}={name}", *(f"{group}.{size}=0.1" for size in sizes[-1:])])
+        package = getattr(available(group).get(name), "package", "")
+        if package and importlib.util.find_spec(package) is None:
+            continue
+        words = [*(f"{group}.{size}=0.1" for size in sizes[-1:]), *["recovery.steps=[reconstruct]"] * (name == "chain")]
+        cfg = compose_run(["model=tiny", f"{group}={name}", *words])
         member = getattr(cfg, group)
         if isinstance(member, Packaged) and any(importlib.util.find_spec(part[0]) is None for part in member.parts):
             with pytest.raises(ConfigError, match=rf"{name}[\s\S]*make assets"):
@@ -116,14 +121,12 @@ def test_sweeps_are_named_by_what_they_are():
     assert folder("seed=1", "kernel=rbf") == folder("kernel=rbf", "seed=1")
 
 
-def test_help_and_cfg_answer_at_once():
-    started = time.monotonic()
+def test_help_and_cfg_answer():
     shown = python_m("--help")
     assert shown.returncode == 0
     assert "method.threshold=0.8 kernel=rbf" in shown.stdout
     composed = python_m("--cfg", "job", "method.threshold=0.7")
     assert "threshold: 0.7" in composed.stdout
-    assert time.monotonic() - started < 20, "both together; the benchmark holds the 2 s each on a quiet machine"
 
 
 def test_cfg_of_a_grid_shows_its_first_job(capsys):
@@ -131,6 +134,74 @@ def test_cfg_of_a_grid_shows_its_first_job(capsys):
     shown = capsys.readouterr()
     assert "# the first of 4 jobs: merge_rule=mean seed=7" in shown.err
     assert "\nseed: 7\n" in shown.out
+
+
+def test_cfg_shows_members_by_name_and_what_is_in_force(capsys):
+    assert entry_point.main(["--cfg", "job", "kernel=rbf", "model=tiny"]) == 0
+    text = capsys.readouterr().out
+    shown = yaml.safe_load(text)
+    for group in GROUPS:
+        member = available(group)[shown[group]["name"]]
+        assert set(shown[group]) == {"name", *(f.name for f in dataclasses.fields(member))}
+    assert shown["kernel"] == {"name": "rbf", "bandwidth": 1.0}
+    assert "evaluation:  # evaluation=smoke" in text
+    assert "# method: no size is set, so threshold 0.9\n" in text
+    assert "# kernel=rbf shapes the similarity matrix only" in text
+    assert entry_point.main(["--cfg", "job", "method.threshold=0.7", "save_model=true"]) == 0
+    text = capsys.readouterr().out
+    assert "no size is set" not in text
+    assert "save_model: yes" not in text
+    assert entry_point.main(["--cfg", "job", "method=shortgpt"]) == 0, "shown before it is complete"
+    assert "# A run is refused: method=shortgpt takes a size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "command"), [
+    (["tasks=mmlu"], "evaluation.tasks=[mmlu]"),
+    (["threshold=0.8", "seed=1"], "method.threshold=0.8 seed=1"),
+    (["seed=1", "--threshold", "0.8"], "seed=1 method.threshold=0.8"),
+    (["--target-layers=26"], "method.target_layers=26"),
+    (["--model", "tiny", "-m", "seed=1,2"], "-m model=tiny seed=1,2"),
+    (["model=meta-llama/Llama-2-7b-hf"], "model=hf model.path=meta-llama/Llama-2-7b-hf"),
+    (["model=."], "model=hf 'model.path='\"'\"'.'\"'\"''"),
+    (["seed=1,2", "model=tiny"], "-m seed=1,2 model=tiny"),
+    (["evaluation.tasks=piqa,boolq"], "evaluation.tasks=[piqa,boolq])"),
+])  # fmt: skip
+def test_a_command_that_cannot_be_meant_is_answered_with_the_one_that_can(words, command, capsys):
+    assert entry_point.main(words) == 2
+    shown = capsys.readouterr().err
+    assert command in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--multirn", "seed=1"], "Did you mean --multirun?"),
+    (["-m", "method.threshold=interval(0.5,0.9)"], "expected range(start,stop,step)"),
+    (["path=x"], "there is no path"),
+])  # fmt: skip
+def test_a_form_that_is_not_known_is_refused_in_a_line(words, said, capsys):
+    assert entry_point.main(words) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "n"), [
+    (["kernel=glob(*)"], 6), (["kernel=glob(*,exclude=l*)"], 4), (["method.threshold=choice(0.9,0.8,0.7)"], 3),
+    (["seed=range(1,9,2)", "merge_rule=mean,keep_low"], 8), (["seed=shuffle(1,2,3)"], 3),
+])  # fmt: skip
+def test_hydras_forms_of_a_grid(words, n, tmp_path):
+    assert len(jobs.check_all(["model=tiny", *words, f"hydra.sweep.dir={tmp_path}"], multirun=True).jobs) == n
+
+
+def test_options_may_stand_anywhere_and_a_plus_before_a_group_is_nothing(tmp_path, monkeypatch):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 5\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hydra.main", lambda **settings: lambda job: lambda: None)
+    monkeypatch.setattr(entry_point, "mask_logs", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["slm-exp"])
+    assert entry_point.main(["model=tiny", "+experiment=mine", "-m", "kernel=rbf,linear", "--config-dir", "."]) == 0
+    assert sys.argv[1:] == ["-m", "--config-dir", ".", "model=tiny", "experiment=mine", "kernel=rbf,linear"]
 
 
 def test_a_typo_ends_with_status_2_before_anything_exists(tmp_path):

@@ -44,7 +44,7 @@ def path_of(task: PlanTask, low: float = -1, high: float = 1) -> tuple[Threshold
 
 
 COMBINATIONS = [
-    *((rule, "flat_cosine", "linear") for rule in available("merge_rule")),
+    *((rule, "flat_cosine", "linear") for rule, kind in available("merge_rule").items() if not kind.fits),  # type: ignore[attr-defined]
     *(("top_layer", similarity, "linear") for similarity in available("similarity")),
     *(("mean", "cka", kernel) for kernel in available("kernel")),
 ]

@@ -36,12 +36,19 @@ class Calibration(Component, ABC):
         require(self.seed is None or 0 <= self.seed < 2**63, "calibration.seed", self.seed,
                 "null or a whole number >= 0 and < 2^63")
 
+    def in_force(self) -> list[str]:
+        return ["calibration.seed: the run's seed"] if self.seed is None and not self.reads_ids else []
+
     reads_ids: ClassVar[bool] = False
     """Whether the tokens are read from a file as they are, which takes no tokenizer."""
 
     def shape(self) -> Tokens:
         """Sequences and tokens of each, before they are drawn."""
         return Tokens(self.n_samples, self.seq_len)
+
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence, by the setting that says so."""
+        return {f"calibration.{'path' if self.reads_ids else 'seq_len'}": self.shape().t}
 
     @abstractmethod
     def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:

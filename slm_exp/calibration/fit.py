@@ -42,9 +42,11 @@ class FitSource:
     def check(self, dense: ModelHandle) -> None:
         """Raise ConfigError or DataError where it cannot be drawn from."""
         with self._named():
-            if not self.is_tokens:
-                dense.require_room("calibration.seq_len", self.seq_len)
             self._source().draw(dense, 0)
+
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence, by the setting that says so."""
+        return {self._ours(name): n for name, n in self._source().lengths().items()}
 
     def draw(self, dense: ModelHandle, seed: int, avoid: CalibrationTokens) -> CalibrationTokens:
         """The tokens: none from a document of `avoid`, where documents are known.
@@ -71,10 +73,12 @@ class FitSource:
         try:
             yield
         except (ConfigError, DataError) as error:
-            text = str(error)
-            for theirs, ours in self.called:
-                text = text.replace(theirs, ours)
-            raise type(error)(text) from error
+            raise type(error)(self._ours(str(error))) from error
+
+    def _ours(self, text: str) -> str:
+        for theirs, ours in self.called:
+            text = text.replace(theirs, ours)
+        return text
 
 
 def shared_sequences(tokens: CalibrationTokens, other: CalibrationTokens) -> int:

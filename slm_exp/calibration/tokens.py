@@ -11,7 +11,7 @@ import numpy as np
 from slm_exp.calibration.base import Calibration
 from slm_exp.calibration.text import check_ids, paths_digest
 from slm_exp.core.cost import Tokens as Shape
-from slm_exp.core.errors import ConfigError, DataError, require
+from slm_exp.core.errors import ConfigError, require
 from slm_exp.core.registry import Fields, register
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.models.base import ModelHandle
@@ -35,41 +35,47 @@ class Tokens(Calibration):
 
     def identity(self) -> Fields:
         assert self.path is not None
+        load_ids(Path(self.path).expanduser(), f"calibration.path = {self.path}")
         return {"name": self.name, "path": paths_digest(self.path)}
 
     def shape(self) -> Shape:
-        """By the file's header; whatever the settings say where it cannot be read."""
-        try:
-            n, t = np.load(Path(self.path or "").expanduser(), mmap_mode="r", allow_pickle=False).shape
-        except Exception:  # what `draw` says in a line; numpy and zipfile raise a dozen kinds
-            return super().shape()
-        return Shape(n, t)
+        """By the file's header."""
+        return Shape(*load_ids(Path(self.path or "").expanduser(), f"calibration.path = {self.path}").shape)
 
     def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
         assert self.path is not None
         file = Path(self.path).expanduser()
-        if not file.is_file():
-            raise ConfigError(f"calibration.path = {self.path}; expected an existing .npy file. There is no such file.")
         ids = read_ids(file, handle, f"calibration.path = {file}")
         return CalibrationTokens(ids.astype(np.int32), self.path, tuple(f"{file.name}:{i}" for i in range(len(ids))))
 
 
-def read_ids(file: Path, handle: ModelHandle, where: str) -> np.ndarray:
-    """The [N, T] token ids of a .npy file, N >= 1, T >= 2, as they are.
+def load_ids(file: Path, where: str) -> np.ndarray:
+    """The [N, T] token ids of a .npy file, N >= 1, T >= 2, none below 0, as they are.
 
     Raises:
-        DataError: anything else, or an id outside the model's vocabulary; names `where`.
+        ConfigError: anything else; names `where`.
     """
     wanted = "expected a .npy file with an int array [N, T]"
+    if not file.is_file():
+        raise ConfigError(f"{where}; expected an existing .npy file. There is no such file.")
     try:
-        ids: np.ndarray = np.load(file, allow_pickle=False)
+        ids: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as cause:  # numpy and zipfile raise a dozen kinds
-        raise DataError(f"{where}: cannot be read ({cause}); {wanted}.") from cause
+        about = "it holds no numbers that numpy wrote" if "pickle" in str(cause) else cause
+        raise ConfigError(f"{where}: cannot be read ({about}); {wanted}.") from cause
     if not isinstance(ids, np.ndarray):
-        raise DataError(f"{where}: an archive of {len(ids.files)} arrays; {wanted}.")
+        raise ConfigError(f"{where}: an archive of {len(ids.files)} arrays; {wanted}.")
     if ids.dtype.kind not in "iu":
-        raise DataError(f"{where}: an array of {ids.dtype}; {wanted} (whole numbers).")
+        raise ConfigError(f"{where}: an array of {ids.dtype}; {wanted} (whole numbers).")
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
-        raise DataError(f"{where}: shape {list(ids.shape)}; {wanted}, N >= 1, T >= 2.")
-    check_ids(ids, handle, where)
+        raise ConfigError(f"{where}: shape {list(ids.shape)}; {wanted}, N >= 1, T >= 2.")
+    if ids.min() < 0:
+        raise ConfigError(f"{where}: holds {ids.min()}; {wanted} (ids >= 0).")
     return ids
+
+
+def read_ids(file: Path, handle: ModelHandle, where: str) -> np.ndarray:
+    """As `load_ids`, for a model. Raises DataError besides: an id outside its vocabulary."""
+    ids = load_ids(file, where)
+    check_ids(ids, handle, where)
+    return np.array(ids)

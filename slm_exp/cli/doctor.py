@@ -1,6 +1,8 @@
-"""`slm doctor`: is this machine ready for a run? Every finding that is off comes with the command that mends it.
+"""`slm doctor [overrides]`: is this machine ready for a run, and can the model that is named work?
 
-Looks at Python and packages, torch and its driver, assets, cache, disk, locks, memory, threads, hub, W&B, launchers.
+Looks at Python and packages, torch and its driver, assets, cache, disk, locks, memory, threads, hub, W&B, launchers;
+with overrides, at the model's config, headers of weights, tokenizer and generation config, and at the settings against
+them. Every finding that is off comes with what mends it.
 """
 
 from __future__ import annotations
@@ -29,15 +31,17 @@ from filelock import Timeout
 from packaging.requirements import Requirement
 
 from slm_exp.calibration.bundled import STORIES
-from slm_exp.cli.command import FOLDER, command
+from slm_exp.cli.command import FOLDER, command, overrides_argument
 from slm_exp.core.cache.folder import default_cache_dir, find_entries, find_stale, problem
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import probing
 from slm_exp.core.format import human
 from slm_exp.core.locks import Lock
-from slm_exp.launch.compose import conf_dir
+from slm_exp.launch.compose import compose_run, conf_dir
 from slm_exp.launch.workers import available_memory, cores, visible_gpus
 from slm_exp.models.smollm2_135m import GGUF
+from slm_exp.pipeline.config import RunConfig
+from slm_exp.pipeline.inspection import Inspection
 from slm_exp.runs.offline import check_reachable, find_offline_runs
 
 OK, NOTE, OFF = "ok", "note", "off"
@@ -90,16 +94,37 @@ def judged(name: str, good: bool, found: str, remedy: str, otherwise: str = OFF)
     "doctor", __doc__,
     examples={"slm doctor": "everything that can be known in a few seconds",
               "slm doctor --full": "also a run of model=tiny, every byte of the cache, the hub and the W&B server",
+              "slm doctor model=hf model.path=FOLDER": "also whether that model can work; loads no weights",
               "slm doctor --json": "for programs"},
-    exits={0: "nothing is off", 1: "something is; its remedy stands below it", 2: "a wrong call"})
+    exits={0: "nothing is off", 1: "something of this machine is; its remedy stands below it",
+           2: "a wrong call, or the model that was named cannot work"})
+@overrides_argument()
 @click.option("--full", is_flag=True, help="also what takes longer (about a minute)")
 @click.option("--json", "as_json", is_flag=True, help="for programs")
 @click.option("--output", type=FOLDER, default=Path("outputs"), metavar="DIR", help="where runs go")
 @click.option("--cache-dir", type=FOLDER, metavar="DIR", help="the stage cache (default: as runs have it)")
-def main(full: bool, as_json: bool, output: Path, cache_dir: Path | None) -> int:
-    findings = list(examine(Path(cache_dir or default_cache_dir()).expanduser(), output, full))
+def main(overrides: Sequence[str], full: bool, as_json: bool, output: Path, cache_dir: Path | None) -> int:
+    named = [model(compose_run(overrides))] if overrides else []
+    findings = [*named, *examine(Path(cache_dir or default_cache_dir()).expanduser(), output, full)]
     print(json.dumps([f._asdict() for f in findings], indent=1) if as_json else show(findings))
+    if any(f.level == OFF for f in named):
+        return 2
     return int(any(f.level == OFF for f in findings))
+
+
+def model(cfg: RunConfig) -> Finding:
+    """Whether a run's model can work, and with the run's settings; looked at as before a run's first stage."""
+    try:
+        handle = Inspection().look(cfg)
+    except SlmError as error:
+        text = str(error)
+        found, stop, remedy = text.partition(". ")
+        return Finding("model", OFF, found + stop.strip(), remedy)
+    if handle is None:
+        return Finding("model", NOTE, f"model={cfg.model.name} {cfg.model.path}: nothing of it is on this machine",
+                       "a run fetches it; then this can be said")
+    sizes = f"{handle.n_layers} layers, {handle.n_params / 1e6:,.1f} M parameters"
+    return Finding("model", OK, f"{handle.name}: {handle.layout.family}, {sizes}; its files and the run's settings fit")
 
 
 def show(findings: Sequence[Finding]) -> str:

@@ -36,7 +36,7 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
     device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
     dense = cfg.model.open(device, Path(cfg.cache.dir))
     tokens = cfg.calibration.draw(dense, cfg.seed)
-    store = StageStore(Path(cfg.cache.dir) if cfg.cache.enabled else None)
+    store = StageStore(cfg.cache_folder)
     task = PlanTask(dense, tokens, cfg.similarity, cfg.kernel, cfg.merge_rule, None, store, cfg.seed)
     start = method.start(dense.n_layers)
     scorer = ScoringEngine(task, top=start.high)

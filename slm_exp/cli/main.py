@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from slm_exp.cli.command import Group, run_command, status_of
+from slm_exp.core.plugins import take
 
 COMMANDS = {"plan": "plan [overrides]    what a run or a grid would do and cost; loads nothing",
             "path": "path [overrides]    every plan any threshold can produce, with its exact interval",
@@ -18,14 +19,17 @@ COMMANDS = {"plan": "plan [overrides]    what a run or a grid would do and cost;
             "tables": "tables NAME DIR...  a table of a paper from records: md, tex, csv, html; or one row per run",
             "compare": "compare RUN [RUN...]   paired tests between runs on the same documents",
             "report": "report DIR...       one self-contained page, DIR/report.html, of a run or a sweep",
+            "merge": "merge MODEL PLAN OUT   the checkpoint that a plan makes of a model",
             "export": "export RUN_OR_PLAN  a plan as another tool's file (mergekit)",
-            "doctor": "doctor              what is wrong on this machine, and what to do about it",
+            "import": "import FILE         another program's plan as a plan.json: EvoPress, mergekit, LLM-Drop",
+            "doctor": "doctor [overrides]  what is wrong with this machine or the model named, and what to do",
             "cache": "cache [show|prune|verify]   what the stage cache holds; by age, by size; whether it is whole",
             "sync": "sync DIR...         send offline W&B runs, each once",
             "completion": "completion bash|zsh|fish   what your shell needs to complete these"}
 HELP_OPTION = {"help_option_names": ["-h", "--help"]}
 HELP = """A run or a grid itself: slm-exp [overrides], or python -m slm_exp [overrides]; see slm-exp --help.
-slm COMMAND --help has the options, examples and exit statuses of each."""
+slm COMMAND --help has the options, examples and exit statuses of each. With any of them --plugin FILE loads members of
+config groups from a file of your own (docs/plugins.md)."""
 
 
 class Commands(Group):
@@ -58,4 +62,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Call `slm_exp.cli.COMMAND.main`. Exit status: the command's; 2 for a wrong call."""
     if "_SLM_COMPLETE" in os.environ:
         importlib.import_module("slm_exp.cli.completion")  # its class for bash takes the place of click's
-    return run_command(lambda words: status_of(slm, words, "slm"), sys.argv[1:] if argv is None else argv)
+    return run_command(lambda words: status_of(slm, take(words), "slm"), sys.argv[1:] if argv is None else argv)

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from slm_exp.cli.command import command, overrides_argument
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import digest
-from slm_exp.launch.compose import compose_run
+from slm_exp.launch.compose import choices, compose_run
 from slm_exp.launch.hydra_compat import parse
 from slm_exp.runs.record import check_writable
 
@@ -35,8 +35,12 @@ def main(overrides: Sequence[str]) -> int:
         folder = parse(given[-1]).value() if given else None
     except HydraException as error:
         raise ConfigError(f"{given[-1]}; expected a folder, quoted as Hydra has it ({error}).") from None
+    methods = [o.partition("=")[2] for o in overrides if o.startswith("method=")]
+    if methods and methods[-1] != "slm" and methods[-1] in choices("method"):  # before what else that method wants
+        raise ConfigError(f"method = {methods[-1]}; expected slm: only it decides by a threshold, so no other has a "
+                          f"path. Sizes of it: python -m slm_exp -m method={methods[-1]} method.target_layers=26,24")
     cfg = compose_run([o for o in overrides if not o.startswith("hydra.")])
-    if cfg.method.name != "slm":
+    if cfg.method.name != "slm":  # by a preset
         raise ConfigError(f"method = {cfg.method.name}; expected slm: only it decides by a threshold.")
     science = {k: v for k, v in cfg.science().items() if k in ("model", "calibration", "seed")}
     range_ = [float(x) for x in cfg.method.threshold_range]  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,18 +14,31 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from slm_exp.cli.command import run_command
+from slm_exp.cli.shown import config_text
 from slm_exp.core.errors import ConfigError, SlmError, StageError, did_you_mean
 from slm_exp.core.logs import mask_logs, print_anything
+from slm_exp.core.plugins import take
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.runtime import rank, world
 from slm_exp.core.secrets import masked
-from slm_exp.launch.compose import choices, compose_raw, conf_dir, open_mappings, prepare_hydra
+from slm_exp.launch.compose import (
+    PLAIN_FIELDS,
+    PRESETS,
+    choices,
+    compose_raw,
+    conf_dir,
+    meant,
+    open_mappings,
+    prepare_hydra,
+)
 from slm_exp.launch.hydra_compat import help_text, is_sweep, parse_arguments, words
-from slm_exp.launch.jobs import check_all, fields_of_swept_groups, split_sweep
+from slm_exp.launch.jobs import SWEEP, check_all, fields_of_swept_groups, split_sweep
 from slm_exp.launch.plugins import register_plugins
 from slm_exp.pipeline.config import to_run_config
+from slm_exp.pipeline.inspection import inspect_jobs
 
-OPTIONS = ("--multirun", "--cfg", "--resolve", "--package", "--config-dir", "--help", "--hydra-help", "--info")
+OPTIONS = ("--multirun", "--cfg", "--resolve", "--package", "--config-dir", "--plugin", "--help", "--hydra-help",
+           "--info")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_anything()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        argv = take(argv)
         if parse_arguments(argv)[0].help:
             return run_command(_help, argv)
+        if parse_arguments(argv)[0].cfg == "job" and not parse_arguments(argv)[0].package:
+            return run_command(_show, argv)
         argv = fields_of_swept_groups(open_mappings(_check_command(argv)), _search(argv))
     except SlmError as error:
         print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
@@ -48,33 +65,87 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help(argv: Sequence[str]) -> int:
-    groups = "".join(f"{group}: {', '.join(choices(group))}\n" for group in (*GROUPS, "experiment", "sweep"))
+    groups = "".join(f"{group}: {', '.join(choices(group))}\n" for group in (*GROUPS, *PRESETS))
     print(help_text(compose_raw([], with_hydra=True).hydra.help.template, groups))
     return 0
 
 
+def _show(argv: Sequence[str]) -> int:
+    args, overrides = parse_arguments(argv)
+    _check_words(argv)
+    search = _search(argv)
+    if any(map(is_sweep, overrides)):
+        jobs = split_sweep(fields_of_swept_groups(open_mappings(overrides), search), {})
+        print(f"# the first of {len(jobs)} jobs: {' '.join(jobs[0])}", file=sys.stderr)
+        overrides = jobs[0]
+    print(config_text([*overrides, *search], args.resolve), end="")
+    return 0
+
+
 def _check_command(argv: list[str]) -> list[str]:
-    """Check what the command line requests, with this package's messages, before Hydra takes over; what to give it."""
+    """Check what the command line requests, with this package's messages, before Hydra takes over; what to give it:
+    its options first, as it wants them."""
     args, overrides = parse_arguments(argv)
     if args.multirun and world() > 1:
         raise ConfigError(f"-m; expected a single run where a launcher started {world()} processes to train together.")
     if args.config_name or args.config_path or args.hydra_help or args.shell_completion or args.info:
         return argv
-    for option in overrides:
-        if option.startswith("-"):
-            raise ConfigError(f"{option}; expected overrides (group=member, group.field=value) or one of "
-                              f"{', '.join(OPTIONS)}. {did_you_mean(option, OPTIONS)}".rstrip())
+    _check_words(argv)
+    options, _ = _split(argv)
     search = _search(argv)
     if not args.cfg:
-        check_all([*overrides, *search], multirun=args.multirun)
-        return argv
-    if any(map(is_sweep, overrides)):  # Hydra refuses --cfg of a grid
-        jobs = split_sweep(fields_of_swept_groups(overrides, search), {})
-        print(f"# the first of {len(jobs)} jobs: {' '.join(jobs[0])}", file=sys.stderr)
-        argv = [*(a for a in argv if a not in (*overrides, "-m", "--multirun")), *jobs[0]]
-        overrides = jobs[0]
-    compose_raw([*overrides, *search])
-    return argv
+        command = check_all([*overrides, *search], multirun=args.multirun)
+        if not rank():
+            inspect_jobs(cfg for _, cfg in command.jobs)
+    else:
+        if any(map(is_sweep, overrides)):  # Hydra refuses --cfg of a grid
+            overrides = split_sweep(fields_of_swept_groups(overrides, search), {})[0]
+            options = [o for o in options if o not in ("-m", "--multirun")]
+        compose_raw([*overrides, *search])
+    return [*options, *overrides]
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's own options with their values, and the other words, both in the order of the command line."""
+    options, others = list[str](), list[str]()
+    left = list(parse_arguments(argv)[1])
+    for word in argv:
+        if word in left:
+            left.remove(word)
+            others.append(word)
+        else:
+            options.append(word)
+    return options, others
+
+
+def _check_words(argv: Sequence[str]) -> None:
+    """Answer options that are none, fields without their group, and repo ids for members with the command that was
+    meant; other mistakes are found when the config is composed.
+
+    Raises:
+        ConfigError: with that command, or with the options there are.
+    """
+    right, wrong, words = list[str](), list[str](), iter(_split(argv)[1])
+    for word in words:
+        better, given = meant(word), word
+        if word.startswith("-"):
+            name, equals, value = word.lstrip("-").partition("=")
+            if not _as_override(name, "VALUE"):
+                raise ConfigError(f"{word}; expected overrides (group=member, group.field=value) or one of "
+                                  f"{', '.join(OPTIONS)}. {did_you_mean(word, OPTIONS)}".rstrip())
+            value = value if equals else next(words, "VALUE")
+            better, given = _as_override(name, value), word if equals else f"{word} {value}"
+        wrong += [given] if better else []
+        right += better or [word]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: settings are overrides, GROUP=MEMBER or GROUP.FIELD=VALUE. Meant, "
+                          f"perhaps: {shlex.join(['python', '-m', 'slm_exp', *_split(argv)[0], *right])}")
+
+
+def _as_override(name: str, value: str) -> list[str]:
+    """What `--NAME VALUE` may mean; empty where NAME is none of a setting."""
+    word = f"{name.replace('-', '_')}={value}"
+    return meant(word) or [word] * (name.partition(".")[0] in (*GROUPS, *PRESETS, *PLAIN_FIELDS))
 
 
 def _search(argv: Sequence[str]) -> list[str]:
@@ -90,7 +161,7 @@ def _job(cfg: DictConfig) -> None:
     multirun = hydra_cfg.mode == RunMode.MULTIRUN
     run_cfg = to_run_config(cfg)
     # a job with a process of its own (slm_exp.launch) is a single run to Hydra, and gets its sweep's name this way
-    group = os.environ.get("SLM_EXP_SWEEP") or (Path(hydra_cfg.sweep.dir).name if multirun else None)
+    group = os.environ.get(SWEEP) or (Path(hydra_cfg.sweep.dir).name if multirun else None)
     if run_cfg.save_model is None:
         run_cfg.save_model = group is None
     folder = Path(hydra_cfg.runtime.output_dir)
@@ -105,11 +176,13 @@ def _job(cfg: DictConfig) -> None:
         raise
     except SlmError as error:
         message = masked(str(error))
+        if group is None and isinstance(error, StageError) and error.refused:  # it has left no record
+            print(masked(f"{type(error.__cause__).__name__}: {error.__cause__}"), file=sys.stderr)
+            raise SystemExit(2) from None
         print(f"run {run_cfg.run_id} failed: {message}\nIts record: {folder / 'record.json'}", file=sys.stderr)
         if multirun:  # a plain message: other processes get to unpickle it
             raise SlmError(message) from None
-        refused = isinstance(error, StageError) and error.stage == "load" and isinstance(error.__cause__, SlmError)
-        raise SystemExit(2 if refused else 1) from None
+        raise SystemExit(1) from None
     from slm_exp.reporting.summary import summary
 
     print(summary(record, folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from slm_exp.cli.command import FOLDER, command
 from slm_exp.cli.run import main as run
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.format import override
-from slm_exp.core.registry import GROUPS
+from slm_exp.core.plugins import loaded, words
+from slm_exp.core.registry import GROUPS, load_all
 from slm_exp.launch.compose import PLAIN_FIELDS
 from slm_exp.runs.sweep import FINISHED, SweepFolder, table
 
@@ -30,17 +32,19 @@ CODE = "model.trust_remote_code"
 """The one field of an experiment that lets a model's folder run code."""
 
 
-def launch(folder: Path, select: str, extra: Sequence[str]) -> int:
+def launch(folder: Path, select: str, extra: Sequence[str], changed: bool = False) -> int:
     """Run the cells of the folder's definition that `select` names (missing, failed, all), as its command would.
 
     Args:
         extra: overrides on top of the command's, e.g. hydra.launcher.workers=4; they must not change what a cell is.
+        changed: a plug-in may be another than the cells were defined with.
 
     Raises:
         ConfigError: not a sweep's folder, an override in `extra` that belongs to the cells, or one in the folder's
-            sweep.json that only a command line may give.
+            sweep.json that only a command line may give; a plug-in of the cells is not there, or another.
     """
     sweep = SweepFolder.read(folder)
+    _check_plugins(sweep, f"slm sweep {'resume' if select == 'missing' else 'rerun'} {folder}", changed)
     for given in extra:
         if not given.startswith(("hydra.", "hydra/", f"{CODE}=")):
             raise ConfigError(f"{given}; expected Hydra's own settings (hydra.launcher.workers=2, hydra/launcher=basic)"
@@ -84,6 +88,22 @@ def taken_from(sweep: SweepFolder, extra: Sequence[str]) -> list[str]:
     return argv
 
 
+def _check_plugins(sweep: SweepFolder, command: str, changed: bool) -> None:
+    """Refuse to go on without the plug-ins that a sweep's cells come from: a file in a folder names no code to run."""
+    load_all()
+    here = {plugin.name: plugin for plugin in loaded()}
+    again = f"{command} {shlex.join(words(sweep.plugins))}".rstrip()
+    for plugin in sweep.plugins:
+        what = plugin.file or f"{plugin.name} {plugin.version or ''}".rstrip()
+        if plugin.name not in here:
+            todo = f"Give it again: {again}" if plugin.file else "Install the package that brings it."
+            raise ConfigError(f"{sweep.path} has cells of the plug-in {what}, which is not loaded. {todo}")
+        if here[plugin.name].digest != plugin.digest and not changed:
+            raise ConfigError(f"{sweep.path} has cells of the plug-in {what}, whose code is another by now (digest "
+                              f"{plugin.digest[:8]}, here {here[plugin.name].digest[:8]}). Its cells would be computed "
+                              f"anew: {again} --changed-plugin")
+
+
 @command(
     "sweep", __doc__, group=True,
     examples={"slm sweep status outputs/multirun/threshold_rule": "one line per cell",
@@ -91,7 +111,7 @@ def taken_from(sweep: SweepFolder, extra: Sequence[str]) -> list[str]:
               "slm sweep rerun --failed outputs/multirun/threshold_rule": "those that failed or died"},
     exits={0: "every cell is finished", 1: "a cell is not; it is named", 2: "a wrong call, or a folder in use"},
     notes="resume and rerun take groups, fields and the launcher's own settings from the folder's sweep.json; what "
-          "could run code is taken from the command line only.")
+          "could run code, plug-ins among it, is taken from the command line only.")
 @click.pass_context
 def main(ctx: click.Context) -> None:
     if ctx.invoked_subcommand is None:
@@ -100,6 +120,8 @@ def main(ctx: click.Context) -> None:
 
 DIR = click.argument("folder", metavar="DIR", type=FOLDER)
 SETTINGS = click.argument("overrides", metavar="[SETTING]...", nargs=-1)
+CHANGED = click.option("--changed-plugin", "changed", is_flag=True,
+                       help="the plug-in may be another than the cells were defined with; its cells are computed anew")
 
 
 @main.command("status", help="one line per cell; exit status 1 while one is not finished")
@@ -113,15 +135,17 @@ def _status(folder: Path, as_json: bool) -> int:
 
 @main.command("resume", help="run every cell that is not finished; recompute nothing that is. "
                              "SETTING is Hydra's, for now: hydra.launcher.workers=4")
+@CHANGED
 @DIR
 @SETTINGS
-def _resume(folder: Path, overrides: tuple[str, ...]) -> int:
-    return launch(folder, "missing", overrides)
+def _resume(folder: Path, overrides: tuple[str, ...], changed: bool) -> int:
+    return launch(folder, "missing", overrides, changed)
 
 
 @main.command("rerun", help="run every cell again; an old record stays as record.before.json")
 @click.option("--failed", is_flag=True, help="only those that failed or died")
+@CHANGED
 @DIR
 @SETTINGS
-def _rerun(folder: Path, overrides: tuple[str, ...], failed: bool) -> int:
-    return launch(folder, "failed" if failed else "all", overrides)
+def _rerun(folder: Path, overrides: tuple[str, ...], failed: bool, changed: bool) -> int:
+    return launch(folder, "failed" if failed else "all", overrides, changed)

@@ -53,6 +53,11 @@ class StageError(SlmError):
         super().__init__(f"stage {stage!r} failed: {type(cause).__name__}: {cause}")
         self.stage = stage
 
+    @property
+    def refused(self) -> bool:
+        """Whether nothing was computed yet: the first stage found that model, data or settings cannot work."""
+        return self.stage == "load" and isinstance(self.__cause__, SlmError)
+
 
 def require(ok: bool, field: str, value: Any, wanted: str, remedy: str = "") -> None:
     """Raise ConfigError unless `ok`: `field = value; expected wanted. remedy`."""
@@ -64,6 +69,13 @@ def require_one_of(field: str, value: str, choices: Iterable[str]) -> None:
     """Raise ConfigError unless `value` is one of `choices`, naming the closest."""
     choices = sorted(choices)
     require(value in choices, field, value, "one of " + ", ".join(choices), did_you_mean(value, choices))
+
+
+def caused_by_config(error: BaseException | None) -> ConfigError | None:
+    """The ConfigError that a library's error wraps, or None."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

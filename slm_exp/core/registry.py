@@ -1,16 +1,20 @@
 """One decorated file adds a component: `@register("kernel", "rbf")` on a dataclass is schema, default and code.
 
-It is stored in Hydra's ConfigStore. Nothing in a config can name code: only registered classes exist.
+It is stored in Hydra's ConfigStore. Nothing in a config can name code: only registered classes exist. Files outside the
+package add members in the same way, as plug-ins (core/plugins).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+
+from slm_exp.core import plugins
+from slm_exp.core.errors import ConfigError
 
 GROUPS = {  # config group -> package whose modules hold its members
     "model": "models", "calibration": "calibration", "kernel": "kernels", "similarity": "similarity",
@@ -41,10 +45,16 @@ class Component:
     def check(self) -> None:
         """Raise ConfigError on a bad field. Cheap: no files of weights, no heavy imports."""
 
+    def in_force(self) -> list[str]:
+        """What holds where its settings leave a choice open, a line each; for `--cfg job`."""
+        return []
+
     def identity(self) -> Fields:
-        """What distinguishes this component's results: its name and scientific fields; a path as a digest."""
+        """What distinguishes this component's results: its name and scientific fields; a path as a digest; and the
+        digest of its code, where that lies outside this package."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("science", True)}
-        return {"name": self.name, **fields}
+        plugin = plugins.plugin_of(type(self))
+        return {"name": self.name, **fields, **({"code": plugin.digest} if plugin else {})}
 
 
 def knob(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
@@ -56,11 +66,21 @@ C = TypeVar("C", bound=Component)
 
 
 def register(group: str, name: str) -> Callable[[type[C]], type[C]]:
-    """Class decorator: make a dataclass the member `name` of a config group. Put it above `@dataclass`."""
+    """Class decorator: make a dataclass the member `name` of a config group. Put it above `@dataclass`.
+
+    Raises:
+        ConfigError: there is no such group, or another file has a member of that name.
+    """
 
     def add(cls: type[C]) -> type[C]:
         from hydra.core.config_store import ConfigStore
 
+        if group not in GROUPS:
+            raise ConfigError(f"@register({group!r}, {name!r}): expected one of the groups {', '.join(GROUPS)}.")
+        first = _members[group].get(name)
+        if first is not None and first.__module__ != cls.__module__:
+            raise ConfigError(f"@register({group!r}, {name!r}) in {cls.__module__}: {first.__module__} has a member of "
+                              "that name. Choose another.")
         cls.config_group, cls.name = group, name
         _members[group][name] = cls
         ConfigStore.instance().store(group=group, name=name, node=cls)
@@ -71,14 +91,20 @@ def register(group: str, name: str) -> Callable[[type[C]], type[C]]:
 
 @cache
 def load_all() -> None:
-    """Import every module of every group's package that declares members. Idempotent, cheap: what only members need
-    to work (and may import torch) stays unloaded."""
+    """Import every module of every group's package that declares members, and the plug-ins. Idempotent, cheap: what
+    only members need to work (and may import torch) stays unloaded."""
     for package_name in GROUPS.values():
         package = importlib.import_module(f"slm_exp.{package_name}")
         for folder in getattr(package, "__path__", []):
             for file in sorted(Path(folder).glob("*.py")):
                 if "@register(" in file.read_text(encoding="utf-8"):
                     importlib.import_module(f"{package.__name__}.{file.stem}")
+    plugins.load()
+
+
+def foreign(members: Iterable[Component]) -> list[plugins.Plugin]:
+    """The plug-ins that these members come from, each once."""
+    return list(dict.fromkeys(plugin for member in members if (plugin := plugins.plugin_of(type(member)))))
 
 
 def available(group: str) -> dict[str, type[Component]]:

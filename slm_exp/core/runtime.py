@@ -73,14 +73,28 @@ class Runtime(Component):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
+        self.require_device(device)
         wanted = device or self.device
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        if wanted == "cuda" and world() > 1:
-            wanted = f"cuda:{local_rank()}"
-        if wanted.startswith("cuda") and not torch.cuda.is_available():
+        return torch.device(f"cuda:{local_rank()}" if wanted == "cuda" and world() > 1 else wanted)
+
+    def require_device(self, device: str | None = None) -> None:
+        """Refuse a GPU that is not there (`device` overrides this config's). Imports torch where one is asked for.
+
+        Raises:
+            ConfigError: no GPU is visible, or none of that number.
+        """
+        wanted = device or self.device
+        if not wanted.startswith("cuda"):
+            return
+        import torch
+
+        if not torch.cuda.is_available():
             raise ConfigError(f"device = {wanted}; no CUDA device is visible. Use runtime=cpu or runtime=auto.")
-        return torch.device(wanted)
+        n, number = torch.cuda.device_count(), wanted.partition(":")[2]
+        require(not number or (number.isdigit() and int(number) < n), "device", wanted,
+                f"cuda:0 to cuda:{n - 1}, the {n} devices that are visible")
 
     def describe(self, device: torch.device) -> dict[str, Any]:
         """What the record says about the machine."""

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import truediv
@@ -73,6 +74,49 @@ class Compensation(StrictValue):
     kind: Literal["magnitude"]
     cuts: tuple[Cut, ...]
     """Bottom to top."""
+
+
+FITTED = "fitted.safetensors"
+
+
+@dataclass(frozen=True)
+class FittedFile(StrictValue):
+    """What a merge rule fitted: a safetensors file beside the plan, with a tensor `START-STOP.NAME` for every parameter
+    of a merged layer that differs from its host's (see `merging.fitted`)."""
+
+    file: str
+    """Its name in the plan's folder."""
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if Path(self.file).name != self.file or not self.file:
+            raise PlanError(f"fitted.file = {self.file!r}; expected the name of a file beside the plan.")
+
+    @classmethod
+    def of(cls, data: bytes) -> FittedFile:
+        """Held in memory until it is written beside a plan."""
+        return cls(FITTED, hashlib.sha256(data).hexdigest())._from(lambda: data)
+
+    def lies_in(self, folder: Path) -> None:
+        """Say where its content is to be read from."""
+        self._from((folder / self.file).read_bytes)
+
+    def _from(self, source: Callable[[], bytes]) -> FittedFile:
+        object.__setattr__(self, "_source", source)  # no field: no part of the JSON, nor of what makes two plans equal
+        return self
+
+    def read(self) -> bytes:
+        """Its content. Raises PlanError: it is not there, or not what the plan was made with."""
+        source = getattr(self, "_source", None)
+        try:
+            data: bytes = source() if source else b""
+        except OSError as error:
+            raise PlanError(f"fitted.file = {self.file}: it cannot be read beside the plan ({error.strerror}). Take "
+                            "the folder of the run that made the plan.") from None
+        if (found := hashlib.sha256(data).hexdigest()) != self.sha256:
+            raise PlanError(f"fitted.file = {self.file}: sha256 {found[:16]}..., and the plan was made with "
+                            f"{self.sha256[:16]}...; the layers of another plan would be built.")
+        return data
 
 
 @dataclass(frozen=True)
@@ -147,6 +191,8 @@ class MergePlan(StrictValue):
     width: WidthDecision | None = None
     """Where width was pruned."""
     compensation: Compensation | None = None
+    fitted: FittedFile | None = None
+    """Where the merge rule fits its layers."""
     trace: tuple[Trial, ...] = ()
     evaluations: int = 0
     block_forwards: int = 0
@@ -236,11 +282,15 @@ class MergePlan(StrictValue):
         out = {name: data[name] for name in ("n_layers", "groups", "dropped", "sublayers", "rule", "width")}
         if self.compensation and self.compensation.cuts:
             out["compensation"] = data["compensation"]
+        if self.fitted:
+            out["fitted"] = self.fitted.sha256
         return {**out, "rule": self.rule if self.groups else None}
 
     def to_json(self) -> dict[str, Any]:
         """The contents of plan.json."""
         out = dataclasses.asdict(self) | {"width": self.width and self.width.to_json()}
+        if self.fitted is None:
+            del out["fitted"]
         if self.target is not None:
             out["target"] = {name: value for name, value in out["target"].items() if value is not None}
         return plain(out)  # type: ignore[no-any-return]
@@ -270,12 +320,19 @@ class MergePlan(StrictValue):
         return dataclasses.replace(plan, n_layers=max(ends, default=0) + 1)
 
     def save(self, folder: Path) -> None:
-        """Write plan.json into `folder`, atomically."""
+        """Write plan.json into `folder`, atomically, and first what the merge rule fitted, if it does. Raises PlanError
+        as `FittedFile.read`."""
+        if self.fitted:
+            with writing(folder / self.fitted.file) as tmp:
+                tmp.write_bytes(self.fitted.read())
         write_json(folder / "plan.json", self.to_json())
 
     @classmethod
     def load(cls, folder: Path) -> MergePlan:
-        return cls.from_json(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+        plan = cls.from_json(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+        if plan.fitted:
+            plan.fitted.lies_in(folder)
+        return plan
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ def layer_gradients(
         layer = runner.handle.layers[i]
         device = next(layer.parameters()).device
         weights = {n: p.detach().float().clone().requires_grad_() for n, p in layer.named_parameters()}
-        call = _ordinary(runner.call(i, torch.float32))
+        call = ordinary(runner.call(i, torch.float32))
         for row in range(len(upstream)):
-            x_1TD = _ordinary(states[i][row : row + 1].to(device, torch.float32)).requires_grad_()
+            x_1TD = ordinary(states[i][row : row + 1].to(device, torch.float32)).requires_grad_()
             with torch.enable_grad():
                 out = torch.func.functional_call(layer, weights, (x_1TD,), call)
                 out = out[0] if isinstance(out, tuple) else out
@@ -53,12 +53,12 @@ def _last_state_gradient(runner: BlockRunner, last_NTD: Tensor) -> Tensor:
     """Gradient of the mean loss with respect to the last layer's output: [N, T, D] float32."""
     norm = runner.model.get_submodule(runner.handle.layout.final_norm)
     head: Any = runner.model.get_output_embeddings()
-    of_norm, of_head = ({n: _ordinary(p.detach().float()) for n, p in m.named_parameters()} for m in (norm, head))
+    of_norm, of_head = ({n: ordinary(p.detach().float()) for n, p in m.named_parameters()} for m in (norm, head))
     device = head.weight.device
     n_targets = runner.tokens_NT[:, 1:].numel()
     out = torch.empty(last_NTD.shape, dtype=torch.float32, device=device)
     for row, targets_T in enumerate(runner.tokens_NT[:, 1:]):
-        x_TD = _ordinary(last_NTD[row].to(device, torch.float32)).requires_grad_()
+        x_TD = ordinary(last_NTD[row].to(device, torch.float32)).requires_grad_()
         with torch.enable_grad():
             logits_TV = torch.func.functional_call(head, of_head, torch.func.functional_call(norm, of_norm, x_TD[:-1]))
             logits_TV = runner.handle.layout.logits(runner.handle.config, logits_TV)
@@ -72,12 +72,12 @@ def _last_state_gradient(runner: BlockRunner, last_NTD: Tensor) -> Tensor:
     return out
 
 
-def _ordinary(value: Any) -> Any:
+def ordinary(value: Any) -> Any:
     """Copies of tensors made in inference mode, which autograd refuses; containers keep their kind."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, dict):
-        return {k: _ordinary(v) for k, v in value.items()}
+        return {k: ordinary(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_ordinary(v) for v in value)
+        return type(value)(ordinary(v) for v in value)
     return value

@@ -30,8 +30,9 @@ def next_token_loss(model: Any, batch: dict[str, Tensor], ce: float = 1.0, teach
             wanted_MD, _ = counted_states(teacher, batch)
         of_teacher = wanted_MD, teacher.get_output_embeddings().weight
     given_MD, labels_M = counted_states(model, batch)
-    cap = layout_for(model.config).cap(model.config)
-    return head_loss(given_MD, model.get_output_embeddings().weight, labels_M, ce, of_teacher, temperature, cap)
+    cap, head_VD = layout_for(model.config).cap(model.config), model.get_output_embeddings().weight
+    given_MD, labels_M = given_MD.to(head_VD.device), labels_M.to(head_VD.device)  # a model may lie on several
+    return head_loss(given_MD, head_VD, labels_M, ce, of_teacher, temperature, cap)
 
 
 def counted_states(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,7 @@ def counted_states(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     last_BTD: Tensor = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     factor = layout_for(model.config).logit_factor(model.config)
-    states_MD = last_BTD[:, :-1][counted]
+    states_MD = last_BTD[:, :-1][counted.to(last_BTD.device)]
     return states_MD if factor == 1 else states_MD * factor, labels[counted]
 
 

@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.models.layout import LayerLayout
 
 HELD = 5
+QUIET = 0.1
+"""Channels whose gain is below this share of the median are left alone by a refit of the projection before the norm:
+what they lack would take a change so large that it turned all others' direction."""
+OUTLYING = 10.0
+"""Times the median norm, from which on a token's state is outlying."""
+
+
+def token_weights(states_NTD: Tensor, weighting: str = "class", rows: int = 8) -> Tensor:
+    """What each token's squared error counts, [N, T] float64.
+
+    `equal`: the same. `relative`: one over the squared norm, as the next layer's norm sees it. `class`: likewise, but
+    tokens of outlying norm together count as much as all others together. Most decoders have a layer that makes one
+    state in a sequence, usually the first token's, a hundred times larger than the others, and later heads attend to
+    it: one token in 256, which a mean over tokens forgets.
+
+    Args:
+        states_NTD: those that the errors are errors of.
+        rows: sequences in float64 at once.
+    """
+    square_NT = torch.cat([part.double().square().sum(-1) for part in states_NTD.split(rows)]).clamp(min=1e-12)
+    if weighting == "equal":
+        return torch.ones_like(square_NT)
+    weight_NT = 1 / square_NT
+    outlying_NT = square_NT > OUTLYING**2 * square_NT.median()
+    if weighting == "class" and (few := int(outlying_NT.sum())):
+        weight_NT[outlying_NT] *= (square_NT.numel() - few) / few
+    return weight_NT
 
 
 @dataclass
@@ -41,63 +70,135 @@ class Moments:
         self.xr_CD.addmm_(x.T, r)
         self.rr += float(r.square().sum())
 
+    @property
+    def scale(self) -> float:
+        """What ridges are relative to: the mean weighted square of an input."""
+        return float(self.xx_CC.diagonal().mean())
+
+    def solve(self, ridge: float) -> Tensor | None:
+        """The change that minimises the error plus ridge x its squares; None where inputs depend on each other."""
+        damped_CC = self.xx_CC.clone()
+        damped_CC.diagonal().add_(ridge)
+        factor_CC, failed = torch.linalg.cholesky_ex(damped_CC)
+        return None if int(failed) else torch.cholesky_solve(self.xr_CD, factor_CC)
+
     def error(self, change_CD: Tensor) -> float:
         """Sum of weighted squares of r - x change."""
         quadratic = (change_CD * (self.xx_CC @ change_CD)).sum()
         return self.rr + float(quadratic - 2 * (change_CD * self.xr_CD).sum())
 
 
+class GainMoments(Moments):
+    """Likewise of a norm's gain: channel d of the output is channel d of the normed input times gain d, so that only
+    the products channel by channel are kept, [D] each, under the same names."""
+
+    @classmethod
+    def of(cls, channels: int, device: torch.device) -> GainMoments:
+        zeros_D = torch.zeros(channels, dtype=torch.float64, device=device)
+        return cls(zeros_D, zeros_D.clone())
+
+    def add(self, x_MC: Tensor, r_MD: Tensor, weight_M: Tensor) -> None:
+        x, r, weight_M1 = x_MC.double(), r_MD.double(), weight_M.double().unsqueeze(1)
+        self.xx_CC += (weight_M1 * x.square()).sum(0)
+        self.xr_CD += (weight_M1 * x * r).sum(0)
+        self.rr += float((weight_M1 * r.square()).sum())
+
+    @property
+    def scale(self) -> float:
+        return float(self.xx_CC.mean())
+
+    def solve(self, ridge: float) -> Tensor | None:
+        return self.xr_CD / (self.xx_CC + ridge)
+
+    def error(self, change_CD: Tensor) -> float:
+        return self.rr + float((change_CD.square() * self.xx_CC - 2 * change_CD * self.xr_CD).sum())
+
+
 def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: Tensor, wanted_NTD: Tensor,
-            held_N: Tensor, relative: bool = True, scale: float = 1.0) -> tuple[Moments, Moments]:
+            held_N: Tensor, weight_NT: Tensor | None = None, scale: float = 1.0) -> tuple[Moments, Moments]:
     """(fitted on, held out): what a projection of a layer sees against what the stream behind the layer lacks.
 
+    Where a norm stands behind the projection (OLMo 2, Gemma 2, GLM-4), the layer adds gain x W x / s with s the root
+    mean square of W x, token by token. With s as it is now that is linear: x / s is what the projection sees, and the
+    change found is that of gain x W, which `changed` divides by the gain. The norm then turns the size of the new W x
+    back into s, so that only its direction comes as found; sizes by channel are the gain's, which is fitted exactly.
+    Either change is judged by the layer's true output.
+
     Args:
-        module: the projection; None for errors alone.
+        module: the projection, or such a norm for its gain; None for errors alone.
         wanted_NTD: the stream behind the layer as it should be, up to `scale`.
         held_N: sequences that are held out.
-        relative: each token's error counts relative to its norm, as the next layer's norm sees it.
+        weight_NT: see `token_weights`, whose default it is.
     Cost: one forward of the layer. Its inputs join with ones where the projection has a bias.
     """
     layer: Any = runner.handle.layers[slot.host]
-    linear = layer.get_submodule(module) if module else None
-    inputs = 0 if linear is None else inputs_of(linear)
-    fit, held = (Moments.empty(inputs, wanted_NTD.shape[-1], next(layer.parameters()).device) for _ in "12")
-    factor = runner.handle.layout.residual_factor(runner.handle.config)
-    seen: list[Tensor] = []
-    with nullcontext() if linear is None else linear.register_forward_pre_hook(lambda m, args: seen.append(args[0])):
+    layout, device, d = runner.handle.layout, next(layer.parameters()).device, wanted_NTD.shape[-1]
+    gain = module in layout.output_norms
+    norm = module if gain else layout.norm_behind(module)
+    inputs = inputs_of(layer.get_submodule(module)) if module and not gain else 0
+    fit, held = (GainMoments.of(d, device) if gain else Moments.empty(inputs, d, device) for _ in "12")
+    factor: float | Tensor = layout.residual_factor(runner.handle.config)
+    weight_NT = token_weights(wanted_NTD) if weight_NT is None else weight_NT
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for name in filter(None, dict.fromkeys((module, norm))):
+            hook = partial(_note, seen, name)
+            hooks.enter_context(layer.get_submodule(name).register_forward_pre_hook(hook))
         for at in range(0, len(held_N), runner.rows):
             rows = slice(at, at + runner.rows)
             out_NTD = runner.block(slot, entering_NTD[rows])
             target_NTD = wanted_NTD[rows].to(out_NTD.device) * scale
-            x_NTC = seen.pop() if module else out_NTD[..., :0]
-            add_tokens(fit, held, x_NTC, out_NTD, target_NTD, held_N[rows].to(out_NTD.device), relative, factor)
+            x_NTC = seen[module] if module else out_NTD[..., :0]
+            if norm:
+                factor = 1 / _size(layer.get_submodule(norm), seen[norm])
+            add_tokens(fit, held, x_NTC, out_NTD, target_NTD, held_N[rows], weight_NT[rows], factor)
     return fit, held
 
 
+def _note(seen: dict[str, Tensor], name: str, module: Any, args: tuple[Tensor, ...]) -> None:
+    seen[name] = args[0]
+
+
+def _size(norm: Any, y_NTD: Tensor) -> Tensor:
+    """What a norm divides each token by [N, T, 1]: the root mean square."""
+    eps: Any = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", 0.0)
+    return (y_NTD.float().square().mean(-1, keepdim=True) + eps).sqrt()
+
+
 def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor,
-               relative: bool, factor: float = 1.0) -> None:
+               weight_NT: Tensor, factor: float | Tensor = 1.0) -> None:
     """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence.
 
     Args:
-        factor: what the projection's output is multiplied by on its way into the stream.
+        factor: what the projection's output is multiplied by on its way into the stream, one number or [N, T, 1].
     """
     x_NTC = x_NTC.reshape(*out_NTD.shape[:2], x_NTC.shape[-1])  # OPT's MLP sees all tokens in one row
-    if len(fit.xx_CC) > x_NTC.shape[-1]:  # a bias is the weight of ones
+    if len(fit.xx_CC) == x_NTC.shape[-1] + 1:  # a bias is the weight of ones
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
-    if factor != 1:
-        x_NTC = x_NTC * factor
+    x_NTC = x_NTC * factor
+    held_N, weight_NT = held_N.to(out_NTD.device), weight_NT.to(out_NTD.device)
     for sums, chosen_N in ((fit, ~held_N), (held, held_N)):
-        x, t, r = (h[chosen_N].flatten(0, 1) for h in (x_NTC, target_NTD, target_NTD - out_NTD))
-        norm_M = t.double().square().sum(1)
-        weight_M = 1 / norm_M.clamp(min=1e-12) if relative else norm_M.new_ones(len(norm_M))
+        x, t, r, weight_M = (h[chosen_N].flatten(0, 1) for h in (x_NTC, target_NTD, target_NTD - out_NTD, weight_NT))
         sums.add(x, r, weight_M)
-        sums.tt += float((weight_M * norm_M).sum())
+        sums.tt += float((weight_M * t.double().square().sum(1)).sum())
 
 
-def changed(layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: Tensor) -> dict[str, Tensor]:
-    """A projection's parameters, by name in the layer, with a change added, float32. `weights`: parameters that replace
-    the layer's own."""
+def changed(layout: LayerLayout, layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: Tensor
+            ) -> dict[str, Tensor]:
+    """Parameters of a projection, or of a norm behind one, by name in the layer, with a change added, float32.
+
+    Args:
+        weights: parameters that replace the layer's own.
+    """
     linear = layer.get_submodule(module)
+    if module in layout.output_norms:
+        name = f"{module}.weight"
+        return {name: (weights.get(name, linear.weight).double() + change_CD).float()}
+    if norm := layout.norm_behind(module):
+        own: Tensor = layer.get_parameter(f"{norm}.weight")
+        gain_D = weights.get(f"{norm}.weight", own).double() + layout.norm_offset
+        heard_D = gain_D.abs() > QUIET * gain_D.abs().median()
+        change_CD = torch.where(heard_D, change_CD / gain_D, torch.zeros_like(change_CD))
     width = linear.weight.shape[_inputs_dim(linear)]
     weight = change_CD[:width].T if _inputs_dim(linear) else change_CD[:width]
     parts = {"weight": weight} | ({} if linear.bias is None else {"bias": change_CD[width]})
@@ -133,16 +234,13 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float]) -> tuple[Tensor
     Cost: one Cholesky factor of [C, C] and one product with [C, D] for every ridge.
     """
     best: tuple[Tensor, float, float] | None = None
-    scale = float(fit.xx_CC.diagonal().mean())
+    scale = fit.scale
     if not scale > 0:
         return None
     for ridge in ridges:
-        damped_CC = fit.xx_CC.clone()
-        damped_CC.diagonal().add_(ridge * scale)
-        factor_CC, failed = torch.linalg.cholesky_ex(damped_CC)
-        if int(failed):
+        change_CD = fit.solve(ridge * scale)
+        if change_CD is None:
             continue  # too small a ridge for inputs that nearly depend on each other
-        change_CD = torch.cholesky_solve(fit.xr_CD, factor_CC)
         error = held.error(change_CD)
         if error < (held.rr if best is None else best[2]):
             best = change_CD, ridge, error

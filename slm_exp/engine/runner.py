@@ -117,6 +117,13 @@ class BlockRunner:
                 out[start : start + self.rows] = run(h_NTD[start : start + self.rows])
             return out
 
+    def last_state(self) -> Tensor:
+        """After all layers and the final norm: [N, T, D]. Cost: one forward pass but for the head."""
+        h_NTD = self.embed()
+        for i in range(self.handle.n_layers):
+            h_NTD = self.block(Slot(i), h_NTD)
+        return self.finish(h_NTD)
+
     def finish(self, h_NTD: Tensor) -> Tensor:
         """The model's last hidden state, after the final norm: [N, T, D] -> [N, T, D]."""
         norm = self.model.get_submodule(self.handle.layout.final_norm)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slm_exp.core.errors import ConfigError, DataError, ProtocolError, did_you_mean, require
+from slm_exp.core.errors import ConfigError, DataError, ProtocolError, did_you_mean
 from slm_exp.core.registry import register
 from slm_exp.evaluation import perplexity as texts
 from slm_exp.evaluation import task_index
@@ -57,7 +56,7 @@ class Evaluation(Settings):
             raise DataError(missing)
 
     def check_model(self, handle: ModelHandle) -> None:
-        """Raise where a generation to time is longer than the model or a file has no chunk; call before weights load.
+        """Raise where tasks find no special token or a file has no chunk; call before weights load.
 
         Cost: files of texts up to CHECKED_BYTES are read and tokenised; a larger one cannot be too short.
         Raises:
@@ -71,13 +70,18 @@ class Evaluation(Settings):
                               "tokenizer_config.json, or evaluation.tasks=[].")
         files = {n: w for n, w in self.corpora.items()
                  if w.endswith(texts.FILES) and Path(w).stat().st_size <= CHECKED_BYTES}
-        if any(not where.endswith(".npy") for where in self.wanted_corpora().values()):
-            handle.require_room("evaluation.ppl_seq_len", self.ppl_seq_len)
         texts.load_corpora(files, handle, self.ppl_seq_len, self.ppl_bos)
-        longest = getattr(handle.config, "max_position_embeddings", None) or math.inf
-        for case in self.cases() if self.times else ():
-            require(case.prompt + case.new <= longest, "evaluation.speed_prompts + speed_new",
-                    f"{case.prompt} + {case.new}", f"at most {handle.name}'s {longest} tokens")
+
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence that each setting makes the model read."""
+        corpora = self.wanted_corpora()
+        out = {f"evaluation.corpora.{name}": length for name, where in corpora.items()
+               if (length := texts.row_length(where))}
+        if len(out) < len(corpora):
+            out["evaluation.ppl_seq_len"] = self.ppl_seq_len + (self.ppl_bos in ("every_chunk", "both"))
+        if self.times:
+            out["evaluation.speed_prompts + speed_new"] = max(case.prompt + case.new for case in self.cases())
+        return out
 
     def advice(self) -> list[str]:
         """What will not be measured although it was requested."""

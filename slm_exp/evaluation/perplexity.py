@@ -11,7 +11,7 @@ import numpy as np
 
 from slm_exp.calibration.bundled import held_out_prose
 from slm_exp.calibration.heldout import DOMAINS, RULE, TOKENS
-from slm_exp.calibration.tokens import read_ids
+from slm_exp.calibration.tokens import load_ids, read_ids
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, did_you_mean
 from slm_exp.core.text import SUFFIXES, kind_of, read_field, read_lines, slices
@@ -136,10 +136,20 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
     return Corpus(tokens_NT, {"source": corpus_identity(where), "seq_len": seq_len, "bos": bos, "chunks": n})
 
 
+def row_length(where: str) -> int | None:
+    """Tokens of a token file's rows, by its header; None of anything else."""
+    try:
+        return int(np.load(where, mmap_mode="r", allow_pickle=False).shape[1]) if where.endswith(".npy") else None
+    except Exception:  # what `read_ids` says in a line; numpy and zipfile raise a dozen kinds
+        return None
+
+
 def corpus_identity(where: str) -> str:
     """A digest of a file's contents, or the name of a hub set or of bundled text and the rule that chose it."""
     if where in HELD_OUT:
         return f"{where}, {RULE if documents.assets_folder() else 'packaged'}"
+    if where.endswith(".npy"):
+        load_ids(Path(where), f"evaluation.corpora: {where}")
     return content_digest(Path(where)) if where.endswith(FILES) and Path(where).is_file() else where
 
 

@@ -18,6 +18,8 @@ from slm_exp.launch.workers import cores, visible_gpus
 from slm_exp.models.sizes import Sizes
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
+from slm_exp.pipeline.inspection import Inspection
+from slm_exp.recovery.gain import loss_cost
 from slm_exp.runs.sweep import FINISHED, Job, differing, read_cell
 from slm_exp.tables.build import split_words
 from slm_exp.tables.definition import cells, parameters
@@ -143,12 +145,11 @@ def plan_jobs(command: CommandJobs, tflops: float | None = None, anew: bool = Fa
     device = "cuda" if requested.startswith("cuda") or (requested == "auto" and gpus) else "cpu"
     here = device == "cpu" or bool(gpus)
     grid = GridPlan(command.folder, command.multirun, device, *(command.capacity() if here else (1, cores())))
-    lookup = Lookup(Path(first.cache.dir) if first.cache.enabled else None)
-    sketches: dict[str, Sketch] = {}
+    lookup = Lookup(first.cache_folder)
+    inspection = Inspection(device, here=False)
     for _, cfg in command.jobs:
-        if repr(cfg.model) not in sketches:
-            sketches[repr(cfg.model)] = cfg.model.sketch(Path(cfg.cache.dir), device)
-    grid.models = list(sketches.values())
+        inspection.sketch(cfg)
+    grid.models = list(inspection.sketches.values())
     grid.notes = [note for model in grid.models for note in model.notes]
     dtype = grid.models[0].dtype
     if tflops is not None:
@@ -159,7 +160,7 @@ def plan_jobs(command: CommandJobs, tflops: float | None = None, anew: bool = Fa
         grid.notes.append("no GPU is visible here, so times are not known: --tflops N gives those of a machine that "
                           "sustains N TFLOP/s.")
     for job, cfg in command.jobs:
-        grid.jobs.append(_job_plan(grid, job, cfg, sketches[repr(cfg.model)], lookup))
+        grid.jobs.append(_job_plan(grid, job, cfg, inspection, lookup))
     grid.notes += dict.fromkeys(note for plan in grid.to_run for note in plan.notes)
     searches = sum(plan.bounds is not None and plan.stages.get("plan") == COMPUTE for plan in grid.to_run)
     if searches > 1:
@@ -167,32 +168,43 @@ def plan_jobs(command: CommandJobs, tflops: float | None = None, anew: bool = Fa
     return grid
 
 
-def jobs_of(overrides: Sequence[str], multirun: bool) -> CommandJobs:
-    """The jobs of a command line as the run would make them; of `table=NAME [PARAM=VALUE]` those that fill it."""
+def jobs_of(overrides: Sequence[str], multirun: bool, reads_weights: bool = False) -> CommandJobs:
+    """The jobs of a command line as the run would make them; of `table=NAME [PARAM=VALUE]` those that fill it.
 
+    Args:
+        reads_weights: for their run_id, where this machine has never read them; else that is empty.
+    """
+    identify = (lambda cfg: cfg.run_id) if reads_weights else _known_run_id
     name = next((o.partition("=")[2] for o in overrides if o.startswith("table=")), None)
     if name is None:
-        return command_jobs(overrides, multirun, identify=_identify)
+        return command_jobs(overrides, multirun, identify=identify)
     others, own = [o for o in overrides if not o.startswith(("table=", "hydra"))], parameters(name)
     given, _ = split_words([o for o in others if o.partition("=")[0] in own or o.startswith("model.")])
     added = [o for o in others if o.partition("=")[0] not in own and not o.startswith("model.")]
     missing = [[*cell, *added] for cell in cells(name, given)]
     if not missing:
         raise ConfigError("no job is left to plan: the table has every cell.")
-    return cell_jobs(Path(name).stem, missing, [o for o in overrides if o.startswith("hydra")])
+    hydra = [o for o in overrides if o.startswith("hydra")]
+    return command_jobs(hydra, True, cells=missing, name=Path(name).stem, identify=identify)
 
 
 def cell_jobs(name: str, runs: Sequence[Sequence[str]], hydra: Sequence[str] = ()) -> CommandJobs:
     """The jobs of a table's runs, by their overrides, in the folder where `slm tables NAME --missing` puts them."""
-    return command_jobs(hydra, True, cells=runs, name=name, identify=_identify)
+    return command_jobs(hydra, True, cells=runs, name=name, identify=_known_run_id)
 
 
-def _identify(cfg: RunConfig) -> str:
+def _known_run_id(cfg: RunConfig) -> str:
+    """Empty where it takes a digest of weights that this machine has never read."""
     return "" if cfg.model.unread_weights() else cfg.run_id
 
 
-def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: Lookup) -> JobPlan:
-    plan = JobPlan(job, read_cell(job).state if job.run_id else "unknown")
+def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, inspection: Inspection, lookup: Lookup) -> JobPlan:
+    plan, model = JobPlan(job, read_cell(job).state if job.run_id else "unknown"), inspection.sketch(cfg)
+    try:
+        inspection.look(cfg)
+        cfg.evaluation.check_data(model.random)
+    except SlmError as error:
+        plan.problem = str(error)
     if model.sizes is None or model.handle is None:
         plan.notes.append(f"{model.name}: without its config.json nothing can be counted.")
         return plan
@@ -202,15 +214,14 @@ def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, model: Sketch, lookup: L
     try:
         if not cfg.width.prunes:
             cfg.method.check_model(model.handle)  # the others look at modules, which takes torch
-        cfg.evaluation.check_data(model.random)
         _size(plan, cfg, model, outline)
     except SlmError as error:
-        plan.problem = str(error)
+        plan.problem = plan.problem or str(error)
     if plan.state != FINISHED:
         plan.stages = outline.stages
         plan.notes += cfg.advice()
         plan.known = plan.known or outline.plan_from
-        _cost(grid, plan, cfg, model)
+        _cost(grid, plan, cfg, model, outline)
     return plan
 
 
@@ -234,7 +245,7 @@ def _size(plan: JobPlan, cfg: RunConfig, model: Sketch, outline: Outline) -> Non
     plan.known += ", width to within a snap" if cfg.width.prunes else ""
 
 
-def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch) -> None:
+def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch, outline: Outline) -> None:
     """Operations, seconds and memory of a job's stages."""
     sizes = model.sizes
     assert sizes is not None
@@ -244,19 +255,27 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch) -> None:
     count = cfg.method.cost(sizes.n_layers, None if plan.layers is None else sizes.n_layers - plan.layers)
     before, unsaid = cfg.evaluation.cost(sizes, sizes.n_layers, model.random)
     after, _ = cfg.evaluation.cost(sizes, layers, model.random)
-    recovery, more = cfg.recovery.cost(sizes, layers)
+    to_do = {name: [state in (COMPUTE, MAYBE) for state in states] for name, states in outline.parts.items()}
+    parts = [part for part, computed in zip(cfg.recovery.parts(), to_do.get("recover", ()), strict=False) if computed]
+    recoveries = [(part, *part.cost(sizes, layers)) for part in parts]
+    looks = sum((part.judging_cost(sizes, layers, tokens) for part in parts),
+                loss_cost(sizes, layers) * sum(to_do.get("held_out", ())))
+    recovery, more = sum((work for _, work, _ in recoveries), looks), [n for *_, notes in recoveries for n in notes]
     size = float(model.bytes)
     if cfg.evaluation.times:  # measured anew every time, both models in turns
         after += cfg.evaluation.generation_cost(sizes, layers, size)
     search = Work(blocks=count.blocks * sizes.block_flops(tokens.total, tokens.t),
                   head=count.heads * sizes.head_flops(tokens.total))
+    if cfg.method.uses_merge_rule() and cfg.method.replays is None:
+        search += cfg.merge_rule.cost(sizes, count.scores)
     works = {
         "load": Work(starts=1, moved=size / 4, fixed=0.3 + (sizes.total / 5e7 if model.random else 0)),
         "calibrate": Work(fixed=0.1 if model.random else 1.0),
         "similarity": cfg.similarity.matrix_cost(sizes, tokens), "evaluate_dense": before,
         "plan": search + cfg.similarity.score_cost(sizes, tokens, count.scores),
         "merge": Work(moved=(sizes.n_layers - layers) * sizes.layer * 4 / 10),
-        "width": cfg.width.cost(sizes, layers, tokens), "recover": recovery, "evaluate": after,
+        "width": cfg.width.cost(sizes, layers, tokens),
+        "recover": recovery, "evaluate": after,
         "save": Work(starts=1, moved=3 * size * layers / sizes.n_layers, fixed=0.7),
         "report": Work(fixed=1.0 + cfg.tracking.seconds),
     }
@@ -271,8 +290,9 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch) -> None:
     plan.notes += [*([count.note] if count.note and "plan" in doing else []), *(unsaid if evaluates else ()), *more]
     if grid.machine is not None and not (unsaid and evaluates):
         plan.seconds = {name: grid.machine.seconds(w, sizes.hidden) for name, w in doing.items()}
-        if (limit := cfg.recovery.wall_clock_limit) and "recover" in plan.seconds:
-            plan.seconds["recover"] = min(plan.seconds["recover"], 60 * limit)
+        if "recover" in plan.seconds:
+            plan.seconds["recover"] -= sum(max(0, grid.machine.seconds(work, sizes.hidden) - 60 * limit)
+                                           for part, work, _ in recoveries if (limit := part.wall_clock_limit))
     _memory(grid, cfg, model, sizes, tokens, doing)
 
 

@@ -82,6 +82,8 @@ class Outline:
     plan_from: str = ""
     """How it is known."""
     tokens: CalibrationTokens | None = None
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    """The states of stages that a run may have several of, by their name: the recoveries of a chain."""
 
 
 def walk(cfg: RunConfig, model: Sketch, lookup: Lookup, save_model: bool) -> Outline:
@@ -124,6 +126,7 @@ def _advance(stage: Stage[Any], x: Experiment, lookup: Lookup, out: Outline) -> 
     if value is None:  # what a merge makes depends on the plan, which is no input of a cache
         value = Unknown(stage.name, inputs, x.model.digest, x.plan)
     setattr(x, stage.field, value)
+    out.parts.setdefault(stage.name, []).append(state)
     if stage.field == "width":  # what stands in for the model has no modules to narrow; its digest may be known
         wider, x.model = x.model, cast(ModelHandle, Unknown(x.model.digest))
         stage.then(x)
@@ -152,7 +155,8 @@ def _plan(x: Experiment) -> tuple[MergePlan | None, str]:
     if method.replays is not None:
         return (method.replays if method.compensate is None else None), "as given"
     unknown = any(isinstance(v, Unknown) for v in (x.model, x.model.digest, x.tokens))
-    if x.store.folder is None or unknown or cfg.similarity.after:  # the tokens of a refit are not drawn here
+    fits = cfg.similarity.after or cfg.merge_rule.fits  # their tokens are not drawn here
+    if x.store.folder is None or unknown or fits:
         return None, ""
     inputs = journal_inputs("score", model=x.model.digest, device=x.model.device.type, tokens=x.tokens.digest,
                             similarity=cfg.similarity, kernel=cfg.kernel, rule=cfg.merge_rule, fit=None)

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import yaml
 from hydra import compose
@@ -15,14 +16,17 @@ from omegaconf import DictConfig, OmegaConf
 from slm_exp.core.conf import conf_dir as conf_dir
 from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.core.files import digest
+from slm_exp.core.format import override
 from slm_exp.core.registry import GROUPS, available, load_all
 from slm_exp.core.secrets import register_env_resolver
-from slm_exp.launch.hydra_compat import session, set_values, without_hydra
+from slm_exp.launch.hydra_compat import quoted, session, set_values, unreadable, without_hydra
 from slm_exp.launch.settings import register_settings
 from slm_exp.pipeline.config import CacheConfig, RunConfig, register_schema, to_run_config
 
 PLAIN_FIELDS = ("seed", "save_model")
 """Fields of RunConfig that are values, not groups."""
+PRESETS = ("experiment", "sweep")
+"""Groups whose members hold differences only."""
 
 
 @cache
@@ -53,9 +57,11 @@ def _sweep_name(*, _root_: DictConfig) -> str:
 
 
 def open_mappings(overrides: Sequence[str]) -> list[str]:
-    """Let `evaluation.corpora.NAME=FILE` and `evaluation.corpora={NAME:FILE}` add names without Hydra's plus sign."""
+    """Let `evaluation.corpora.NAME=FILE` and `evaluation.corpora={NAME:FILE}` add names without Hydra's plus sign, and
+    `+experiment=NAME` (every group has a place in the defaults) choose with one."""
     open_ended = ("evaluation.corpora", "evaluation.dense_range", "evaluation.fewshot")
-    return [f"++{o}" if o.startswith(open_ended) else o for o in overrides]
+    groups = tuple(f"+{group}=" for group in (*GROUPS, *PRESETS))
+    return [f"++{o}" if o.startswith(open_ended) else o[1:] if o.startswith(groups) else o for o in overrides]
 
 
 def compose_raw(overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
@@ -124,15 +130,25 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     text, cause = str(error), error.__cause__
     while cause is not None:
         text, cause = f"{text}\n{cause}", cause.__cause__
+    if better := next(((o, words) for o in overrides if (words := meant(o))), None):
+        return f"{better[0]}: there is no such setting or member. Meant, perhaps: {' '.join(better[1])}"
     if isinstance(error, (yaml.YAMLError, UnicodeDecodeError, RecursionError)):
         why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(text.split())
         return f"a config file among {' '.join(overrides)}: {why}; expected plain YAML in UTF-8."
+    if "=" in (unread := unreadable(overrides)):
+        return (f"{unread}: Hydra's grammar does not take it. Text with =, commas, brackets or quotes in it is written "
+                f" {quoted(unread)}")
     if found := re.search(r"(?:Could not find|Could not load|In '[^']*': Could not find) '([\w/]+)/([\w.-]+)'", text):
         group, name = found.groups()
         extra = next((e for e in ("joblib", "submitit") if e in name), None)
         if group == "hydra/launcher" and extra:
             return f"{group} = {name}; that launcher is not installed. pip install 'slm-exp[{extra}]'."
         return no_member(group, name, sorted(set(re.findall(r"^\t(\S+)$", text, re.M)) or choices(group)))
+    preset = re.search(r"In '(experiment|sweep)/([\w.-]+)'.*?Key '\w+' not in .*?full_key: ([\w.]+)", text, re.S)
+    if preset:
+        kind, name, field = preset.groups()
+        member = next((o for o in overrides if o.startswith(f"{field.partition('.')[0]}=")), "the default member")
+        return f"{kind}={name} sets {field}, which {member} has not. Leave one of them out."
     if found := re.search(r"(?:override|Error merging override) '?([\w.@/+~]+)", text):
         key = found.group(1).lstrip("+~")
         given = next((o for o in overrides if o.lstrip("+~").startswith(key)), key)
@@ -159,27 +175,65 @@ def choices(group: str) -> list[str]:
     return sorted({*presets, *(available(group) if group in GROUPS else ())})
 
 
+def meant(word: str) -> list[str]:
+    """What an override that cannot be composed was meant to say, where there is one answer: a field without its group
+    (`threshold=0.8`, `tasks=mmlu`), a folder or repo id for a member (`model=meta-llama/Llama-2-7b-hf`)."""
+    key, equals, value = word.lstrip("+").partition("=")
+    if key == "model" and value not in choices("model") and ("/" in value or Path(value).is_dir()):
+        return model_words(value)
+    if not equals or "." in key or key in (*GROUPS, *PRESETS, *PLAIN_FIELDS, "cache", "hydra"):
+        return []
+    groups = [group for group in GROUPS if key in _fields_beside(f"{group}.{key}")]
+    if len(groups) != 1:
+        return []
+    return [f"{groups[0]}.{key}={f'[{value}]' if _is_list(groups[0], key) and value[:1] != '[' else value}"]
+
+
+def one_list(given: str) -> str:
+    """Where an override that names several values may mean one list: how to say that."""
+    key, _, value = given.partition("=")
+    return f" (one run with the list: {key}=[{value}])" if _is_list(*key.rpartition(".")[::2]) else ""
+
+
+def _is_list(group: str, field: str) -> bool:
+    members = available(group).values() if group in GROUPS else ()
+    return any(f.name == field and (f.default_factory is list or str(f.type).startswith("list"))
+               for cls in members for f in dataclasses.fields(cls))
+
+
+def model_words(name: str) -> list[str]:
+    """The overrides for a member of the `model` group, or for a folder or repo id.
+
+    Raises:
+        ConfigError: it is neither a member nor a folder, and nearly the name of a member.
+    """
+    there = choices("model")
+    if name not in there and did_you_mean(name, there) and "/" not in name and not Path(name).is_dir():
+        raise ConfigError(f"{no_member('model', name, there)} Or a folder, or a repo id: OWNER/NAME.")
+    return [f"model={name}"] if name in choices("model") else ["model=hf", override("model.path", name)]
+
+
 def _fields_beside(key: str) -> list[str]:
     head, _, tail = key.partition(".")
     if not tail:
-        return sorted([*(f.name for f in dataclasses.fields(RunConfig)), "experiment", "sweep"])
+        return sorted([*(f.name for f in dataclasses.fields(RunConfig)), *PRESETS])
     if head in GROUPS:
         return sorted({f.name for cls in available(head).values() for f in dataclasses.fields(cls)})
     return sorted(f.name for f in dataclasses.fields(CacheConfig)) if head == "cache" else []
 
 
-def check_key(override: str) -> None:
+def check_key(given: str) -> None:
     """Refuse an override of a field or a member that no group has, without composing (0.1 s).
 
     Raises:
         ConfigError: with what there is, and the nearest name.
     """
-    key, _, value = override.partition("=")
+    key, _, value = given.partition("=")
     group, _, tail = key.lstrip("+~").partition(".")
     name = f"{group}.{tail.partition('.')[0]}" if tail else group
     known = _fields_beside(name)
     if name.partition(".")[2] not in known and (tail or name not in known):
-        raise ConfigError(f"{override}: {_no_field(name, known)}")
+        raise ConfigError(f"{given}: {_no_field(name, known)}")
     if not tail and group in GROUPS and value not in (there := choices(group)):
         raise ConfigError(no_member(group, value, there))
 

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import math
 import re
+import shlex
 import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -75,6 +76,23 @@ def is_sweep(override: str) -> bool:
         return bool(parse(override).is_sweep_override())
     except HydraException:
         return False
+
+
+def unreadable(overrides: Sequence[str]) -> str:
+    """The first override that Hydra's grammar does not take; empty where it takes all."""
+    for o in overrides:
+        try:
+            parse(o)
+        except HydraException:
+            return o
+    return ""
+
+
+def quoted(override: str) -> str:
+    """`key=value` as a shell and Hydra both take it, whatever the value holds: 'key="value"'."""
+    key, _, value = override.partition("=")
+    value = value.replace("\\", r"\\").replace('"', r"\"")
+    return shlex.quote(f'{key}="{value}"')
 
 
 def axes(overrides: Sequence[str]) -> dict[str, Override]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,21 +15,29 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from slm_exp.core.errors import ConfigError
+from slm_exp.core.format import override
+from slm_exp.core.plugins import words as plugin_words
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.secrets import masked
-from slm_exp.launch.compose import Composer, compose_raw, conf_dir, explain, open_mappings, prepare_hydra
-from slm_exp.launch.hydra_compat import HYDRA, axes, count, grid, is_sweep, session, without_hydra, words
+from slm_exp.launch.compose import Composer, compose_raw, conf_dir, explain, one_list, open_mappings, prepare_hydra
+from slm_exp.launch.hydra_compat import HYDRA, axes, count, grid, is_sweep, quoted, session, without_hydra, words
 from slm_exp.launch.workers import Worker, cores, make_workers, visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.runs.record import check_writable
 from slm_exp.runs.sweep import LOG, Job, SweepFolder
-from slm_exp.runs.tracking.wandb import slug
+from slm_exp.runs.tracking.base import slug
 
 SEARCH = "hydra.searchpath="
 MANY = 100
 """A grid of this many jobs says so before they are composed."""
 _composed: dict[tuple[str, ...], RunConfig] = {}
 """Jobs of this process's command by their overrides: what was checked is what is launched."""
+
+
+OURS = ("hydra.mode", "hydra.run.", "hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher")
+"""Hydra overrides that speak to the sweep, not to a job."""
+SWEEP = "SLM_EXP_SWEEP"
+"""The variable by which a job with a process of its own knows the name of its sweep."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,27 @@ class CommandJobs:
         return len(pool), own or int(pool[0].env.get("OMP_NUM_THREADS", cores()))
 
 
+    def commands(self) -> list[str]:
+        """A line for a shell per job, in any order, on any machine with these files; again, it does what is missing."""
+        plugins = dict.fromkeys(plugin for _, cfg in self.jobs for plugin in cfg.plugins)
+        program = [*(["env", f"{SWEEP}={self.folder.name}"] if self.multirun else []), "python", "-m", "slm_exp",
+                   *plugin_words(plugins)]
+        return [shlex.join([*program, *single_run(job, self.hydra)]) for job, _ in self.jobs]
+
+    def define(self, overrides: Sequence[str]) -> None:
+        """Write a sweep's definition, so that `slm sweep` and `slm report` know its folder before a job has run."""
+        if self.multirun:
+            plugins = [plugin for _, cfg in self.jobs for plugin in cfg.plugins]
+            SweepFolder(self.folder).define(overrides, [job for job, _ in self.jobs], plugins)
+
+
+def single_run(job: Job, hydra: DictConfig) -> list[str]:
+    """The words of one job as a run of its own, given the command's settings of Hydra."""
+    inherited = [o for o in words(hydra.overrides.hydra) if not o.startswith(OURS)]
+    # a `sweep=` preset among the overrides says MULTIRUN
+    return [*job.overrides, *inherited, "hydra.mode=RUN", override("hydra.run.dir", job.folder)]
+
+
 def command_jobs(overrides: Sequence[str], multirun: bool = False, *, cells: Sequence[Sequence[str]] | None = None,
                  name: str = "", identify: Callable[[RunConfig], str] = lambda cfg: cfg.run_id) -> CommandJobs:
     """Compose and check every job of a command. Cost: 0.2 s, and 5 ms a job.
@@ -74,6 +104,10 @@ def command_jobs(overrides: Sequence[str], multirun: bool = False, *, cells: Seq
     overrides = fields_of_swept_groups(open_mappings(overrides))
     task = [o for o in overrides if not o.startswith(HYDRA)]
     swept = [o for o in task if is_sweep(o)]
+    for o in swept:
+        if Path(o.partition("=")[2]).expanduser().exists():
+            raise ConfigError(f"{o}: a comma makes several values of it, and there is a file or folder of that whole "
+                              f"name. If it is meant: {quoted(o)}")
     whole = compose_raw([o for o in overrides if o not in swept], with_hydra=True)
     if not (multirun or swept or cells is not None or whole.hydra.mode == RunMode.MULTIRUN):
         cfg = to_run_config(without_hydra(whole))
@@ -147,7 +181,8 @@ def check_all(overrides: Sequence[str], multirun: bool) -> CommandJobs:
     found = command_jobs(overrides, multirun)
     if found.multirun and not multirun and found.hydra.mode != RunMode.MULTIRUN:
         several = next(o for o in overrides if is_sweep(o))
-        raise ConfigError(f"{several}: several values make a multirun; add -m.")
+        raise ConfigError(f"{several}: several values make a multirun; add -m: "
+                          f"{shlex.join(['python', '-m', 'slm_exp', '-m', *overrides])}{one_list(several)}")
     check_writable(found.folder)
     if (found.folder / LOG).is_symlink():
         raise ConfigError(f"{found.folder / LOG} is a link; expected no file or a plain one. Remove it.")

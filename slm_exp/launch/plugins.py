@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,9 +25,11 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from slm_exp.core.errors import SlmError, require, require_one_of
 from slm_exp.core.format import override
+from slm_exp.core.plugins import Plugin
+from slm_exp.core.plugins import words as plugin_words
 from slm_exp.core.secrets import masked
 from slm_exp.launch.hydra_compat import register_plugin, words
-from slm_exp.launch.jobs import JobComposer, pool_workers, split_sweep
+from slm_exp.launch.jobs import SWEEP, JobComposer, pool_workers, single_run, split_sweep
 from slm_exp.launch.pool import Interrupted, Pool
 from slm_exp.launch.queued import every_job_answers
 from slm_exp.launch.screen import Screen
@@ -36,8 +39,6 @@ from slm_exp.runs.sweep import FAILED, FINISHED, Cell, Job, SweepFolder, complai
 log = logging.getLogger(__name__)
 
 SELECTIONS = ("missing", "failed", "all")
-OURS = ("hydra.mode", "hydra.run.", "hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher")
-"""Hydra overrides that speak to the sweep, not to a job."""
 OF_THIS_CALL = ("hydra.mode", "hydra.sweep.dir", "hydra.sweeper.select")
 """Overrides that `slm sweep resume` gives anew."""
 
@@ -102,7 +103,8 @@ class GridSweeper(Sweeper):
         except OSError as error:  # a full disk: the folders say the same
             print(f"could not write {self.path / 'index.json'}: {error}", file=sys.stderr)
         if wrong := complaints([c for c in cells if c.job.run_id in {j.run_id for j in jobs}]):
-            print(f"{wrong}\nslm sweep resume {self.path}", file=sys.stderr)
+            again = shlex.join(["slm", "sweep", "resume", str(self.path), *plugin_words(sweep.plugins)])
+            print(f"{wrong}\n{again}", file=sys.stderr)
         return status or int(bool(wrong))
 
     def _jobs(self, sweep: SweepFolder, arguments: list[str]) -> list[Job]:
@@ -111,12 +113,14 @@ class GridSweeper(Sweeper):
         argv = [*arguments, *hydra] if self.select is None else SweepFolder.read(sweep.path).argv
         composer = JobComposer(self._config.hydra, self.path)
         jobs: dict[str, Job] = {}
+        plugins: list[Plugin] = []
         for overrides in self._requested(sweep, arguments):
-            job, _ = composer.job(overrides)
+            job, cfg = composer.job(overrides)
+            plugins += cfg.plugins
             if (first := jobs.setdefault(job.run_id, job)) is not job:
                 log.warning("jobs [%s] and [%s] are the same run %s; it runs once.", " ".join(first.overrides),
                             " ".join(overrides), job.run_id)
-        sweep.define(argv, jobs.values())
+        sweep.define(argv, jobs.values(), plugins)
         return list(jobs.values())
 
     def _requested(self, sweep: SweepFolder, arguments: list[str]) -> list[list[str]]:
@@ -176,18 +180,16 @@ class ProcessLauncher(Launcher):
             return []
         jobs, cfgs = [job for job, _ in made], {job.run_id: cfg for job, cfg in made}
         pool = Pool(pool_workers([cfg for _, cfg in made], self.workers, self.threads), self._command,
-                    lambda job: cfgs[job.run_id].evaluation.batch_size, self.retries, {"SLM_EXP_SWEEP": path.name})
+                    lambda job: cfgs[job.run_id].evaluation.batch_size, self.retries, {SWEEP: path.name})
         print(f"{len(jobs)} jobs on {len(pool.workers)} workers in {path}")
         with contextlib.closing(Screen(path.name, jobs)) as screen:
             return [_job_return(cell) for cell in pool.run(jobs, screen)]
 
     def _command(self, job: Job, batch_size: int | None) -> list[str]:
-        inherited = [o for o in words(self._hydra.overrides.hydra) if not o.startswith(OURS)]
         smaller = [f"evaluation.batch_size={batch_size}"] if batch_size else []
-        # a `sweep=` preset among the overrides says MULTIRUN; the process's output is the run's log already
-        single = ["hydra.mode=RUN", "hydra.job_logging.root.handlers=[console]"]
-        return [sys.executable, "-m", "slm_exp.cli.job", str(os.getpid()), *job.overrides, *smaller, *inherited,
-                *single, override("hydra.run.dir", job.folder)]
+        log_once = "hydra.job_logging.root.handlers=[console]"  # the process's output is the run's log already
+        return [sys.executable, "-m", "slm_exp.cli.job", str(os.getpid()), *single_run(job, self._hydra), *smaller,
+                log_once]
 
 
 def _job_return(cell: Cell) -> JobReturn:

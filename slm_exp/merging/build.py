@@ -12,7 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from slm_exp.core.errors import PlanError
 from slm_exp.core.types import MergePlan
 from slm_exp.core.widths import WidthDecision, unpack_floats, unpack_indices
-from slm_exp.merging.rules.base import MergeRule
+from slm_exp.merging.fitted import unpack
+from slm_exp.merging.rules.base import Merged, MergeRule
 from slm_exp.merging.sharing import replace_parameter, scaled_outputs, shared_copy
 from slm_exp.merging.sizes import full_shape, head_dim
 from slm_exp.models.base import ModelHandle
@@ -30,12 +31,14 @@ def build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None, hosts: l
         PlanError: the rule puts a merged layer into another module than its `attention_from` says.
     """
     layout = handle.layout
+    fitted = unpack(plan.fitted) if plan.fitted else {}
     model = shared_copy(handle.model, config=config, layer_list=layout.layer_list, layers=hosts)
     for layer, slot, host, scale in zip(layout.layers(model), plan.slots, hosts, plan.scales, strict=True):
         if slot.stop - slot.start > 1:
             assert rule is not None
             with torch.no_grad():
-                merged = rule.merge(layout, list(handle.layers[slot.start : slot.stop]))
+                merged = (Merged(0, fitted[slot]) if rule.fits else
+                          rule.merge(layout, list(handle.layers[slot.start : slot.stop])))
             if slot.start + merged.host != host:
                 raise PlanError(f"merge_rule={rule.name} hosts {slot} in layer {slot.start + merged.host}, not {host}.")
             for name, tensor in merged.weights.items():

@@ -38,6 +38,9 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
         raise PlanError(f"the plan merges {len(plan.groups)} groups, which takes a merge rule.")
     if plan.groups and rule is not None and plan.rule and plan.rule != rule.name:
         raise PlanError(f"the plan was made with merge_rule={plan.rule}, not {rule.name}.")
+    if plan.groups and rule is not None and rule.fits != (plan.fitted is not None):
+        raise PlanError(f"merge_rule={rule.name} {'fits' if rule.fits else 'does not fit'} merged layers, and the plan "
+                        f"{'names no file with them' if rule.fits else 'names a file with some'} (`fitted`).")
     if plan.width:
         depth = dataclasses.replace(plan, width=None)
         if plan.width.order == "before":
@@ -49,7 +52,7 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
         handle.name, _shorter_config(handle.layout, handle.config, _hosts(plan, rule)), handle.layout,
         digest=handle.digest if unchanged else digest({"model": handle.digest, "plan": effect}), device=handle.device,
         load_model=lambda: _built(handle, plan, rule), load_tokenizer=lambda: handle.tokenizer, note=handle.note,
-        random=handle.random, licences=handle.licences,
+        random=handle.random, licences=handle.licences, origin=handle.origin,
         lineage={"base": handle.name, "base_digest": handle.digest, "plan": effect})
 
 

@@ -10,7 +10,7 @@ from slm_exp.core.files import digest
 from slm_exp.core.widths import WidthDecision, WidthSizes, unpack_floats, unpack_indices
 from slm_exp.merging.sizes import Shape, full_shape, head_dim, legal
 from slm_exp.models.base import ModelHandle
-from slm_exp.models.layerwise import layerwise_classes
+from slm_exp.models.layerwise import own_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -37,7 +37,8 @@ def apply_width(handle: ModelHandle, width: WidthDecision) -> ModelHandle:
         digest=narrowed_digest(handle.digest, width),
         load_model=lambda: _build(handle, width), load_tokenizer=lambda: handle.tokenizer, note=handle.note,
         random=handle.random,
-        licences=handle.licences, lineage={"base": handle.name, "base_digest": handle.digest, **handle.lineage,
+        licences=handle.licences, origin=handle.origin,
+        lineage={"base": handle.name, "base_digest": handle.digest, **handle.lineage,
                  "width": {k: about.get(k) for k in ("method", "ratio", "reached", "uniform", "sizes")}})
 
 
@@ -90,11 +91,7 @@ def narrower_config(config: PretrainedConfig, family: str, sizes: WidthSizes, bi
         for name, value in (changes | dict(zip(names, shapes[0], strict=True))).items():
             setattr(out, name, value)
         return out
-    kind: Any = layerwise_classes()[family][0]
-    about = config.to_dict() | changes | {"layer_widths": [list(s) for s in shapes]}
-    about.pop("model_type")
-    own: PretrainedConfig = kind.from_dict(about)
-    own._attn_implementation = config._attn_implementation
+    own: PretrainedConfig = own_config(config, family, **changes, layer_widths=[list(s) for s in shapes])
     return own
 
 

@@ -69,7 +69,11 @@ class FromPlan(Method):
         path = path / "plan.json" if path.is_dir() else path
         try:
             data = read_json(path)
-            return MergePlan.from_json(data, bare=True), data.get("n_layers") is not None
+            plan = MergePlan.from_json(data, bare=True)
+            if plan.fitted:
+                plan.fitted.lies_in(path.parent)
+                plan.fitted.read()
+            return plan, data.get("n_layers") is not None
         except (OSError, ValueError, PlanError) as error:
             why = f"there is no {path}" if isinstance(error, FileNotFoundError) else f"{path} is none ({error})"
             wanted = "a plan.json or the folder of a run"
@@ -98,18 +102,31 @@ class FromPlan(Method):
         plan's and not the default, or the plan's is unknown."""
         name = self.given.rule
         if not (self.given.groups and name) or requested.name == name:
+            require(requested.fits == (self.given.fitted is not None) or not self.given.groups, "merge_rule",
+                    requested.name, "the plan's own rule, whose layers lie beside it",
+                    "The plan in method.path names no file with layers that this rule has fitted.")
             return requested
         rules = available("merge_rule")
         require(name in rules, "rule of the plan in method.path", name, "one of " + ", ".join(rules))
         require(requested.name == DEFAULT_RULE, "merge_rule", requested.name, f"{name}, by which the plan merges",
                 "Leave merge_rule out: method=from_plan takes the plan's.")
-        return rules[name]()  # type: ignore[return-value]
+        rule: MergeRule = rules[name]()  # type: ignore[assignment]
+        require(rule.fits == (self.given.fitted is not None), "fitted of the plan in method.path", self.given.fitted,
+                "a file with the merged layers, which this rule fits" if rule.fits else f"none: {name} fits nothing")
+        return rule
 
     def layers_left(self, handle: ModelHandle) -> int | None:
         return self.plan_for(handle).n_layers_out
 
     def check_model(self, handle: ModelHandle) -> None:
         super().check_model(handle)
+        if self.given.fitted:
+            from slm_exp.merging.fitted import check
+
+            try:
+                check(self.plan_for(handle), handle)
+            except PlanError as error:
+                raise ConfigError(f"method.path = {self.path}: {error}") from None
         if not self.given.width:
             return
         rule = available("merge_rule").get(self.given.rule or DEFAULT_RULE)
@@ -126,4 +143,4 @@ class FromPlan(Method):
         plan = replace(made, method=self.name, rule=task.rule.name if made.groups else "", notes=note,
                        similarity=task.similarity.name, threshold=None, target=None, final_score=None, trace=(),
                        evaluations=0, block_forwards=0)
-        return replace(task).scored(plan, self.compensate)
+        return replace(task, fitted=made.fitted).scored(plan, self.compensate)

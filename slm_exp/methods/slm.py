@@ -58,6 +58,10 @@ class SLM(Method):
         if self.screen_dtype is not None:
             require_one_of("method.screen_dtype", self.screen_dtype, ("bfloat16",))
 
+    def in_force(self) -> list[str]:
+        asked = [name for name in SIZES if getattr(self, name) is not None]
+        return [] if asked else [f"method: no size is set, so threshold {THRESHOLD}"]
+
     def identity(self) -> dict[str, Any]:
         """The settings that decide: where a threshold does, how target sizes are searched does not."""
         out = super().identity()

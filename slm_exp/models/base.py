@@ -67,6 +67,15 @@ class ModelSource(Component, ABC):
         """
         return unknown(self.name)
 
+    def look(self) -> ModelHandle | None:
+        """What `open` would give, without its digest and with no weights to load, as far as nothing has to be fetched
+        or converted for it; None where that is all there is to see. Imports transformers where there is something.
+
+        Raises:
+            ConfigError / ArchitectureError / CheckpointError: as `open` and the loading of weights would.
+        """
+        return None
+
     @abstractmethod
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
         """Find the model and read its config and tokenizer; weights load on first use of `handle.model`.

@@ -19,7 +19,8 @@ from slm_exp.models.config_file import read_config_file
 from slm_exp.models.layouts import FAMILIES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")  # config, tokenizer, weight index, licence
+SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
+"""Config, tokenizer, weight index, licence and what the card says of it."""
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",

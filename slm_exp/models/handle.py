@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.errors import require
+from slm_exp.models.origin import Origin
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,8 @@ class ModelHandle:
     """True for made-up weights (`model=tiny`)."""
     licences: tuple[Path, ...] = ()
     """Licence and notice files that came with the weights; they go along with what is made of these."""
+    origin: Origin = field(default_factory=Origin)
+    """What the hub knows of the source."""
     lineage: dict[str, Any] = field(default_factory=dict)
     """What was done to the dense model; empty for the dense model itself."""
 
@@ -66,13 +69,18 @@ class ModelHandle:
     def n_layers(self) -> int:
         return int(self.config.num_hidden_layers)
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest sequence; None where the config sets no limit."""
+        return getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+
     def require_room(self, field: str, tokens: int) -> None:
         """Refuse sequences longer than the model has positions.
 
         Raises:
             ConfigError: names the field.
         """
-        longest = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+        longest = self.positions
         require(longest is None or tokens <= longest, field, tokens,
                 f"at most {longest}, the positions of {self.name} (max_position_embeddings)")
 

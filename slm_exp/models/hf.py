@@ -21,11 +21,13 @@ from slm_exp.models.files import (
     headers,
     inspect,
     licence_files,
+    opened_files,
     safetensors_only,
     short_name,
     unread,
     weight_files,
 )
+from slm_exp.models.origin import read_origin
 from slm_exp.models.sizes import PUBLISHED
 from slm_exp.models.sketch import UNKNOWN, Sketch, sketch_of
 
@@ -97,23 +99,36 @@ class HF(ModelSource):
         stored = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
         return stored * (2 if self.dtype == "float32" else 1)
 
-    def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
-        from slm_exp.models import loading
+    def look(self) -> ModelHandle | None:
+        import torch
 
-        folder, name = self._folder(), self.path
+        folder = self._folder() or self._snapshot()
+        return None if folder is None else self._handle(folder, torch.device("cpu"), None)
+
+    def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
+        folder = self._folder()
         if folder is not None:
+            return self._handle(folder, device, self._contents)
+        self._require_repo_id()
+        folder = self._fetch(SMALL, lambda f: (f / "config.json").is_file(), self.revision)
+        return self._handle(folder, device, lambda at: {"repo": self.path, "commit": at.name})
+
+    def _handle(self, folder: Path, device: torch.device, identify: Callable[[Path], Fields] | None) -> ModelHandle:
+        """Of a folder whose small files are there, after looking at all of them; `identify` gives what its digest is
+        of, which reads the weights, and null leaves it out."""
+        from slm_exp.models import loading
+        from slm_exp.models.generation import dry_save
+
+        local = self._folder() is not None
+        if local:
             safetensors_only(sorted(p.name for p in folder.iterdir()), f"model.path = {folder}")
-            name = short_name(folder)
-        else:
-            self._require_repo_id()
-            folder = self._fetch(SMALL, lambda f: (f / "config.json").is_file(), self.revision)
+            opened_files(folder)  # one that is missing is refused now
         config, layout = loading.read_model_config(folder, self.trust_remote_code)
-        if self._folder() is None:
-            weight_files(folder)  # an index that is none is refused now
-            contents = {"repo": self.path, "commit": folder.name}
-        else:
+        if local:
             inspect(folder)
-            contents = self._contents(folder)
+        else:
+            weight_files(folder)  # an index that is none is refused now
+        dry_save(folder, config)
         dtype = dtype_name(config, self.dtype)
         require(dtype in DTYPES, "model.dtype", f"{self.dtype} (config.json has {dtype})", ", ".join(DTYPES[:3]))
 
@@ -122,10 +137,11 @@ class HF(ModelSource):
             inspect(at)
             return loading.load_weights(at, config, layout, dtype, device, self.device_map, self.trust_remote_code)
 
-        return ModelHandle(name=name, config=config, layout=layout, digest=digest({**contents, "dtype": dtype}),
+        return ModelHandle(name=short_name(folder) if local else self.path, config=config, layout=layout,
+                           digest=digest({**identify(folder), "dtype": dtype}) if identify else UNKNOWN,
                            device=device, load_model=load,
                            load_tokenizer=lambda: loading.read_tokenizer(folder, self.trust_remote_code),
-                           licences=licence_files(folder))
+                           licences=licence_files(folder), origin=read_origin(folder, "" if local else self.path))
 
     def _folder(self) -> Path | None:
         folder = Path(self.path).expanduser()

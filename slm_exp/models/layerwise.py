@@ -1,4 +1,4 @@
-"""Models whose layers have widths of their own: the classes that build them, known to transformers' Auto classes."""
+"""Models whose layers have widths or stream maps of their own: the classes that build them, known to transformers."""
 
 from __future__ import annotations
 
@@ -32,3 +32,12 @@ def layerwise_classes() -> dict[str, tuple[Any, Any]]:
         config.register_for_auto_class()
         model.register_for_auto_class("AutoModelForCausalLM")
     return classes
+
+
+def own_config(config: Any, family: str, **changes: Any) -> Any:
+    """A copy of a config, of the class whose layers differ, with `changes`."""
+    about = config.to_dict() | changes
+    about.pop("model_type")
+    own = layerwise_classes()[family][0].from_dict(about)
+    own._attn_implementation = config._attn_implementation
+    return own

@@ -66,7 +66,7 @@ class LayerLayout:
     window: str = ""
     """How a local attention window is set: `whole` (sliding_window, in all layers or by layer_types), `upper` (with
     use_sliding_window, above max_window_layers), or not at all."""
-    per_layer_config: tuple[str, ...] = ("layer_types", "mlp_layer_types", "layer_widths")
+    per_layer_config: tuple[str, ...] = ("layer_types", "mlp_layer_types", "layer_widths", "stream_maps")
     """Config lists with one entry per layer."""
     layer_counts: tuple[str, ...] = ("num_hidden_layers",)
     """Config fields that equal the number of layers."""
@@ -116,8 +116,12 @@ class LayerLayout:
 
     @property
     def no_refit(self) -> str:
-        """Why a regression cannot take over what a layer's outputs lack; empty where it can."""
+        """Why what a projection adds to the stream is not linear in it; empty where it is."""
         return f"its sublayers' outputs pass a norm ({', '.join(self.output_norms)})" if self.output_norms else ""
+
+    def norm_behind(self, module: str | None) -> str:
+        """The norm that a projection's output passes on its way into the stream; empty where there is none."""
+        return dict(zip((self.o, self.mlp_out), self.output_norms, strict=False)).get(module or "", "")
 
     def written(self, layer: torch.nn.Module) -> dict[str, float]:
         """Parameters that what a layer adds to the stream is proportional to, and what each is written relative to."""
@@ -177,16 +181,16 @@ class LayerLayout:
             ArchitectureError: names the layer and the tensor.
         """
         shapes = [{name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in self.layers(model)]
-        matrices = set(self.matrices)
+        matrices, own_code = set(self.matrices), has_own_code(model.config)
         for i, has in enumerate(shapes):
             where = f"{type(model).__name__} layer {i}"
             for name in sorted(matrices - set(has)):
                 raise ArchitectureError(f"{where} has no {name}, which the {self.family} layout expects.")
             for name, shape in has.items():
-                if name not in matrices and len(shape) > 1:
+                if name not in matrices and len(shape) > 1 and not (own_code and name.startswith("stream_maps.")):
                     raise ArchitectureError(f"{where} has {name} of shape {list(shape)}, unknown to the {self.family} "
                                             "layout. See CONTRIBUTING, 'A new model family'.")
-            if has != shapes[0] and not has_own_code(model.config):
+            if has != shapes[0] and not own_code:
                 name = min(n for n in {*has, *shapes[0]} if has.get(n) != shapes[0].get(n))
                 raise ArchitectureError(f"{where}: {name} has shape {has.get(name)}, in layer 0 "
                                         f"{shapes[0].get(name)}; only layers of one shape can be merged.")

@@ -59,8 +59,9 @@ def _meant(family: str) -> str:
 
 
 def _widths(config: PretrainedConfig, layout: LayerLayout) -> str | None:
-    if getattr(config, "layer_widths", None) and not has_own_code(config):
-        return f"layer_widths in a config of model_type {config.model_type}, which has layers of one width."
+    for name in ("layer_widths", "stream_maps"):
+        if getattr(config, name, None) and not has_own_code(config):
+            return f"{name} in a config of model_type {config.model_type}, which has layers of one width and no maps."
     return None
 
 

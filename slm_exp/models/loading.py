@@ -82,16 +82,21 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> tuple[Pr
 
 
 def _check_shapes(folder: Path, model: PreTrainedModel) -> None:
-    """Refuse weights whose headers have another shape than the model for a tensor of the same name.
+    """Refuse weights whose headers lack a tensor of the model, or have one of another shape.
+
+    What transformers makes of other tensors (experts, which old files hold one by one) is left to it, as are names
+    without the decoder's own in front.
 
     Raises:
         CheckpointError: names tensors and shapes.
     """
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    odd = [f"{name} {tensor.shape} for {wanted[name]}" for name, tensor in headers(folder).items()
-           if name in wanted and tensor.shape != wanted[name]]  # fmt: skip
-    if odd:
-        raise _misfit(folder, "have other shapes than config.json says:", odd)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # of tied ones, the embedding
+    has = {name: tensor.shape for name, tensor in headers(folder).items()}
+    odd = [f"{name} {has[name]} for {shape}" for name, shape in wanted.items() if has.get(name, shape) != shape]
+    lacks = [name for name in wanted if not {name, name.partition(".")[2]} & set(has) and ".experts." not in name]
+    for problem, names in (("have other shapes than config.json says:", odd), ("lack", lacks)):
+        if names:
+            raise _misfit(folder, problem, names)
 
 
 def _misfit(folder: Path, problem: str, keys: Collection[str]) -> CheckpointError:

@@ -18,6 +18,7 @@ from slm_exp.core.files import digest
 from slm_exp.core.registry import Fields
 from slm_exp.models.base import ModelHandle, ModelSource, dtype_name
 from slm_exp.models.files import licence_files
+from slm_exp.models.origin import Origin
 from slm_exp.models.sizes import sizes_of
 from slm_exp.models.sketch import UNKNOWN, Sketch, sketch_of
 
@@ -41,6 +42,7 @@ class Packaged(ModelSource):
     """What installs it, as does `install`."""
     install: ClassVar[str]
     note: ClassVar[str]
+    origin: ClassVar[Origin]
     about: ClassVar[Fields]
     """The fields of config.json that sizes follow from."""
 
@@ -86,7 +88,7 @@ class Packaged(ModelSource):
         config, layout = loading.read_model_config(folder)
         dtype = dtype_name(config, self.dtype)
         return ModelHandle(name=self.name, config=config, layout=layout, digest=self._digest(folder, dtype),
-                           device=device, note=self.note, licences=licence_files(folder),
+                           device=device, note=self.note, licences=licence_files(folder), origin=self.origin,
                            load_model=lambda: loading.load_weights(folder, config, layout, dtype, device),
                            load_tokenizer=lambda: loading.read_tokenizer(folder))
 

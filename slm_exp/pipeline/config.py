@@ -13,9 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from slm_exp.calibration.base import Calibration
 from slm_exp.core.cache.digests import remember_in
 from slm_exp.core.cache.store import default_cache_dir
-from slm_exp.core.errors import ConfigError, did_you_mean, require, require_one_of
+from slm_exp.core.errors import ConfigError, caused_by_config, did_you_mean, require, require_one_of
 from slm_exp.core.files import digest
-from slm_exp.core.registry import GROUPS
+from slm_exp.core.plugins import Plugin
+from slm_exp.core.registry import GROUPS, foreign
 from slm_exp.core.runtime import Runtime
 from slm_exp.core.together import Together
 from slm_exp.evaluation.base import Evaluation
@@ -85,12 +86,23 @@ class RunConfig:
         return {**groups, "seed": self.seed}
 
     @property
+    def plugins(self) -> list[Plugin]:
+        """Those that members of this config come from."""
+        return foreign([*(getattr(self, name) for name in GROUPS), *self.recovery.parts()])
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Of the stage cache; None where nothing is kept: switched off, or a member whose code has no file, so that no
+        key could see it change (a notebook's cell)."""
+        return Path(self.cache.dir) if self.cache.enabled and all(plugin.digest for plugin in self.plugins) else None
+
+    @property
     def _kernel_decides(self) -> bool:
         return self.similarity.uses_kernel() or self.method.uses_layer_similarity
 
     def plan_identity(self) -> dict[str, Any]:
         """What decides the plan besides model and tokens: kernel and rule only where score or method look at them."""
-        similarity = {"name": self.similarity.name, **self.similarity.after_identity()}
+        similarity = {**self.similarity.score_identity(), **self.similarity.after_identity()}
         if self._kernel_decides:
             similarity |= self.similarity.identity() | {"kernel": self.kernel.identity()}
         rule = self.merge_rule.identity() if self.method.uses_merge_rule() else None
@@ -101,6 +113,11 @@ class RunConfig:
         estimator = {k: v for k, v in self.similarity.identity().items() if k not in ("name", "after")}
         return {"kernel": self.kernel.identity(), "estimator": estimator}
 
+    def in_force(self) -> list[str]:
+        """What holds where the config leaves a choice open, and `advice`; for `--cfg job`."""
+        saved = ["save_model: yes in a single run, no in a multirun"] if self.save_model is None else []
+        return [line for name in GROUPS for line in getattr(self, name).in_force()] + saved + self.advice()
+
     def advice(self) -> list[str]:
         """Settings that are allowed but do less than they seem to."""
         out = []
@@ -109,7 +126,7 @@ class RunConfig:
                        f"{self.similarity.name}. Add similarity=cka to let the kernel decide.")
         if self.merge_rule.name != "top_layer" and not self.method.uses_merge_rule():
             out.append(f"merge_rule={self.merge_rule.name} plays no part: method={self.method.name} merges nothing.")
-        if self.similarity.after and self.recovery.name != self.similarity.after:
+        if self.similarity.after and self.similarity.after not in [part.name for part in self.recovery.parts()]:
             out.append(f"similarity.after={self.similarity.after} scores candidates refitted, and recovery="
                        f"{self.recovery.name} leaves the plan's model without a refit. Add recovery="
                        f"{self.similarity.after}.")
@@ -146,11 +163,8 @@ def to_run_config(cfg: Any) -> RunConfig:
     try:
         run_config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ConfigError):
-            cause = cause.__cause__ or cause.__context__
         where = f"{error.full_key}: " if error.full_key else ""
-        raise (cause or ConfigError(where + str(error).splitlines()[0])) from None
+        raise (caused_by_config(error) or ConfigError(where + str(error).splitlines()[0])) from None
     assert isinstance(run_config, RunConfig)
     return run_config
 

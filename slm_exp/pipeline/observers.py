@@ -22,13 +22,14 @@ from slm_exp.core.cache.code import package_digest
 from slm_exp.core.errors import SlmError, StageError
 from slm_exp.core.files import JsonObject, write_json, write_text
 from slm_exp.core.locks import Lock
+from slm_exp.core.plugins import words
 from slm_exp.core.secrets import masked
 from slm_exp.core.types import MergePlan
 from slm_exp.evaluation.base import EvalReport
 from slm_exp.evaluation.protocol import FILE as PROTOCOL
 from slm_exp.merging.surgery import zeroed
 from slm_exp.pipeline.config import RunConfig
-from slm_exp.pipeline.stages import Experiment, Stage
+from slm_exp.pipeline.stages import Experiment, Stage, Step
 from slm_exp.reporting.heatmap import draw_heatmap
 from slm_exp.reporting.page import write_report
 from slm_exp.runs.files import result_files
@@ -40,6 +41,7 @@ from slm_exp.runs.tracking.base import Tracker
 log = logging.getLogger(__name__)
 
 PICTURE = "similarity.png"
+CONFIG, BEFORE = "config.yaml", "record.before.json"
 
 
 class Observer:
@@ -110,6 +112,7 @@ class Recorder:
     finished: bool = False
     observers: list[Observer] = field(default_factory=list)
     _started: float = 0.0
+    _before: JsonObject | None = None
     _lock: Any = None
 
     def __enter__(self) -> Self:
@@ -126,23 +129,27 @@ class Recorder:
             self.finished, self.record = True, done.record.raw
             return self
         if (before := read_run(self.folder)) and before.record.status == "finished":
-            write_json(self.folder / "record.before.json", before.record.raw)  # nothing that was finished is lost
+            self._before = before.record.raw
+            write_json(self.folder / BEFORE, self._before)  # nothing that was finished is lost
         self._started = time.perf_counter()
         overrides = masked(self.overrides)
         self.record = {
             "run_id": run_id, "status": "running", "group": self.group,
-            "command": shlex.join(["python", "-m", "slm_exp", *overrides]), "overrides": overrides,
+            "command": shlex.join(["python", "-m", "slm_exp", *words(self.cfg.plugins), *overrides]),
+            "overrides": overrides, "plugins": [plugin.to_json() for plugin in self.cfg.plugins],
             "config": masked(self.cfg.resolved()), "versions": versions(), "code": package_digest(), "device": None,
             "git": git_state(), "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": None,
             "pid": os.getpid(), "stages": [], "warnings": [], "eval": {"dense": None, "compressed": None},
             "error": None}
         self.write()
-        write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.record["config"])))
+        write_text(self.folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self.record["config"])))
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, tb: Any) -> None:
         try:
-            if error is not None and not self.finished:
+            if isinstance(error, StageError) and error.refused and self.group is None:
+                self._withdraw()
+            elif error is not None and not self.finished:
                 self._fail(error)
         finally:
             self._lock.release()
@@ -152,6 +159,16 @@ class Recorder:
         if self._started:
             self.record["seconds"] = round(time.perf_counter() - self._started, 3)
         write_record(self.folder, self.record)
+
+    def step(self, step: Step, x: Experiment) -> None:
+        """Carry out the stages of a step, timed under its name."""
+        with self.stage(step.name) as cached:
+            cached += [self.carry_out(stage, x) for stage in step.stages if stage.when(x)]
+
+    def watch(self, observer: Observer) -> None:
+        """Have an observer hear of the run from here on, and of what the record says so far."""
+        self.observers.append(observer)
+        observer.noted({name: self.record[name] for name in ("device", "model", "stages")})
 
     def carry_out(self, stage: Stage[Any], x: Experiment) -> bool:
         """Carry out one stage and keep what it gave. Returns whether its value came from the stage cache."""
@@ -176,8 +193,10 @@ class Recorder:
                     self.warn(f"the plan merges and removes nothing.{hint}")
             case "narrowed_score":
                 self.keep_plan(x.plan, x.plan.width.notes if x.plan.width else ())
+            case "held_out":
+                self.note(recovery=x.recovery_report)
             case "recover":
-                self.note(recovery=x.recovery.report, layers={"before": x.dense.n_layers, "after": x.model.n_layers},
+                self.note(recovery=x.recovery_report, layers={"before": x.dense.n_layers, "after": x.model.n_layers},
                           params={"before": x.dense.n_params, "after": x.model.n_params,
                                   "ratio_removed": 1 - x.model.n_params / x.dense.n_params,
                                   "zeroed": zeroed(x.model, x.plan)})
@@ -258,6 +277,15 @@ class Recorder:
         self.finished = True
         self._pass_on(status="finished", seconds=self.record["seconds"])
         return self.record
+
+    def _withdraw(self) -> None:
+        """Leave the folder as it was found: nothing has been computed."""
+        for name in (RECORD, CONFIG):
+            (self.folder / name).unlink(missing_ok=True)
+        if self._before:
+            write_record(self.folder, self._before)
+            write_text(self.folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(self._before["config"])))
+            (self.folder / BEFORE).unlink(missing_ok=True)
 
     def _fail(self, error: BaseException) -> None:
         cause = error.__cause__ if isinstance(error, StageError) and error.__cause__ else error

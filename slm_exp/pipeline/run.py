@@ -30,20 +30,22 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
     Args:
         training: where a training keeps its checkpoints, if not in `folder` (see `take_part`).
     Raises:
-        StageError: names the stage and chains the cause; the failed record is on disk.
+        StageError: names the stage and chains the cause; the failed record is on disk, or none where the first stage
+            of a run that belongs to no `group` refuses.
     """
     with Recorder(cfg, folder, overrides, group, observers=[Pages(folder)]) as rec:
         if rec.finished:
             rec.accept_evaluations()
             return rec.record
-        with cfg.tracking.session(rec.record, folder) as track:
-            rec.observers.append(Mirror(track, folder))
-            rec.warn(*cfg.advice())
-            store = StageStore(Path(cfg.cache.dir) if cfg.cache.enabled else None)
-            x = Experiment(cfg, folder, store, training, track, rec.record)
-            for step in steps(cfg):
-                with rec.stage(step.name) as cached:
-                    cached += [rec.carry_out(stage, x) for stage in step.stages if stage.when(x)]
+        rec.warn(*cfg.advice())
+        store = StageStore(cfg.cache_folder)
+        x = Experiment(cfg, folder, store, training, record=rec.record)
+        load, *others = steps(cfg)
+        rec.step(load, x)  # what cannot work is refused before a tracker hears of it
+        with cfg.tracking.session(rec.record, folder) as x.track:
+            rec.watch(Mirror(x.track, folder))
+            for step in others:
+                rec.step(step, x)
             return rec.done()
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
+from slm_exp.calibration.heldout import RULE
 from slm_exp.core.cache.code import PACKAGE, Code, code_files
 from slm_exp.core.cache.store import Inputs, StageStore
 from slm_exp.core.files import JsonObject, digest
+from slm_exp.core.plugins import plugin_of
 from slm_exp.core.registry import Component
 from slm_exp.core.runtime import world
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity, MergePlan
@@ -24,7 +26,8 @@ from slm_exp.merging.surgery import apply_plan
 from slm_exp.merging.width import apply_width
 from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline.config import RunConfig
-from slm_exp.recovery.base import RecoveryResult, RecoveryTask, with_tensors
+from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_tensors
+from slm_exp.recovery.gain import HeldOutLoss, chain_report, held_out_loss
 from slm_exp.runs.tracking.base import Tracker
 from slm_exp.search.task import PlanTask
 from slm_exp.width.base import NarrowedScore, WidthTask
@@ -56,6 +59,11 @@ class Experiment:
     """The model as far as it is compressed: the dense one at first."""
     narrowed: NarrowedScore = field(init=False)
     recovery: RecoveryResult = field(init=False)
+    recoveries: list[RecoveryResult] = field(default_factory=list)
+    """All so far, of a chain."""
+    held_out: HeldOutLoss = field(init=False)
+    losses: list[HeldOutLoss] = field(default_factory=list)
+    """Before the first step of a chain, and after each."""
     report: EvalReport = field(init=False)
     speed: JsonObject = field(init=False)
     saved: None = None
@@ -72,6 +80,14 @@ class Experiment:
     def width_ratio(self) -> float:
         """Share of the decoder layers' parameters for the width pruner to remove."""
         return known(self.cfg.width.ratio_for, self.cfg.method, self.dense, self.model)
+
+    @property
+    def recovery_report(self) -> JsonObject:
+        """`recovery` of the record, as far as it is known."""
+        recipe = self.cfg.recovery
+        if not self.losses:
+            return self.recovery.report
+        return chain_report([p.name for p in recipe.parts()], [r.report for r in self.recoveries], self.losses)
 
     def on(self, model: ModelHandle) -> Inputs:
         """What the result of running a model depends on."""
@@ -163,9 +179,10 @@ class Step(NamedTuple):
 
 
 def code_of(*members: Component) -> tuple[str, ...]:
-    """The files that define members of config groups, their base classes in this package included."""
-    files = (inspect.getfile(kind) for member in members for kind in type(member).__mro__ if kind is not object)
-    inside = (Path(f).resolve() for f in files)
+    """The files of this package that define members of config groups and their base classes. A plug-in's code is in the
+    member's identity."""
+    kinds = [kind for member in members for kind in type(member).__mro__ if kind is not object]
+    inside = (Path(inspect.getfile(kind)).resolve() for kind in kinds if plugin_of(kind) is None)
     return tuple(dict.fromkeys(str(f.relative_to(PACKAGE)) for f in inside if f.is_relative_to(PACKAGE)))
 
 
@@ -180,15 +197,50 @@ def _load(x: Experiment) -> ModelHandle:
     return dense
 
 
-def check_model(cfg: RunConfig, dense: ModelHandle) -> None:
-    """Refuse what this model cannot do, before weights load. Raises ConfigError or DataError, which name the field."""
-    dense.require_room(f"calibration.{'path' if cfg.calibration.reads_ids else 'seq_len'}", cfg.calibration.shape().t)
+def check_lengths(cfg: RunConfig, dense: ModelHandle) -> None:
+    """Refuse sequences longer than the model has positions. Raises ConfigError, which names the field."""
+    merges = cfg.method.uses_merge_rule() and cfg.method.replays is None
+    read = {**cfg.calibration.lengths(), **cfg.evaluation.lengths(), **cfg.recovery.lengths(),
+            **cfg.similarity.lengths(), **(cfg.merge_rule.lengths() if merges else {})}
+    for name, tokens in read.items():
+        dense.require_room(name, tokens)
+
+
+def _check_width(cfg: RunConfig, dense: ModelHandle) -> None:
     cfg.width.check_model(dense, cfg.method)
     cfg.width.check_depth(cfg.method, dense)
-    cfg.evaluation.check_data(dense.random)
-    cfg.evaluation.check_model(dense)
-    cfg.recovery.check_data(dense)
-    cfg.similarity.check_data(dense)
+
+
+def _check_rule(cfg: RunConfig, dense: ModelHandle) -> None:
+    if cfg.method.uses_merge_rule() and cfg.method.replays is None:
+        cfg.merge_rule.check_data(dense)
+
+
+CHECKS: tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]], ...] = (
+    (("calibration", "evaluation", "recovery", "similarity", "merge_rule", "method"), check_lengths),
+    (("width", "method"), _check_width),
+    (("evaluation",), lambda cfg, dense: cfg.evaluation.check_data(dense.random)),
+    (("evaluation",), lambda cfg, dense: cfg.evaluation.check_model(dense)),
+    (("recovery",), lambda cfg, dense: cfg.recovery.check_data(dense)),
+    (("similarity",), lambda cfg, dense: cfg.similarity.check_data(dense)),
+    (("merge_rule", "method"), _check_rule),
+)
+"""(groups, check of their settings against a model)."""
+
+
+def check_model(cfg: RunConfig, dense: ModelHandle, passed: set[str] | None = None) -> None:
+    """Refuse what this model cannot do, before weights load.
+
+    Args:
+        passed: checks that other jobs with this model have passed, by the settings they look at; more are added.
+    Raises:
+        ConfigError / DataError: names the field.
+    """
+    passed = set() if passed is None else passed
+    for i, (groups, check) in enumerate(CHECKS):
+        if (looked := repr([i, *(getattr(cfg, group) for group in groups)])) not in passed:
+            check(cfg, dense)
+            passed.add(looked)
 
 
 def _loaded(x: Experiment) -> None:
@@ -317,29 +369,53 @@ RESCORE_NARROWED = replace(RESCORE, when=lambda x: x.width is not None)
 # --- recover
 
 
-def _recovery_identity(x: Experiment) -> Inputs:
-    return {"recovery": x.cfg.recovery.identity(), "tokens": x.tokens.digest,
+def _recovery_identity(x: Experiment, recipe: Recovery) -> Inputs:
+    return {"recovery": recipe.identity(), "tokens": x.tokens.digest,
             "samples": known(digest, known(list, x.tokens.sample_ids)), "seed": x.cfg.seed}
 
 
-def _recover_inputs(x: Experiment) -> Inputs | None:
-    if not x.cfg.recovery.stored() or world() > 1:  # of several processes, one must not find what another computes
+def _recover_inputs(x: Experiment, recipe: Recovery) -> Inputs | None:
+    if not recipe.stored() or world() > 1:  # of several processes, one must not find what another computes
         return None
-    return {**_recovery_identity(x), "model": x.model.digest, "dense": x.dense.digest, "plan": x.plan.effect(),
-            "device": x.dense.device.type}
+    return {**_recovery_identity(x, recipe), "model": x.model.digest, "dense": x.dense.digest,
+            "plan": x.plan.effect(), "device": x.dense.device.type}
 
 
-def _recovered(x: Experiment) -> None:
-    x.model = known(with_tensors, x.model, x.recovery, _recovery_identity(x))
+def _recovered(x: Experiment, recipe: Recovery) -> None:
+    x.recoveries.append(x.recovery)
+    x.model = known(with_tensors, x.model, x.recovery, _recovery_identity(x, recipe))
 
 
-RECOVER = Stage(
-    "recover", "recovery",
-    lambda x: x.cfg.recovery.recover(RecoveryTask(x.model, x.dense, x.plan, x.tokens, x.training or x.folder, x.track,
-                                                  x.cfg.seed)),
-    RecoveryResult, _recover_inputs,
-    code=lambda x: (*BUILT, *READ, "recovery", "engine"), libraries=("torch", "transformers", "peft"),
-    works=lambda x: x.cfg.recovery.changes_weights, then=_recovered)
+def _recover(x: Experiment, recipe: Recovery) -> RecoveryResult:
+    from slm_exp.recovery.judged import judged
+
+    return judged(recipe, RecoveryTask(x.model, x.dense, x.plan, x.tokens, x.training or x.folder, x.track,
+                                       x.cfg.seed))
+
+
+def recover(recipe: Recovery) -> Stage[RecoveryResult]:
+    """The stage of one recovery."""
+    return Stage(
+        "recover", "recovery", lambda x: _recover(x, recipe), RecoveryResult, lambda x: _recover_inputs(x, recipe),
+        code=lambda x: (*BUILT, *READ, "recovery", "engine"), libraries=("torch", "transformers", "peft"),
+        works=lambda x: recipe.changes_weights, then=lambda x: _recovered(x, recipe))
+
+
+HELD_OUT = Stage(
+    "held_out", "held_out", lambda x: held_out_loss(x.model, x.dense, x.tokens), HeldOutLoss,
+    lambda x: {**x.on(x.model), "dense": x.dense.digest, "tokens": x.tokens.digest, "held_out": RULE},
+    code=lambda x: (*BUILT, *READ, "recovery/gain.py", "engine"), cache="recover", small=True,
+    then=lambda x: x.losses.append(x.held_out))
+"""The loss of the model as it is by now, between the steps of a chain."""
+
+
+def recoveries(cfg: RunConfig) -> tuple[Stage[Any], ...]:
+    """One recovery, or the steps of a chain with the loss before the first and after each."""
+    stages = [recover(recipe) for recipe in cfg.recovery.parts()]
+    if cfg.recovery.parts() == (cfg.recovery,):
+        return tuple(stages)
+    return (HELD_OUT, *(part for stage in stages for part in (stage, HELD_OUT)))
+
 
 # --- evaluate
 
@@ -376,7 +452,7 @@ def steps(cfg: RunConfig) -> tuple[Step, ...]:
         Step("plan", (PLAN,)),
         Step("merge", (MERGE, RESCORE)),
         *([Step("width", (WIDTH_AFTER, RESCORE_NARROWED))] if not before else []),
-        Step("recover", (RECOVER,)),
+        Step("recover", recoveries(cfg)),
         Step("evaluate", (EVALUATE, TIME)),
         Step("save", (SAVE,)),
         Step("report", (REPORT,)),

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_exp.core.cost import Work
+import numpy as np
+
+from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.files import digest, write_json
-from slm_exp.core.registry import Component
+from slm_exp.core.registry import Component, Fields
 from slm_exp.core.together import SectionLog, Together
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.models.base import ModelHandle
@@ -22,6 +24,11 @@ from slm_exp.models.sizes import Sizes
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+JUDGED = 8192
+"""Tokens at most that decide whether a recovery is kept."""
+Row = dict[str, list[int]]
+"""`input_ids` and `labels` of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,8 @@ class RecoveryResult:
     """What a recovery changed: new tensors by parameter name, and its report. Everything else is shared."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """By name as in the compressed model's `named_parameters()`; a tied tensor once."""
+    """By name as in the compressed model's `named_parameters()`, a tied tensor once; or new ones: those of maps behind
+    its layers (merging/maps.py)."""
     report: dict[str, Any] = field(default_factory=dict)
     """`recovery` of the record."""
 
@@ -76,11 +84,17 @@ class Recovery(Component, ABC):
     """A recovery recipe."""
 
     changes_weights: ClassVar[bool] = True
+    maps_stream: ClassVar[bool] = False
+    """Whether it puts maps of the residual stream behind layers."""
 
     @property
     def wall_clock_limit(self) -> float | None:
         """Minutes after which it stops; None where it ends by itself."""
         return None
+
+    def parts(self) -> tuple[Recovery, ...]:
+        """What is carried out, one after the other, each on what the one before left: itself, unless it is a chain."""
+        return (self,)
 
     def refuses(self, others: Together) -> str | None:
         """Why this recipe cannot run with the rest of the config, or None. Checked before anything loads."""
@@ -88,6 +102,10 @@ class Recovery(Component, ABC):
 
     def check_data(self, dense: ModelHandle) -> None:
         """Raise ConfigError or DataError where the recipe's data is absent or malformed. Called before weights load."""
+
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence that each setting makes the model read."""
+        return {}
 
     def trains(self) -> bool:
         """Whether processes that a launcher started take part."""
@@ -109,6 +127,22 @@ class Recovery(Component, ABC):
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         """New tensors for the compressed model. Neither model is changed, bit for bit, also on an exception."""
 
+    def judged_on(self, task: RecoveryTask) -> list[Row]:
+        """Rows that decide whether a recovery is kept: none that it was fitted on. Here those that the plan was found
+        with; a recovery that reads text holds some of its own out."""
+        return token_rows(task.tokens.tokens_NT)
+
+    def judging_cost(self, sizes: Sizes, layers: float, tokens: Tokens) -> Work:
+        """Of the look at both models; `tokens` are the calibration's shape."""
+        total = min(JUDGED, tokens.total) if self.changes_weights else 0
+        return Work(blocks=2 * layers * sizes.block_flops(total, tokens.t), head=4 * sizes.head_flops(total))
+
+
+def token_rows(tokens_NT: np.ndarray) -> list[Row]:
+    """Sequences as rows that are trained on everywhere, JUDGED tokens at most (one row at least)."""
+    rows = tokens_NT[: max(1, JUDGED // tokens_NT.shape[1])].tolist()
+    return [{"input_ids": row, "labels": row} for row in rows]
+
 
 def with_tensors(handle: ModelHandle, result: RecoveryResult, identity: dict[str, Any]) -> ModelHandle:
     """A model with some tensors replaced, built on first use of `.model`; the input where there are none. Its digest is
@@ -116,11 +150,20 @@ def with_tensors(handle: ModelHandle, result: RecoveryResult, identity: dict[str
     limit, gives another model."""
     if not result.tensors:
         return handle
+    from slm_exp.merging.maps import mapped_config
+
+    lineage = handle.lineage or {"base": handle.name, "base_digest": handle.digest}
+    tensors = result.tensors
     return dataclasses.replace(
-        handle, digest=digest({"model": handle.digest, **identity, "tensors": tensors_digest(result.tensors)}),
-        load_model=lambda: copy_with(handle.model, result.tensors), load_tokenizer=lambda: handle.tokenizer,
-        lineage={**(handle.lineage or {"base": handle.name, "base_digest": handle.digest}),
-                 "recovery": identity["recovery"]})
+        handle, config=mapped_config(handle.config, tensors),
+        digest=digest({"model": handle.digest, **identity, "tensors": tensors_digest(tensors)}),
+        load_model=lambda: copy_with(handle.model, tensors), load_tokenizer=lambda: handle.tokenizer,
+        lineage={**lineage, "recovery": _after(lineage.get("recovery"), identity["recovery"])})
+
+
+def _after(first: Fields | None, then: Fields) -> Fields:
+    """What a model was recovered by, for its card."""
+    return then if first is None else {"name": f"{first['name']}, then {then['name']}", "steps": [first, then]}
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -135,7 +178,8 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def copy_with(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """See `merging.sharing.shared_copy`."""
+    """See `merging.sharing.shared_copy`; new maps of the stream are put behind their layers."""
+    from slm_exp.merging.maps import PART, with_maps
     from slm_exp.merging.sharing import shared_copy
 
-    return shared_copy(model, tensors)
+    return with_maps(model, tensors) if any(PART in name for name in tensors) else shared_copy(model, tensors)

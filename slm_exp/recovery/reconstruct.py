@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from slm_exp.calibration.fit import FitSource
 from slm_exp.core.cost import Work
-from slm_exp.core.errors import ConfigError, DataError, require, require_one_of
+from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import register
-from slm_exp.core.together import Together
-from slm_exp.core.types import CalibrationTokens
-from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
-from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask
-from slm_exp.recovery.cuts import needs_dense_stream
+from slm_exp.recovery.base import RecoveryResult, RecoveryTask
+from slm_exp.recovery.fitted import Fitted
 
 LAYERS = ("cuts", "all")
-WEIGHTS = ("relative", "equal")
-CALLED = (("calibration.", "recovery."), ("calibration=", "recovery, as in calibration="))
+WEIGHTS = ("class", "relative", "equal")
 
 
 @register("recovery", "reconstruct")
 @dataclass
-class Reconstruct(Recovery):
+class Reconstruct(Fitted):
     """Refit output projections so that the residual stream after each cut is the dense model's again. No training.
 
     Beside a cut means: the merged layer itself, the layer just below removed layers (the one just above, where the
@@ -32,20 +27,15 @@ class Reconstruct(Recovery):
     bottom up, on the stream of the model refitted so far, the layer's `down_proj` and `o_proj` get the change that
     brings the stream after it nearest to the dense model's after the window, by ridge regression. What `o_proj` adds is
     taken as passing the layer's MLP by; a change that makes the error on held-out sequences larger is taken back.
-    Counting each token's error relative to its norm matters: else the few tokens of huge norm dominate the fit.
+    Where a norm stands behind a projection, its gain is fitted too, after it (see `engine.ridge.moments`).
+    How tokens are weighted matters (`engine.ridge.token_weights`): the few of huge norm must not dominate the fit, nor
+    be forgotten by it.
 
     Cost: two passes over the calibration tokens (dense and compressed), 2 x passes + 1 more of every refitted layer,
     and its normal equations. Memory: two states [N, T, D] in temporary files, and 16 C^2 bytes for C MLP channels.
     """
 
-    path: str | None = None
-    """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is the bundled text."""
-    field: str = "text"
-    """Name of the text field."""
-    n_samples: int = 64
-    """Sequences; of a .npy file all are taken."""
-    seq_len: int = 256
-    """Tokens per sequence."""
+    through_norms: ClassVar[bool] = True
     layers: str = "cuts"
     """cuts: the layer beside every cut. all: every layer from the first of these up."""
     attention: bool = True
@@ -54,32 +44,17 @@ class Reconstruct(Recovery):
     """How often each layer's projections are refitted, in turn."""
     ridges: list[float] = dataclasses.field(default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0])
     """Ridges to choose from, in units of the mean diagonal of the normal equations."""
-    weighting: str = "relative"
-    """relative: each token's error counts relative to its norm, as the next layer's norm sees it. equal: as it is."""
+    weighting: str = "class"
+    """relative: each token's error counts relative to its norm, as the next layer's norm sees it. class: likewise, and
+    tokens of outlying norm together count as much as all others. equal: as it is."""
 
     def check(self) -> None:
-        require(self.n_samples >= 2, "recovery.n_samples", self.n_samples, "a whole number >= 2",
-                "One sequence at least is held out.")
-        require(self.seq_len >= 2, "recovery.seq_len", self.seq_len, "a whole number >= 2")
+        super().check()
         require(self.passes >= 1, "recovery.passes", self.passes, "a whole number >= 1")
         require(bool(self.ridges) and all(r > 0 for r in self.ridges), "recovery.ridges", self.ridges,
                 "one or more numbers > 0", "For example [0.01].")
         require_one_of("recovery.layers", self.layers, LAYERS)
         require_one_of("recovery.weighting", self.weighting, WEIGHTS)
-
-    def identity(self) -> dict[str, Any]:
-        sizes = ("n_samples", "seq_len", "field", "path")  # of the source: a token file decides them itself
-        out = {name: value for name, value in super().identity().items() if name not in sizes}
-        return {**out, "tokens": self._source().identity()}
-
-    def refuses(self, others: Together) -> str | None:
-        return needs_dense_stream(others)
-
-    def check_data(self, dense: ModelHandle) -> None:
-        if dense.layout.no_refit:
-            raise ConfigError(f"recovery=reconstruct: {dense.layout.family} layers cannot be refitted by regression: "
-                              f"{dense.layout.no_refit}. Take recovery=lora or another trained recovery.")
-        self._source().check(dense)
 
     def cost(self, sizes: Sizes, layers: float) -> tuple[Work, list[str]]:
         total = self.n_samples * self.seq_len
@@ -89,20 +64,10 @@ class Reconstruct(Recovery):
         return Work(blocks=blocks * sizes.block_flops(total, self.seq_len),
                     wide=refits * (2 * total * sizes.mlp**2 + 20 * sizes.mlp**3)), []
 
-    def _source(self) -> FitSource:
-        return FitSource(self.path, self.n_samples, self.seq_len, self.field, CALLED)
-
-    def draw(self, task: RecoveryTask) -> CalibrationTokens:
-        """The tokens to fit on: none from a document that the plan was found with, where documents are known. Raises
-        DataError: too few or too short texts."""
-        return self._source().draw(task.dense, task.seed, task.tokens)
-
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         from slm_exp.recovery.refit import refit
 
         tokens = self.draw(task)
-        if len(tokens.tokens_NT) < 2:
-            raise DataError(f"{tokens.source}: 1 sequence; recovery=reconstruct holds one out and fits on the others.")
         tensors, steps = refit(task, tokens, self)
         return RecoveryResult(tensors, {"tokens": tokens.describe(), "digest": tokens.digest,
                                         "layers": [step._asdict() for step in steps]})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slm_exp.core.types import CalibrationTokens, Group
-from slm_exp.engine.ridge import Moments, changed, held_out, moments, ridge_step
+from slm_exp.engine.ridge import Moments, changed, held_out, moments, ridge_step, token_weights
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.recovery.base import RecoveryTask
 from slm_exp.recovery.cuts import beside_cuts, slot_ends, stream_scales
@@ -108,11 +108,12 @@ class _Refit:
         left = {kind: () if kind in removed else names for kind, names in self.layout.fitted.items()}
         if not self.settings.attention and left["mlp"]:
             left["attention"] = ()
-        modules = [*left["mlp"], *left["attention"]]
+        modules = [m for name in (*left["mlp"], *left["attention"]) for m in (name, self.layout.norm_behind(name)) if m]
         weights: dict[str, Tensor] = {}
         kept, lowest = weights, math.inf
         errors: list[float] = []
         ridges: list[float | None] = []
+        self.weight_NT = token_weights(self.dense_NTD, self.settings.weighting, self.short.rows)
         for module in [*modules * self.settings.passes, None]:  # the last round only judges the last change
             fit, held = self._moments(position, module, weights, scale)
             if held.rr > lowest:
@@ -124,13 +125,14 @@ class _Refit:
                 step = ridge_step(fit, held, self.settings.ridges)
                 ridges.append(step[1] if step else None)
                 if step:
-                    weights = weights | changed(self.task.handle.layers[position], module, weights, step[0])
+                    layer = self.task.handle.layers[position]
+                    weights = weights | changed(self.layout, layer, module, weights, step[0])
         return weights, Refitted(position, list(slot), errors, modules * self.settings.passes, ridges)
 
     def _moments(self, position: int, module: str | None, weights: dict[str, Tensor], scale: float
                  ) -> tuple[Moments, Moments]:
         return moments(self.short, Slot(position, weights), module, self.short_NTD, self.dense_NTD, self.held_N,
-                       self.settings.weighting == "relative", scale)
+                       self.weight_NT, scale)
 
 
 def _on_disk(path: Path, shape: tuple[int, ...]) -> Tensor:

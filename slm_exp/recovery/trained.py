@@ -19,8 +19,8 @@ from slm_exp.core.runtime import world
 from slm_exp.core.together import Together
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
-from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, copy_with, tensors_digest
-from slm_exp.recovery.examples import SOURCES, expected_rows, left_padded, make_examples, read_rows
+from slm_exp.recovery.base import JUDGED, Recovery, RecoveryResult, RecoveryTask, Row, copy_with, tensors_digest
+from slm_exp.recovery.examples import SOURCES, Examples, expected_rows, left_padded, make_examples, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -123,8 +123,10 @@ class Trained(Recovery):
     def check_data(self, dense: ModelHandle) -> None:
         if dense.tokenizer is None:
             raise DataError(f"recovery={self.name} reads text, and {dense.name} has no tokenizer.")
-        dense.require_room("recovery.seq_len", self.seq_len)
         read_rows(self.data, self.path, dense)
+
+    def lengths(self) -> dict[str, int]:
+        return {"recovery.seq_len": self.seq_len}
 
     def trains(self) -> bool:
         return True
@@ -170,15 +172,21 @@ class Trained(Recovery):
         """The mean loss of a micro-batch, here of the tokens to come."""
         return next_token_loss(model, batch)
 
+    def _examples(self, task: RecoveryTask) -> Examples:
+        rows = read_rows(self.data, self.path, task.dense)
+        return make_examples(rows, task.dense.tokenizer, self.seq_len, self.held_out, task.seed)
+
+    def judged_on(self, task: RecoveryTask) -> list[Row]:
+        held = self._examples(task).held_out
+        return held[: max(1, JUDGED // self.seq_len)] if held else super().judged_on(task)
+
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         """Train. Cost: estimated, logged and reported before the first step."""
         from slm_exp.engine.training import Training, checkpoints_in
 
         require(self.batch_size % (self.micro_batch_size * world()) == 0, "recovery.batch_size", self.batch_size,
                 f"a multiple of {self.micro_batch_size} (recovery.micro_batch_size) x {world()} processes")
-        tokenizer = task.dense.tokenizer
-        examples = make_examples(read_rows(self.data, self.path, task.dense), tokenizer, self.seq_len, self.held_out,
-                                 task.seed)
+        tokenizer, examples = task.dense.tokenizer, self._examples(task)
         if examples.dropped:
             log.warning("recovery: %d examples have no token to learn from after cutting to %d; left out.",
                         examples.dropped, self.seq_len)

@@ -2,61 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from slm_exp.core.errors import CheckpointError
 from slm_exp.core.files import honour_umask, write_json, write_text
 from slm_exp.core.types import CalibrationTokens, MergePlan
-from slm_exp.core.widths import WidthDecision
 from slm_exp.models.base import ModelHandle
+from slm_exp.models.generation import savable
 from slm_exp.models.layerwise import has_own_code
 from slm_exp.models.saving import for_older_readers, save_tokenizer
+from slm_exp.runs.card import model_card
 from slm_exp.runs.reload import Json, tensor_digests
 from slm_exp.runs.schema import Record
 from slm_exp.runs.state import remove_stale
 
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 ROWS, LENGTH = 2, 32  # tokens whose logits are compared
-CARD = """\
----
-{front}
----
-
-# {base}, {after} of {before} layers
-
-Made from **{base}**{note} by merging decoder layers.
-
-{facts}
-
-{run}## Licence
-
-These weights derive from {base}; its licence and terms of use hold for them too.
-
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({load})
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-"""
 
 
 def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, tokens: CalibrationTokens | None = None,
@@ -71,7 +44,7 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
         compressed: the model; loads now if it is not loaded.
         plan: saved beside the weights, and described in the card.
         tokens: whose first rows the logits are compared on; None takes arbitrary ids.
-        record: the run's record; the card takes run_id, overrides, params, layers and license notes from it.
+        record: the run's record; the card takes run_id, overrides, params and results from it.
         max_shard_size: larger models are cut into several files.
     Returns:
         What was verified: `{tensors, logits_off, kv_cache_off, tolerance, device}`.
@@ -84,7 +57,7 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
         remove_stale(folder)
         tmp.mkdir(parents=True)
         model = compressed.model
-        with _savable(model.generation_config):
+        with savable(model.generation_config):
             model.save_pretrained(tmp, max_shard_size=max_shard_size)
         if not has_own_code(compressed.config):
             _name_no_code(tmp / "config.json")
@@ -93,7 +66,7 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
             shutil.copy(path, tmp / path.name)
         if compressed.tokenizer is not None:
             save_tokenizer(compressed.tokenizer, tmp)
-        plan.save(tmp)
+        write_json(tmp / "plan.json", plan.to_json())  # without what was fitted: readers take any safetensors here
         write_text(tmp / "README.md", model_card(compressed, plan, Record.of(record or {})))
         honour_umask(tmp)
         verified = verify_checkpoint(tmp, compressed, tokens)
@@ -183,26 +156,6 @@ def _name_no_code(path: Path) -> None:
         write_json(path, config)
 
 
-@contextlib.contextmanager
-def _savable(generation: GenerationConfig | None) -> Iterator[None]:
-    """transformers refuses to save some published generation configs (sampling settings without do_sample)."""
-    if generation is None:
-        yield
-        return
-    before = {name: getattr(generation, name) for name in ("do_sample", *SAMPLING)}
-    try:
-        try:
-            generation.validate(strict=True)
-        except ValueError:
-            for name in SAMPLING if before["do_sample"] is False else ():  # greedy: it never read them
-                setattr(generation, name, None)
-            generation.do_sample = before["do_sample"] is not False
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(generation, name, value)
-
-
 def _flush(folder: Path) -> None:
     """fsync every file, so that the rename does not overtake their contents."""
     for path in [*folder.rglob("*"), folder]:
@@ -220,48 +173,3 @@ def _replace(new: Path, folder: Path) -> None:
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def model_card(compressed: ModelHandle, plan: MergePlan, record: Record) -> str:
-    """README.md of a checkpoint: what it was made from and how, sizes, licence, how to load it."""
-    base = compressed.lineage.get("base", compressed.name)
-    front = ["library_name: transformers", "tags: [layer-merging, depth-pruning]",
-             *([f"base_model: {base}"] if "/" in base else [])]
-    before, after = record.params.before, compressed.n_params
-    size = f"{after:,} parameters" + (f", {before:,} before ({1 - after / before:.1%} removed)" if before else "")
-    merged = ", ".join(f"{g.start}..{g.stop - 1}" for g in plan.groups) or "none"
-    dropped = ", ".join(map(str, plan.dropped)) or "none"
-    zeros = ", ".join(f"{part.kind} of {part.layer}" for part in plan.sublayers)
-    score = "" if plan.final_score is None else f"; score {plan.final_score:.4f} against the dense model"
-    threshold = "" if plan.threshold is None else f", threshold {plan.threshold:g}"
-    own_code = has_own_code(compressed.config)
-    load = '"path/to/this/folder", trust_remote_code=True' if own_code else '"path/to/this/folder"'
-    facts = [
-        f"Size: {size}.", f"Layers merged into one: {merged}. Layers removed: {dropped}.",
-        *([f"Sublayers whose output is zero (of the original layers): {zeros}. The checkpoint holds them; an engine "
-           "that skips them could leave them out."] if plan.sublayers else []),
-        f"Method {plan.method or 'given plan'}, merge rule {plan.rule or 'none'}, similarity "
-        f"{plan.similarity or 'none'}{threshold}{score}.",
-        *(["The residual stream after every cut is rescaled (magnitude compensation, arXiv:2507.18212)."]
-          if "compensation" in plan.effect() else []),
-        *_width_facts(plan.width, own_code),
-        *([f"Recovered by {recovered['name']}."] if (recovered := compressed.lineage.get("recovery")) else []),
-        "The whole decision is in `plan.json`.",
-    ]
-    command = shlex.join(["python", "-m", "slm_exp", *record.overrides])
-    return CARD.format(
-        front="\n".join(front), base=base, after=plan.n_layers_out, before=plan.n_layers, load=load,
-        note=f" ({compressed.note})" if compressed.note else "", facts="\n".join(f"- {fact}" for fact in facts),
-        run=f"Run {record.run_id}:\n\n```sh\n{command}\n```\n\n" if record.run_id else "")
-
-
-def _width_facts(width: WidthDecision | None, own_code: bool) -> list[str]:
-    """What the card says of narrowed layers; nothing where there are none."""
-    if not width:
-        return []
-    share = "" if width.reached is None else f"{width.reached:.1%} of the decoder layers' parameters, "
-    own = ("**Layers have widths of their own**, which no ordinary config describes. The folder brings the code that "
-           "builds them (`modeling_layerwise.py`): load it with `trust_remote_code=True`, or with `model=hf "
-           "model.path=...` of slm_exp, which has that code itself.")
-    return [f"Width pruned by {width.method or 'hand'}, {width.order} the layers: {share}whole attention heads and MLP "
-            "channels.", *([own] if own_code else [])]

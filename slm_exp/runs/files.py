@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from slm_exp.core.types import FITTED
 from slm_exp.runs.schema import ResultFile
 
-RESULT = ("plan.json", "similarity.npz", "calibration_tokens.npy", "config.yaml", "samples")
+RESULT = ("plan.json", FITTED, "similarity.npz", "calibration_tokens.npy", "config.yaml", "samples")
 """Besides the checkpoint. Pages, figures, logs and trackers' folders are derived from these or beside the result."""
 CHECKPOINT = "model"
 SMALL = 1_000_000

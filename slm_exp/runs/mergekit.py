@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from slm_exp import __version__
 from slm_exp.core.errors import ConfigError, PlanError
 from slm_exp.core.files import JsonObject, read_json
 from slm_exp.core.registry import available
 from slm_exp.core.types import Group, MergePlan
+from slm_exp.core.version import __version__
 from slm_exp.models.config_file import read_config_file
 from slm_exp.models.layouts import FAMILIES
 from slm_exp.models.packaged import Packaged

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from slm_exp.core.errors import SlmError
 from slm_exp.core.format import printable
 from slm_exp.runs.record import Run, say_unverified
-from slm_exp.runs.state import in_use
+from slm_exp.runs.state import FINISHED, in_use
 
 
 class OfflineRun(NamedTuple):
@@ -39,19 +39,23 @@ class OfflineRun(NamedTuple):
 
 
 def find_offline_runs(folders: Sequence[Path]) -> list[OfflineRun]:
-    """Every offline run below the folders, oldest first.
+    """Every offline run below the folders, oldest first; of one id one, which stands for the run on the server.
 
-    Of several attempts at one run in one folder (killed, then run again: same id) only the newest counts: it
-    logs every stage anew, and W&B would otherwise mix the two histories under one id.
+    Of several attempts at a run (killed, then run again; also in another folder) a finished one counts before one that
+    is not, then the newest: it logs every stage anew, and W&B would otherwise mix histories under one id.
     """
     logs = {log.resolve() for folder in folders for log in folder.rglob("run-*.wandb")
             if log.parent.name.startswith("offline-run-")}
-    newest: dict[tuple[Path, str], OfflineRun] = {}
-    for log in sorted(logs, key=lambda p: (p.parent.name[:27], p.stat().st_mtime_ns)):  # offline-run-YYYYMMDD_HHMMSS
-        at = (log.parents[2], log.name)
-        newest.pop(at, None)
-        newest[at] = OfflineRun(log)
-    return list(newest.values())
+    order = {log: (log.parent.name[:27], log.stat().st_mtime_ns) for log in logs}  # offline-run-YYYYMMDD_HHMMSS
+    best: dict[str, Path] = {}
+    for log in sorted(logs, key=lambda log: (_finished(log.parents[2]), *order[log])):
+        best[log.name] = log
+    return [OfflineRun(log) for log in sorted(best.values(), key=lambda log: order[log])]
+
+
+def _finished(folder: Path) -> bool:
+    run = _read(folder)
+    return run is not None and run.record.status == FINISHED
 
 
 def check_reachable(url: str, seconds: float = 10.0) -> None:

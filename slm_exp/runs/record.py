@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from slm_exp import __version__
 from slm_exp.core.cache.code import PACKAGE, package_digest
 from slm_exp.core.cache.store import library_versions
 from slm_exp.core.errors import ConfigError, PlanError, SlmError, StageError
@@ -20,6 +19,7 @@ from slm_exp.core.files import JsonObject, digest, probing, read_json, write_jso
 from slm_exp.core.format import override, printable
 from slm_exp.core.secrets import masked
 from slm_exp.core.types import LayerSimilarity, MergePlan
+from slm_exp.core.version import __version__
 from slm_exp.runs.files import CHECKPOINT, Problem, problems
 from slm_exp.runs.schema import Record
 from slm_exp.runs.state import DAMAGED, DIED, FAILED, FINISHED, RUNNING, in_use
@@ -104,7 +104,7 @@ class Run:
         if (self.folder.parent / "sweep.json").is_file():
             return f"slm sweep resume {shlex.quote(str(self.folder.parent))}"
         where = override("hydra.run.dir", self.folder)
-        return printable(shlex.join(["python", "-m", "slm_exp", *self.record.overrides, where]))
+        return printable(shlex.join(["python", "-m", "slm_exp", *self.record.words, where]))
 
     @cached_property
     def plan(self) -> MergePlan | None:

@@ -210,11 +210,30 @@ class RefittedLayer(Section):
     errors: list[float] = []
 
 
-class Recovery(Section):
+class Gain(Section):
+    """Loss on held-out passages around a step of a chain."""
+
+    before: float | None = None
+    after: float | None = None
+
+
+class WholeModel(Section):
+    """What decided whether a recovery is kept: the loss on tokens that it was not fitted on."""
+
+    rows: int | None = None
+    before: float | None = None
+    after: float | None = None
+    kept: bool = True
+
+
+class OneRecovery(Section):
     """What a training or a refit left."""
 
-    steps: Any = None
-    """A number, or the steps of a chain."""
+    name: str = ""
+    """Of a step of a chain."""
+    gain: Gain = Gain()
+    whole_model: WholeModel = WholeModel()
+    steps: int | None = None
     steps_planned: int | None = None
     best_step: int | None = None
     trained_parameters: int | None = None
@@ -229,6 +248,16 @@ class Recovery(Section):
     def _count_alone(cls, value: Any) -> Any:
         """Some recoveries say only how many."""
         return value if isinstance(value, dict | list) else None if value is None else {}
+
+
+class Recovery(OneRecovery):
+    """A recovery, or a chain of them."""
+
+    steps: int | list[OneRecovery] | None = None  # type: ignore[assignment]
+
+    @property
+    def chain(self) -> list[OneRecovery]:
+        return self.steps if isinstance(self.steps, list) else []
 
 
 class Quartiles(Section):
@@ -269,6 +298,15 @@ class ResultFile(Section):
     sha256: str
 
 
+class UsedPlugin(Section):
+    """A plug-in that a member of the config came from; see core/plugins."""
+
+    name: str = ""
+    file: str | None = None
+    digest: str = ""
+    version: str | None = None
+
+
 class Record(Section):
     """record.json."""
 
@@ -277,6 +315,7 @@ class Record(Section):
     group: str | None = None
     command: str = ""
     overrides: list[str] = []
+    plugins: list[UsedPlugin] = []
     config: JsonObject = {}
     """Every setting, with the member's name in each group."""
     versions: dict[str, str | None] = {}
@@ -336,6 +375,11 @@ class Record(Section):
             ValueError: where, what came, what was wanted.
         """
         return parse(cls, data)
+
+    @property
+    def words(self) -> list[str]:
+        """What repeats the run, after `python -m slm_exp`: plug-ins and overrides."""
+        return [*(f"--plugin={plugin.file}" for plugin in self.plugins if plugin.file), *self.overrides]
 
     def member(self, group: str) -> Mapping[str, Any]:
         """The settings of a config group; empty where the record has none."""

@@ -16,15 +16,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import Timeout
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
-from slm_exp import __version__
 from slm_exp.core.documents import Section, parse
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import JsonObject, read_json, write_json
 from slm_exp.core.format import printable
 from slm_exp.core.locks import Lock
+from slm_exp.core.plugins import Plugin
+from slm_exp.core.version import __version__
 from slm_exp.runs.record import read_run, write_record
+from slm_exp.runs.schema import UsedPlugin
 from slm_exp.runs.state import (
     DAMAGED,
     DIED,
@@ -151,6 +153,7 @@ class StoredSweep(Section):
     argv: list[str]
     cwd: str
     jobs: list[StoredJob]
+    plugins: list[UsedPlugin] = Field(default_factory=list)
 
 
 @dataclass
@@ -163,6 +166,8 @@ class SweepFolder:
     cwd: str = ""
     """Where the command ran: relative paths in overrides mean that folder."""
     jobs: list[Job] = field(default_factory=list)
+    plugins: list[Plugin] = field(default_factory=list)
+    """What its jobs need; never loaded because this file says so."""
 
     @classmethod
     def read(cls, path: Path) -> SweepFolder:
@@ -178,7 +183,8 @@ class SweepFolder:
                               f"({type(error).__name__}: {error}). Multiruns lie in outputs/multirun/NAME unless "
                               "hydra.sweep.dir said otherwise.") from None
         return cls(path, stored.argv, stored.cwd, [
-            Job(j.run_id, tuple(j.overrides), path / j.folder, j.slug, j.save_model, j.exact) for j in stored.jobs])
+            Job(j.run_id, tuple(j.overrides), path / j.folder, j.slug, j.save_model, j.exact) for j in stored.jobs],
+            [Plugin(p.name, p.file, p.digest, p.version) for p in stored.plugins])
 
     def write(self) -> None:
         """sweep.json, atomically."""
@@ -186,10 +192,11 @@ class SweepFolder:
                  "slug": j.slug, "save_model": j.save_model, "exact": j.exact} for j in self.jobs]
         write_json(self.path / "sweep.json", {
             "name": self.path.name, "version": __version__, "written": _now(), "argv": self.argv, "cwd": self.cwd,
-            "jobs": jobs})
+            "jobs": jobs, "plugins": [plugin.to_json() for plugin in self.plugins]})
 
-    def define(self, argv: Sequence[str], jobs: Iterable[Job]) -> None:
-        """Add a command's jobs to those the folder already has, and put the definition on disk.
+    def define(self, argv: Sequence[str], jobs: Iterable[Job], plugins: Iterable[Plugin] = ()) -> None:
+        """Add a command's jobs, and the plug-ins they come from, to those the folder already has, and put the
+        definition on disk.
 
         A job whose overrides mean another run by now (other defaults, other contents of an input file) replaces the
         one they meant before.
@@ -197,10 +204,11 @@ class SweepFolder:
         self.argv, self.cwd = list(argv), os.getcwd()
         new = {j.run_id: j for j in jobs}
         meant = {j.overrides: j.run_id for j in new.values()}
-        try:
-            old = {j.run_id: j for j in SweepFolder.read(self.path).jobs}
-        except ConfigError:
-            old = {}
+        before = SweepFolder(self.path)
+        with contextlib.suppress(ConfigError):
+            before = SweepFolder.read(self.path)
+        old = {j.run_id: j for j in before.jobs}
+        self.plugins = list({p.name: p for p in (*before.plugins, *plugins)}.values())
         for job in list(old.values()):
             if meant.get(job.overrides, job.run_id) != job.run_id:
                 log.warning("[%s] means run %s now; it was %s when the sweep began.", " ".join(job.overrides),

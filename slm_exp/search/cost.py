@@ -11,6 +11,7 @@ import torch
 
 from slm_exp.core.types import MergePlan, SizeCost
 from slm_exp.merging.rules.base import MergeRule
+from slm_exp.merging.rules.keep_low import KeepLow
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.base import ModelHandle, empty_model
 from slm_exp.search.path import PathPlan
@@ -25,6 +26,7 @@ def sizes(dense: ModelHandle, rule: MergeRule, plans: Iterable[PathPlan], seq_le
     for plan in plans:
         if plan.n_layers not in best or plan.final_score > best[plan.n_layers].final_score:
             best[plan.n_layers] = plan
+    rule = KeepLow() if rule.fits else rule  # what a layer costs to run does not depend on its weights
     models = {n: apply_plan(dense, MergePlan(dense.n_layers, plan.groups, rule=rule.name), rule)
               for n, plan in sorted(best.items())}
     seconds = latencies(models, seq_len)

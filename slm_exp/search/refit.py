@@ -18,11 +18,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from slm_exp.calibration.fit import shared_sequences
-from slm_exp.core.errors import DataError
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.engine.ridge import changed, held_out, inputs_of, moments, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.search.fitting import dense_states, disjoint
 from slm_exp.search.inputs import SearchInputs
 
 log = logging.getLogger(__name__)
@@ -63,15 +62,8 @@ class Refits:
     def tokens(self) -> CalibrationTokens:
         """Those to fit on. Raises DataError: they are too few, or share text with those that are scored on."""
         task = self.task
-        tokens = task.similarity.fit_source().draw(task.handle, task.seed, task.tokens)
-        if len(tokens.tokens_NT) < 2:
-            raise DataError(f"{tokens.source}: 1 sequence; similarity.after=reconstruct fits on some and chooses the "
-                            "ridge on others.")
-        if twice := shared_sequences(task.tokens, tokens):
-            raise DataError(f"{tokens.source}: {twice} of the {len(task.tokens.tokens_NT)} calibration sequences "
-                            "have text in common with it. A score on tokens of the fit rewards overfitting: give "
-                            "other tokens by similarity.fit_path or calibration.")
-        return tokens
+        return disjoint(task.similarity.fit_source().draw(task.handle, task.seed, task.tokens), task.tokens,
+                        "similarity.after=reconstruct", "similarity.fit_path")
 
     @property
     def digest(self) -> str | None:
@@ -109,7 +101,7 @@ class Refits:
         fit, held = moments(self._runner, plain, module, states[start], states[end], held_out(len(states[0])))
         step = ridge_step(fit, held, RIDGES)
         with torch.inference_mode():
-            return changed(handle.layers[slot.host], module, weights, step[0]) if step else {}
+            return changed(handle.layout, handle.layers[slot.host], module, weights, step[0]) if step else {}
 
     @cached_property
     def _runner(self) -> BlockRunner:
@@ -126,7 +118,4 @@ class Refits:
         if self.tokens.tokens_NT.size < 2 * inputs:
             log.warning("similarity.after=reconstruct fits %d inputs on %d tokens; several times as many tokens are "
                         "better (similarity.fit_samples, similarity.fit_seq_len).", inputs, self.tokens.tokens_NT.size)
-        states = [runner.embed()]
-        for i in range(self.task.handle.n_layers):
-            states.append(runner.block(Slot(i), states[-1]))
-        return states
+        return dense_states(runner)

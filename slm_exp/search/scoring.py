@@ -22,6 +22,7 @@ from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.engine.vocabulary import mean_loss, prediction_distance
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.sharing import scaled_outputs
+from slm_exp.search.fitting import Windows
 from slm_exp.search.inputs import SearchInputs, journal_inputs, journal_of
 from slm_exp.search.refit import Refits, with_refits
 from slm_exp.search.state import Candidate, layers_key
@@ -68,7 +69,7 @@ class ScoringEngine:
         self._unnamed = 0
         self._journals: dict[tuple[str, str | None, bool], Journal] = {}
         self._runners: dict[str | None, BlockRunner] = {}
-        self._refits = Refits(task)
+        self._refits, self._windows = Refits(task), Windows(task)
         self._cost = _Cost(self.dense)
 
     @property
@@ -81,7 +82,8 @@ class ScoringEngine:
         """Decoder-layer passes that the requested values take, the dense pass and the commits included. A layer that
         lacks a sublayer counts one half, and the total is rounded up; the head is not counted. Counted as if nothing
         had been in the store: the cost of a search is a property of the search."""
-        return math.ceil(self._cost.spent) + self._refits.block_forwards(len(self._cost.refits))
+        more = self._windows.block_forwards(len(self._cost.merged)) if self.task.rule.fits else 0
+        return math.ceil(self._cost.spent) + self._refits.block_forwards(len(self._cost.refits)) + more
 
     @property
     def dense_states(self) -> list[Tensor]:
@@ -183,7 +185,9 @@ class ScoringEngine:
         """One layer on any states, merged, scaled and refitted as it runs: [N, T, D] -> [N, T, D]. Not counted. A
         merged layer is combined again each time it runs: a twentieth of running it, and nothing to keep."""
         weights, handle = slot.weights, self.task.handle
-        if slot.merged:
+        if slot.merged and self.task.rule.fits:
+            weights = self._windows.weights(slot.merged)
+        elif slot.merged:
             weights = self.task.rule.merge(handle.layout, list(handle.layers[slice(*slot.merged)])).weights
         if slot.scale != 1:
             weights = {**weights, **scaled_outputs(handle.layout, handle.layers[slot.host], weights, slot.scale)}
@@ -215,7 +219,8 @@ class ScoringEngine:
             task = self.task
             inputs = journal_inputs(name, model=task.handle.digest, device=task.handle.device.type, dtype=dtype,
                                     tokens=task.tokens.digest, similarity=task.similarity, kernel=task.kernel,
-                                    rule=task.rule if merges else None, fit=self._refits.digest)
+                                    rule=task.rule if merges else None, fit=self._refits.digest,
+                                    fitted=self._windows.digest if merges else None)
             self._journals[name, dtype, merges] = Journal(journal_of(task.store, inputs))
         return self._journals[name, dtype, merges]
 
@@ -244,12 +249,14 @@ class _Cost:
         self.base, self.known = dense, len(dense)  # slots of the base whose output is known
         self.spent = blocks(dense)
         self.refits: set[Slot] = set()
+        self.merged: set[Group] = set()
 
     def ask(self, slots: Slots) -> None:
         prefix = shared(self.base, slots)
         self.spent += blocks(self.base[self.known : prefix]) + blocks(slots[prefix:])
         self.known = max(self.known, prefix)
         self.refits.update(slot for slot in slots if slot.refit)
+        self.merged.update(slot.merged for slot in slots if slot.merged)
 
     def commit(self, slots: Slots) -> None:
         self.known = min(self.known, shared(self.base, slots))

@@ -31,7 +31,16 @@ class PlanTask(SearchInputs):
         Cost: what the engine has spent so far, one model, and for a compensation one pass over the dense layers."""
         from slm_exp.search.compensation import scored
 
-        return scored(self.engine, plan, compensate)
+        return scored(self.engine, self.with_fitted(plan), compensate)
+
+    def with_fitted(self, plan: MergePlan) -> MergePlan:
+        """A plan with the file of its merged layers, where the rule fits them. Cost: none for windows that were
+        scored."""
+        if not (plan.groups and self.rule.fits):
+            return plan
+        from slm_exp.search.fitting import Windows
+
+        return replace(plan, fitted=Windows(self).file(plan))
 
     def on(self, handle: ModelHandle, with_matrix: bool) -> PlanTask:
         """The task for the model to be cut, which is not the dense one where width comes before depth. `with_matrix`:

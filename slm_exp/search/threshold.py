@@ -144,6 +144,7 @@ def slide(task: PlanTask, start: SearchState, threshold: float, size: Target | N
             notes = (f"{about}: left as they are, as the released code does.",)
     final = 1.0 if end.model is None else engine.score(end.model)  # known already, unless it was screened
     trace = tuple(Trial(s.state.low, s.state.high, s.score, s.accepted) for s in steps)
-    return MergePlan(n_layers, end.groups, rule=task.rule.name, similarity=task.similarity.name, threshold=threshold,
-                     target=size, final_score=final, trace=trace, evaluations=engine.evaluations,
-                     block_forwards=engine.block_forwards, notes=(*notes, *note(task)))
+    return task.with_fitted(MergePlan(
+        n_layers, end.groups, rule=task.rule.name, similarity=task.similarity.name, threshold=threshold, target=size,
+        final_score=final, trace=trace, evaluations=engine.evaluations, block_forwards=engine.block_forwards,
+        notes=(*notes, *note(task))))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.calibration.fit import FitSource
 from slm_exp.core.cost import Tokens, Work
-from slm_exp.core.errors import ConfigError, require, require_one_of
+from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Component
 from slm_exp.kernels.base import Kernel
 from slm_exp.models.base import ModelHandle
@@ -72,6 +72,11 @@ class Similarity(Component, ABC):
         out = {k: v for k, v in super().identity().items() if k not in (*FIT, "after")}
         return {**out, **self.after_identity()}
 
+    def score_identity(self) -> dict[str, Any]:
+        """What decides a score besides kernel and refit: its name, and what is its own, not the CKA estimator's."""
+        shared = {f.name for f in fields(Similarity)}
+        return {k: v for k, v in self.identity().items() if k not in shared and k != "after"}
+
     def after_identity(self) -> dict[str, Any]:
         """What decides a score besides the score itself."""
         return {} if self.after is None else {"after": {"refit": self.after, "tokens": self.fit_source().identity()}}
@@ -80,11 +85,12 @@ class Similarity(Component, ABC):
         """Where the tokens of the refit come from."""
         return FitSource(self.fit_path, self.fit_samples, self.fit_seq_len, called=CALLED)
 
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence that each setting makes the model read, beside the calibration."""
+        return {} if self.after is None else self.fit_source().lengths()
+
     def check_data(self, dense: ModelHandle) -> None:
         """Raise ConfigError or DataError where the tokens of the refit cannot be had. Loads no weights."""
-        if self.after is not None and dense.layout.no_refit:
-            raise ConfigError(f"similarity.after = {self.after}: {dense.layout.family} layers cannot be refitted by "
-                              f"regression: {dense.layout.no_refit}. Set similarity.after=null.")
         if self.after is not None:
             self.fit_source().check(dense)
 

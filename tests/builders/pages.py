@@ -108,6 +108,11 @@ def page_run(folder: Path, kind: str = "finished") -> Path:
             "steps_planned": 40, "best_step": 30, "loss": [[10 * i, 3 - 0.4 * i**0.5] for i in range(1, 5)],
             "held_out_loss": [[20, 2.9], [40, 2.7]],
             "layers": [{"layer": 14, "original": [14, 16], "errors": [0.2, 0.11, 0.09]}]}  # fmt: skip
+    if kind == "chain":
+        out["recovery"] = {"steps": [
+            {"name": "reconstruct", "gain": {"before": 4.5, "after": 4.1},
+             "layers": [{"layer": 14, "original": [14, 16], "errors": [0.2, 0.09]}]},
+            {"name": "lora", "gain": {"before": 4.1, "after": None}, "steps": 40, "loss": [[10, 3.0], [20, 2.9]]}]}
     if kind in ("failed", "running", "bare"):
         out |= {"stages": out["stages"][: 0 if kind == "bare" else 5],
                 "status": "running" if kind == "running" else "failed"}  # fmt: skip

@@ -17,13 +17,17 @@ from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import SlmError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, MergePlan
+from slm_exp.merging.maps import PART
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.sizes import SMOLLM2, sizes_of
-from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_tensors
+from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, token_rows, with_tensors
+from slm_exp.recovery.judged import judged, mean_loss
 
 RECOVERIES = available("recovery")
 QUICK = {"n_samples": 10, "seq_len": 24, "cutoff_len": 24, "max_steps": 2, "batch_size": 4, "micro_batch_size": 2,
          "data": "bundled", "warmup_steps": 1, "held_out": 2}  # fmt: skip
+QUICK["steps"] = [{"name": "reconstruct", "n_samples": 10, "seq_len": 24},
+                  {"name": "lora", **{k: v for k, v in QUICK.items() if k not in ("n_samples", "cutoff_len")}}]
 PLAN = MergePlan(8, groups=((4, 6),), dropped=(2,), rule="top_layer")
 
 every_recovery = pytest.mark.parametrize("name", RECOVERIES)
@@ -87,13 +91,15 @@ def test_what_did_not_change_is_shared_and_what_did_is_reported(name: str, task:
     found = quick(name).recover(task)
     model, report = go(name, task)
     before = dict(task.handle.model.named_parameters())
-    assert set(found.tensors) <= set(before)
+    maps = {n for n in found.tensors if PART in n}  # new ones, behind layers
+    assert bool(maps) == quick(name).maps_stream
+    assert set(found.tensors) - maps <= set(before)
     for key, p in model.model.named_parameters():
-        assert (p is before[key]) == (key not in found.tensors)
+        assert (p is before.get(key)) == (key not in found.tensors)
     assert json.loads(json.dumps(report)) == report
     assert (model.digest != task.handle.digest) == bool(found.tensors)
     assert ("recovery" in model.lineage) == bool(found.tensors)
-    assert model.n_params == task.handle.n_params
+    assert model.n_params == task.handle.n_params + sum(found.tensors[n].numel() for n in maps)
 
 
 @every_recovery
@@ -145,6 +151,32 @@ def test_other_tensors_are_another_model_and_other_samples_another_task(
 
 
 @every_recovery
+def test_what_leaves_the_whole_model_worse_is_taken_back(
+    name: str, task: RecoveryTask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recovery = quick(name)
+    rows = recovery.judged_on(task)
+    assert rows
+    assert all(set(row) == {"input_ids", "labels"} for row in rows)
+    ids = torch.as_tensor(task.tokens.tokens_NT).long()
+    with torch.no_grad():
+        loss = float(task.handle.model(ids, labels=ids).loss)
+    assert mean_loss(task.handle.model, token_rows(task.tokens.tokens_NT)) == pytest.approx(loss, rel=1e-4)
+    weight = "model.layers.1.mlp.down_proj.weight"
+    before = task.handle.model.get_parameter(weight).detach()
+    for tensor, kept in ((before.clone(), True), (before + 1e3, None), (before * float("nan"), False)):
+        monkeypatch.setattr(RECOVERIES[name], "recover", lambda *a, t=tensor: RecoveryResult({weight: t}, {"steps": 1}))
+        caplog.clear()
+        result = judged(recovery, task)
+        losses = result.report["whole_model"]
+        kept = losses["after"] <= losses["before"] if kept is None else kept
+        assert set(result.tensors) == ({weight} if kept else set())
+        assert result.report["steps"] == 1
+        assert result.report["whole_model"]["kept"] == kept
+        assert ("taken back" in caplog.text) == (not kept)
+
+
+@every_recovery
 def test_half_precision_stays_half_precision(name: str, make_tiny: Any, tokens: Any, tmp_path: Path) -> None:
     dense = make_tiny(dtype="bfloat16")
     compressed = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
@@ -184,7 +216,7 @@ def test_the_cost_grows_with_the_model_and_says_what_it_leaves_out(name: str) ->
     assert quick(name).cost(sizes.with_layers(60), 50)[0].blocks >= 2 * work.blocks
     assert (quick(name).memory(sizes) > 0) == quick(name).trains()
     assert quick(name).wall_clock_limit is None
-    if quick(name).trains():
+    if "max_minutes" in RECOVERIES[name].__dataclass_fields__:
         assert quick(name, max_minutes=3.0).wall_clock_limit == 3
         assert quick(name, max_minutes=3.0).cost(sizes, 25)[1] == ["recovery stops after 3 minutes"]
 

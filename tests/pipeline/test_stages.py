@@ -26,6 +26,9 @@ CONFIGS = {
     "slm": [],
     "reconstruct": ["method=shortgpt", "method.target_layers=4", "recovery=reconstruct", "recovery.n_samples=4",
                     "recovery.seq_len=24"],
+    "chain": ["method=shortgpt", "method.target_layers=4", "recovery=chain",
+              "recovery.steps=[{name: reconstruct, n_samples: 4, seq_len: 24}]"],
+    "regression": ["merge_rule=regression", "merge_rule.n_samples=4", "merge_rule.seq_len=24", "merge_rule.steps=2"],
     "after": ["similarity=token_cosine", "similarity.after=reconstruct", "similarity.fit_samples=4",
               "similarity.fit_seq_len=24"],
     "cka": ["similarity=cka", "kernel=rbf"],
@@ -48,9 +51,10 @@ def filled(tmp_path_factory):
 
 
 STAGES = [("slm", "calibrate"), ("slm", "similarity"), ("slm", "plan"), ("after", "plan"), ("cka", "plan"),
+          ("regression", "plan"),
           ("greedy", "plan"), ("compensated", "plan"), ("width", "width"), ("width", "narrowed_score"),
-          ("before", "width"), ("before", "plan"), ("reconstruct", "recover"), ("measured", "evaluate_dense"),
-          ("measured", "evaluate")]  # fmt: skip
+          ("before", "width"), ("before", "plan"), ("reconstruct", "recover"), ("chain", "held_out"),
+          ("measured", "evaluate_dense"), ("measured", "evaluate")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("config", "stage"), STAGES)
@@ -83,11 +87,13 @@ def configs(draw):
             "method.protect_first=0", "method.protect_last=0"]
     else:
         out.append(f"method.threshold={draw(st.sampled_from([0.5, 0.9]))}")
-    out += [f"merge_rule={draw(st.sampled_from(sorted(available('merge_rule'))))}", f"seed={draw(st.integers(0, 1))}"]
+    rule = draw(st.sampled_from(sorted(available("merge_rule"))))
+    out += [f"merge_rule={rule}", f"seed={draw(st.integers(0, 1))}"]
+    out += CONFIGS["regression"][1:] if rule == "regression" else []
     out += draw(st.sampled_from([[], ["similarity=token_cosine"], ["similarity=cka", "kernel=rbf"], CONFIGS["after"]]))
     out += draw(st.sampled_from([[], ["width=magnitude"], ["width=wanda_sp", "width.order=before"]]))
     recovery = ["recovery=reconstruct", "recovery.n_samples=4", "recovery.seq_len=24"]
-    return out + draw(st.sampled_from([[], recovery]))
+    return out + draw(st.sampled_from([[], recovery, CONFIGS["chain"][2:]]))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from slm_exp.runs import record as records
 from slm_exp.runs.record import Run, finished_run, is_finished, record_digest
 from slm_exp.runs.schema import Record
 from slm_exp.runs.state import DAMAGED, FINISHED, WAITING, remove_stale
+from slm_exp.runs.statistics.scores import by_document
 from slm_exp.runs.sweep import Job, SweepFolder, note_death, read_cell
 
 OLD = Path(__file__).parent / "old"
@@ -349,3 +351,16 @@ def test_what_is_no_record_is_one_line(text: str, tmp_path: Path) -> None:
     with pytest.raises(SlmError, match="cannot be read") as error:
         Run.read(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_samples_that_unpack_to_too_much_are_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "task.jsonl.gz"
+    row = json.dumps({"doc_id": 1, "doc_hash": "a", "acc": 1.0}) + "\n"
+    path.write_bytes(gzip.compress(row.encode()))
+    assert by_document(path, "acc") == {(1, "a"): 1.0}
+    monkeypatch.setattr("slm_exp.runs.statistics.scores.MOST", 100)
+    path.write_bytes(gzip.compress(row.encode() * 101))
+    assert by_document(path, "acc") == {}
+    monkeypatch.setattr("slm_exp.core.text.LIMIT", 1000)
+    path.write_bytes(gzip.compress(b'{"acc": "' + b"0" * 10_000))
+    assert by_document(path, "acc") == {}

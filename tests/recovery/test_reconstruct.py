@@ -15,10 +15,11 @@ from builders.models import keeps_first
 from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, Compensation, Cut, MergePlan, Sublayer
-from slm_exp.engine.ridge import Moments, ridge_step
+from slm_exp.engine.ridge import Moments, ridge_step, token_weights
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.recovery.base import RecoveryTask, with_tensors
+from slm_exp.recovery.base import RecoveryTask, token_rows, with_tensors
 from slm_exp.recovery.cuts import beside_cuts, stream_scales
+from slm_exp.recovery.judged import judged, mean_loss
 from slm_exp.recovery.reconstruct import Reconstruct
 
 PLANS = {
@@ -135,6 +136,48 @@ def test_ridge_regression_from_batches_is_that_of_all_tokens() -> None:
     assert error == pytest.approx(float(left), rel=1e-6)
 
 
+def test_tokens_of_outlying_norm_count_as_much_as_all_others_together() -> None:
+    states = torch.randn(6, 20, 8, generator=torch.Generator().manual_seed(0))
+    square = states.double().square().sum(-1)
+    torch.testing.assert_close(token_weights(states), token_weights(states, "relative"))
+    states[2, 0] *= 200
+    states[4, 7] *= 3000
+    share = token_weights(states, "class", rows=4) * states.double().square().sum(-1)
+    few = torch.zeros(6, 20, dtype=torch.bool)
+    few[2, 0] = few[4, 7] = True
+    assert float(share[few].sum()) == pytest.approx(float(share[~few].sum()))
+    torch.testing.assert_close(share[few], share[few].mean().expand(2))
+    torch.testing.assert_close(token_weights(states)[~few], 1 / square[~few])
+    assert token_weights(states, "equal").unique().tolist() == [1]
+
+
+def test_a_state_that_arises_inside_the_cut_is_not_forgotten(refit: Any, make_tiny: Any, tmp_path: Path) -> None:
+    """Layer 4 makes the state of one token a thousand times larger, where later layers look for it."""
+    dense = make_tiny()
+    ids = np.random.default_rng(1).integers(1, 256, (30, 24))
+    ids[:, 0] = 0
+    np.save(tmp_path / "fit.npy", ids)
+    model = dense.model.model
+    model.embed_tokens.weight.data[0] = 0
+    model.embed_tokens.weight.data[0, 0] = 5.0
+    model.embed_tokens.weight.data[1:, 0] = 0
+    mlp = model.layers[4].mlp
+    for part in (mlp.gate_proj, mlp.up_proj):
+        part.weight.data[0] = 0
+        part.weight.data[0, 0] = 3.0
+    mlp.down_proj.weight.data[:, 0] = 0
+    mlp.down_proj.weight.data[1, 0] = 100.0
+    off = {}
+    for weighting in ("class", "relative"):
+        recovery = Reconstruct(path=str(tmp_path / "fit.npy"), weighting=weighting)
+        _, _, refitted = refit(recovery, MergePlan(8, dropped=(4,)), dense)
+        with torch.no_grad():
+            states = [h.model.model(torch.from_numpy(ids), use_cache=False, output_hidden_states=True).hidden_states[-2]
+                      for h in (dense, refitted)]
+        off[weighting] = float((states[1] - states[0])[:, 0].norm() / states[0][:, 0].norm())
+    assert off["class"] < off["relative"]
+
+
 def test_no_change_where_none_helps_on_the_tokens_held_out() -> None:
     generator = torch.Generator().manual_seed(0)
     fit, held = Moments.empty(6, 3, torch.device("cpu")), Moments.empty(6, 3, torch.device("cpu"))
@@ -196,6 +239,25 @@ def test_bad_data_is_refused_before_weights_load(make_tiny: Any, tmp_path: Path)
         with pytest.raises(error, match=message):
             Reconstruct(**fields).check_data(dense)
     assert not dense.loaded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [range(11, 19), range(10, 18), range(12, 20), range(4, 12), range(8, 12)],
+                         ids=lambda layers: f"{layers[0]}-{layers[-1]}")
+def test_ranges_that_begin_or_end_where_the_huge_state_arises(
+    layers: range, smol_handle: Any, shared_data: Path, tmp_path: Path
+) -> None:
+    """Layer 11 of SmolLM2 raises the first token's norm from 140 to 23,500. Fitted relative to the norm alone, cutting
+    11 to 18 went from a perplexity of 395 to 60,928."""
+    trial, plan = shared_data / "trial", MergePlan(30, dropped=tuple(layers))
+    tokens = available("calibration")["tokens"](path=str(trial / "wt2valid_10x128.npy")).draw(smol_handle, 0)
+    task = RecoveryTask(apply_plan(smol_handle, plan), smol_handle, plan, tokens, tmp_path)
+    np.save(tmp_path / "fit.npy", np.load(trial / "wt2valid_24x256.npy"))
+    found = judged(Reconstruct(path=str(tmp_path / "fit.npy"), passes=1), task)
+    assert found.report["whole_model"]["kept"]
+    rows = token_rows(np.load(trial / "wt2test_24x256.npy")[:8])
+    model = with_tensors(task.handle, found, {"recovery": {}}).model
+    assert mean_loss(model, rows) < mean_loss(task.handle.model, rows) - 0.5
 
 
 @pytest.mark.slow

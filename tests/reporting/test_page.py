@@ -133,6 +133,13 @@ def test_narrower_layers_and_recovery_are_shown(tmp_path: Path) -> None:
     assert any(label.startswith("Training loss over steps: 2.600 at first") for label in labels)
 
 
+def test_the_steps_of_a_chain_are_shown(tmp_path: Path) -> None:
+    page = of("chain", tmp_path)
+    assert table(page, "Steps of the recovery") == [["reconstruct", "4.5000", "4.1000"], ["lora", "4.1000", "–"]]
+    assert table(page, "Layers refitted") == [["14", "14–15", "0.2000", "0.0900"]]
+    assert any("lora: 40 steps" in text for text in page.text("section"))
+
+
 def test_a_plan_that_only_narrows_says_so() -> None:
     assert charts.describe(MergePlan(4, width=keeps_first([1], [1], [8], method="flap", ratio=0.2))) == (
         "Layers narrowed by 20.0 % of their parameters (flap).")

@@ -24,6 +24,7 @@ class OfflineRun:
 
     id: str = ""
     project: str = ""
+    entity: str = ""
     group: str = ""
     name: str = ""
     tags: list[str] = field(default_factory=list)
@@ -70,7 +71,7 @@ def read_run(folder: Path) -> OfflineRun:
         if kind == "run":
             run = record.run
             out.id, out.project, out.group, out.name = run.run_id, run.project, run.run_group, run.display_name
-            out.tags = list(run.tags)
+            out.tags, out.entity = list(run.tags), run.entity
             _put_all(out.config, run.config.update)
         elif kind == "config":
             _put_all(out.config, record.config.update)

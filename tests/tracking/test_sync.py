@@ -79,6 +79,28 @@ def test_only_the_newest_attempt_at_a_run_is_sent(tmp_path: Path, server: list[P
     assert server == [newest.parent, again.parent]
 
 
+def test_one_id_in_two_folders_is_sent_once_and_nothing_worse_over_a_finished_one(
+    tmp_path: Path, server: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = offline(tmp_path / "x" / "a", "a", "20260101_120000")
+    (tmp_path / "x" / "a" / "record.json").write_text('{"run_id": "a", "status": "finished"}')
+    offline(tmp_path / "y" / "a", "a", "20260102_120000")  # begun later elsewhere, and killed
+    assert sync.main([str(tmp_path)]) == 0
+    assert server == [finished.parent]
+    assert sync.main([str(tmp_path)]) == 0
+    assert server == [finished.parent]
+    assert "0 sent, 1 sent before" in capsys.readouterr().out
+
+
+def test_a_finished_run_follows_an_attempt_that_was_sent(tmp_path: Path, server: list[Path]) -> None:
+    killed = offline(tmp_path / "y" / "a", "a", "20260102_120000")
+    assert sync.main([str(tmp_path)]) == 0
+    finished = offline(tmp_path / "x" / "a", "a", "20260101_120000")
+    (tmp_path / "x" / "a" / "record.json").write_text('{"run_id": "a", "status": "finished"}')
+    assert sync.main([str(tmp_path)]) == 0
+    assert server == [killed.parent, finished.parent]
+
+
 def test_a_run_still_going_waits(tmp_path: Path, server: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     log = offline(tmp_path, "a")
     hold = "import sys, filelock; a = filelock.FileLock(sys.argv[1]); a.acquire(); print('held', flush=True); input()"

@@ -15,9 +15,9 @@ import pytest
 from readback import OfflineRun, offline_runs
 
 from slm_exp.core.errors import ConfigError
-from slm_exp.runs.tracking.base import flat
+from slm_exp.runs.tracking.base import flat, slug
 from slm_exp.runs.tracking.none import NoTracking
-from slm_exp.runs.tracking.wandb import WandbTracking, slug
+from slm_exp.runs.tracking.wandb import WandbTracking
 
 CONFIG = {
     "model": {"name": "tiny", "path": ""},
@@ -170,6 +170,23 @@ def test_a_repeated_run_keeps_its_id(tmp_path: Path) -> None:
     track(WandbTracking(), tmp_path)
     track(WandbTracking(), tmp_path)
     assert [run.id for run in offline_runs(tmp_path)] == ["0123456789abcdef"] * 2
+
+
+def test_the_environment_names_project_and_entity_and_a_name_fits_the_server(tmp_path: Path) -> None:
+    """In a process of its own: W&B reads its environment once."""
+    script = f"""
+from pathlib import Path
+from slm_exp.runs.tracking.wandb import WandbTracking
+for name, tracking in (("theirs", WandbTracking(run_name="n" * 200)), ("ours", WandbTracking(project="p", entity="e"))):
+    with tracking.session({running_record()!r}, Path(name)): pass
+"""
+    named = {"WANDB_PROJECT": "lab", "WANDB_ENTITY": "team"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, **named, "PYTHONPATH": os.getcwd()})
+    assert done.returncode == 0, done.stderr
+    (theirs,), (ours,) = (offline_runs(tmp_path / name) for name in ("theirs", "ours"))
+    assert (theirs.project, theirs.name, ours.project) == ("lab", "n" * 128, "p")
+    assert (theirs.entity, ours.entity) == ("team", "e")
 
 
 def test_under_an_agent_its_id_is_kept_and_run_id_is_in_the_config(tmp_path: Path) -> None:

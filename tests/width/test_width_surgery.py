@@ -20,7 +20,8 @@ from slm_exp.merging.width import apply_width
 from slm_exp.methods.slm import SLM
 from slm_exp.models.hf import HF
 from slm_exp.runs import checkpoint
-from slm_exp.runs.checkpoint import model_card, save_checkpoint
+from slm_exp.runs.card import model_card
+from slm_exp.runs.checkpoint import save_checkpoint
 from slm_exp.runs.schema import Record
 from slm_exp.width.base import WidthTask
 

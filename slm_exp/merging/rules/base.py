@@ -5,14 +5,34 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
+from slm_exp.core.cost import Work
 from slm_exp.core.errors import ArchitectureError
 from slm_exp.core.registry import Component
+from slm_exp.core.types import CalibrationTokens, Group
+from slm_exp.models.base import ModelHandle
 from slm_exp.models.layout import LayerLayout
+from slm_exp.models.sizes import Sizes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from slm_exp.engine.runner import BlockRunner
+
+
+class FitTask(Protocol):
+    """What tokens to fit on depend on."""
+
+    @property
+    def handle(self) -> ModelHandle: ...
+
+    @property
+    def tokens(self) -> CalibrationTokens:
+        """That the fit may not share."""
+
+    @property
+    def seed(self) -> int: ...
 
 
 class Merged(NamedTuple):
@@ -33,6 +53,34 @@ class MergeRule(Component, ABC):
     """Which layer's attention type, RoPE kind and per-layer config entries hold: the one that gives q and k."""
     whole_layer: ClassVar[bool] = False
     """True when norms and biases come from the layer `attention_from` names as well (keep_top)."""
+    fits: ClassVar[bool] = False
+    """Whether a merged layer is fitted on tokens. `combine` is then what the fit starts from; a plan's layers lie
+    beside it (`MergePlan.fitted`)."""
+
+    def lengths(self) -> dict[str, int]:
+        """The longest sequence that each setting makes the model read."""
+        return {}
+
+    def check_data(self, dense: ModelHandle) -> None:
+        """Raise ConfigError or DataError where the rule's tokens cannot be had. Called before weights load."""
+
+    def cost(self, sizes: Sizes, windows: float) -> Work:
+        """Of fitting so many windows."""
+        return Work()
+
+    def draw(self, task: FitTask) -> CalibrationTokens:
+        """The tokens to fit on; of a rule that fits."""
+        raise NotImplementedError
+
+    def fit(self, runner: BlockRunner, window: Group, entering_NTD: Tensor, wanted_NTD: Tensor) -> dict[str, Tensor]:
+        """The parameters of a merged layer that differ from its host's, in the model's dtype; of a rule that fits.
+
+        Args:
+            runner: of the model, in float32, with the library's layers.
+            window: the layers that become one.
+            entering_NTD, wanted_NTD: the dense stream before and after them.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def combine(self, weights: Sequence[Tensor]) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slm_exp.core.errors import DataError
+from slm_exp.core.text import read_rows
 from slm_exp.evaluation.report import metric_of
 from slm_exp.runs.schema import Scores
+
+MOST = 10**6
+"""Rows of a samples file; one that holds more is no run's."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,12 @@ def by_document(path: Path, metric: str) -> dict[tuple[object, object], float]:
     """
     name, _, chosen = metric.removesuffix(")").partition("(")
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f]
-        return {(row.get("doc_id"), row.get("doc_hash")): float(row[name]) for row in rows
-                if row.get("filter", "") == chosen}
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error):
+        out = {}
+        for n, row in enumerate(read_rows(path)):
+            if n == MOST:
+                return {}
+            if row.value.get("filter", "") == chosen:
+                out[row.value.get("doc_id"), row.value.get("doc_hash")] = float(row.value[name])
+        return out
+    except (DataError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from slm_exp.core.errors import ConfigError, require
 from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.registry import Component
 
+log = logging.getLogger(__name__)
+
+PROVENANCE = ("run_id", "overrides", "command", "versions", "git", "plugins")
+"""Of the record, beside the config itself."""
+PROJECT = "slm_exp"
+LONGEST_NAME = 128
 Scalar = str | int | float | bool
 
 
@@ -34,10 +43,29 @@ class Tracker:
 
 @dataclass
 class Tracking(Component, ABC):
-    """A member of the `tracking` group."""
+    """A member of the `tracking` group. How a run is called is a setting of all, so that one is swapped for another."""
 
     seconds: ClassVar[float] = 0.0
     """About how long it takes of a run, for the forecast."""
+    package: ClassVar[str] = ""
+    """What must be installed: `pip install 'slm-exp[PACKAGE]'`."""
+
+    project: str | None = None
+    """What runs are filed under; null is slm_exp."""
+    group: str | None = None
+    """Groups runs in the interface; null is the sweep's name in a multirun, else none."""
+    run_name: str | None = None
+    """Display name; null makes one from the config, e.g. `smollm2_135m-slm-top_layer-0.9`."""
+    tags: list[str] = field(default_factory=list)
+    """Labels in the interface."""
+
+    def check(self) -> None:
+        require(not self.package or importlib.util.find_spec(self.package) is not None, "tracking", self.name,
+                "a tracker whose package is installed", f"pip install 'slm-exp[{self.package}]', or use tracking=none.")
+
+    def display_name(self, record: JsonObject) -> str:
+        """Of the run, within what a W&B server takes."""
+        return (self.run_name or slug(record["config"]))[:LONGEST_NAME]
 
     @abstractmethod
     @contextlib.contextmanager
@@ -50,6 +78,25 @@ class Tracking(Component, ABC):
             ConfigError: the tracker cannot start; names the remedy.
         """
         yield  # type: ignore[misc]
+
+
+def provenance(record: JsonObject) -> JsonObject:
+    """The config that a tracker keeps: the run's, and where it came from."""
+    return plain({**record["config"], **{k: record[k] for k in PROVENANCE if k in record}})  # type: ignore[no-any-return]
+
+
+def cannot_start(tracking: Tracking, error: Exception) -> ConfigError:
+    """Of a tracker that does not open."""
+    words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return ConfigError(f"tracking = {tracking.name}; it cannot start: {words}. Use tracking=none to do without.")
+
+
+def mirrored(name: str, send: Callable[[], Any]) -> None:
+    """Send something to a tracker; where that fails, one warning."""
+    try:
+        send()
+    except Exception as error:
+        log.warning("%s: %s: %s. The record in the run's folder is complete.", name, type(error).__name__, error)
 
 
 def flat(section: JsonObject) -> dict[str, Scalar]:
@@ -73,3 +120,33 @@ def flat(section: JsonObject) -> dict[str, Scalar]:
 
     walk(plain(section), "")
     return out
+
+
+def slug(config: JsonObject) -> str:
+    """A readable name of a run from its resolved config: model, method, rule, size requested, and what is unusual.
+
+    `smollm2_135m-slm-top_layer-0.9`, `Llama-2-7b-hf-slm-mean-25layers-cka_rbf-lora`.
+    """
+
+    def node(group: str) -> JsonObject:
+        return config.get(group) or {}
+
+    def name(group: str, usual: str = "") -> str:
+        """The member's name, or nothing where it is the usual one."""
+        chosen = str(node(group).get("name", ""))
+        return "" if chosen == usual else chosen
+
+    model, similarity, width = name("model"), name("similarity", "flat_cosine"), name("width", "none")
+    sizes = {"threshold": "{:g}", "target_layers": "{}layers", "target_ratio": "{:g}less",
+             "target_sublayers": "less{}halves"}
+    parts = [
+        Path(str(node("model").get("path") or model)).name if model == "hf" else model,
+        name("method"),
+        "" if node("method").get("merge") is False else name("merge_rule"),  # a baseline that merges nothing
+        *(form.format(node("method")[key]) for key, form in sizes.items() if node("method").get(key) is not None),
+        f"cka_{name('kernel')}" if similarity == "cka" else similarity,
+        f"{width}{node('width').get('ratio') or ''}" if width else "",
+        name("recovery", "none"),
+        f"seed{config['seed']}" if config.get("seed") else "",
+    ]
+    return "-".join(part for part in parts if part)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +14,7 @@ from slm_exp.core.errors import ConfigError, require_one_of
 from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.registry import register
 from slm_exp.runs.record import failure
-from slm_exp.runs.tracking.base import Tracker, Tracking, flat
+from slm_exp.runs.tracking.base import PROJECT, Tracker, Tracking, flat, mirrored, provenance
 
 if TYPE_CHECKING:
     import wandb
@@ -27,7 +27,6 @@ REMEDIES = {
     "online": "Log in with `wandb login`, or use tracking.mode=offline (`slm sync` sends it later) or tracking=none.",
     "offline": "Use tracking=none to do without W&B.",
 }
-PROVENANCE = ("run_id", "overrides", "command", "versions", "git")  # of the record, beside the config itself
 
 
 @register("tracking", "wandb")
@@ -41,22 +40,20 @@ class WandbTracking(Tracking):
 
     seconds: ClassVar[float] = 3.0
 
-    project: str = "slm_exp"
-    """W&B project; under an agent the sweep's own is used."""
+    project: str | None = None
+    """W&B project; null is WANDB_PROJECT, else slm_exp. Under an agent the sweep's own is used."""
     entity: str | None = None
-    """W&B user or team; null is your default."""
-    group: str | None = None
-    """Groups runs in the W&B interface; null is the sweep's name in a multirun, else none."""
-    run_name: str | None = None
-    """Display name; null makes one from the config, e.g. `smollm2_135m-slm-top_layer-0.9`."""
+    """W&B user or team; null is WANDB_ENTITY, else your default."""
     mode: str | None = None
     """online, offline or disabled; null follows WANDB_MODE, else online under a W&B agent, else offline."""
-    tags: list[str] = field(default_factory=list)
-    """Labels in the W&B interface."""
 
     def check(self) -> None:
         if self.mode is not None:
             require_one_of("tracking.mode", self.mode, MODES)
+
+    def in_force(self) -> list[str]:
+        mode = self.resolved_mode()
+        return [f"tracking.mode: {mode}" + ", slm sync sends it later" * (mode == "offline")] * (self.mode is None)
 
     def resolved_mode(self) -> str:
         """The mode after the environment had its say.
@@ -100,11 +97,12 @@ class WandbTracking(Tracking):
             raise ConfigError(f"tracking = wandb; the package cannot be imported ({error}). pip install wandb, or use "
                               "tracking=none.") from None
         folder.mkdir(parents=True, exist_ok=True)
-        ours = {} if under_agent() else {"id": record["run_id"], "project": self.project, "entity": self.entity}
-        config = plain({**record["config"], **{k: record[k] for k in PROVENANCE if k in record}})
+        project = self.project or os.environ.get("WANDB_PROJECT") or PROJECT
+        ours = {} if under_agent() else {"id": record["run_id"], "project": project, "entity": self.entity}
+        config = provenance(record)
         try:
             run = wandb.init(
-                **ours, group=self.group or record.get("group"), name=self.run_name or slug(record["config"]),
+                **ours, group=self.group or record.get("group"), name=self.display_name(record),
                 tags=self.tags, mode=mode, dir=folder, config=config,  # type: ignore[arg-type]
                 reinit="finish_previous",  # else a second run in one process would be handed the first one
                 settings=wandb.Settings(
@@ -132,34 +130,27 @@ class _WandbTracker(Tracker):
         scalars = flat(section)
         texts = {k: v for k, v in scalars.items() if isinstance(v, (str, bool))}
         if numbers := {k: v for k, v in scalars.items() if k not in texts}:
-            self._mirror(lambda: self._run.log(numbers))
+            mirrored("W&B", lambda: self._run.log(numbers))
         if texts:
-            self._mirror(lambda: self._run.summary.update(texts))
+            mirrored("W&B", lambda: self._run.summary.update(texts))
 
     def image(self, name: str, path: Path) -> None:
         import wandb
 
-        self._mirror(lambda: self._run.log({name: wandb.Image(str(path))}))
+        mirrored("W&B", lambda: self._run.log({name: wandb.Image(str(path))}))
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         import wandb
 
-        self._mirror(lambda: self._run.log({name: wandb.Table(columns=[*columns], data=plain(rows))}))
+        mirrored("W&B", lambda: self._run.log({name: wandb.Table(columns=[*columns], data=plain(rows))}))
 
     def close(self, exit_code: int) -> None:
         """Finish the run; offline, come back only when the last record is on disk."""
         import wandb
 
-        self._mirror(lambda: self._run.finish(exit_code=exit_code))
+        mirrored("W&B", lambda: self._run.finish(exit_code=exit_code))
         if self._run.settings.mode == "offline":  # finish() returns while the log is still in wandb-core's buffer
-            self._mirror(wandb.teardown)
-
-    @staticmethod
-    def _mirror(send: Callable[[], Any]) -> None:
-        try:
-            send()
-        except Exception as error:
-            log.warning("W&B: %s: %s. The record in the run's folder is complete.", type(error).__name__, error)
+            mirrored("W&B", wandb.teardown)
 
 
 def under_agent() -> bool:
@@ -178,33 +169,3 @@ def _wandb_files_in(folder: Path) -> Iterator[None]:
     finally:
         for name in ours:
             os.environ.pop(name, None)
-
-
-def slug(config: JsonObject) -> str:
-    """A readable name of a run from its resolved config: model, method, rule, size requested, and what is unusual.
-
-    `smollm2_135m-slm-top_layer-0.9`, `Llama-2-7b-hf-slm-mean-25layers-cka_rbf-lora`.
-    """
-
-    def node(group: str) -> JsonObject:
-        return config.get(group) or {}
-
-    def name(group: str, usual: str = "") -> str:
-        """The member's name, or nothing where it is the usual one."""
-        chosen = str(node(group).get("name", ""))
-        return "" if chosen == usual else chosen
-
-    model, similarity, width = name("model"), name("similarity", "flat_cosine"), name("width", "none")
-    sizes = {"threshold": "{:g}", "target_layers": "{}layers", "target_ratio": "{:g}less",
-             "target_sublayers": "less{}halves"}
-    parts = [
-        Path(str(node("model").get("path") or model)).name if model == "hf" else model,
-        name("method"),
-        "" if node("method").get("merge") is False else name("merge_rule"),  # a baseline that merges nothing
-        *(form.format(node("method")[key]) for key, form in sizes.items() if node("method").get(key) is not None),
-        f"cka_{name('kernel')}" if similarity == "cka" else similarity,
-        f"{width}{node('width').get('ratio') or ''}" if width else "",
-        name("recovery", "none"),
-        f"seed{config['seed']}" if config.get("seed") else "",
-    ]
-    return "-".join(part for part in parts if part)

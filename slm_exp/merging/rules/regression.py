@@ -1,0 +1,101 @@
+"""A layer fitted to do to the stream what the window does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from slm_exp.calibration.fit import FitSource
+from slm_exp.core.cost import Work
+from slm_exp.core.errors import ConfigError, require
+from slm_exp.core.registry import Fields, register
+from slm_exp.core.types import CalibrationTokens, Group
+from slm_exp.merging.rules.base import FitTask, MergeRule
+from slm_exp.merging.rules.mean import Mean
+from slm_exp.models.base import ModelHandle
+from slm_exp.models.sizes import Sizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slm_exp.engine.runner import BlockRunner
+
+CALLED = (("calibration.", "merge_rule."), ("calibration=", "merge_rule, as in calibration="))
+
+
+@register("merge_rule", "regression")
+@dataclass
+class Regression(MergeRule):
+    """A layer fitted to do to the stream what the window does: all projections, alternating; norms of the lowest layer.
+
+    From the dense stream before the window to the dense stream after it, on tokens of its own, of no document that
+    candidates are scored on. Starts from the best of the lowest layer's projections, the highest's and their mean. A
+    sweep fits the inner projections (q, k, v, gate, up) by L-BFGS on the sum of squares, then `down_proj` and `o_proj`
+    by ridge regression; every fifth sequence is held out, and what is best there is kept. Token weights are those of
+    `engine.ridge.token_weights`. Experts and routers are the mean.
+    The layers lie beside plan.json as fitted.safetensors, named there by their digest; method=from_plan reads them.
+    Cost: for a window about 10 + 5 x steps x sweeps forward passes of a layer over the tokens, once for every window
+    that is scored.
+    """
+
+    fits: ClassVar[bool] = True
+
+    path: str | None = None
+    """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is the bundled text."""
+    field: str = "text"
+    """Name of the text field."""
+    n_samples: int = 24
+    """Sequences; of a .npy file all are taken."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    sweeps: int = 1
+    """How often inner and output projections are fitted in turn; 0: the output projections alone."""
+    steps: int = 10
+    """Of L-BFGS, in each sweep."""
+    ridges: list[float] = dataclasses.field(default_factory=lambda: [1e-3, 1e-2, 1e-1, 1.0, 10.0])
+    """Ridges to choose from, in units of the mean diagonal of the normal equations."""
+
+    def check(self) -> None:
+        require(self.n_samples >= 2, "merge_rule.n_samples", self.n_samples, "a whole number >= 2",
+                "One sequence at least is held out.")
+        require(self.seq_len >= 2, "merge_rule.seq_len", self.seq_len, "a whole number >= 2")
+        require(self.sweeps >= 0, "merge_rule.sweeps", self.sweeps, "a whole number >= 0")
+        require(self.steps >= 1, "merge_rule.steps", self.steps, "a whole number >= 1")
+        require(bool(self.ridges) and all(r > 0 for r in self.ridges), "merge_rule.ridges", self.ridges,
+                "one or more numbers > 0", "For example [0.01].")
+
+    def identity(self) -> Fields:
+        sizes = ("n_samples", "seq_len", "field", "path")
+        out = {name: value for name, value in super().identity().items() if name not in sizes}
+        return {**out, "tokens": self._source().identity()}
+
+    def lengths(self) -> dict[str, int]:
+        return self._source().lengths()
+
+    def check_data(self, dense: ModelHandle) -> None:
+        if dense.layout.no_refit:
+            raise ConfigError(f"merge_rule=regression: {dense.layout.family} layers cannot be fitted by regression: "
+                              f"{dense.layout.no_refit}. Take another merge_rule.")
+        self._source().check(dense)
+
+    def cost(self, sizes: Sizes, windows: float) -> Work:
+        total = self.n_samples * self.seq_len
+        forwards = windows * (10 + 5 * self.steps * self.sweeps) + sizes.n_layers
+        return Work(blocks=forwards * sizes.block_flops(total, self.seq_len),
+                    wide=windows * (3 + self.sweeps) * (2 * total + len(self.ridges) * sizes.mlp) * sizes.mlp**2)
+
+    def combine(self, weights: Sequence[Tensor]) -> Tensor:
+        return Mean().combine(weights)
+
+    def _source(self) -> FitSource:
+        return FitSource(self.path, self.n_samples, self.seq_len, self.field, CALLED)
+
+    def draw(self, task: FitTask) -> CalibrationTokens:
+        return self._source().draw(task.handle, task.seed, task.tokens)
+
+    def fit(self, runner: BlockRunner, window: Group, entering_NTD: Tensor, wanted_NTD: Tensor) -> dict[str, Tensor]:
+        from slm_exp.merging.regression import fit_window
+
+        return fit_window(runner, window, entering_NTD, wanted_NTD, self)

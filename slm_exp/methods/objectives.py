@@ -1,0 +1,82 @@
+"""What methods that choose sets of parts may judge them by, each a value of the one scoring engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.types import Sublayer
+from slm_exp.methods.base import Baseline, Selection
+from slm_exp.methods.sublayers import SublayerBaseline
+from slm_exp.models.base import ModelHandle
+from slm_exp.search.evolution import Cost, Found, Parts, plan_without
+from slm_exp.search.greedy import Unit
+
+if TYPE_CHECKING:
+    from slm_exp.search.scoring import ScoringEngine
+
+OBJECTIVES = {"loss": 1, "kl": 2, "js": 2, "score": 0}
+"""And how many passes of the head each takes."""
+
+
+@dataclass
+class SetSearch(SublayerBaseline):
+    """A method that chooses sets of layers, or of attention and MLP sublayers."""
+
+    targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_sublayers", "target_ratio")
+    mergeable: ClassVar[bool] = True
+
+    objective: str = "loss"
+    """loss: of the next token. kl, js: divergence of the predictions from the dense model's. score: the run's
+    similarity. With similarity.after all are those of the refitted model."""
+    tied: bool | None = None
+    """Whether a layer's attention and MLP go together; null: as the target says, tied with target_layers."""
+
+    def check(self) -> None:
+        require_one_of("method.objective", self.objective, OBJECTIVES)
+        wrong = "target_sublayers" if self._tied else "target_layers"
+        require(getattr(self, wrong) is None, f"method.{wrong}", getattr(self, wrong),
+                f"null with method.tied={str(self._tied).lower()}",
+                f"Set method.tied={str(not self._tied).lower()}, or another target.")
+        require(self._tied or not self.merge, "method.merge", self.merge, "false with method.tied=false",
+                "Only whole layers can be merged.")
+        super().check()
+
+    @property
+    def _tied(self) -> bool:
+        return self.target_sublayers is None if self.tied is None else self.tied
+
+    def identity(self) -> dict[str, Any]:
+        """With what null comes to."""
+        return {**super().identity(), "tied": self._tied}
+
+    @property
+    def removes_sublayers(self) -> bool:
+        return not self._tied
+
+    def units(self, n_layers: int) -> list[Unit]:
+        return [Unit(i) for i in self.removable(n_layers)] if self._tied else super().units(n_layers)
+
+    def layers_to_remove(self, handle: ModelHandle) -> int:
+        return Baseline.layers_to_remove(self, handle) if self._tied else super().layers_to_remove(handle)
+
+    def cost_of(self, engine: ScoringEngine) -> Cost:
+        """A set's cost by the objective."""
+
+        def cost(parts: Parts) -> float:
+            plan = plan_without(engine.n_layers, parts)
+            if self.objective == "loss":
+                return engine.loss(plan)
+            return -engine.score(plan) if self.objective == "score" else engine.distance(plan, self.objective)
+
+        return cost
+
+    def selected(self, found: Found, block_forwards: int = 0) -> Selection:
+        parts = sorted(found.parts)
+        return Selection(tuple(u.layer for u in parts if u.kind is None), trace=found.trace,
+                         sublayers=tuple(Sublayer(u.layer, u.kind) for u in parts if u.kind),
+                         block_forwards=block_forwards)
+
+    def remove(self, *_: Any) -> Any:
+        raise NotImplementedError("sets are chosen as a whole, see `choose`")

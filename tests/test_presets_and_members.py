@@ -1,0 +1,74 @@
+"""Every preset with every member: it composes, or one line names both."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slm_exp.core.errors import ConfigError
+from slm_exp.core.registry import GROUPS
+from slm_exp.launch.compose import PRESETS, Composer, choices, compose_raw, conf_dir
+from slm_exp.launch.jobs import split_sweep
+
+ALL = [(kind, name) for kind in PRESETS for name in choices(kind)]
+
+
+def touched(kind: str, name: str) -> set[str]:
+    """The groups that a preset says something of; to the others it makes no difference."""
+    text = yaml.safe_load((conf_dir() / kind / f"{name}.yaml").read_text())
+    swept = text.get("hydra", {}).get("sweeper", {}).get("params", {})
+    named = [*(key for d in text.get("defaults", []) if isinstance(d, dict) for key in d), *text, *swept]
+    return {re.sub("^override /", "", key).partition(".")[0] for key in named} & set(GROUPS)
+
+
+def refusals(kind: str, name: str, groups: set[str], tmp_path: Path) -> dict[str, str]:
+    """The pairs that are refused in their first job, by member; a member gets the path it cannot do without."""
+    composer, out = Composer(), {}
+    params = dict(compose_raw([f"{kind}={name}"], with_hydra=True).hydra.sweeper.get("params") or {})
+    (tmp_path / "plan.json").write_text('{"n_layers": 30, "dropped": [4]}')
+    (tmp_path / "text.jsonl").write_text('{"text": "words"}\n')
+    needs = {"from_plan": f"method.path={tmp_path}/plan.json", "jsonl": f"calibration.path={tmp_path}/text.jsonl",
+             "tokens": f"calibration.path={tmp_path}/text.jsonl", "hf": f"model.path={tmp_path}",
+             "chain": "recovery.steps=[reconstruct]"}  # fmt: skip
+    for group in sorted(groups):
+        for member in choices(group):
+            words = [f"{kind}={name}", f"{group}={member}", *([needs[member]] if member in needs else [])]
+            job = [o for o in split_sweep(words, params)[0] if o not in words]
+            try:
+                composer.run_config([*words, *job])
+            except ConfigError as error:
+                out[f"{group}={member}"] = f"job {' '.join([*words, *job])}: {error}" if job else str(error)
+    return out
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL, ids=[f"{kind}={name}" for kind, name in ALL])
+def test_a_preset_composes_with_the_members_of_the_groups_it_touches(kind, name, tmp_path):
+    for pair, said in refusals(kind, name, touched(kind, name), tmp_path).items():
+        assert f"{kind}={name}" in said, said
+        assert pair in said, said
+        assert "\n" not in said
+        assert re.search(r"expected null|set exactly one", said), said  # a size for a threshold's method, or none
+        assert pair.startswith("method=")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), ALL, ids=[f"{kind}={name}" for kind, name in ALL])
+def test_a_preset_composes_with_every_member(kind, name, tmp_path):
+    for pair, said in refusals(kind, name, set(GROUPS), tmp_path).items():
+        assert f"{kind}={name}" in said, said
+        assert pair in said or pair in ("method=from_plan", "model=gemma3_270m", "model=qwen2_5_coder_0_5b"), said
+        assert "\n" not in said, said
+
+
+def test_a_preset_that_sets_what_a_member_lacks_is_refused_by_both_names(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nkernel:\n  bandwidth: 2\n")
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    assert compose_raw([search, "experiment=mine", "kernel=rbf"]).kernel.bandwidth == 2
+    with pytest.raises(ConfigError) as refused:
+        compose_raw([search, "experiment=mine", "kernel=cosine"])
+    assert str(refused.value) == ("experiment=mine sets kernel.bandwidth, which kernel=cosine has not. Leave one of "
+                                  "them out.")
