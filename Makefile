@@ -9,7 +9,7 @@ OLDER  := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.0
 STAMP  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: setup assets demo test coverage test-slow test-models test-slurm test-browser test-faults scale check docs bench clean
+.PHONY: setup assets demo test coverage test-slow test-models test-slurm test-browser test-faults scale check docs bench rehearse clean
 
 setup: $(STAMP)  ## .venv with the tested versions, the package (editable) and the assets; a no-op when current
 
@@ -68,6 +68,9 @@ docs: setup  ## README and docs/ as a site of plain files; a link that leads now
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
 	@cp build/site/README.html build/site/index.html; echo "build/site/index.html"
+
+rehearse: setup  ## every table of the papers on a random model of Llama-2-7B's shape
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rehearse.py
 
 bench: setup  ## the search against the released procedure, as pairs in one process
 	$(BIN)/python benchmarks/search.py

@@ -104,12 +104,14 @@ class Table:
     blocks: tuple[Block, ...]
     columns: tuple[Column, ...]
     params: Mapping[str, Any]
+    last: tuple[str, ...] = ()
+    """Overrides of every run that hold even over those of its row: of a rehearsal."""
 
     def cell(self, row: Row, column: Column) -> list[list[str]]:
         """The overrides of the runs that fill a cell, one list a run; none for the dense model, which any run fills."""
         if row.which == "dense":
             return []
-        return [together(self.runs, row.runs, column.runs, again) for again in self.over]
+        return [together(self.runs, row.runs, column.runs, again, self.last) for again in self.over]
 
     def cells(self) -> list[list[str]]:
         """The overrides of every run of the table, each once, in reading order."""
@@ -213,7 +215,7 @@ class _Reader:
         return Table(name, str(self._fill(text.title or name, params, "title")),
                      [str(self._fill(note, params, "notes")) for note in text.notes],
                      self._runs(text.runs, params, "runs"), list(itertools.product(*filter(None, over))), blocks,
-                     columns, params)
+                     columns, params, tuple(self._runs(params.get("last") or [], params, "last")))
 
     def _blocks(self, text: BlockText, params: Params, where: str) -> Iterator[Block]:
         for inner in self._each(text.each, params, where):

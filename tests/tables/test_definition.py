@@ -21,7 +21,7 @@ PUBLISHED = {"llama1_7b": ("18.0", "33.0"), "llama2_7b": ("18.0", "33.0"), "vicu
 
 
 def test_the_papers_models_and_tables_are_there() -> None:
-    assert {p.stem for p in (conf_dir() / "model").glob("*.yaml")} | {"smollm2_135m"} == set(MODELS)
+    assert {p.stem for p in (conf_dir() / "model").glob("*.yaml")} | {"smollm2_135m"} <= set(MODELS)
     assert {"main", "main_lora", "recovery", "rules", "thresholds", "calibration", "similarity", "depth_width", "speed",
             "as_published"} <= set(table_names())
 
