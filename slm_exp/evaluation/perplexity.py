@@ -158,7 +158,7 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
     """
     if where.endswith(".npy"):
         ids_NT = read_ids(Path(where), handle, where).astype(np.int64)
-        about = {"source": corpus_identity(where), "seq_len": ids_NT.shape[1], "bos": "as given"}
+        about = {"source": content_digest(Path(where)), "seq_len": ids_NT.shape[1], "bos": "as given"}
         return Corpus(ids_NT, about | {"chunks": len(ids_NT)})
     tokenizer = handle.tokenizer
     if tokenizer is None:
