@@ -25,6 +25,7 @@ from slm_exp.models.handle import empty_model
 from slm_exp.models.layerwise import PREFIX, layerwise_classes
 from slm_exp.models.layout import LayerLayout
 from slm_exp.models.layouts import layout_for
+from slm_exp.models.streaming import renamed, streamed
 
 log = logging.getLogger(__name__)
 
@@ -84,16 +85,17 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> tuple[Pr
 def _check_shapes(folder: Path, model: PreTrainedModel) -> None:
     """Refuse weights whose headers lack a tensor of the model, or have one of another shape.
 
-    What transformers makes of other tensors (experts, which old files hold one by one) is left to it, as are names
-    without the decoder's own in front.
+    Names are those that transformers gives them; what it puts together of several tensors has to be there.
 
     Raises:
         CheckpointError: names tensors and shapes.
     """
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # of tied ones, the embedding
-    has = {name: tensor.shape for name, tensor in headers(folder).items()}
+    tensors = headers(folder)
+    names = renamed(tensors, model)
+    has = {name: tensors[key].shape for key, (name, part) in names.items() if part is None}
     odd = [f"{name} {has[name]} for {shape}" for name, shape in wanted.items() if has.get(name, shape) != shape]
-    lacks = [name for name in wanted if not {name, name.partition(".")[2]} & set(has) and ".experts." not in name]
+    lacks = sorted(set(wanted) - {name for name, _ in names.values()})
     for problem, names in (("have other shapes than config.json says:", odd), ("lack", lacks)):
         if names:
             raise _misfit(folder, problem, names)
@@ -133,8 +135,6 @@ def load_streamed(folder: Path, config: PretrainedConfig, layout: LayerLayout, d
         ArchitectureError: a layer holds more than weights.
     Memory: embedding, head, and one layer of every kind that the config tells apart, which is dropped again.
     """
-    from slm_exp.models.streaming import streamed
-
     few = layout.config_of(config, layout.kinds(config))
     before = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every other layer as unexpected

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,19 @@ Read = Callable[[int, Collection[str] | None], dict[str, Tensor]]
 """Of layer i the parameters named (None: all), by name inside the layer. Called from another thread."""
 
 
+def renamed(keys: Iterable[str], model: PreTrainedModel) -> dict[str, tuple[str, str | None]]:
+    """For every tensor in files: the model's name for it, and the conversion's pattern where it is but a part."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    names: dict[str, Tensor] = model.state_dict()
+    out: dict[str, tuple[str, str | None]] = {}
+    for key in keys:
+        found = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
+        out[key] = (key, None) if found[0] not in names and key in names else found
+    return out
+
+
 class WeightFiles:
     """The decoder layers of a checkpoint, read tensor by tensor under the names of the model in memory.
 
@@ -52,20 +65,15 @@ class WeightFiles:
         self.folder, self.model, self.layer_list = folder, model, layer_list
         self.bytes_read = 0
         self._open: tuple[str, Any, int] | None = None  # file, its map, bytes read through it
-        mapping = get_model_conversion_mapping(model)
-        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in mapping if isinstance(m, WeightConverter)]
-        self._converter = {pattern: c for c in converters for pattern in c.source_patterns}
+        self._converter = {pattern: c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)
+                           for pattern in c.source_patterns}
         names: dict[str, Tensor] = model.state_dict()
         self.dtypes = {name: t.dtype for name, t in names.items()}
         self.tensors = headers(folder)
         modules = model.get_submodule(layer_list).children()
         self.layers: list[dict[str, list[tuple[str, str | None]]]] = [{} for _ in modules]
         """For every layer: parameter -> the tensors it is made of, each with the conversion's pattern."""
-        for key in sorted(self.tensors, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
-            if name not in names and key in names:
-                name, pattern = key, None
+        for key, (name, pattern) in renamed(sorted(self.tensors, key=dot_natural_key), model).items():
             if name in names and name.startswith(f"{layer_list}."):
                 at, _, inside = name.removeprefix(f"{layer_list}.").partition(".")
                 self.layers[int(at)].setdefault(inside, []).append((key, pattern))

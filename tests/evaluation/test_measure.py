@@ -58,7 +58,8 @@ def test_report(tiny_handle: ModelHandle, token_file: str, tmp_path: Path) -> No
     assert set(report.protocol.sources.values()) == {"packaged"}
     report.save(tmp_path / "report")
     assert EvalReport.load(tmp_path / "report") == report
-    assert {f.name for f in (tmp_path / "report" / "samples").iterdir()} == {f"{task}.jsonl.gz" for task in SEVEN}
+    assert {f.name for f in (tmp_path / "report" / "samples").iterdir()} == {
+        "perplexity-mine.jsonl.gz", *(f"{task}.jsonl.gz" for task in SEVEN)}
 
 
 def test_a_protocol_is_what_it_was(tiny_handle: ModelHandle) -> None:
@@ -97,12 +98,12 @@ def test_smoke_measures_held_out_prose_first(tiny_handle: ModelHandle, monkeypat
     """Without the assets a random model reads made-up text, and the protocol says so."""
     cfg = compose_run(["model=tiny", "evaluation.limit=2"]).evaluation
     order: list[str] = []
-    for name in ("perplexity", "run_tasks"):
-        place = "slm_exp.evaluation." + ("perplexity" if name == "perplexity" else "backends.harness")
+    for name, place in (("chunk_losses", "slm_exp.evaluation.perplexity"),
+                        ("run_tasks", "slm_exp.evaluation.backends.harness")):
         original = getattr(importlib.import_module(place), name)
         monkeypatch.setattr(f"{place}.{name}", lambda *a, o=original, n=name: order.append(n) or o(*a))
     report = cfg.run(tiny_handle)
-    assert order == ["perplexity"] * 3 + ["run_tasks"]
+    assert order == ["chunk_losses"] * 3 + ["run_tasks"]
     assert list(report.perplexity) == ["children", "news", "encyclopaedia"]
     assert set(report.tasks) == set(SEVEN)
     about = report.protocol.fields["perplexity"]["news"]

@@ -11,7 +11,7 @@ from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.layouts import FAMILIES
 
-RULES = available("merge_rule")
+RULES = {name: rule for name, rule in available("merge_rule").items() if not rule.fits}  # weights alone
 GROUPS = ((1, 3), (4, 7))  # slots: 0, 1..2, 3, 4..6, 7
 
 

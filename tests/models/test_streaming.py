@@ -14,6 +14,7 @@ from slm_exp.core.errors import CheckpointError
 from slm_exp.core.registry import available
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan
+from slm_exp.methods.base import Method
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.layouts import FAMILIES
 from slm_exp.models.streaming import StreamedLayers, parameter, shells
@@ -63,7 +64,9 @@ def test_bfloat16_files_are_widened_as_the_loader_does(tmp_path: Path) -> None:
     assert streamed.digest == resident.digest
 
 
-@pytest.mark.parametrize("method", [m for m in available("method") if m != "from_plan"])
+@pytest.mark.parametrize("method", [
+    name for name, kind in available("method").items()
+    if name != "from_plan" and kind.needs_resident is Method.needs_resident])
 def test_every_method_decides_the_same(tmp_path: Path, method: str) -> None:
     plans = []
     for handle in both(saved(tmp_path, layers=9)):

@@ -159,11 +159,11 @@ def test_numbers_are_shown_without_exponent_or_minus_zero(value: float, digits: 
 def jobs_of(command: str) -> list[frozenset[str]]:
     words = shlex.split(command)
     assert words[:4] == ["python", "-m", "slm_exp", "-m"]
-    return [frozenset(re.sub(r"=(True|False)$", lambda found: found[0].lower(), o)  # as Hydra writes them anew
+    return [frozenset(re.sub(r"=(True|False)$", lambda found: found[0].lower(), o).replace(r"\:", ":")  # Hydra's way
                       for o in job if not o.startswith("hydra.")) for job in split_sweep(words[4:], {})]  # fmt: skip
 
 
-COMMANDS = {"as_published": 6, "calibration": 1, "depth_width": 3, "main": 5, "main_lora": 5, "methods": 2,
+COMMANDS = {"agreement": 6, "as_published": 6, "calibration": 1, "depth_width": 4, "main": 5, "main_lora": 5, "methods": 2,
             "recovery": 4, "rules": 1, "similarity": 2, "speed": 5, "thresholds": 1}  # fmt: skip
 """Multiruns that a table needs: its rows that take the same settings share one."""
 

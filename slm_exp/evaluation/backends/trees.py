@@ -100,7 +100,7 @@ def grow(requests: Sequence[Request], trunks: bool = True) -> list[Tree]:
     rows = sorted(requests, key=lambda r: r.tokens)
     kinds: list[list[Tree]] = []
     others: list[Request] = []
-    for place, shared in alike([r.tokens for r in rows]) if trunks else [(slice(None), 0)]:
+    for place, shared in alike([r.tokens for r in rows]) if trunks else [(slice(None), 0)] * bool(rows):
         some = rows[place]
         length = min(shared, *(len(r.tokens) - len(r.targets) for r in some))  # what predicts stands in the trees
         if length >= TRUNK:
