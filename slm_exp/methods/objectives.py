@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.types import Sublayer
-from slm_exp.methods.base import Baseline, Selection
+from slm_exp.methods.base import BUDGETS, Baseline, Selection
 from slm_exp.methods.sublayers import SublayerBaseline
 from slm_exp.models.base import ModelHandle
 from slm_exp.search.evolution import Cost, Found, Parts, plan_without
@@ -24,7 +24,7 @@ OBJECTIVES = {"loss": 1, "kl": 2, "js": 2, "score": 0}
 class SetSearch(SublayerBaseline):
     """A method that chooses sets of layers, or of attention and MLP sublayers."""
 
-    targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_sublayers", "target_ratio")
+    targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_sublayers", "target_ratio", *BUDGETS)
     mergeable: ClassVar[bool] = True
 
     objective: str = "loss"
