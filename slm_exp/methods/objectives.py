@@ -16,7 +16,7 @@ from slm_exp.search.greedy import Unit
 if TYPE_CHECKING:
     from slm_exp.search.scoring import ScoringEngine
 
-OBJECTIVES = {"loss": 1, "kl": 2, "js": 2, "score": 0}
+OBJECTIVES = {"loss": 1, "kl": 2, "js": 2, "squared": 0, "score": 0}
 """And how many passes of the head each takes."""
 
 
@@ -28,8 +28,9 @@ class SetSearch(SublayerBaseline):
     mergeable: ClassVar[bool] = True
 
     objective: str = "loss"
-    """loss: of the next token. kl, js: divergence of the predictions from the dense model's. score: the run's
-    similarity. With similarity.after all are those of the refitted model."""
+    """loss: of the next token. kl, js: divergence of the predictions from the dense model's. squared: distance of the
+    last hidden states from the dense model's. score: the run's similarity. With similarity.after all are those of the
+    refitted model."""
     tied: bool | None = None
     """Whether a layer's attention and MLP go together; null: as the target says, tied with target_layers."""
 

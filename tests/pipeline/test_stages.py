@@ -56,7 +56,8 @@ def filled(tmp_path_factory):
 
 STAGES = [("slm", "calibrate"), ("slm", "similarity"), ("slm", "plan"), ("after", "plan"), ("cka", "plan"),
           ("regression", "plan"), ("joint", "plan"), ("joint", "recover"),
-          ("greedy", "plan"), ("latency", "latency"), ("latency", "plan"), ("compensated", "plan"), ("width", "width"), ("width", "narrowed_score"),
+          ("latency", "latency"), ("latency", "plan"), ("greedy", "plan"), ("compensated", "plan"),
+          ("width", "width"), ("width", "narrowed_score"),
           ("before", "width"), ("before", "plan"), ("reconstruct", "recover"), ("chain", "held_out"),
           ("measured", "evaluate_dense"), ("measured", "evaluate")]  # fmt: skip
 
