@@ -142,11 +142,8 @@ class Pruner(Width):
         return self.allocation or self.published_allocation
 
     def refuses(self, others: Together) -> str | None:
-        if others.plan is not None and others.plan.width:
-            return (f"width = {self.name}: the plan in method.path has width pruning already. Leave it as it is with "
-                    "width=none, or take a plan without.")
-        if others.narrows:
-            return f"width = {self.name}; expected none with method={others.method}, which narrows layers by itself."
+        if refused := super().refuses(others):
+            return refused
         if others.budget:
             return (f"width = {self.name}; expected none with method.{others.budget}, which the plan alone has to "
                     "meet. method=joint narrows layers under such a budget.")
