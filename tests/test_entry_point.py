@@ -38,7 +38,8 @@ def test_every_member_composes_and_has_an_identity(group):
         package = getattr(available(group).get(name), "package", "")
         if package and importlib.util.find_spec(package) is None:
             continue
-        words = [*(f"{group}.{size}=0.1" for size in sizes[-1:]), *["recovery.steps=[reconstruct]"] * (name == "chain")]
+        words = [*[f"{group}.target_ratio=0.1"] * ("target_ratio" in sizes),
+                 *["recovery.steps=[reconstruct]"] * (name == "chain")]
         cfg = compose_run(["model=tiny", f"{group}={name}", *words])
         member = getattr(cfg, group)
         if isinstance(member, Packaged) and any(importlib.util.find_spec(part[0]) is None for part in member.parts):
@@ -50,7 +51,10 @@ def test_every_member_composes_and_has_an_identity(group):
 
 @pytest.mark.parametrize("name", presets("experiment"))
 def test_every_experiment_composes(name):
-    assert compose_run([f"experiment={name}"]).run_id
+    first = (conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    words = first.removeprefix("# python -m slm_exp ").split()
+    assert words[0] == f"experiment={name}"
+    assert compose_run(words).run_id
 
 
 @pytest.mark.parametrize("name", presets("sweep"))
@@ -67,7 +71,7 @@ def test_presets_open_with_the_command_that_runs_them(path):
     first = path.read_text().splitlines()[0]
     assert first.startswith("# "), path
     if path.parent.name in ("experiment", "sweep"):
-        assert first == f"# python -m slm_exp {path.parent.name}={path.stem}"
+        assert first.split()[:5] == ["#", "python", "-m", "slm_exp", f"{path.parent.name}={path.stem}"]
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def load_streamed(folder: Path, config: PretrainedConfig, layout: LayerLayout, d
         ArchitectureError: a layer holds more than weights.
     Memory: embedding, head, and one layer of every kind that the config tells apart, which is dropped again.
     """
-    few = layout.config_of(config, layout.kinds(config))
+    few = layout.config_of(config, list(layout.kinds(config)))
     before = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every other layer as unexpected
     try:
