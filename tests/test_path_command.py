@@ -23,6 +23,7 @@ from slm_exp.core.errors import ConfigError, PlanError, StageError
 from slm_exp.core.registry import available
 from slm_exp.methods.slm import SLM
 from slm_exp.pipeline import run as pipeline
+from slm_exp.reporting.staircase import BUDGETS, on_front
 from slm_exp.search.path import Path as ThresholdPath
 from slm_exp.search.path import PathPlan, follow
 from slm_exp.search.scoring import ScoringEngine
@@ -90,7 +91,15 @@ def test_the_command_writes_what_the_contract_says(tmp_path: Path, capsys: pytes
         assert size["latency_s"] > 0
     flops = [sizes[n]["flops_per_token"] for n in sorted(sizes)]
     assert flops == sorted(flops)
-    assert (out / "path.png").read_bytes().startswith(b"\x89PNG")
+    assert all(size["bytes"] == 4 * size["params"] for size in path["sizes"])
+    for budget in BUDGETS:
+        front = [s for s, best in zip(path["sizes"], on_front(path["sizes"], budget), strict=True) if best]
+        scores = [s["best_final_score"] for s in sorted(front, key=lambda s: s[budget])]
+        assert scores == sorted(set(scores))  # what costs more is better
+        for size in path["sizes"]:  # and every size is matched by one on the front that costs no more
+            assert any(s[budget] <= size[budget] and s["best_final_score"] >= size["best_final_score"] for s in front)
+    for picture in ("path.png", "budgets.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
     page = (out / "path.md").read_text()
     assert page in capsys.readouterr().out
     assert page.count("\n| ") == len(plans) + len(sizes) + 2

@@ -18,9 +18,11 @@ from slm_exp.core.files import write_json, write_text
 from slm_exp.core.secrets import masked
 from slm_exp.engine.progress import LOG_EVERY_S
 from slm_exp.methods.slm import SLM
+from slm_exp.models.base import dtype_name
+from slm_exp.models.sizes import BYTES
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.memory import opened
-from slm_exp.reporting.staircase import draw_staircase
+from slm_exp.reporting.staircase import BUDGETS, draw_budgets, draw_staircase, on_front
 from slm_exp.search.cost import sizes
 from slm_exp.search.path import Branch, follow
 from slm_exp.search.scoring import ScoringEngine
@@ -45,21 +47,23 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
         path = follow(scorer, start, dense.n_layers, low, high, method.commit_open_window, method.max_evaluations,
                       show=show, foresee=scorer.foresee)
 
-    seq_len = int(tokens.tokens_NT.shape[1])
+    seq_len, itemsize = int(tokens.tokens_NT.shape[1]), BYTES[dtype_name(dense.config, cfg.model.dtype)]
     result = {
         "range": [low, high], "plans": [plan.to_json() for plan in path.plans],
         "unknown": [list(interval) for interval in path.unknown], "evaluations": path.evaluations,
         "block_forwards": scorer.block_forwards,
-        "sizes": [dataclasses.asdict(size) for size in sizes(dense, cfg.merge_rule, path.plans, seq_len)],
+        "sizes": [{**dataclasses.asdict(size), "bytes": size.params * itemsize}
+                  for size in sizes(dense, cfg.merge_rule, path.plans, seq_len)],
         "seq_len": seq_len,
         "model": {"name": dense.name, "note": dense.note, "digest": dense.digest, "n_layers": dense.n_layers},
         "calibration": tokens.describe(), "config": masked(cfg.resolved()), "device": cfg.runtime.describe(device)}
     write_json(out / "path.json", result)
     tokens.save(out)
     draw_staircase(result, out / "path.png")
+    draw_budgets(result, out / "budgets.png")
     page = table(result)
     write_text(out / "path.md", page)
-    print(f"{page}\n{out / 'path.json'}\n{out / 'path.png'}")
+    print(f"{page}\n{out / 'path.json'}\n{out / 'path.png'}\n{out / 'budgets.png'}")
     if path.unknown:
         print(f"method.max_evaluations = {method.max_evaluations} ended the path; unknown: "
               + ", ".join(f"[{a:.4f}, {b:.4f})" for a, b in path.unknown)
@@ -104,15 +108,19 @@ def table(result: dict[str, Any]) -> str:
                      f"| {plan['final_score']:.4f} |")
     lines += [
         "",
-        f"The best plan of every size; latency is the median of a prefill over {result['seq_len']} tokens "
+        "The best plan of every size, and by which budgets another is as small and better (budgets.png). Latency is "
+        f"the median of a prefill over {result['seq_len']} tokens "
         f"({result['device']['name'] or result['device']['type']}, {result['device']['threads']} threads).",
         "",
-        "| layers | parameters removed | GFLOP per token | latency, ms | best final score | threshold |",
-        "|---:|---:|---:|---:|---:|---|",
+        "| layers | parameters removed | GFLOP per token | latency, ms | weights, MB | best final score | threshold | "
+        "beaten by |",
+        "|---:|---:|---:|---:|---:|---:|---|---|",
     ]
-    for size in reversed(result["sizes"]):
+    fronts = {budget: on_front(result["sizes"], budget) for budget in BUDGETS}
+    for at, size in reversed([*enumerate(result["sizes"])]):
+        beaten = [BUDGETS[budget][0].partition(",")[0] for budget, front in fronts.items() if not front[at]]
         of = f"{size['n_layers']} of {dense}"
         lines.append(f"| {of} | {size['ratio_removed']:.1%} | {size['flops_per_token'] / 1e9:.3g} "
-                     f"| {1e3 * size['latency_s']:.1f} | {size['best_final_score']:.4f} "
-                     f"| [{size['threshold'][0]:.5f}, {size['threshold'][1]:.5f}) |")
+                     f"| {1e3 * size['latency_s']:.1f} | {size['bytes'] / 1e6:.1f} | {size['best_final_score']:.4f} "
+                     f"| [{size['threshold'][0]:.5f}, {size['threshold'][1]:.5f}) | {'; '.join(beaten)} |")
     return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
 """`slm path [overrides]`: every plan that any threshold in method.threshold_range can produce, with its interval.
 
-Writes path.json, path.png and path.md. A killed path resumes: every score it had is in the stage cache.
+Writes path.json, path.png, budgets.png (scores over parameters, FLOPs, latency and file size) and path.md. A killed
+path resumes: every score it had is in the stage cache.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from slm_exp.core.errors import require
+from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import register
 from slm_exp.core.together import Together
 from slm_exp.recovery.base import RecoveryTask
@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 class FeatureDistill(Trained):
     """Mean over blocks of |student - dense|^2 / |dense|^2 of the stream after each block of each window.
 
-    A window starts at a layer beside a cut and takes in the states of the student as it is, without a gradient to what
-    lies below; it ends `window` layers on, or where the next one starts. First tokens, whose states are huge, are left
-    out. Source: the normalised features of arXiv:2404.11098 (LAPTOP-Diff) and the windows of arXiv:2312.07950 (CBQ).
-    Cost: a dense and a student forward pass, and a backward pass through the windows alone.
+    A window starts at every layer that trains (`layers`) and takes in the states of the student as it is, without a
+    gradient to what lies below; it ends `window` layers on, or where the next one starts, unless windows `overlap`:
+    then a layer learns from its own output and from that of the layers above it in every window that it is part of.
+    First tokens, whose states are huge, are left out. Source: the normalised features of arXiv:2404.11098 (LAPTOP-Diff)
+    and the cross-block windows of arXiv:2312.07950 (CBQ; overlapping by all but one block).
+    Cost: a dense and a student forward pass, and a backward pass through the windows alone; with `overlap` also
+    `window` forward passes of the layers that train.
     """
 
     runs_dense: ClassVar[bool] = True
@@ -32,21 +35,34 @@ class FeatureDistill(Trained):
     warmup_steps: int = 20
     window: int = 3
     """Layers of a window."""
+    layers: str = "cuts"
+    """That train: those beside cuts, or all from the first of them up."""
+    overlap: bool = False
+    """Whether windows run on where the next one starts. With window=1 that changes nothing."""
 
     def check(self) -> None:
         super().check()
         require(self.window >= 1, "recovery.window", self.window, "a whole number >= 1")
+        require_one_of("recovery.layers", self.layers, ("cuts", "all"))
+
+    def identity(self) -> dict[str, Any]:
+        """Options that are off leave no trace."""
+        off = {"layers": "cuts", "overlap": False}
+        return {k: v for k, v in super().identity().items() if k not in off or v != off[k]}
+
+    def passes(self) -> float:
+        return 1 + 3 * self.window if self.overlap else super().passes()
 
     def refuses(self, others: Together) -> str | None:
         return super().refuses(others) or needs_dense_stream(others)
 
     def student(self, task: RecoveryTask) -> nn.Module:
         layers = task.handle.layout.layer_list
-        names = [f"{layers}.{at}.{name}" for at in beside_cuts(task.plan)
+        names = [f"{layers}.{at}.{name}" for at in beside_cuts(task.plan, self.layers)
                  for name, p in task.handle.layers[at].named_parameters() if p.any()]  # a removed sublayer stays zero
         return self.trainable_copy(task, names)
 
     def loss(self, task: RecoveryTask, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         from slm_exp.recovery.features import feature_loss
 
-        return feature_loss(task, model, batch, self.window)
+        return feature_loss(task, model, batch, self.window, self.layers, self.overlap)

@@ -140,12 +140,16 @@ class Trained(Recovery):
         if steps is None:
             return Work(), [f"recovery.data={self.data}: how many examples there are is not known"]
         total = steps * self.batch_size * self.seq_len
-        forwards = self.forwards + self.gradient_checkpointing
+        forwards = self.passes() + self.gradient_checkpointing
         blocks = layers * forwards * sizes.block_flops(total, self.seq_len)
         if self.runs_dense:
             blocks += sizes.n_layers * sizes.block_flops(total, self.seq_len)
         limit = [f"recovery stops after {self.max_minutes:g} minutes"] if self.max_minutes else []
         return Work(blocks=blocks, head=forwards * sizes.head_flops(total)), limit
+
+    def passes(self) -> float:
+        """What a step costs, in forward passes of the student."""
+        return self.forwards
 
     def memory(self, sizes: Sizes) -> float:
         return sizes.total * ADAM_BYTES

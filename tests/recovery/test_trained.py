@@ -21,6 +21,7 @@ from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, MergePlan, Sublayer
 from slm_exp.engine import head_loss as losses
 from slm_exp.engine.head_loss import head_loss
+from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.engine.training import last_checkpoint
 from slm_exp.merging.sharing import shared_copy
 from slm_exp.merging.surgery import apply_plan
@@ -126,6 +127,49 @@ def test_features_of_a_model_that_lost_nothing_are_the_dense_ones(make_tiny: Any
     loss.backward()
     assert {n for n, p in student.named_parameters() if p.grad is not None} == {
         n for n, _ in student.named_parameters() if n.startswith("model.layers.1.")}
+
+
+@pytest.mark.parametrize("layers", ["cuts", "all"])
+def test_overlapping_windows_are_windows_one_by_one(layers: str, make_tiny: Any, tokens: Any, tmp_path: Path) -> None:
+    """The loss is the mean over windows run alone from the student's own states; a layer learns from each it is in."""
+    dense = make_tiny(layers=6)
+    plan = MergePlan(6, dropped=(2,), sublayers=(Sublayer(3, "mlp"),))
+    task = RecoveryTask(apply_plan(dense, plan), dense, plan, tokens, tmp_path)
+    ids = torch.as_tensor(tokens.tokens_NT).long()
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    one, two = make("feature_distill", layers=layers, window=1), make("feature_distill", layers=layers, window=2,
+                                                                     overlap=True)
+    student = one.student(task)
+    starts = [1, 2] if layers == "cuts" else [1, 2, 3, 4]
+    assert {n.split(".")[2] for n, p in student.named_parameters() if p.requires_grad} == set(map(str, starts))
+    same = make("feature_distill", layers=layers, window=1, overlap=True)
+    torch.testing.assert_close(same.loss(task, student, batch), one.loss(task, student, batch))
+    runner = BlockRunner(task.handle, ids.numpy(), fuse=False)
+    dense_runner = BlockRunner(dense, ids.numpy(), fuse=False)
+    wanted, given = [dense_runner.embed()], [runner.embed()]
+    for i in range(6):
+        wanted.append(dense_runner.block(Slot(i), wanted[-1]))
+    for i in range(5):
+        given.append(runner.block(Slot(i), given[-1]))
+    ends = [1, 3, 4, 5, 6]  # the dense layer whose input the stream after each slot stands for
+    terms = []
+    for s in starts:
+        h_NTD = given[s]
+        for b in range(s, min(s + 2, 5)):
+            h_NTD = runner.block(Slot(b), h_NTD)
+            target = wanted[ends[b]][:, 1:]
+            terms.append(float((h_NTD[:, 1:] - target).square().sum() / target.square().sum()))
+    loss = two.loss(task, student, batch)
+    assert float(loss) == pytest.approx(sum(terms) / len(terms), rel=1e-4)
+    student.zero_grad()
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+    assert {n.split(".")[2] for n in grads} == set(map(str, starts))
+    student.zero_grad()
+    one.loss(task, student, batch).backward()
+    lower = f"model.layers.{starts[0]}.mlp.down_proj.weight"
+    assert not torch.allclose(grads[lower] * len(terms), student.get_parameter(lower).grad * len(starts), rtol=1e-3)
+    assert ("overlap" in two.identity(), "overlap" in one.identity()) == (True, False)
 
 
 def test_a_killed_training_goes_on_to_the_same_loss_curve(tmp_path: Path) -> None:
