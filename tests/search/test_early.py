@@ -19,7 +19,7 @@ from slm_exp.core.registry import available
 from slm_exp.core.types import MergePlan
 from slm_exp.engine.runner import BlockRunner
 from slm_exp.methods.slm import SLM
-from slm_exp.search.early import PARTS, Bounded, Samples
+from slm_exp.search.early import Bounded, Samples
 from slm_exp.search.path import follow
 from slm_exp.search.scoring import ScoringEngine
 from slm_exp.search.state import Candidate, SearchState
@@ -45,7 +45,7 @@ class Recorded:
         self.forget()
 
     def forget(self) -> None:
-        self.samples = Samples(self.engine.task.tokens, PARTS)
+        self.samples = Samples(self.engine.task.tokens)
 
     def whole(self, candidate: Candidate) -> Bounded:
         if candidate not in self.found:
@@ -166,16 +166,16 @@ def test_a_sample_that_is_not_finite_rejects_at_once() -> None:
         ran.extend(rows)
         return [math.nan if i == 1 else 0.99 for i in rows]
 
-    samples, kept = Samples(random_tokens(10, 8), PARTS), Journal(None)
+    samples, kept = Samples(random_tokens(10, 8)), Journal(None)
     found = samples.bounded((None, ()), -1.0, kept, "key", run, lambda share: None)
-    assert (found.score, ran, kept.entries) == (-1.0, [0, 1], {})
+    assert (found.score, ran, kept.entries) == (-1.0, [0, 1, 2, 3, 4], {})
 
 
 def test_the_hardest_samples_of_the_last_candidate_come_first() -> None:
     values = [0.9, 0.8, 0.1, 0.95, 0.3]
     order: list[list[int]] = []
     run: Callable[[list[int]], list[float]] = lambda rows: order.append(rows) or [values[i] for i in rows]  # noqa: E731
-    samples = Samples(random_tokens(5, 8), 5)
+    samples = Samples(random_tokens(5, 8))
     for name in ("first", "second"):
         samples.bounded((name, ()), -math.inf, Journal(None), "key", run, lambda share: None)
     assert [i for rows in order for i in rows] == [0, 1, 2, 3, 4, 2, 4, 1, 0, 3]
