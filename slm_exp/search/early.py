@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from slm_exp.core.cache.journal import Journal
     from slm_exp.engine.runner import Slot
 
-FEWEST = 0.1
-"""Share of the samples that run together at least; the bound is looked at after each time."""
+PARTS = 5
+"""In which a candidate's samples run, as equal as may be; the bound is looked at after each."""
 SLACK = 1e-5
 """By which rounding may take a similarity above 1: sums are float32 or wider."""
 
@@ -69,9 +69,9 @@ class Samples:
     What runs and what is counted depends on what was requested alone, never on what the store had.
     """
 
-    def __init__(self, tokens: CalibrationTokens, fewest: float = FEWEST) -> None:
+    def __init__(self, tokens: CalibrationTokens, parts: int = PARTS) -> None:
         self.n = len(tokens.tokens_NT)
-        self._fewest = math.ceil(fewest * self.n)
+        self._size = math.ceil(self.n / parts)
         self.requested: dict[Model, dict[int, float]] = {}
         self._last: dict[int, float] = {}
         """What every sample scored last: hard for one candidate is hard for the next."""
@@ -87,7 +87,8 @@ class Samples:
         kept = journal.entries.get(key)
         values = self.requested.setdefault(model, {})
         while not values or (len(values) < self.n and Bounded(self.n, values).most > threshold):
-            rows = self._next(values, threshold)
+            left = sorted(set(range(self.n)) - set(values), key=lambda i: (self._last.get(i, 0.0), i))
+            rows = left[: self._size]
             count(len(rows) / self.n)
             found = [kept[i] for i in rows] if kept else run(rows)
             values.update(zip(rows, found, strict=True))
@@ -96,14 +97,3 @@ class Samples:
         if not kept and len(values) == self.n and all(map(math.isfinite, values.values())):
             journal.append(key, [values[i] for i in range(self.n)])
         return out
-
-    def _next(self, values: Mapping[int, float], threshold: float) -> list[int]:
-        """The samples to run together, hardest first: as many as decide if they score what they scored last, and half
-        of what is left where all of those would not."""
-        left = sorted(set(range(self.n)) - set(values), key=lambda i: (self._last.get(i, 1.0), i))
-        most = math.fsum(values.values()) + len(left)
-        for k, i in enumerate(left, 1):
-            most += self._last.get(i, 1.0) - 1
-            if most / self.n + SLACK <= threshold:
-                return left[: max(k, self._fewest)]
-        return left[: max(math.ceil(len(left) / 2), self._fewest)]

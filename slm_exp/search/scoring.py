@@ -23,7 +23,7 @@ from slm_exp.engine.vocabulary import mean_loss, prediction_distance
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.sharing import scaled_outputs
 from slm_exp.models.streaming import in_order, parameter, shells
-from slm_exp.search.early import FEWEST, Bounded, Samples
+from slm_exp.search.early import PARTS, Bounded, Samples
 from slm_exp.search.fitting import Windows
 from slm_exp.search.inputs import SearchInputs, journal_inputs, journal_of
 from slm_exp.search.refit import Refits, with_refits
@@ -75,7 +75,7 @@ class ScoringEngine:
         self._journals: dict[tuple[str, str | None, bool], Journal] = {}
         self._runners: dict[str | None, BlockRunner] = {}
         self._refits, self._windows = Refits(task), Windows(task)
-        self._samples = Samples(task.tokens, 1.0 if task.handle.streamed else FEWEST)
+        self._samples = Samples(task.tokens, 1 if task.handle.streamed else PARTS)
         self._cost = _Cost(self.dense)
 
     @property
