@@ -10,7 +10,8 @@
 Times are wall time and want a quiet machine; a pair's ratio is what counts. Memory is measured in a process of its
 own: the highest resident size during the search, less that before it, over the bytes of the weights.
 The floor of a search is the time of one block alone x the block forwards that the search takes; it is measured in turns
-with the searches, over as many layers, and `search / floor` says what everything else costs.
+with the searches, in processor seconds, which other work on the machine changes little, and `search / floor` says what
+everything else costs. --floor measures nothing else.
 """
 
 from __future__ import annotations
@@ -73,6 +74,12 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
     return run(), time.perf_counter() - started
 
 
+def cpu_timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    """In processor seconds of all threads."""
+    started = time.process_time()
+    return run(), time.process_time() - started
+
+
 def worst_score(plan: MergePlan, plain: Any) -> float:
     """Largest difference between scores of the same candidates; infinite when the candidates differ."""
     theirs = [(low, high, score) for low, high, score in plain.scores if low < high]
@@ -90,16 +97,27 @@ def block_seconds(handle: ModelHandle, tokens: CalibrationTokens, dtype: torch.d
     for i in range(handle.n_layers):
         slot = Slot(i, {n: p.to(runner.dtype) for n, p in handle.layers[i].named_parameters()})
         runner.block(slot, h_NTD)  # the first is compared with the library's
-        out, seconds = timed(lambda: runner.block(slot, h_NTD))  # noqa: B023
+        out, seconds = cpu_timed(lambda: runner.block(slot, h_NTD))  # noqa: B023
         times.append(seconds)
         h_NTD = out
     return statistics.median(times)
 
 
+def floor(handle: ModelHandle, tokens: CalibrationTokens, args: argparse.Namespace) -> str:
+    """Seconds of a search over those of its block forwards alone, in turns: median (min to max)."""
+    ratios = []
+    for _ in range(args.pairs):
+        plan, took = cpu_timed(lambda: ours(handle, tokens, args.rule, args.threshold, args.screen, args.early_stop))
+        alone = block_seconds(handle, tokens, torch.bfloat16 if args.screen else None)
+        ratios.append(took / (plan.block_forwards * alone))
+    return (f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); {plan.block_forwards} block "
+            f"forwards, one alone {1e3 * alone:.1f} ms")
+
+
 def pairs(handle: ModelHandle, tokens: CalibrationTokens, args: argparse.Namespace) -> None:
     from released import search as released_search
 
-    ratios, seconds, floors, same, worst = [], [], [], True, 0.0
+    ratios, seconds, same, worst = [], [], True, 0.0
     for i in range(args.pairs):
         run_plain = lambda: released_search(handle.model, tokens.tokens_NT, args.threshold, args.rule)  # noqa: E731
         run_ours = lambda: ours(handle, tokens, args.rule, args.threshold, args.screen, args.early_stop)  # noqa: E731
@@ -107,8 +125,6 @@ def pairs(handle: ModelHandle, tokens: CalibrationTokens, args: argparse.Namespa
             (plan, fast), (plain, slow) = timed(run_ours), timed(run_plain)
         else:
             (plain, slow), (plan, fast) = timed(run_plain), timed(run_ours)
-        alone = block_seconds(handle, tokens, torch.bfloat16 if args.screen else None)
-        floors.append(fast / (plan.block_forwards * alone))
         ratios.append(slow / fast)
         seconds.append((slow, fast))
         same &= [tuple(g) for g in plan.groups] == sorted(plain.groups)
@@ -128,8 +144,7 @@ def pairs(handle: ModelHandle, tokens: CalibrationTokens, args: argparse.Namespa
         ("largest score difference", f"{worst:.1e}" + (" (screened scores included)" if args.screen else "")),
         ("evaluations, plain and search", f"{len(plain.scores)} and {plan.evaluations}"),
         ("block forwards, plain and search", f"{plain.layers_run} and {plan.block_forwards}"),
-        ("seconds of the search / its floor",
-         f"{statistics.median(floors):.2f} ({min(floors):.2f} to {max(floors):.2f})"),
+        ("seconds of the search / its floor", floor(handle, tokens, args)),
         ("peak memory growth / weights", f"{growth['growth'] / growth['weights']:.2f} "
                                          f"({growth['growth'] / 1e6:.0f} of {growth['weights'] / 1e6:.0f} MB)"),
     ]  # fmt: skip
@@ -209,6 +224,7 @@ def main() -> int:
     parser.add_argument("--screen", action="store_true", help="method.screen_dtype=bfloat16")
     parser.add_argument("--early-stop", action="store_true", help="method.early_stop=true")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--floor", action="store_true", help="the search against its floor alone")
     parser.add_argument("--cases", action="store_true", help="compare groups with and without the screen")
     parser.add_argument(
         "--table", action="store_true", help="compare all thresholds and rules with the plain procedure"
@@ -216,6 +232,10 @@ def main() -> int:
     parser.add_argument("--measure-memory", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     handle = open_model(args.model)
+    if args.floor:
+        shown = floor(handle, tokens_of(args.tokens[0] if args.tokens else None, handle), args)
+        print(f"processor seconds of the search / its floor: {shown}")
+        return 0
     if args.cases:
         return cases(handle, args)
     tokens = tokens_of(args.tokens[0] if args.tokens else None, handle)
