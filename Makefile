@@ -9,7 +9,7 @@ OLDER  := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.0
 STAMP  := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: setup assets demo test coverage test-slow test-models test-slurm test-browser test-faults scale check docs bench rehearse clean
+.PHONY: setup assets demo test coverage test-slow test-models test-slurm test-browser test-faults scale check docs bench gpu rehearse clean
 
 setup: $(STAMP)  ## .venv with the tested versions, the package (editable) and the assets; a no-op when current
 
@@ -74,6 +74,10 @@ rehearse: setup  ## every table of the papers on a random model of Llama-2-7B's 
 
 bench: setup  ## the search against the released procedure, as pairs in one process
 	$(BIN)/python benchmarks/search.py
+
+gpu: setup  ## every part on a GPU of 80 GB, each at most 5 minutes (PARTS="search evaluation" for some); then pytest -m gpu
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python benchmarks/gpu.py $(PARTS)
 
 clean:  ## forget the environment
 	rm -rf $(VENV)

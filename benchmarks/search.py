@@ -3,11 +3,15 @@
     python benchmarks/search.py                                  # bundled calibration text, threshold 0.9
     python benchmarks/search.py --tokens X.npy --rule mean       # an array [N, T] of token ids
     python benchmarks/search.py --screen                         # with method.screen_dtype=bfloat16
+    python benchmarks/search.py --early-stop                     # with method.early_stop=true
     python benchmarks/search.py --cases --tokens X.npy Y.npy     # do screened searches give the same groups?
     python benchmarks/search.py --table --tokens X.npy           # four thresholds x three rules, one run of each
 
 Times are wall time and want a quiet machine; a pair's ratio is what counts. Memory is measured in a process of its
 own: the highest resident size during the search, less that before it, over the bytes of the weights.
+The floor of a search is the time of one block alone x the block forwards that the search takes; it is measured in turns
+with the searches, in processor seconds, which other work on the machine changes little, and `search / floor` says what
+everything else costs. --floor measures nothing else.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import torch  # noqa: E402
 from slm_exp.core.cache.store import StageStore  # noqa: E402
 from slm_exp.core.registry import available  # noqa: E402
 from slm_exp.core.types import CalibrationTokens, MergePlan  # noqa: E402
+from slm_exp.engine.runner import BlockRunner, Slot  # noqa: E402
 from slm_exp.launch.compose import compose_run  # noqa: E402
 from slm_exp.methods.base import PlanTask  # noqa: E402
 from slm_exp.methods.slm import SLM  # noqa: E402
@@ -52,13 +57,15 @@ def tokens_of(file: str | None, handle: ModelHandle) -> CalibrationTokens:
     return CalibrationTokens(np.load(file, allow_pickle=False), file)
 
 
-def ours(handle: ModelHandle, tokens: CalibrationTokens, rule: str, threshold: float, screen: bool) -> MergePlan:
+def ours(handle: ModelHandle, tokens: CalibrationTokens, rule: str, threshold: float, screen: bool,
+         early_stop: bool = False) -> MergePlan:
     """One search that finds nothing in a cache."""
     task = PlanTask(
         handle, tokens, available("similarity")["flat_cosine"](), available("kernel")["linear"](),
         available("merge_rule")[rule](), None, StageStore(None),  # type: ignore[arg-type]
     )  # fmt: skip
-    method = SLM(threshold=threshold, commit_open_window=False, screen_dtype="bfloat16" if screen else None)
+    method = SLM(threshold=threshold, commit_open_window=False, screen_dtype="bfloat16" if screen else None,
+                 early_stop=early_stop)
     return method.plan(task)
 
 
@@ -67,12 +74,44 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
     return run(), time.perf_counter() - started
 
 
+def cpu_timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    """In processor seconds of all threads."""
+    started = time.process_time()
+    return run(), time.process_time() - started
+
+
 def worst_score(plan: MergePlan, plain: Any) -> float:
     """Largest difference between scores of the same candidates; infinite when the candidates differ."""
     theirs = [(low, high, score) for low, high, score in plain.scores if low < high]
     if [(t.low, t.high) for t in plan.trace] != [(low, high) for low, high, _ in theirs]:
         return float("inf")
-    return max(abs(t.score - score) for t, (*_, score) in zip(plan.trace, theirs, strict=True))
+    pairs = zip(plan.trace, theirs, strict=True)
+    return max(abs(t.score - score) for t, (*_, score) in pairs if t.score is not None)
+
+
+def block_seconds(handle: ModelHandle, tokens: CalibrationTokens, dtype: torch.dtype | None) -> float:
+    """Of one block alone over the calibration set: the median over the layers, each on the dense stream. Weights are
+    in the dtype already."""
+    runner, times = BlockRunner(handle, tokens.tokens_NT, dtype), []
+    h_NTD = runner.embed()
+    for i in range(handle.n_layers):
+        slot = Slot(i, {n: p.to(runner.dtype) for n, p in handle.layers[i].named_parameters()})
+        runner.block(slot, h_NTD)  # the first is compared with the library's
+        out, seconds = cpu_timed(lambda: runner.block(slot, h_NTD))  # noqa: B023
+        times.append(seconds)
+        h_NTD = out
+    return statistics.median(times)
+
+
+def floor(handle: ModelHandle, tokens: CalibrationTokens, args: argparse.Namespace) -> str:
+    """Seconds of a search over those of its block forwards alone, in turns: median (min to max)."""
+    ratios = []
+    for _ in range(args.pairs):
+        plan, took = cpu_timed(lambda: ours(handle, tokens, args.rule, args.threshold, args.screen, args.early_stop))
+        alone = block_seconds(handle, tokens, torch.bfloat16 if args.screen else None)
+        ratios.append(took / (plan.block_forwards * alone))
+    return (f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); {plan.block_forwards} block "
+            f"forwards, one alone {1e3 * alone:.1f} ms")
 
 
 def pairs(handle: ModelHandle, tokens: CalibrationTokens, args: argparse.Namespace) -> None:
@@ -81,7 +120,7 @@ def pairs(handle: ModelHandle, tokens: CalibrationTokens, args: argparse.Namespa
     ratios, seconds, same, worst = [], [], True, 0.0
     for i in range(args.pairs):
         run_plain = lambda: released_search(handle.model, tokens.tokens_NT, args.threshold, args.rule)  # noqa: E731
-        run_ours = lambda: ours(handle, tokens, args.rule, args.threshold, args.screen)  # noqa: E731
+        run_ours = lambda: ours(handle, tokens, args.rule, args.threshold, args.screen, args.early_stop)  # noqa: E731
         if i % 2:
             (plan, fast), (plain, slow) = timed(run_ours), timed(run_plain)
         else:
@@ -95,7 +134,8 @@ def pairs(handle: ModelHandle, tokens: CalibrationTokens, args: argparse.Namespa
     plain_s, ours_s = (statistics.median(column) for column in zip(*seconds, strict=True))
     shape = " x ".join(map(str, tokens.tokens_NT.shape))
     print(f"\n{shape} tokens, {args.rule}, threshold {args.threshold}, "
-          f"{'bfloat16 screen' if args.screen else 'float32'}, {torch.get_num_threads()} threads, {args.pairs} pairs")
+          f"{'bfloat16 screen' if args.screen else 'float32'}{', early stop' * args.early_stop}, "
+          f"{torch.get_num_threads()} threads, {args.pairs} pairs")
     rows = [
         ("times faster, median (min to max)",
          f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"),
@@ -104,6 +144,7 @@ def pairs(handle: ModelHandle, tokens: CalibrationTokens, args: argparse.Namespa
         ("largest score difference", f"{worst:.1e}" + (" (screened scores included)" if args.screen else "")),
         ("evaluations, plain and search", f"{len(plain.scores)} and {plan.evaluations}"),
         ("block forwards, plain and search", f"{plain.layers_run} and {plan.block_forwards}"),
+        ("seconds of the search / its floor", floor(handle, tokens, args)),
         ("peak memory growth / weights", f"{growth['growth'] / growth['weights']:.2f} "
                                          f"({growth['growth'] / 1e6:.0f} of {growth['weights'] / 1e6:.0f} MB)"),
     ]  # fmt: skip
@@ -148,7 +189,8 @@ def cases(handle: ModelHandle, args: argparse.Namespace) -> int:
 def memory_growth(args: argparse.Namespace) -> dict[str, int]:
     """Highest resident bytes during one search less those before it, from a fresh process."""
     command = [sys.executable, __file__, "--measure-memory", "--rule", args.rule, "--threshold", str(args.threshold)]
-    command += ["--screen"] * args.screen + (["--tokens", args.tokens[0]] if args.tokens else [])
+    command += ["--screen"] * args.screen + ["--early-stop"] * args.early_stop
+    command += ["--tokens", args.tokens[0]] if args.tokens else []
     command += ["--model", args.model] if args.model else []
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return dict(json.loads(out.splitlines()[-1]))
@@ -161,7 +203,7 @@ def measure_memory(handle: ModelHandle, tokens: CalibrationTokens, args: argpars
         handle.model(torch.as_tensor(tokens.tokens_NT[:1]).long())  # threads and library buffers exist
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
     before = resident("VmRSS")
-    ours(handle, tokens, args.rule, args.threshold, args.screen)
+    ours(handle, tokens, args.rule, args.threshold, args.screen, args.early_stop)
     print(json.dumps({"growth": resident("VmHWM") - before, "weights": weights}))
 
 
@@ -180,7 +222,9 @@ def main() -> int:
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--rule", default="top_layer", choices=RULES)
     parser.add_argument("--screen", action="store_true", help="method.screen_dtype=bfloat16")
+    parser.add_argument("--early-stop", action="store_true", help="method.early_stop=true")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--floor", action="store_true", help="the search against its floor alone")
     parser.add_argument("--cases", action="store_true", help="compare groups with and without the screen")
     parser.add_argument(
         "--table", action="store_true", help="compare all thresholds and rules with the plain procedure"
@@ -188,6 +232,10 @@ def main() -> int:
     parser.add_argument("--measure-memory", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     handle = open_model(args.model)
+    if args.floor:
+        shown = floor(handle, tokens_of(args.tokens[0] if args.tokens else None, handle), args)
+        print(f"processor seconds of the search / its floor: {shown}")
+        return 0
     if args.cases:
         return cases(handle, args)
     tokens = tokens_of(args.tokens[0] if args.tokens else None, handle)

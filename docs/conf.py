@@ -16,7 +16,7 @@ root_doc = "README"
 include_patterns = ["*.md", "docs/*.md", "docs/results/*.md", "examples/*.md"]
 
 PAGES = ["commands", "python", "plugins", "models", "methods", "evaluation", "claims", "recovery", "sweeps",
-         "tables", "reproduce", "results/README", "handover", "reliability", "scale", "log"]
+         "tables", "reproduce", "results/README", "handover", "reliability", "scale", "speed", "log"]
 TABLES = sorted(page.stem for page in Path(__file__).parent.glob("results/[a-z]*.md"))
 
 

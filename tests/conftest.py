@@ -20,6 +20,24 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as slm_exp sets it: before torch is imported
 
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A GPU is for the tests that are marked so: all others, and the processes they start, see none. They expect a
+    CPU, and many workers would share its memory."""
+    chosen = config.option.markexpr or ""
+    if "gpu" not in chosen.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available() and os.environ.get("SLM_EXP_GPU_TESTS") != "cpu":
+            pytest.skip("not run: no CUDA device is visible")
+
+
 SHARED = Path(os.environ.get("SLM_EXP_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 

@@ -45,7 +45,7 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
     scorer = ScoringEngine(task, top=start.high)
     with watching(low, high) as show:
         path = follow(scorer, start, dense.n_layers, low, high, method.commit_open_window, method.max_evaluations,
-                      show=show, foresee=scorer.foresee)
+                      show=show, foresee=scorer.foresee, early_stop=method.early_stop)
 
     seq_len, itemsize = int(tokens.tokens_NT.shape[1]), BYTES[dtype_name(dense.config, cfg.model.dtype)]
     result = {

@@ -87,6 +87,8 @@ class Runtime(Component):
 
         if self.threads:
             torch.set_num_threads(self.threads)
+        if self.deterministic:  # read when the first matrix product runs on a GPU; without it each one is an error
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # the same switch as use_deterministic_algorithms, which imports the compiler (2 s) besides
         torch.set_deterministic_debug_mode("error" if self.deterministic else "default")
         random.seed(seed)

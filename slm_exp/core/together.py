@@ -42,6 +42,10 @@ class Together:
     """The plan that is replayed (method=from_plan); None where one is searched."""
     plan_path: str
     """Where that plan came from; empty where one is searched."""
+    similarity: str
+    """The acceptance score's name."""
+    by_sample: bool
+    """Whether it is the mean of one of every sample."""
     new_hidden_size: int | None
     """What the width pruner shrinks the residual stream to; None leaves it."""
     model_dtype: str

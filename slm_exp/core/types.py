@@ -45,8 +45,16 @@ class Trial(StrictValue):
 
     low: int
     high: int
-    score: float
+    score: float | None
+    """None where the candidate was rejected before all samples had run."""
     accepted: bool
+    bound: float | None = None
+    """Where there is no score: what it cannot exceed."""
+
+    @property
+    def most(self) -> float:
+        """The score, or what it cannot exceed."""
+        return self.score if self.score is not None else self.bound if self.bound is not None else 1.0
 
 
 @dataclass(frozen=True, order=True)
@@ -306,6 +314,9 @@ class MergePlan(StrictValue):
         out = dataclasses.asdict(self) | {"width": self.width and self.width.to_json()}
         if self.fitted is None:
             del out["fitted"]
+        for trial in out["trace"]:
+            if trial["bound"] is None:
+                del trial["bound"]
         if self.target is not None:
             out["target"] = {name: value for name, value in out["target"].items() if value is not None}
         return plain(out)  # type: ignore[no-any-return]

@@ -66,7 +66,7 @@ class LaCo(Baseline):
                 groups, trace = self.collapse(score, n, n_remove, threshold)
                 if len(groups) == n - n_remove:
                     break
-                rejected = [t.score for t in trace if not t.accepted]
+                rejected = [t.most for t in trace if not t.accepted]
                 if not rejected:
                     raise PlanError(f"windows of {self.window} layers every {self.interval} leave {len(groups)} of {n} "
                                     f"layers at least, not {n - n_remove}. Set method.interval=1.")

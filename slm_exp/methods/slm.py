@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from slm_exp.core.cost import Count
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import register
+from slm_exp.core.together import Together
 from slm_exp.core.types import MergePlan, Target
 from slm_exp.methods.base import SIZES, Method
 from slm_exp.models.base import ModelHandle
@@ -46,6 +47,10 @@ class SLM(Method):
     screen_dtype: str | None = None
     """bfloat16: score in it, and again in the model's own dtype wherever the difference could decide."""
 
+    early_stop: bool = False
+    """End a candidate as soon as it is certain to be rejected, whatever its remaining samples would say (hardest first;
+    search/early.py). Decisions stay, the trace has a bound in place of the score."""
+
     def check(self) -> None:
         super().check()
         ok = len(self.threshold_range) == 2 and -1 <= self.threshold_range[0] < self.threshold_range[1] <= 1
@@ -58,12 +63,18 @@ class SLM(Method):
         if self.screen_dtype is not None:
             require_one_of("method.screen_dtype", self.screen_dtype, ("bfloat16",))
 
+    def refuses(self, others: Together) -> str | None:
+        if self.early_stop and not others.by_sample:
+            return (f"method.early_stop = true with similarity={others.similarity}, which is no mean of one score per "
+                    "sample, so some samples bound nothing; expected early_stop=false, or e.g. similarity=flat_cosine.")
+        return None
+
     def in_force(self) -> list[str]:
         return [] if self.requested is not None else [f"method: no size is set, so threshold {THRESHOLD}"]
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide: where a threshold does, how target sizes are searched does not."""
-        out = super().identity()
+        out = {k: v for k, v in super().identity().items() if k != "early_stop" or v}
         if not self._sized:
             out = {k: v for k, v in out.items() if k not in ("threshold_range", "max_evaluations")}
             out["threshold"] = self._threshold
@@ -100,7 +111,8 @@ class SLM(Method):
         if not self._sized:
             least, most = start.block_forwards(n)
             return Count(n + most, scores=candidates,
-                         note=f"the search takes {n + least} to {n + most} block forwards, fewer the more it merges")
+                         note=f"the search takes {n + least} to {n + most} block forwards, fewer the more it merges"
+                              + ("; early_stop takes off what rejected candidates leave out" * self.early_stop))
         budget = min(self.max_evaluations or BUDGET, 2**candidates)
         blocks = n + budget * (0.57 * n)  # 6,450 block forwards for 379 candidates of 30 layers
         return Count(blocks, scores=budget,
@@ -124,7 +136,7 @@ class SLM(Method):
             size = Target(self.requested, False, layers)
         low, high = self.threshold_range
         plan = slide(task, self.start(task.handle.n_layers), self._threshold, size, (low, high),
-                     self.max_evaluations or BUDGET, self.commit_open_window, self.screen_dtype)
+                     self.max_evaluations or BUDGET, self.commit_open_window, self.screen_dtype, self.early_stop)
         if plan.target is not None:
             plan = replace(plan, target=replace(plan.target, budget=self.reached(task.handle, plan)))
         plan = replace(plan, method=self.name)

@@ -155,6 +155,7 @@ def check_together(cfg: RunConfig) -> None:
     others = Together(method=cfg.method.name, recovery=cfg.recovery.name, target_ratio=cfg.method.target_ratio,
                       budget=cfg.method.budgeted, removes_sublayers=cfg.method.removes_sublayers,
                       narrows=cfg.method.narrows, plan=plan, plan_path=cfg.method.plan_path,
+                      similarity=cfg.similarity.name, by_sample=cfg.similarity.by_sample,
                       new_hidden_size=cfg.width.new_hidden_size, model_dtype=cfg.model.dtype)
     if cfg.runtime.memory == "stream" and (reasons := cfg.needs_resident()):
         raise ConfigError(f"runtime.memory = stream; expected auto or resident, for {reasons[0]}.")

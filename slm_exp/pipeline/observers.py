@@ -75,8 +75,8 @@ class Mirror(Observer):
             self.track.table("plan", ["slot", "first layer", "last layer", "kind"],
                              [[i, g.start, g.stop - 1, "kept" if g.stop - g.start == 1 else "merged"]
                               for i, g in enumerate(x.plan.slots)])
-            self.track.table("trace", ["low", "high", "score", "accepted"],
-                             [[t.low, t.high, t.score, t.accepted] for t in x.plan.trace])
+            columns = ["low", "high", "score", "accepted", *["bound"] * any(t.score is None for t in x.plan.trace)]
+            self.track.table("trace", columns, [[getattr(t, name) for name in columns] for t in x.plan.trace])
         if stage == "report":
             self.track.image("similarity", self.folder / PICTURE)
 
@@ -198,9 +198,11 @@ class Recorder:
             case "plan":
                 self.keep_plan(x.plan, x.plan.notes)
                 if not x.plan.changes_layers and (x.plan.width is None or self.cfg.width.prunes):
-                    best = max((t.score for t in x.plan.trace), default=None)
-                    lower = best is not None and x.plan.threshold is not None
-                    hint = f" The best candidate scored {best:.4f}: lower method.threshold below that." if lower else ""
+                    best = max(x.plan.trace, key=lambda t: t.most, default=None)
+                    hint = ""
+                    if best is not None and x.plan.threshold is not None:
+                        scored = "scored" if best.score is not None else "scored at most"
+                        hint = f" The best candidate {scored} {best.most:.4f}: lower method.threshold below that."
                     self.warn(f"the plan merges and removes nothing.{hint}")
             case "narrowed_score":
                 self.keep_plan(x.plan, x.plan.width.notes if x.plan.width else ())

@@ -131,7 +131,7 @@ def heatmap(matrix_LL: np.ndarray, plan: MergePlan | None) -> Markup:
 
 def candidates(plan: MergePlan) -> Markup:
     """Score of every candidate in the order they were tried, accepted and rejected by shape and colour."""
-    scores = [t.score for t in plan.trace]
+    scores = [t.most for t in plan.trace]
     marks = [*scores, plan.threshold] if plan.threshold is not None else scores
     up, height, count = Axis(marks), 260.0, len(scores)
     y = partial(up.down, height=height)
@@ -146,8 +146,9 @@ def candidates(plan: MergePlan) -> Markup:
         parts.append(tag("line", x1="0", x2="100%", y1=y(plan.threshold), y2=y(plan.threshold), class_="threshold"))
     for number, trial in enumerate(plan.trace, start=1):
         verdict = "accepted" if trial.accepted else "rejected"
-        title = f"{number}: layers {trial.low}–{trial.high}, score {trial.score:.4f}, {verdict}"
-        mark = tag("use", href=f"#mark-{verdict}", x=x(number), y=y(trial.score), class_=verdict)
+        score = f"score {trial.most:.4f}" if trial.score is not None else f"score at most {trial.most:.4f}"
+        title = f"{number}: layers {trial.low}–{trial.high}, {score}, {verdict}"
+        mark = tag("use", href=f"#mark-{verdict}", x=x(number), y=y(trial.most), class_=verdict)
         parts.append(tag("g", tag("title", title), mark))
     if plan.threshold is not None:
         parts.append(tag("text", f"threshold {plan.threshold:g}", x="100%", y=y(plan.threshold) - 7,
@@ -157,6 +158,8 @@ def candidates(plan: MergePlan) -> Markup:
     shapes = tag("defs", tag("circle", r=r, id="mark-accepted"), tag("path", d=cross, id="mark-rejected"))
     taken = sum(t.accepted for t in plan.trace)
     label = f"Scores of {count} candidates, from {min(scores):.3f} to {max(scores):.3f}; {taken} accepted."
+    if early := sum(t.score is None for t in plan.trace):
+        label += f" {early} ended early, at what they cannot exceed."
     return tag("svg", shapes, *parts, width="100%", height=height, role="img", aria_label=label, class_="chart")
 
 

@@ -219,8 +219,8 @@ def _steps(rows: Sequence[Row]) -> list[Step]:
             continue
         low = high = plan.threshold
         if plan.trace and not method.get("screen_dtype"):  # a screen decides on scores that are not exact
-            low = max((t.score for t in plan.trace if not t.accepted), default=-math.inf)
-            high = min((t.score for t in plan.trace if t.accepted), default=math.inf)
+            low = max((t.most for t in plan.trace if not t.accepted), default=-math.inf)
+            high = min((t.most for t in plan.trace if t.accepted), default=math.inf)
         if not low <= plan.threshold <= high:
             low = high = plan.threshold
         others = tuple(repr(v) for path, v in row.settings.items() if path != "method/threshold")

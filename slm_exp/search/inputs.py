@@ -52,7 +52,7 @@ def journal_inputs(value: str, *, model: str, device: str, tokens: str, similari
     """What the journal of one kind of value depends on (see `journal_of`). Needs no weights.
 
     Args:
-        value: `score` (by the similarity), `loss`, or another name.
+        value: `score` (by the similarity), `samples` (every sample's), `loss`, or another name.
         model, tokens, fit: digests; `fit` of the tokens of the refit, None without `similarity.after`.
         device: its type, e.g. `cpu`.
         rule: that merges; None for models in which nothing is merged.
@@ -65,7 +65,7 @@ def journal_inputs(value: str, *, model: str, device: str, tokens: str, similari
                    "rule": rule and rule.identity(), "after": similarity.after, "fit": fit}
     if fitted is not None:
         out["fitted"] = fitted
-    if value == "score":
+    if value in ("score", "samples"):
         out["similarity"] = similarity.score_identity()
         if similarity.uses_kernel():
             out |= {"similarity": similarity.identity(), "kernel": kernel.identity()}

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from slm_exp.core.errors import PlanError
 from slm_exp.core.types import Group
 from slm_exp.engine.progress import ticking
+from slm_exp.search.early import Bounded
 from slm_exp.search.state import Candidate, SearchState
 
 
@@ -23,6 +24,9 @@ class Scores(Protocol):
 
     def score(self, candidate: Candidate, /) -> float:
         """The candidate's score; computed at most once."""
+
+    def bounded(self, candidate: Candidate, threshold: float, /) -> Bounded:
+        """The same, or a bound on it that is `threshold` or less."""
 
 
 Foresee = Callable[[Sequence[Candidate]], None]
@@ -75,7 +79,7 @@ class Path:
 def follow(scores: Scores, start: SearchState, n_layers: int, low: float, high: float, commit_open_window: bool = True,
            max_evaluations: int | None = None, wanted: Callable[[range], bool] | None = None,
            show: Callable[[Branch, int], None] | None = None, scored: set[Candidate] | None = None,
-           only: float | None = None, foresee: Foresee | None = None) -> Path:
+           only: float | None = None, foresee: Foresee | None = None, early_stop: bool = False) -> Path:
     """Every plan of the thresholds [low, high), from the highest threshold down.
 
     Args:
@@ -86,6 +90,7 @@ def follow(scores: Scores, start: SearchState, n_layers: int, low: float, high: 
         show: called with a branch before it is decided, and the number of candidates scored so far.
         only: follow this one threshold; its plan has the interval that decides the same.
         foresee: called with the candidates of both sides of a split before either is scored.
+        early_stop: end a score as soon as every threshold of its branch is certain to reject it. Same plans.
     Cost: one score for every distinct candidate of any threshold in the range.
     """
     plans: list[PathPlan] = []
@@ -101,7 +106,7 @@ def follow(scores: Scores, start: SearchState, n_layers: int, low: float, high: 
             continue
         candidate = state.candidate
         if candidate is None:
-            plans.append(_leaf(scores, branch, n_layers, commit_open_window))
+            plans.append(_leaf(scores, branch, n_layers, commit_open_window, early_stop))
             continue
         if max_evaluations is not None and candidate not in scored and len(scored) >= max_evaluations:
             unknown.append((branch.low, branch.high))
@@ -114,7 +119,7 @@ def follow(scores: Scores, start: SearchState, n_layers: int, low: float, high: 
             room = None if max_evaluations is None else max(1, max_evaluations - len(scored))
             foresee([candidate, *(c for c in beside if c is not None)][:room])
         scored.add(candidate)
-        score = scores.score(candidate)
+        score = scores.bounded(candidate, branch.low).most if early_stop else scores.score(candidate)
         if branch.low < score:
             todo.append(Branch(state.accept(), branch.low, min(branch.high, score)))
         if score < branch.high:
@@ -124,10 +129,10 @@ def follow(scores: Scores, start: SearchState, n_layers: int, low: float, high: 
 
 def single(scores: Scores, start: SearchState, n_layers: int, low: float, high: float, threshold: float,
            commit_open_window: bool = True, max_evaluations: int | None = None,
-           scored: set[Candidate] | None = None) -> PathPlan | None:
+           scored: set[Candidate] | None = None, early_stop: bool = False) -> PathPlan | None:
     """The plan of one threshold in [low, high), see `follow`; None beyond the budget."""
     plans = follow(scores, start, n_layers, low, high, commit_open_window, max_evaluations, scored=scored,
-                   only=threshold).plans
+                   only=threshold, early_stop=early_stop).plans
     return plans[0] if plans else None
 
 
@@ -142,10 +147,12 @@ def sizes(state: SearchState, n_layers: int, commit_open_window: bool = True) ->
     return range(n_layers - most, n_layers - least + 1)
 
 
-def _leaf(scores: Scores, branch: Branch, n_layers: int, commit_open_window: bool) -> PathPlan:
+def _leaf(scores: Scores, branch: Branch, n_layers: int, commit_open_window: bool, early_stop: bool) -> PathPlan:
     end = branch.state.close() if commit_open_window else branch.state
     left = n_layers - sum(g.stop - g.start - 1 for g in end.groups)
-    final = 1.0 if end.model is None else scores.score(end.model)  # it passed once: known
+    final = 1.0
+    if end.model is not None:  # it passed once: known
+        final = scores.bounded(end.model, -math.inf).most if early_stop else scores.score(end.model)
     return PathPlan(branch.low, branch.high, end.groups, left, final)
 
 
@@ -179,8 +186,8 @@ class SearchResult:
 
 
 def best_of_size(scores: Scores, start: SearchState, n_layers: int, layers: int, low: float, high: float,
-                 commit_open_window: bool = True, budget: int = BUDGET, foresee: Foresee | None = None
-                 ) -> SearchResult:
+                 commit_open_window: bool = True, budget: int = BUDGET, foresee: Foresee | None = None,
+                 early_stop: bool = False) -> SearchResult:
     """Among the plans of thresholds [low, high) that leave `layers` layers, the one with the best final score.
 
     A plan's final score is no lower than its thresholds, so they are followed from the highest down. Bisection comes
@@ -192,12 +199,12 @@ def best_of_size(scores: Scores, start: SearchState, n_layers: int, layers: int,
     scored: set[Candidate] = set()
 
     def at(threshold: float) -> PathPlan | None:
-        return single(scores, start, n_layers, low, high, threshold, commit_open_window, budget, scored)
+        return single(scores, start, n_layers, low, high, threshold, commit_open_window, budget, scored, early_stop)
 
     with ticking(f"search for {layers} layers", budget, "candidate") as tick:
         probed = _bisect(at, layers, low, high, lambda about: tick(about, len(scored)))
         path = follow(scores, start, n_layers, low, high, commit_open_window, budget,
-                      wanted=lambda sizes: layers in sizes, scored=scored, foresee=foresee,
+                      wanted=lambda sizes: layers in sizes, scored=scored, foresee=foresee, early_stop=early_stop,
                       show=lambda branch, n: tick(f"below {branch.high:.4f} to do", n))
     best = max((p for p in (*path.plans, *probed) if p.n_layers == layers), key=lambda p: p.final_score, default=None)
     if best is None:

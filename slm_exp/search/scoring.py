@@ -23,11 +23,12 @@ from slm_exp.engine.vocabulary import mean_loss, prediction_distance, squared_di
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.sharing import scaled_outputs
 from slm_exp.models.streaming import in_order, parameter, shells
+from slm_exp.search.early import PARTS, Bounded, Samples
 from slm_exp.search.fitting import Windows
 from slm_exp.search.inputs import SearchInputs, journal_inputs, journal_of
 from slm_exp.search.refit import Refits, with_refits
 from slm_exp.search.state import Candidate, layers_key
-from slm_exp.similarity.base import Scorer
+from slm_exp.similarity.base import MeanScorer, Scorer
 
 TOGETHER_BYTES = 1 << 30
 """States of models that share a pass over the file of a streamed one."""
@@ -74,20 +75,22 @@ class ScoringEngine:
         self._journals: dict[tuple[str, str | None, bool], Journal] = {}
         self._runners: dict[str | None, BlockRunner] = {}
         self._refits, self._windows = Refits(task), Windows(task)
+        self._samples = Samples(task.tokens, 1 if task.handle.streamed else PARTS)
         self._cost = _Cost(self.dense)
 
     @property
     def evaluations(self) -> int:
         """Distinct models, and dtypes, that a value was requested of."""
-        return len({(dtype, slots) for _, dtype, slots in self._values}) + self._unnamed
+        return len({(dtype, slots) for _, dtype, slots in self._values}.union(self._samples.requested)) + self._unnamed
 
     @property
     def block_forwards(self) -> int:
         """Decoder-layer passes that the requested values take, the dense pass and the commits included. A layer that
-        lacks a sublayer counts one half, and the total is rounded up; the head is not counted. Counted as if nothing
-        had been in the store: the cost of a search is a property of the search."""
+        lacks a sublayer counts one half, one that runs on some of the samples their share, and the total is rounded up;
+        the head is not counted. Counted as if nothing had been in the store: the cost of a search is a property of the
+        search."""
         more = self._windows.block_forwards(len(self._cost.merged)) if self.task.rule.fits else 0
-        return math.ceil(self._cost.spent) + self._refits.block_forwards(len(self._cost.refits)) + more
+        return math.ceil(self._cost.spent - 1e-6) + self._refits.block_forwards(len(self._cost.refits)) + more
 
     @property
     def dense_states(self) -> list[Tensor]:
@@ -132,6 +135,37 @@ class ScoringEngine:
         """The model against the dense one by the task's similarity, after the final norm; 1 is identical. `dtype`: its
         layers run in this one instead of the model's own, e.g. `bfloat16`."""
         return self.measure(model, "score", lambda last_NTD: self._against(last_NTD), dtype)
+
+    def bounded(self, model: Model, threshold: float, dtype: str | None = None) -> Bounded:
+        """`score`, or, as soon as that is certain to be `threshold` or less, a bound on it. Only where the similarity
+        is `by_sample`. Cost: that of `score`, or of the samples that had to run; merged layers are combined once."""
+        slots = self._slots(model)
+        journal, key = self._entry("samples", slots, dtype)
+        ready: list[Slot] = []
+
+        def run(rows: list[int]) -> list[float]:
+            if self.task.handle.streamed:  # all samples: its layers cost more to read than to run
+                def keep(last_NTD: Tensor) -> float:
+                    found.extend(self._each(last_NTD, rows))
+                    return 0.0
+
+                found: list[float] = []
+                self._compute(slots, keep, dtype)
+                return found
+            prefix, runner = shared(self._base, slots), self._runner(dtype)
+            states = self._extended(prefix)
+            ready.extend([] if ready else map(self._ready, slots[prefix:]))
+            h_BTD = states[prefix][torch.as_tensor(rows, device=states[prefix].device)]
+            for slot in ready:
+                h_BTD = runner.block(slot, h_BTD)
+            return self._each(runner.finish(h_BTD), rows)
+
+        return self._samples.bounded((dtype, slots), threshold, journal, key, run,
+                                     lambda share: self._cost.ask(slots, share))
+
+    def _each(self, last_BTD: Tensor, rows: list[int]) -> list[float]:
+        assert isinstance(self._against, MeanScorer), "the similarity is not by_sample"
+        return self._against.each(last_BTD, torch.as_tensor(rows)).tolist()  # type: ignore[no-any-return]
 
     def loss(self, model: Model) -> float:
         """Mean next-token cross entropy in nats over the calibration tokens; infinite where it is not a number."""
@@ -247,6 +281,10 @@ class ScoringEngine:
     def block(self, slot: Slot, h_NTD: Tensor, dtype: str | None = None) -> Tensor:
         """One layer on any states, merged, scaled and refitted as it runs: [N, T, D] -> [N, T, D]. Not counted. A
         merged layer is combined again each time it runs: a twentieth of running it, and nothing to keep."""
+        return self._runner(dtype).block(self._ready(slot), h_NTD)
+
+    def _ready(self, slot: Slot) -> Slot:
+        """A slot with the weights that it runs with."""
         weights, handle = slot.weights, self.task.handle
         if slot.merged and self.task.rule.fits:
             weights = self._windows.weights(slot.merged)
@@ -260,7 +298,7 @@ class ScoringEngine:
             weights = {**weights, **scaled_outputs(handle.layout, handle.layers[slot.host], weights, slot.scale)}
         if slot.refit:
             weights = self._refits.weights(slot, weights)
-        return self._runner(dtype).block(Slot(slot.host, weights, without=slot.without), h_NTD)
+        return Slot(slot.host, weights, without=slot.without)
 
     def _slots(self, model: Model) -> Slots:
         if isinstance(model, Candidate):
@@ -270,15 +308,20 @@ class ScoringEngine:
         return with_refits(slots, self.n_layers) if self.task.similarity.after else slots
 
     def _compute(self, slots: Slots, of: Callable[[Tensor], float], dtype: str | None) -> float:
-        prefix, states = shared(self._base, slots), self._known_states()
-        below = self._base[len(states) - 1 : prefix]
+        prefix = shared(self._base, slots)
+        below = self._base[len(self._known_states()) - 1 : prefix]
         with in_order(self.task.handle.layers, [slot.host for slot in (*below, *slots[prefix:])]):
-            for slot in below:
-                states.append(self.block(slot, states[-1]))
-            h_NTD = states[prefix]
+            h_NTD = self._extended(prefix)[prefix]
             for slot in slots[prefix:]:
                 h_NTD = self.block(slot, h_NTD, dtype)
         return of(self.runner.finish(h_NTD))
+
+    def _extended(self, prefix: int) -> list[Tensor]:
+        """The states entering the base's slots, at least as far as the one after so many of them."""
+        states = self._known_states()
+        while len(states) <= prefix:
+            states.append(self.block(self._base[len(states) - 1], states[-1]))
+        return states
 
     def _known_states(self) -> list[Tensor]:
         """The states entering the base's slots, as far as they are known."""
@@ -328,9 +371,10 @@ class _Cost:
         self.refits: set[Slot] = set()
         self.merged: set[Group] = set()
 
-    def ask(self, slots: Slots) -> None:
+    def ask(self, slots: Slots, share: float = 1.0) -> None:
+        """`share`: of the samples."""
         prefix = shared(self.base, slots)
-        self.spent += blocks(self.base[self.known : prefix]) + blocks(slots[prefix:])
+        self.spent += blocks(self.base[self.known : prefix]) + share * blocks(slots[prefix:])
         self.known = max(self.known, prefix)
         self.refits.update(slot for slot in slots if slot.refit)
         self.merged.update(slot.merged for slot in slots if slot.merged)

@@ -7,8 +7,7 @@ from math import pi
 from typing import TYPE_CHECKING
 
 from slm_exp.core.registry import register
-from slm_exp.kernels.base import Kernel
-from slm_exp.similarity.base import Scorer, Similarity, as_score, wide
+from slm_exp.similarity.base import EachSample, MeanSimilarity, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,23 +15,23 @@ if TYPE_CHECKING:
 
 @register("similarity", "angular")
 @dataclass
-class Angular(Similarity):
+class Angular(MeanSimilarity):
     """1 - arccos(cos) / pi of every token's state, averaged over all tokens: 1 one direction, 1/2 a right angle.
 
     Falls linearly with the angle, so small changes show where the cosine is still flat: 10 degrees are .985 there
     and .944 here. One minus the angular distance of Gromov et al. 2024, arXiv:2403.17887.
     """
 
-    def against(self, dense_NTD: Tensor, kernel: Kernel) -> Scorer:
+    def each(self, dense_NTD: Tensor) -> EachSample:
         dense, dense_zero_NT = _directions(wide(dense_NTD))
 
-        def score(trial_NTD: Tensor) -> float:
-            trial, trial_zero_NT = _directions(wide(trial_NTD))
+        def scores(trial_BTD: Tensor, rows: Tensor | slice) -> Tensor:
+            trial, trial_zero_BT = _directions(wide(trial_BTD))
             # The angle from its chord, 2 sin(angle / 2): arccos of a float32 cosine is off by 4e-4 near 1.
-            angle_NT = 2 * (trial.sub_(dense).norm(dim=-1).double() / 2).clamp(max=1).arcsin()
-            return as_score((1 - angle_NT.where(dense_zero_NT == trial_zero_NT, pi / 2) / pi).mean())
+            angle_BT = 2 * (trial.sub_(dense[rows]).norm(dim=-1).double() / 2).clamp(max=1).arcsin()
+            return (1 - angle_BT.where(dense_zero_NT[rows] == trial_zero_BT, pi / 2) / pi).mean(-1)
 
-        return score
+        return scores
 
 
 def _directions(h_NTD: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,8 @@ Scorer = Callable[["Tensor"], float]
 class Similarity(Component, ABC):
     """An acceptance score; the fields also set the CKA estimator of the layer similarity matrix."""
 
+    by_sample: ClassVar[bool] = False
+    """Whether the score is the mean of one of every sample, so that some samples bound it (see `MeanSimilarity`)."""
     saturates: ClassVar[bool] = False
     """Whether a few tokens of huge norm decide it, so that a refit takes every candidate to 1."""
 
@@ -131,6 +133,34 @@ class Similarity(Component, ABC):
         1 is identical, two states of zeros included; a state of zeros against another counts as a right angle.
         A trial with a NaN or an infinity in it scores -1: nothing is less similar, and no threshold accepts it.
         """
+
+
+EachSample = Callable[["Tensor", "Tensor | slice"], "Tensor"]
+"""Trial states [B, T, D] of some samples, and which ones they are -> their scores [B], float64, each at most 1."""
+
+
+@dataclass(frozen=True)
+class MeanScorer:
+    """A `Scorer`: the mean of what every sample scores."""
+
+    each: EachSample
+
+    def __call__(self, trial_NTD: Tensor) -> float:
+        return as_score(self.each(trial_NTD, slice(None)).mean())
+
+
+@dataclass
+class MeanSimilarity(Similarity):
+    """A score that is the mean of one of every sample."""
+
+    by_sample: ClassVar[bool] = True
+
+    def against(self, dense_NTD: Tensor, kernel: Kernel) -> Scorer:
+        return MeanScorer(self.each(dense_NTD))
+
+    @abstractmethod
+    def each(self, dense_NTD: Tensor) -> EachSample:
+        """Scores some samples' last hidden states against the dense ones; as `against`, not finite as it comes."""
 
 
 def wide(x: Tensor) -> Tensor:

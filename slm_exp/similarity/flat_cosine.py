@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.registry import register
-from slm_exp.kernels.base import Kernel
-from slm_exp.similarity.base import Scorer, Similarity, as_score, cosines, token_dots, wide
+from slm_exp.similarity.base import EachSample, MeanSimilarity, cosines, token_dots, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 @register("similarity", "flat_cosine")
 @dataclass
-class FlatCosine(Similarity):
+class FlatCosine(MeanSimilarity):
     """Cosine of the flattened [T D] last hidden state, averaged over samples; first token included, as released.
 
     Tokens of large norm weigh most; `token_cosine` gives every token the same weight.
@@ -24,13 +23,13 @@ class FlatCosine(Similarity):
 
     saturates: ClassVar[bool] = True
 
-    def against(self, dense_NTD: Tensor, kernel: Kernel) -> Scorer:
+    def each(self, dense_NTD: Tensor) -> EachSample:
         dense = wide(dense_NTD)
         dense_sq_N = token_dots(dense, dense).sum(-1)
 
-        def score(trial_NTD: Tensor) -> float:
-            trial = wide(trial_NTD)
-            dot_N, trial_sq_N = token_dots(dense, trial).sum(-1), token_dots(trial, trial).sum(-1)
-            return as_score(cosines(dot_N, dense_sq_N, trial_sq_N).mean())
+        def scores(trial_BTD: Tensor, rows: Tensor | slice) -> Tensor:
+            trial = wide(trial_BTD)
+            dot_B, trial_sq_B = token_dots(dense[rows], trial).sum(-1), token_dots(trial, trial).sum(-1)
+            return cosines(dot_B, dense_sq_N[rows], trial_sq_B)
 
-        return score
+        return scores

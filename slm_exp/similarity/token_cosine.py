@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slm_exp.core.registry import register
-from slm_exp.kernels.base import Kernel
-from slm_exp.similarity.base import Scorer, Similarity, as_score, cosines, token_dots, wide
+from slm_exp.similarity.base import EachSample, MeanSimilarity, cosines, token_dots, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,15 +14,15 @@ if TYPE_CHECKING:
 
 @register("similarity", "token_cosine")
 @dataclass
-class TokenCosine(Similarity):
+class TokenCosine(MeanSimilarity):
     """Cosine of every token's state, averaged over all tokens; all tokens weigh the same."""
 
-    def against(self, dense_NTD: Tensor, kernel: Kernel) -> Scorer:
+    def each(self, dense_NTD: Tensor) -> EachSample:
         dense = wide(dense_NTD)
         dense_sq_NT = token_dots(dense, dense)
 
-        def score(trial_NTD: Tensor) -> float:
-            trial = wide(trial_NTD)
-            return as_score(cosines(token_dots(dense, trial), dense_sq_NT, token_dots(trial, trial)).mean())
+        def scores(trial_BTD: Tensor, rows: Tensor | slice) -> Tensor:
+            trial = wide(trial_BTD)
+            return cosines(token_dots(dense[rows], trial), dense_sq_NT[rows], token_dots(trial, trial)).mean(-1)
 
-        return score
+        return scores

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slm_exp.core.cache import code
+from slm_exp.core.cache import code, digests
 from slm_exp.core.cache.code import code_digest
 from slm_exp.core.cache.store import StageStore
 from slm_exp.launch.compose import compose_run
@@ -79,6 +79,36 @@ def test_a_folder_stands_for_its_files(package):
     assert code_digest(["more"]) != before
     with pytest.raises(OSError, match=r"none\.py"):
         code_digest(["none.py"])
+
+
+def as_another_process() -> None:
+    for kept in (code._trees, code._tree_digest):
+        kept.cache_clear()
+
+
+def test_a_source_is_parsed_once_on_a_machine(package, tmp_path, monkeypatch):
+    """Until it changes; a damaged memory costs time only."""
+    monkeypatch.setenv("SLM_EXP_CACHE", str(tmp_path / "cache"))
+    digests.remember_in(None)
+    parsed, parse = [], code.ast.parse
+    monkeypatch.setattr(code.ast, "parse", lambda source: parsed.append(source) or parse(source))
+    as_another_process()
+    before = code_digest(["a.py", "more"])
+    assert len(parsed) == 2
+    as_another_process()
+    assert code_digest(["a.py", "more"]) == before
+    assert len(parsed) == 2
+    (package / "a.py").write_text(SOURCE.replace("0.9", "0.8"))
+    assert code_digest(["a.py", "more"]) != before
+    assert len(parsed) == 3
+    (package / "a.py").write_text(SOURCE)
+    (memory,) = (tmp_path / "cache" / "digests").glob("*.json")
+    text = memory.read_text()
+    for damage in (text.replace(code.tree_digest(package / "a.py"), "0" * 16), text[:-9], "[]", ""):
+        memory.write_text(damage)
+        as_another_process()
+        assert code_digest(["a.py", "more"]) == before
+    as_another_process()
 
 
 def test_what_the_caller_says_decides_the_key(package, tmp_path):

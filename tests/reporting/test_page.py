@@ -200,6 +200,14 @@ def test_deep_models_stay_light_and_their_labels_apart(tmp_path: Path) -> None:
     assert len(charts.heatmap(np.eye(n, dtype="float32"), deep)) < 60_000
 
 
+def test_a_candidate_that_ended_early_stands_at_its_bound_and_says_so() -> None:
+    trace = (Trial(1, 2, 0.95, True), Trial(0, 2, None, False, 0.83))
+    drawn = str(charts.candidates(MergePlan(4, ((1, 3),), rule="mean", threshold=0.9, trace=trace)))
+    assert "layers 0–2, score at most 0.8300, rejected" in drawn
+    assert "layers 1–2, score 0.9500, accepted" in drawn
+    assert "1 ended early" in drawn
+
+
 def test_a_failed_run_says_where_why_and_what_to_do(tmp_path: Path) -> None:
     page = of("failed", tmp_path)
     assert page.text("h1") == ["smollm2_135m: stopped in stage evaluate"]

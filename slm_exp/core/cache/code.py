@@ -5,17 +5,22 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from slm_exp.core.cache.digests import recalled, remember
 from slm_exp.core.files import digest
 
 PACKAGE = Path(__file__).resolve().parents[2]
 LOGGERS = ("log", "logger", "logging", "warnings")
 LEVELS = ("debug", "info", "warning", "warn", "error", "exception", "critical")
+
+KEPT = 4096
+"""Syntax trees whose digests are remembered."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,10 @@ def code_digest(files: Sequence[str]) -> str:
 
     Comments, docstrings and calls that only log do not count. A folder stands for all files below it.
     """
-    out = {}
-    for name in code_files(files):
-        out[name] = tree_digest(PACKAGE / name)
+    known = len(_trees())
+    out = {name: tree_digest(PACKAGE / name) for name in code_files(files)}
+    if len(_trees()) > known:
+        remember(_recipe(), dict(list(_trees().items())[-KEPT:]))
     return digest(out)
 
 
@@ -70,8 +76,25 @@ def library_versions(names: Sequence[str] = ("torch", "transformers")) -> dict[s
 
 @lru_cache(maxsize=1024)
 def _tree_digest(path: Path, mtime_ns: int, size: int) -> str:
-    tree = _Computing().visit(ast.parse(path.read_bytes()))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    source, trees = path.read_bytes(), _trees()
+    name = hashlib.sha256(source).hexdigest()
+    if name not in trees:
+        tree = _Computing().visit(ast.parse(source))
+        trees[name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    return trees[name]
+
+
+@lru_cache(maxsize=1)
+def _trees() -> dict[str, str]:
+    """Digests of syntax trees by those of the sources, as far as this or an earlier process parsed them: parsing the
+    package takes a second."""
+    return recalled(_recipe())
+
+
+@lru_cache(maxsize=1)
+def _recipe() -> str:
+    """Of what a tree's digest depends on beside the source."""
+    return f"syntax trees, {sys.version}, {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
 
 
 class _Computing(ast.NodeTransformer):

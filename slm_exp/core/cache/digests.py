@@ -66,6 +66,28 @@ def files_digest(files: Iterable[Path], root: Path) -> str:
     return digest({f.relative_to(root).as_posix(): content_digest(f) for f in files})
 
 
+def recalled(name: str) -> dict[str, str]:
+    """What `remember` kept under a name; nothing where that is not whole."""
+    try:
+        kept = json.loads(_place(name).read_text(encoding="utf-8"))
+        if kept["digest"] == digest(kept["values"]):
+            return dict(kept["values"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {}
+
+
+def remember(name: str, values: dict[str, str]) -> None:
+    """Keep values of a pure function in the cache folder. One that cannot be written only costs time."""
+    with contextlib.suppress(OSError):
+        mark(_place(name).parent.parent)
+        write_json(_place(name), {"name": name, "values": values, "digest": digest(values)})
+
+
+def _place(name: str) -> Path:
+    return (_folder or Path(default_cache_dir())) / "digests" / f"{digest(name)}.json"
+
+
 def _status(path: Path) -> _Status:
     path = path.resolve()
     stat = path.stat()
@@ -73,7 +95,7 @@ def _status(path: Path) -> _Status:
 
 
 def _memory(status: _Status) -> Path:
-    return (_folder or Path(default_cache_dir())) / "digests" / f"{digest(status.path)}.json"
+    return _place(status.path)
 
 
 def _remembered(status: _Status) -> str | None:
