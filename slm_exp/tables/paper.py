@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ORDER = ("main", "main_lora", "speed", "depth_width", "rules", "thresholds", "calibration", "similarity",
-         "as_published", "agreement", "recovery")
+         "as_published", "agreement", "methods", "recovery")
 """In which the tables are listed; others follow by name."""
 
 

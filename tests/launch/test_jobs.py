@@ -164,3 +164,10 @@ def test_folders_are_those_that_hydra_resolves(tmp_path: Path) -> None:
     assert {job.folder for job, _ in named.jobs} == {tmp_path / "s"}
     cells = command_jobs([], cells=[["model=tiny", "seed=1"], ["model=tiny", "seed=1"]], name="main")
     assert (cells.folder, len(cells.jobs)) == (Path("outputs/multirun/main"), 1)
+
+
+def test_a_job_whose_recovery_trains_over_gpus_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    found = command_jobs(["model=tiny", "seed=0,1,2,3", "recovery=lora", "recovery.processes=2"], multirun=True)
+    workers = pool_workers([cfg for _, cfg in found.jobs], None, 1)
+    assert [w.env["CUDA_VISIBLE_DEVICES"] for w in workers] == ["0,1", "2,3"]
