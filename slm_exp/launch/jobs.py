@@ -236,13 +236,13 @@ def fields_of_swept_groups(overrides: Sequence[str], search: Sequence[str] = ())
 def pool_workers(cfgs: Sequence[RunConfig], workers: int | None, threads: int | None) -> list[Worker]:
     """The workers for these jobs; null is as many as the machine takes (see `make_workers`).
 
-    GPUs are dealt out one per job where any job may use one (as many as processes train together in it), and none asks
-    for GPUs by number or spreads a model over several: it would not find them.
+    GPUs are dealt out one per job where any job may use one, or as many as work together in a job, and none asks for
+    GPUs by number or spreads a model over several: it would not find them.
     """
     devices = {cfg.model.device or cfg.runtime.device for cfg in cfgs}
     own = any(device.startswith("cuda:") for device in devices) or any(cfg.model.device_map for cfg in cfgs)
     gpus = visible_gpus() if devices & {"auto", "cuda"} and not own else []
-    ranks = max((cfg.recovery.ranks() for cfg in cfgs), default=1)
+    ranks = max((max(cfg.recovery.ranks(), cfg.evaluation.processes) for cfg in cfgs), default=1)
     gpus = [",".join(gpus[i : i + ranks]) for i in range(0, len(gpus) - ranks + 1, ranks)] or gpus
     sizes = [cfg.model.weights_bytes() for cfg in cfgs]  # null: not known before the weights are fetched
     largest = None if None in sizes else max(size for size in sizes if size is not None)
