@@ -146,8 +146,6 @@ def crew(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, proc
 def _help(pipe: Connection, parent: int, model: PreTrainedModel, tokenizer: Any, device: str, threads: int,
           settings: tuple[Any, ...]) -> None:
     """Answer until told to end, or until the parent has gone."""
-    from slm_exp.evaluation.backends.harness import language_model
-
     die_with(parent)
     torch.set_num_threads(threads)
     model.to(torch.device(device))  # type: ignore[arg-type]
@@ -159,6 +157,8 @@ def _help(pipe: Connection, parent: int, model: PreTrainedModel, tokenizer: Any,
                 if what == "chunk_losses":
                     out: Any = chunk_losses(model, *args).tolist()
                 else:
+                    from slm_exp.evaluation.backends.harness import language_model  # lm-eval, seconds
+
                     lm = lm or language_model(model, tokenizer, *settings)
                     out = getattr(lm, what)(*args, disable_tqdm=True)
             except Exception as error:  # told where it is raised
