@@ -21,6 +21,7 @@ from slm_exp.core.registry import GROUPS
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import Composer, compose_raw, conf_dir, explain, one_list, open_mappings, prepare_hydra
 from slm_exp.launch.hydra_compat import HYDRA, axes, count, grid, is_sweep, quoted, session, without_hydra, words
+from slm_exp.launch.settings import check_launcher
 from slm_exp.launch.workers import Worker, cores, make_workers, visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.runs.record import check_writable
@@ -183,6 +184,8 @@ def check_all(overrides: Sequence[str], multirun: bool) -> CommandJobs:
         several = next(o for o in overrides if is_sweep(o))
         raise ConfigError(f"{several}: several values make a multirun; add -m: "
                           f"{shlex.join(['python', '-m', 'slm_exp', '-m', *overrides])}{one_list(several)}")
+    if found.multirun:
+        check_launcher(found.hydra.launcher)
     check_writable(found.folder)
     if (found.folder / LOG).is_symlink():
         raise ConfigError(f"{found.folder / LOG} is a link; expected no file or a plain one. Remove it.")

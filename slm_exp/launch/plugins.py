@@ -24,7 +24,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
-from slm_exp.core.errors import SlmError, require, require_one_of
+from slm_exp.core.errors import SlmError, require_one_of
 from slm_exp.core.format import override
 from slm_exp.core.plugins import Plugin
 from slm_exp.core.plugins import words as plugin_words
@@ -206,9 +206,6 @@ class ProcessLauncher(Launcher):
     """One operating-system process per job, on a pool over the visible GPUs or over the cores."""
 
     def __init__(self, workers: int | None, threads: int | None, retries: int) -> None:
-        require(workers is None or workers >= 1, "hydra.launcher.workers", workers, "null or a number >= 1")
-        require(threads is None or threads >= 1, "hydra.launcher.threads", threads, "null or a number >= 1")
-        require(retries >= 0, "hydra.launcher.retries", retries, "a number >= 0")
         self.workers, self.threads, self.retries = workers, threads, retries
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from slm_exp.core.errors import ConfigError, require
 from slm_exp.launch.hydra_compat import store
 
 
@@ -70,6 +74,26 @@ class GridConf:
     """Jobs per call of the launcher; null hands over all at once."""
     select: str | None = None
     """null: the command's jobs. missing, failed or all: those of the folder's sweep.json (`slm sweep`)."""
+
+
+POSITIVE = {"workers", "threads", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min", "array_parallelism"}
+COUNTS = {"retries", "signal_delay_s", "max_num_timeout"}
+
+
+def check_launcher(launcher: Mapping[str, Any]) -> None:
+    """Refuse what the launchers of this package cannot work with, before anything starts.
+
+    Raises:
+        ConfigError: names the field; or there is no sbatch.
+    """
+    if launcher["_target_"] not in (ProcessesConf._target_, SlurmConf._target_):
+        return
+    for name in (POSITIVE | COUNTS) & {*launcher}:
+        value, least = launcher[name], 1 if name in POSITIVE else 0
+        require(value is None or value >= least, f"hydra.launcher.{name}", value, f"null or a number >= {least}")
+    if launcher["_target_"] == SlurmConf._target_ and not shutil.which("sbatch"):
+        raise ConfigError("hydra/launcher=slurm: there is no sbatch on PATH. Start it on a login node of the cluster; "
+                          "slm plan --commands prints the cells for any other scheduler.")
 
 
 def register_settings() -> None:

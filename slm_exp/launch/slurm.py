@@ -11,7 +11,6 @@ import contextlib
 import getpass
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from slm_exp.core.documents import Section, parse
-from slm_exp.core.errors import ConfigError, SlmError, require
+from slm_exp.core.errors import ConfigError, SlmError
 from slm_exp.core.files import read_json, write_json, write_text
 from slm_exp.core.format import override
 from slm_exp.launch.jobs import SWEEP, JobComposer, single_run
@@ -153,14 +152,6 @@ class SlurmLauncher(Launcher):
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
         self.detach = bool(settings["detach"])
-        for name in ("workers", "threads", "gpus_per_node"):
-            require(settings[name] is None or settings[name] >= 1, f"hydra.launcher.{name}", settings[name],
-                    "null or a number >= 1")
-        for name in ("cpus_per_task", "mem_gb", "timeout_min", "array_parallelism"):
-            require(settings[name] > 0, f"hydra.launcher.{name}", settings[name], "a number > 0")
-        if not shutil.which("sbatch"):
-            raise ConfigError("hydra/launcher=slurm: there is no sbatch on PATH. Start it on a login node of the "
-                              "cluster; slm plan --commands prints the cells for any other scheduler.")
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._hydra = config.hydra
