@@ -72,8 +72,9 @@ def values(found: dict[str, dict[str, float]], stage: str) -> dict[str, float]:
 
 
 def draw(table: Table, axes: dict[str, tuple[int, ...]], to: Path) -> None:
-    """A row a measure, a column an axis; resident solid, streamed dashed, both scales logarithmic."""
+    """A row a measure, a column an axis; resident solid, streamed dashed, scales logarithmic."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     figure = Figure(figsize=(9, 9.5), layout="constrained")
     panels = figure.subplots(len(MEASURES), len(axes), squeeze=False, sharex="col", sharey="row")
@@ -85,14 +86,21 @@ def draw(table: Table, axes: dict[str, tuple[int, ...]], to: Path) -> None:
                     if any(y > 0 for y in ys):
                         panel.loglog(xs, ys, style, marker=".", color=colour, linewidth=1.2, label=f"{stage}, {how}")
             panel.set_xticks(xs, [str(x) for x in xs])
-            panel.minorticks_off()
+            panel.xaxis.set_minor_locator(NullLocator())
+            if measure_name == "peak":  # most of it is Python with torch: a straight scale
+                panel.set_yscale("linear")
+            else:
+                panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.yaxis.set_minor_locator(NullLocator())
+            panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            panel.tick_params(labelsize=8)
             panel.grid(alpha=0.25)
             panel.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(label)
     for panel, axis in zip(panels[-1], axes, strict=True):
         panel.set_xlabel({"tokens": "calibration tokens", "depth": "layers", "width": "hidden size"}[axis])
     panels[0, 0].legend(fontsize=7, frameon=False)
-    figure.savefig(to, dpi=80)
+    figure.savefig(to, dpi=62)
 
 
 def main() -> None:
