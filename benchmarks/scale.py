@@ -139,13 +139,15 @@ def work(folder: Path, how: str, tokens: tuple[int, int], stages: list[str], thr
     for name in ["load", *stages]:
         layers: Any = handle.layers if handle.loaded else None
         files = layers.residence.files if isinstance(layers, StreamedLayers) else None
-        about, before, started = {}, files.bytes_read if files else 0, time.perf_counter()
+        about, before = {}, files.bytes_read if files else 0
+        started, cpu = time.perf_counter(), time.process_time()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         steps[name]()
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         read = files.bytes_read - before if files else 0
-        print("STAGE", json.dumps({"stage": name, "seconds": seconds, "peak": peak_bytes(), "read": read,
-                                   "passes": read / files.layer_bytes() if files else 0, **about}), flush=True)
+        print("STAGE", json.dumps({"stage": name, "seconds": seconds, "cpu": cpu, "peak": peak_bytes(),
+                                   "read": read, "passes": read / files.layer_bytes() if files else 0,
+                                   **about}), flush=True)
 
 
 def limited(limit: float) -> tuple[Callable[[], None], str, Callable[[], None]]:

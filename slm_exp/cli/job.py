@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import os
 import signal
 import sys
 from typing import Any
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel SIGKILL this process when its parent ends, however it ends. Linux only; elsewhere nothing."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the request
-        sys.exit(1)
+from slm_exp.core.runtime import die_with
 
 
 class Terminated(SystemExit):

@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 from slm_exp.cli.command import run_command
 from slm_exp.cli.shown import config_text
 from slm_exp.core.errors import ConfigError, SlmError, StageError, did_you_mean
+from slm_exp.core.format import override
 from slm_exp.core.logs import mask_logs, print_anything
 from slm_exp.core.plugins import take
 from slm_exp.core.registry import GROUPS
-from slm_exp.core.runtime import rank, world
+from slm_exp.core.runtime import die_with, rank, world
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import (
     PLAIN_FIELDS,
@@ -34,9 +35,13 @@ from slm_exp.launch.compose import (
 from slm_exp.launch.hydra_compat import help_text, is_sweep, parse_arguments, words
 from slm_exp.launch.jobs import SWEEP, check_all, fields_of_swept_groups, split_sweep
 from slm_exp.launch.plugins import register_plugins
-from slm_exp.pipeline.config import to_run_config
+from slm_exp.launch.workers import visible_gpus
+from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.pipeline.inspection import inspect_jobs
+from slm_exp.runs.record import is_finished
 
+RANKS = "SLM_EXP_RANKS"
+"""In the environment of processes that a run started to train together."""
 OPTIONS = ("--multirun", "--cfg", "--resolve", "--package", "--config-dir", "--plugin", "--help", "--hydra-help",
            "--info")
 
@@ -44,6 +49,8 @@ OPTIONS = ("--multirun", "--cfg", "--resolve", "--package", "--config-dir", "--p
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 all finished, 1 a job failed, 2 the config is wrong."""
     print_anything()
+    if world() > 1 and RANKS in os.environ:
+        die_with(os.getppid())
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         argv = take(argv)
@@ -156,6 +163,29 @@ def _search(argv: Sequence[str]) -> list[str]:
     return [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
 
 
+def _start_ranks(ranks: int, cfg: RunConfig, folder: Path, multirun: bool) -> None:
+    """Become the launcher of this run's processes (`recovery.processes`); returns where one is enough.
+
+    They die with it, by the kernel's own means on Linux.
+    """
+    if multirun:
+        raise SlmError(f"recovery.processes = {ranks}; expected 1 where a launcher runs jobs inside its own processes. "
+                       "Take hydra/launcher=processes or slurm.")
+    if is_finished(folder, cfg.run_id, with_model=bool(cfg.save_model)):
+        return
+    gpus = [] if (cfg.model.device or cfg.runtime.device) == "cpu" else visible_gpus()
+    if gpus and len(gpus) < ranks:
+        print(f"ConfigError: recovery.processes = {ranks}; expected at most the {len(gpus)} GPUs that are visible.",
+              file=sys.stderr)
+        raise SystemExit(2)
+    os.environ[RANKS] = str(ranks)
+    if not gpus:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    sys.stdout.flush()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    os.execv(sys.executable, [*launcher, "-m", "slm_exp", *sys.argv[1:], override("hydra.run.dir", folder)])
+
+
 def _job(cfg: DictConfig) -> None:
     from slm_exp.pipeline.run import run, take_part  # torch; the command line above is checked without
 
@@ -167,6 +197,8 @@ def _job(cfg: DictConfig) -> None:
     if run_cfg.save_model is None:
         run_cfg.save_model = group is None
     folder = Path(hydra_cfg.runtime.output_dir)
+    if (ranks := run_cfg.recovery.ranks()) > 1 and world() == 1:
+        _start_ranks(ranks, run_cfg, folder, multirun)
     if rank():
         take_part(run_cfg, folder)
         return

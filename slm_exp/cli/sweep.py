@@ -19,10 +19,11 @@ from slm_exp.core.format import override
 from slm_exp.core.plugins import loaded, words
 from slm_exp.core.registry import GROUPS, load_all
 from slm_exp.launch.compose import PLAIN_FIELDS
+from slm_exp.launch.slurm import Queue
 from slm_exp.runs.sweep import FINISHED, SweepFolder, table
 
 EXPERIMENT = {*GROUPS, *PLAIN_FIELDS, "cache", "experiment", "sweep"}
-LAUNCHER = """workers threads retries n_jobs prefer require verbose timeout batch_size timeout_min cpus_per_task
+LAUNCHER = """detach workers threads retries n_jobs prefer require verbose timeout batch_size timeout_min cpus_per_task
     gpus_per_node tasks_per_node mem_gb nodes name stderr_to_stdout partition qos comment constraint exclude gres
     cpus_per_gpu gpus_per_task mem_per_gpu mem_per_cpu account signal_delay_s max_num_timeout array_parallelism"""
 SETTINGS_OF_A_SWEEP = {"hydra/launcher", "hydra/sweeper", "hydra.sweep.subdir", "hydra.sweeper.max_jobs",
@@ -129,6 +130,10 @@ CHANGED = click.option("--changed-plugin", "changed", is_flag=True,
 @DIR
 def _status(folder: Path, as_json: bool) -> int:
     cells = SweepFolder.read(folder).cells()
+    queue = Queue.of(folder, cells)
+    cells = [queue.told(cell) for cell in cells]
+    if queue.states is None:
+        print(f"the queue does not answer here ({queue.why}): cells may wait or run in Slurm", file=sys.stderr)
     print(json.dumps([c.to_json() for c in cells], indent=1) if as_json else table(cells))
     return int(any(c.state != FINISHED for c in cells))
 

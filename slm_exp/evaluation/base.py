@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slm_exp.core.errors import ConfigError, DataError, ProtocolError, did_you_mean
+from slm_exp.core.errors import ConfigError, DataError, ProtocolError, did_you_mean, require
 from slm_exp.core.registry import register
 from slm_exp.evaluation import free_text, task_index
 from slm_exp.evaluation import perplexity as texts
@@ -49,6 +50,8 @@ class Evaluation(Settings):
     def needs_resident(self) -> str | None:
         if self.times:
             return "evaluation.speed_runs times generation, and reading the files would be timed"
+        if self.processes > 1:
+            return "evaluation.processes shares weights that are in memory"
         if self.tasks and self.backend == "hflm":
             return "evaluation.backend=hflm reads the whole model for every few requests; take fast"
         others = [task for task in self.tasks if task not in SEVEN and task not in MMLU_GROUPS]
@@ -72,6 +75,11 @@ class Evaluation(Settings):
             ConfigError: the former.
             DataError: the latter.
         """
+        if self.processes > 1 and handle.device.type == "cuda":
+            import torch
+
+            require(self.processes <= torch.cuda.device_count(), "evaluation.processes", self.processes,
+                    f"at most {torch.cuda.device_count()}, the GPUs that are visible")
         tokenizer = handle.tokenizer if self.tasks else None
         if tokenizer is not None and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise ConfigError(f"evaluation.tasks: the tokenizer of {handle.name} has neither BOS nor EOS, so "
@@ -148,11 +156,12 @@ class Evaluation(Settings):
 
             # before weights load, so that missing documents stop early
             loaded = load_tasks(self.tasks, self.limit, handle.random, self.fewshot)
-        losses = {name: texts.chunk_losses(handle.model, corpus.tokens_NT, self.batch_size, name)
-                  for name, corpus in corpora.items()}
-        if loaded is not None and handle.tokenizer is not None:
-            results = run_tasks(handle.model, handle.tokenizer, loaded, self.limit, self.batch_size, self.add_bos,
-                                self.backend)
+        with self._crew(handle) as crew:
+            losses = {name: (crew or texts).chunk_losses(handle.model, corpus.tokens_NT, self.batch_size, name)
+                      for name, corpus in corpora.items()}
+            if loaded is not None and handle.tokenizer is not None:
+                results = run_tasks(handle.model, handle.tokenizer, loaded, self.limit, self.batch_size, self.add_bos,
+                                    self.backend, crew.divide if crew else None)
         samples = results.samples if results else {}
         if self.text and handle.tokenizer is not None:
             from slm_exp.evaluation.backends.free_text import write_freely
@@ -172,6 +181,13 @@ class Evaluation(Settings):
         return EvalReport(tasks, average(tasks), {name: texts.exp_of_mean(loss_N) for name, loss_N in losses.items()},
                           Protocol.of(fields, results.sources if results else {}),
                           {**samples, **texts.samples(corpora, losses)}, text)
+
+    def _crew(self, handle: ModelHandle) -> contextlib.AbstractContextManager[Any]:
+        if self.processes == 1 or not (self.tasks or self.corpora):
+            return contextlib.nullcontext()
+        from slm_exp.evaluation.backends.crew import crew
+
+        return crew(handle.model, handle.tokenizer, self.processes, (self.batch_size, self.add_bos, self.backend))
 
     def time(self, dense: ModelHandle, compressed: ModelHandle) -> dict[str, Any]:
         """The record's `speed`: both models in turns, measured anew every time. See evaluation/backends/speed.py."""

@@ -41,6 +41,9 @@ class Settings(Component):
     """The first N documents of each task; null takes all."""
     batch_size: int | None = knob(None)
     """Sequences per forward pass; null chooses."""
+    processes: int = knob(1)
+    """Processes of this machine that evaluate one model together: a GPU each, or a share of the cores. Tasks and texts
+    are divided, equal numbers come out; `text` and speed are not divided."""
     backend: str = knob("fast")
     """`fast` computes what a document's choices share once; `hflm` is lm-eval's own model class. Same numbers."""
     add_bos: bool | None = None
@@ -89,6 +92,7 @@ class Settings(Component):
             require(n >= 0, f"evaluation.fewshot.{name}", n, "a number >= 0")
         for name, most in (("limit", self.limit), ("batch_size", self.batch_size)):
             require(most is None or most >= 1, f"evaluation.{name}", most, "null or a number >= 1")
+        require(self.processes >= 1, "evaluation.processes", self.processes, "a number >= 1")
         require(len(set(self.tasks)) == len(self.tasks), "evaluation.tasks", self.tasks, "each task once")
         require_one_of("evaluation.backend", self.backend, ("fast", "hflm"))
         require_one_of("evaluation.ppl_bos", self.ppl_bos, ("once", "every_chunk", "never", "both"))

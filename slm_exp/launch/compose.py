@@ -20,7 +20,7 @@ from slm_exp.core.format import override
 from slm_exp.core.registry import GROUPS, available, load_all
 from slm_exp.core.secrets import register_env_resolver
 from slm_exp.launch.hydra_compat import quoted, session, set_values, unreadable, without_hydra
-from slm_exp.launch.settings import register_settings
+from slm_exp.launch.settings import ProcessesConf, SlurmConf, register_settings
 from slm_exp.pipeline.config import CacheConfig, RunConfig, register_schema, to_run_config
 
 PLAIN_FIELDS = ("seed", "save_model")
@@ -218,6 +218,8 @@ def _fields_beside(key: str) -> list[str]:
     head, _, tail = key.partition(".")
     if not tail:
         return sorted([*(f.name for f in dataclasses.fields(RunConfig)), *PRESETS])
+    if tail.startswith("launcher."):
+        return sorted({f.name for cls in (ProcessesConf, SlurmConf) for f in dataclasses.fields(cls)} - {"_target_"})
     if head in GROUPS:
         return sorted({f.name for cls in available(head).values() for f in dataclasses.fields(cls)})
     return sorted(f.name for f in dataclasses.fields(CacheConfig)) if head == "cache" else []

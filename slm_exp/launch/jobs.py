@@ -21,6 +21,7 @@ from slm_exp.core.registry import GROUPS
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import Composer, compose_raw, conf_dir, explain, one_list, open_mappings, prepare_hydra
 from slm_exp.launch.hydra_compat import HYDRA, axes, count, grid, is_sweep, quoted, session, without_hydra, words
+from slm_exp.launch.settings import check_launcher
 from slm_exp.launch.workers import Worker, cores, make_workers, visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.runs.record import check_writable
@@ -183,6 +184,8 @@ def check_all(overrides: Sequence[str], multirun: bool) -> CommandJobs:
         several = next(o for o in overrides if is_sweep(o))
         raise ConfigError(f"{several}: several values make a multirun; add -m: "
                           f"{shlex.join(['python', '-m', 'slm_exp', '-m', *overrides])}{one_list(several)}")
+    if found.multirun:
+        check_launcher(found.hydra.launcher)
     check_writable(found.folder)
     if (found.folder / LOG).is_symlink():
         raise ConfigError(f"{found.folder / LOG} is a link; expected no file or a plain one. Remove it.")
@@ -236,12 +239,14 @@ def fields_of_swept_groups(overrides: Sequence[str], search: Sequence[str] = ())
 def pool_workers(cfgs: Sequence[RunConfig], workers: int | None, threads: int | None) -> list[Worker]:
     """The workers for these jobs; null is as many as the machine takes (see `make_workers`).
 
-    GPUs are dealt out one per job where any job may use one, and none asks for GPUs by number or for several at once:
-    it would not find them.
+    GPUs are dealt out one per job where any job may use one, or as many as work together in a job, and none asks for
+    GPUs by number or spreads a model over several: it would not find them.
     """
     devices = {cfg.model.device or cfg.runtime.device for cfg in cfgs}
     own = any(device.startswith("cuda:") for device in devices) or any(cfg.model.device_map for cfg in cfgs)
     gpus = visible_gpus() if devices & {"auto", "cuda"} and not own else []
+    ranks = max((max(cfg.recovery.ranks(), cfg.evaluation.processes) for cfg in cfgs), default=1)
+    gpus = [",".join(gpus[i : i + ranks]) for i in range(0, len(gpus) - ranks + 1, ranks)] or gpus
     sizes = [cfg.model.weights_bytes() for cfg in cfgs]  # null: not known before the weights are fetched
     largest = None if None in sizes else max(size for size in sizes if size is not None)
     return make_workers(workers, threads, gpus, len(cfgs), largest)

@@ -1,7 +1,8 @@
 """Hydra's side of a multirun: a sweeper that resumes, whatever launches, and a launcher with one process per job.
 
-`hydra/launcher=processes` is the default of conf/config.yaml; basic, joblib, submitit_local and submitit_slurm keep
-working, under the same sweeper: one owner per sweep folder, finished cells not launched again, an index at the end.
+`hydra/launcher=processes` is the default of conf/config.yaml, `slurm` lies in `slurm.py`; basic, joblib, submitit_local
+and submitit_slurm keep working, under the same sweeper: one owner per sweep folder, cells that are finished or wait in
+Slurm not launched again, an index at the end.
 """
 
 from __future__ import annotations
@@ -23,29 +24,32 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
-from slm_exp.core.errors import SlmError, require, require_one_of
+from slm_exp.core.errors import SlmError, require_one_of
 from slm_exp.core.format import override
 from slm_exp.core.plugins import Plugin
 from slm_exp.core.plugins import words as plugin_words
 from slm_exp.core.secrets import masked
 from slm_exp.launch.hydra_compat import register_plugin, words
 from slm_exp.launch.jobs import SWEEP, JobComposer, pool_workers, single_run, split_sweep
-from slm_exp.launch.pool import Interrupted, Pool
+from slm_exp.launch.pool import LOG_ONCE, Interrupted, Pool
 from slm_exp.launch.queued import every_job_answers
 from slm_exp.launch.screen import Screen
-from slm_exp.launch.settings import GridConf, ProcessesConf
+from slm_exp.launch.settings import GridConf, ProcessesConf, SlurmConf
+from slm_exp.launch.slurm import OF_THIS_CALL, Queue, SlurmLauncher
 from slm_exp.runs.sweep import FAILED, FINISHED, Cell, Job, SweepFolder, complaints, note_death, read_cell, table
 
 log = logging.getLogger(__name__)
 
+GO_ON = "jobs that were submitted go on; slm sweep status shows them"
 SELECTIONS = ("missing", "failed", "all")
-OF_THIS_CALL = ("hydra.mode", "hydra.sweep.dir", "hydra.sweeper.select")
-"""Overrides that `slm sweep resume` gives anew."""
+OWNER_S = 120.0
+"""How long a batch job waits for the folder: it may start before the command that submitted it has left."""
 
 
 def register_plugins() -> None:
     """Make the launcher and the sweeper known to Hydra. Idempotent."""
     register_plugin(ProcessesConf._target_, ProcessLauncher)
+    register_plugin(SlurmConf._target_, SlurmLauncher)
     register_plugin(GridConf._target_, GridSweeper)
 
 
@@ -74,10 +78,17 @@ class GridSweeper(Sweeper):
             SystemExit: 1 when a cell is not finished, 2 when the folder is in use, 128 + the signal when interrupted.
         """
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
-        sweep = SweepFolder(self.path)
+        sweep, launcher, reasons = SweepFolder(self.path), self._launcher, dict[str, str]()
+        slurm = launcher if isinstance(launcher, SlurmLauncher) else None
         try:
-            with sweep.owned():
-                status = self._sweep(sweep, arguments)
+            with sweep.owned(OWNER_S if "SLURM_JOB_ID" in os.environ else 0):
+                before, todo = self._begin(sweep, arguments)
+                if slurm:
+                    status = self._submit(slurm, todo, arguments)
+                else:
+                    status = self._end(sweep, before, reasons, self._launch(todo, reasons))
+            if slurm and not slurm.detach:  # the folder is free: a job that runs all cells on its node owns it now
+                status = self._end(sweep, before, reasons, self._wait(slurm, todo, reasons))
         except (SlmError, OSError) as error:
             print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
             status = 2
@@ -85,36 +96,68 @@ class GridSweeper(Sweeper):
             raise SystemExit(status)
         return []
 
-    def _sweep(self, sweep: SweepFolder, arguments: list[str]) -> int:
-        jobs, reasons = self._jobs(sweep, arguments), dict[str, str]()
-        before = {j.run_id: read_cell(j) for j in jobs}
+    def _begin(self, sweep: SweepFolder, arguments: list[str]) -> tuple[dict[str, Cell], list[Job]]:
+        """How this call's jobs stand, and those to run.
+
+        Raises:
+            ConfigError: the queue does not say whether jobs that were submitted are alive.
+        """
+        before: dict[str, Cell] = {}
+        busy = list[str]()
+        queue = Queue.of(self.path)
+        queue.refuse_unasked(self.path)
+        for job in self._jobs(sweep, arguments, queue):
+            before[job.run_id] = read_cell(job)
+            busy += [job.run_id] * queue.busy(before[job.run_id])
+        done = sum(cell.state == FINISHED for cell in before.values())
+        if done:
+            print(f"{done} of {len(before)} jobs are finished in {self.path}")
+        if busy:
+            known = ", ".join(sorted({queue.cells[run_id].job for run_id in busy}))
+            print(f"{len(busy)} of {len(before)} jobs wait or run in Slurm ({known}); they are not started again")
+        return before, [c.job for run_id, c in before.items() if c.state != FINISHED and run_id not in busy]
+
+    def _submit(self, slurm: SlurmLauncher, todo: list[Job], arguments: list[str]) -> int:
+        slurm.submit(todo, [*arguments, *words(self._config.hydra.overrides.hydra)], self.select == "failed")
+        print(f"how the cells stand: {shlex.join(['slm', 'sweep', 'status', str(self.path)])}")
+        return 0
+
+    def _wait(self, slurm: SlurmLauncher, todo: list[Job], reasons: dict[str, str]) -> int:
+        try:
+            slurm.wait(todo, reasons)
+        except KeyboardInterrupt:
+            print(GO_ON, file=sys.stderr)
+            return 130
+        return 0
+
+    def _end(self, sweep: SweepFolder, before: Mapping[str, Cell], reasons: Mapping[str, str], status: int) -> int:
+        """Say how every cell stands; the exit status."""
         already = frozenset(run_id for run_id, cell in before.items() if cell.state == FINISHED)
-        todo = [j for j in jobs if j.run_id not in already]
-        if already:
-            print(f"{len(already)} of {len(jobs)} jobs are finished in {self.path}")
-        status = self._launch(todo, reasons)
-        for job in (j for j in todo if j.run_id in reasons):
-            note_death(job, reasons[job.run_id])
+        for cell in before.values():
+            if cell.job.run_id in reasons:
+                note_death(cell.job, reasons[cell.job.run_id])
         cells = [_with_reason(cell, reasons.get(cell.job.run_id), before) for cell in sweep.cells()]
+        queue = Queue.of(self.path, cells)
+        cells = [queue.told(cell) for cell in cells]
         print(table(cells, already))
         try:
             sweep.write_index(cells, already)
             print(f"index: {self.path / 'index.json'}")
         except OSError as error:  # a full disk: the folders say the same
             print(f"could not write {self.path / 'index.json'}: {error}", file=sys.stderr)
-        if wrong := complaints([c for c in cells if c.job.run_id in {j.run_id for j in jobs}]):
+        if wrong := complaints([c for c in cells if c.job.run_id in before]):
             again = shlex.join(["slm", "sweep", "resume", str(self.path), *plugin_words(sweep.plugins)])
             print(f"{wrong}\n{again}", file=sys.stderr)
         return status or int(bool(wrong))
 
-    def _jobs(self, sweep: SweepFolder, arguments: list[str]) -> list[Job]:
+    def _jobs(self, sweep: SweepFolder, arguments: list[str], queue: Queue) -> list[Job]:
         """The jobs this call is about, on disk as the sweep's definition."""
         hydra = [o for o in words(self._config.hydra.overrides.hydra) if not o.startswith(OF_THIS_CALL)]
         argv = [*arguments, *hydra] if self.select is None else SweepFolder.read(sweep.path).argv
         composer = JobComposer(self._config.hydra, self.path)
         jobs: dict[str, Job] = {}
         plugins: list[Plugin] = []
-        for overrides in self._requested(sweep, arguments):
+        for overrides in self._requested(sweep, arguments, queue):
             job, cfg = composer.job(overrides)
             plugins += cfg.plugins
             if (first := jobs.setdefault(job.run_id, job)) is not job:
@@ -123,12 +166,12 @@ class GridSweeper(Sweeper):
         sweep.define(argv, jobs.values(), plugins)
         return list(jobs.values())
 
-    def _requested(self, sweep: SweepFolder, arguments: list[str]) -> list[list[str]]:
+    def _requested(self, sweep: SweepFolder, arguments: list[str], queue: Queue) -> list[list[str]]:
         if self.select is None:
             return split_sweep(arguments, self.params)
         cells = SweepFolder.read(sweep.path).cells()
         if self.select == "all":
-            for record in (cell.job.folder / "record.json" for cell in cells):
+            for record in (cell.job.folder / "record.json" for cell in cells if not queue.busy(cell)):
                 if record.exists():
                     record.replace(record.with_name("record.before.json"))
         return [list(c.job.overrides) for c in cells if self.select != "failed" or c.state in (FAILED, "died")]
@@ -152,7 +195,7 @@ class GridSweeper(Sweeper):
                 return 128 + stop.signum
             except KeyboardInterrupt:
                 if submitit:
-                    print("jobs that were submitted go on; slm sweep status shows them", file=sys.stderr)
+                    print(GO_ON, file=sys.stderr)
                 return 130
             except Exception as error:  # e.g. joblib's TerminatedWorkerError: the other cells still count
                 log.error("the launcher gave up: %s: %s", type(error).__name__, error)
@@ -163,9 +206,6 @@ class ProcessLauncher(Launcher):
     """One operating-system process per job, on a pool over the visible GPUs or over the cores."""
 
     def __init__(self, workers: int | None, threads: int | None, retries: int) -> None:
-        require(workers is None or workers >= 1, "hydra.launcher.workers", workers, "null or a number >= 1")
-        require(threads is None or threads >= 1, "hydra.launcher.threads", threads, "null or a number >= 1")
-        require(retries >= 0, "hydra.launcher.retries", retries, "a number >= 0")
         self.workers, self.threads, self.retries = workers, threads, retries
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -187,9 +227,8 @@ class ProcessLauncher(Launcher):
 
     def _command(self, job: Job, batch_size: int | None) -> list[str]:
         smaller = [f"evaluation.batch_size={batch_size}"] if batch_size else []
-        log_once = "hydra.job_logging.root.handlers=[console]"  # the process's output is the run's log already
         return [sys.executable, "-m", "slm_exp.cli.job", str(os.getpid()), *single_run(job, self._hydra), *smaller,
-                log_once]
+                LOG_ONCE]
 
 
 def _job_return(cell: Cell) -> JobReturn:

@@ -35,6 +35,8 @@ OF_EVERY_JOB = {
     "PYTHONSAFEPATH": "1",  # a job imports this package, never what lies in the folder that the sweep ran in
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]),
 }
+LOG_ONCE = "hydra.job_logging.root.handlers=[console]"
+"""Of a job whose process writes into the run's log already."""
 UNSET_BATCH = 4
 """Where halving starts when evaluation.batch_size is null: what the evaluation then takes on a CPU."""
 OUT_OF_MEMORY = re.compile(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 
 from slm_exp.core.errors import SlmError
+from slm_exp.launch.slurm import queued
 
 LOOK_S = 1.0
 QUEUE_S = 10.0
@@ -58,9 +58,5 @@ def is_queued(job: Any) -> bool | None:
     """Whether a job waits or runs; None when that cannot be known now."""
     if type(job).__name__ != "SlurmJob":
         return not job.done()
-    command = ["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i"]
-    try:
-        listing = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return job.job_id in listing.split()
+    states, _ = queued([getpass.getuser()])
+    return None if states is None else job.job_id in states

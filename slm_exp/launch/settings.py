@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+from slm_exp.core.errors import ConfigError, require
 from slm_exp.launch.hydra_compat import store
 
 
@@ -21,6 +25,43 @@ class ProcessesConf:
 
 
 @dataclass
+class SlurmConf:
+    """Settings of `hydra/launcher=slurm`. See docs/sweeps.md."""
+
+    _target_: str = "hydra_plugins.slm_exp.SlurmLauncher"
+    detach: bool = False
+    """Submit and end; `slm sweep status`, `resume` and `rerun` ask the queue at any later time."""
+    workers: int | None = None
+    """null: a job array with a task per cell. N: one job that runs N cells at a time on its node, each on one of the
+    GPUs it got."""
+    threads: int | None = None
+    """CPU threads per cell; null is cpus_per_task, shared out among the workers."""
+    retries: int = 2
+    """With workers: see `ProcessesConf`."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    cpus_per_task: int = 2
+    """Of the job, or of each task of the array."""
+    gpus_per_node: int | None = None
+    """The same."""
+    mem_gb: int = 8
+    """The same. SmolLM2 needs 4 a cell; a 7B model in bfloat16 about 40."""
+    timeout_min: int = 240
+    signal_delay_s: int = 120
+    """So long before its time limit a job goes back to the queue; what is done comes from the cache."""
+    max_num_timeout: int = 3
+    """How often."""
+    array_parallelism: int = 64
+    """Tasks of an array at a time."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell before the program starts (module load ...); from a command line only."""
+    additional_parameters: dict[str, str] = field(default_factory=dict)
+    """Any other option of sbatch by name, {nodelist: n1}; from a command line only."""
+
+
+@dataclass
 class GridConf:
     """Settings of `hydra/sweeper=grid`."""
 
@@ -35,7 +76,28 @@ class GridConf:
     """null: the command's jobs. missing, failed or all: those of the folder's sweep.json (`slm sweep`)."""
 
 
+POSITIVE = {"workers", "threads", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min", "array_parallelism"}
+COUNTS = {"retries", "signal_delay_s", "max_num_timeout"}
+
+
+def check_launcher(launcher: Mapping[str, Any]) -> None:
+    """Refuse what the launchers of this package cannot work with, before anything starts.
+
+    Raises:
+        ConfigError: names the field; or there is no sbatch.
+    """
+    if launcher["_target_"] not in (ProcessesConf._target_, SlurmConf._target_):
+        return
+    for name in (POSITIVE | COUNTS) & {*launcher}:
+        value, least = launcher[name], 1 if name in POSITIVE else 0
+        require(value is None or value >= least, f"hydra.launcher.{name}", value, f"null or a number >= {least}")
+    if launcher["_target_"] == SlurmConf._target_ and not shutil.which("sbatch"):
+        raise ConfigError("hydra/launcher=slurm: there is no sbatch on PATH. Start it on a login node of the cluster; "
+                          "slm plan --commands prints the cells for any other scheduler.")
+
+
 def register_settings() -> None:
-    """Make both known to Hydra. Idempotent."""
+    """Make them known to Hydra. Idempotent."""
     store("hydra/launcher", "processes", ProcessesConf)
+    store("hydra/launcher", "slurm", SlurmConf)
     store("hydra/sweeper", "grid", GridConf)

@@ -190,6 +190,7 @@ def load_weights(
             raise _misfit(folder, problem, keys)
     if any(p.device.type == "meta" for p in model.parameters()):
         raise ConfigError(f"model.device_map = {device_map}: the model does not fit the visible devices, and weights "
-                          "put off to disk cannot be merged. Use more devices or a smaller model.dtype.")
+                          "put off to the CPU or to disk cannot be merged. Use more devices or a smaller model.dtype; "
+                          "or runtime.memory=stream without model.device_map, which moves the layers itself.")
     layout.check(model)
     return model

@@ -120,6 +120,10 @@ class Recovery(Component, ABC):
         """Whether processes that a launcher started take part."""
         return False
 
+    def ranks(self) -> int:
+        """Processes that train together in one job, a GPU each."""
+        return 1
+
     def stored(self) -> bool:
         """Whether the stage cache may keep the result: the same task gives it again."""
         return True

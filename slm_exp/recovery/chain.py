@@ -87,6 +87,9 @@ class Chain(Recovery):
     def trains(self) -> bool:
         return any(part.trains() for part in self.parts())
 
+    def ranks(self) -> int:
+        return max(part.ranks() for part in self.parts())
+
     def stored(self) -> bool:
         return all(part.stored() for part in self.parts())
 

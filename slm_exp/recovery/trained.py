@@ -80,6 +80,8 @@ class Trained(Recovery):
     that train, their moments and sums are float32 either way."""
     gradient_checkpointing: bool = knob(False)
     """Compute activations again in the backward pass: less memory, about a third more time."""
+    processes: int = knob(1)
+    """Processes of this machine that train together, a GPU each; the run starts them itself, as torchrun does."""
 
     def check(self) -> None:
         require_one_of("recovery.data", self.data, SOURCES)
@@ -89,7 +91,7 @@ class Trained(Recovery):
                 "a file, with recovery.data=jsonl", "For example recovery.path=alpaca.jsonl.")
         require(self.path is None or self.data != "bundled", "recovery.path", self.path,
                 "null with recovery.data=bundled", "For a file of your own use recovery.data=jsonl.")
-        for name in ("seq_len", "batch_size", "micro_batch_size", "checkpoint_every"):
+        for name in ("seq_len", "batch_size", "micro_batch_size", "checkpoint_every", "processes"):
             require(getattr(self, name) >= 1, f"recovery.{name}", getattr(self, name), "a whole number >= 1")
         for name in ("warmup_steps", "held_out"):
             require(getattr(self, name) >= 0, f"recovery.{name}", getattr(self, name), "a whole number >= 0")
@@ -98,8 +100,12 @@ class Trained(Recovery):
         for name in ("max_steps", "max_minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, f"recovery.{name}", value, "null or a number > 0")
-        require(self.batch_size % self.micro_batch_size == 0, "recovery.batch_size", self.batch_size,
-                f"a multiple of recovery.micro_batch_size = {self.micro_batch_size}")
+        self._check_ranks(self.processes)
+
+    def _check_ranks(self, ranks: int) -> None:
+        size = f"recovery.micro_batch_size = {self.micro_batch_size}"
+        require(self.batch_size % (self.micro_batch_size * ranks) == 0, "recovery.batch_size", self.batch_size,
+                f"a multiple of {size}" if ranks == 1 else f"a multiple of {ranks} processes x {size}")
 
     def identity(self) -> dict[str, Any]:
         out = super().identity()
@@ -130,6 +136,9 @@ class Trained(Recovery):
 
     def trains(self) -> bool:
         return True
+
+    def ranks(self) -> int:
+        return self.processes
 
     def stored(self) -> bool:
         return self.max_minutes is None
@@ -191,8 +200,7 @@ class Trained(Recovery):
         """Train. Cost: estimated, logged and reported before the first step."""
         from slm_exp.engine.training import Training, checkpoints_in
 
-        require(self.batch_size % (self.micro_batch_size * world()) == 0, "recovery.batch_size", self.batch_size,
-                f"a multiple of {self.micro_batch_size} (recovery.micro_batch_size) x {world()} processes")
+        self._check_ranks(world())
         tokenizer, examples = task.dense.tokenizer, self._examples(task)
         if examples.dropped:
             log.warning("recovery: %d examples have no token to learn from after cutting to %d; left out.",

@@ -218,16 +218,16 @@ class SweepFolder:
         self.write()
 
     @contextlib.contextmanager
-    def owned(self) -> Iterator[None]:
+    def owned(self, wait: float = 0) -> Iterator[None]:
         """Be the only launcher at work here; the kernel frees the lock with the process.
 
         Raises:
-            ConfigError: another launcher is at work; names its pid and host.
+            ConfigError: another launcher is at work, for `wait` seconds; names its pid and host.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock, about = Lock(self.path / ".launcher.lock"), self.path / ".launcher.json"
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=wait)
         except Timeout:
             owner: dict[str, object] = {}
             with contextlib.suppress(OSError, ValueError):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ORDER = ("main", "main_lora", "speed", "depth_width", "rules", "thresholds", "calibration", "similarity",
-         "as_published", "agreement", "recovery")
+         "as_published", "agreement", "methods", "recovery")
 """In which the tables are listed; others follow by name."""
 
 
@@ -95,8 +95,9 @@ def write_paper(tables: Sequence[Table], runs: Sequence[Measured], out: Path, co
         one.figures = _figures(table, grid, runs, out)
     write_text(out / "missing.sh", "\n".join(missing) + "\n")
     inputs = "\n".join(f"\\input{{{one.table.name}}}" for one in drawn if one.files)
-    write_text(out / "paper.tex", "\\documentclass{article}\\usepackage{booktabs}\\usepackage[landscape,margin=1cm]"
-               f"{{geometry}}\n\\begin{{document}}\n{inputs}\n\\end{{document}}\n")
+    write_text(out / "paper.tex", "\\documentclass{article}\\usepackage{booktabs}"
+               "\\usepackage[a3paper,landscape,margin=1cm]{geometry}"  # the largest tables fit on such a page
+               f"\n\\begin{{document}}\n{inputs}\n\\end{{document}}\n")
     write_text(out / "index.html", _page(drawn, out, costs))
     return drawn
 

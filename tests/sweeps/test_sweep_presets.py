@@ -97,14 +97,9 @@ def test_the_command_line_changes_a_preset(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (conf_dir() / "hydra/launcher").glob("*.yaml")))
 def test_launcher_presets_compose(name: str) -> None:
-    pytest.importorskip(
-        "hydra_plugins.hydra_joblib_launcher" if "joblib" in name else "hydra_plugins.hydra_submitit_launcher"
-    )
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     launcher = compose_raw([f"hydra/launcher={name}"], with_hydra=True).hydra.launcher
-    if name == "slurm":
-        assert launcher.timeout_min > 10  # else submitit takes every signal for a time-out
-        assert launcher.max_num_timeout >= 1
-        assert launcher.tasks_per_node == 1
+    assert launcher.n_jobs >= 1
 
 
 def test_processes_is_the_default_launcher() -> None:
@@ -116,7 +111,7 @@ def test_processes_is_the_default_launcher() -> None:
 def documented() -> list[list[str]]:
     lines = (ROOT / "docs" / "sweeps.md").read_text().splitlines()
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python -m slm_exp ")]
-    return [c[3:] for c in commands]
+    return [c[3:] for c in commands if any(w == "-m" or w.startswith("sweep=") for w in c[3:])]
 
 
 @pytest.mark.parametrize("words", documented(), ids=" ".join)
@@ -124,7 +119,6 @@ def test_documented_commands_compose(words: list[str]) -> None:
     overrides = [w.replace("NAME", "cpu") for w in words if w != "-m"]
     if any("launcher=" in w for w in words):
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     params = dict(compose_raw([o for o in overrides if "," not in o], with_hydra=True).hydra.sweeper.params or {})
     jobs = split_sweep(overrides, params)
     assert len(jobs) >= 4

@@ -25,7 +25,7 @@ def test_every_row_of_every_table_is_rehearsed(tmp_path: Path) -> None:
     assert list(tables) == list(ORDER)
     assert tables["main"].params["sizes"] == [26, 21]
     assert tables["agreement"].params["published"] == published_of("llama2_7b")
-    for name in ("main", "depth_width", "rules", "similarity", "recovery"):
+    for name in ("main", "depth_width", "rules", "similarity", "methods", "recovery"):
         real = [row.label for block in read_table(name, {"model": "llama2_7b"}).blocks for row in block.rows]
         mine = [row.label for block in tables[name].blocks for row in block.rows]
         assert {label.replace("0.9", "0.68") for label in mine} == set(real), name

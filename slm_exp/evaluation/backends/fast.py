@@ -410,7 +410,7 @@ def _score(forward: TreeForward, trees: Sequence[Tree], h_BTD: Tensor | None = N
                    for row, tree in enumerate(trees) for owner, nodes, targets in tree.predictions()]  # fmt: skip
     nodes_P, inverse = np.unique(np.concatenate([nodes for _, nodes, _ in predictions]), return_inverse=True)
     targets = np.concatenate([np.asarray(t) for *_, t in predictions])
-    logp, best = _log_probabilities(forward, h_BTD.flatten(0, 1)[torch.as_tensor(nodes_P, device=forward.device)],
+    logp, best = _log_probabilities(forward, h_BTD.flatten(0, 1)[torch.as_tensor(nodes_P, device=h_BTD.device)],
                                     inverse.reshape(-1), targets)  # fmt: skip
     ends = np.cumsum([len(t) for *_, t in predictions])
     return [(owner, Score(float(logp[end - len(t) : end].sum()), bool(best[end - len(t) : end].all())))
@@ -445,9 +445,6 @@ def _log_probabilities(
 
 def unfit(model: PreTrainedModel) -> str | None:
     """Why trees cannot run through a model, as far as its config says; or None."""
-    devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    if len(devices) > 1:
-        return f"the model is spread over {len(devices)} devices"
     if model.get_output_embeddings() is None or model.base_model is model:
         return f"{type(model).__name__} has no head apart from its decoder"
     return None
