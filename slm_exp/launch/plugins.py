@@ -28,12 +28,11 @@ from slm_exp.core.format import override
 from slm_exp.core.plugins import Plugin
 from slm_exp.core.plugins import words as plugin_words
 from slm_exp.core.secrets import masked
-from slm_exp.launch.hydra_compat import register_plugin, words
+from slm_exp.launch.hydra_compat import words
 from slm_exp.launch.jobs import SWEEP, JobComposer, pool_workers, single_run, split_sweep
 from slm_exp.launch.pool import Interrupted, Pool
 from slm_exp.launch.queued import every_job_answers
 from slm_exp.launch.screen import Screen
-from slm_exp.launch.settings import GridConf, ProcessesConf
 from slm_exp.runs.sweep import FAILED, FINISHED, Cell, Job, SweepFolder, complaints, note_death, read_cell, table
 
 log = logging.getLogger(__name__)
@@ -41,12 +40,6 @@ log = logging.getLogger(__name__)
 SELECTIONS = ("missing", "failed", "all")
 OF_THIS_CALL = ("hydra.mode", "hydra.sweep.dir", "hydra.sweeper.select")
 """Overrides that `slm sweep resume` gives anew."""
-
-
-def register_plugins() -> None:
-    """Make the launcher and the sweeper known to Hydra. Idempotent."""
-    register_plugin(ProcessesConf._target_, ProcessLauncher)
-    register_plugin(GridConf._target_, GridSweeper)
 
 
 class GridSweeper(Sweeper):
@@ -88,13 +81,20 @@ class GridSweeper(Sweeper):
     def _sweep(self, sweep: SweepFolder, arguments: list[str]) -> int:
         jobs, reasons = self._jobs(sweep, arguments), dict[str, str]()
         before = {j.run_id: read_cell(j) for j in jobs}
-        already = frozenset(run_id for run_id, cell in before.items() if cell.state == FINISHED)
+        already = finished(before)
         todo = [j for j in jobs if j.run_id not in already]
         if already:
             print(f"{len(already)} of {len(jobs)} jobs are finished in {self.path}")
         status = self._launch(todo, reasons)
-        for job in (j for j in todo if j.run_id in reasons):
+        wrong = self._end(sweep, jobs, before, reasons)
+        return status or wrong
+
+    def _end(self, sweep: SweepFolder, jobs: Sequence[Job], before: Mapping[str, Cell],
+             reasons: Mapping[str, str]) -> int:
+        """Say how every cell of the folder stands, and leave the index: 1 where one of these jobs is not finished."""
+        for job in (j for j in jobs if j.run_id in reasons):
             note_death(job, reasons[job.run_id])
+        already = finished(before)
         cells = [_with_reason(cell, reasons.get(cell.job.run_id), before) for cell in sweep.cells()]
         print(table(cells, already))
         try:
@@ -105,7 +105,7 @@ class GridSweeper(Sweeper):
         if wrong := complaints([c for c in cells if c.job.run_id in {j.run_id for j in jobs}]):
             again = shlex.join(["slm", "sweep", "resume", str(self.path), *plugin_words(sweep.plugins)])
             print(f"{wrong}\n{again}", file=sys.stderr)
-        return status or int(bool(wrong))
+        return int(bool(wrong))
 
     def _jobs(self, sweep: SweepFolder, arguments: list[str]) -> list[Job]:
         """The jobs this call is about, on disk as the sweep's definition."""
@@ -133,18 +133,22 @@ class GridSweeper(Sweeper):
                     record.replace(record.with_name("record.before.json"))
         return [list(c.job.overrides) for c in cells if self.select != "failed" or c.state in (FAILED, "died")]
 
-    def _launch(self, todo: list[Job], reasons: dict[str, str]) -> int:
+    def _launch(self, todo: Sequence[Job], reasons: dict[str, str], launcher: Launcher | None = None) -> int:
         """Hand the jobs to the launcher: 0, or 128 + the signal that came.
 
         How they ended stands in their folders; `reasons` gets what the launcher knows of those that failed.
+
+        Args:
+            launcher: another than the sweep's own.
         """
+        launcher = launcher or self._launcher
         size = self.max_batch_size or max(1, len(todo))
         for start in range(0, len(todo), size):
             batch = todo[start : start + size]
-            submitit = "submitit" in type(self._launcher).__module__
+            submitit = "submitit" in type(launcher).__module__
             try:
                 with every_job_answers() if submitit else contextlib.nullcontext():
-                    returns = self._launcher.launch([list(j.overrides) for j in batch], initial_job_idx=start)
+                    returns = launcher.launch([list(j.overrides) for j in batch], initial_job_idx=start)
                 reasons |= {j.run_id: str(r._return_value) for j, r in zip(batch, returns, strict=True)
                             if r.status != JobStatus.COMPLETED}
             except Interrupted as stop:
@@ -190,6 +194,11 @@ class ProcessLauncher(Launcher):
         log_once = "hydra.job_logging.root.handlers=[console]"  # the process's output is the run's log already
         return [sys.executable, "-m", "slm_exp.cli.job", str(os.getpid()), *single_run(job, self._hydra), *smaller,
                 log_once]
+
+
+def finished(cells: Mapping[str, Cell]) -> frozenset[str]:
+    """The run_ids of those that are."""
+    return frozenset(run_id for run_id, cell in cells.items() if cell.state == FINISHED)
 
 
 def _job_return(cell: Cell) -> JobReturn:

@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from slm_exp.launch.compose import compose_raw, compose_run, conf_dir
-from slm_exp.launch.jobs import check_all, split_sweep
+from slm_exp.launch.hydra_compat import probes
+from slm_exp.launch.jobs import check_all, search_axes, split_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
-PRESETS = sorted(p.stem for p in (conf_dir() / "sweep").glob("*.yaml"))
+PRESETS = sorted(p.stem for p in (conf_dir() / "sweep").glob("*.yaml") if p.stem != "search")  # a search is no grid
 
 
 def sweep_file(name: str) -> dict[str, Any]:
@@ -125,7 +126,14 @@ def test_documented_commands_compose(words: list[str]) -> None:
     if any("launcher=" in w for w in words):
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    params = dict(compose_raw([o for o in overrides if "," not in o], with_hydra=True).hydra.sweeper.params or {})
-    jobs = split_sweep(overrides, params)
-    assert len(jobs) >= 4
+    for tracker in ("trackio", "tensorboard"):
+        if f"tracking={tracker}" in words:
+            pytest.importorskip(tracker)
+    sweeper = compose_raw([o for o in overrides if "," not in o], with_hydra=True).hydra.sweeper
+    if sweeper.search is not None:
+        jobs = probes(search_axes([o for o in overrides if not o.startswith("hydra.")], dict(sweeper.params)))
+    else:
+        jobs = split_sweep(overrides, dict(sweeper.params or {}))
+    many = "-m" in words or any(w.startswith("sweep=") for w in words)
+    assert len(jobs) >= (1 if not many else 4 if sweeper.search is None else 3)
     compose_run([o for o in jobs[-1] if not o.startswith("hydra")])
