@@ -55,7 +55,8 @@ def test_every_file_has_its_preset_and_the_other_way_round() -> None:
 def test_file_and_preset_are_the_same_cells(name: str) -> None:
     """The swept values are the same words, in every combination; the rest is the same experiment, seen at both ends."""
     commands, jobs, told = agent_commands(sweep_file(name)), cells(name), sweep_file(name)["parameters"]
-    assert all(c[:4] == ["/usr/bin/env", "python", "-m", "slm_exp"] for c in commands)
+    assert all(c[:2] == ["/usr/bin/env", "slm-exp"] for c in commands)  # no path of a checkout
+    assert sweep_file(name)["program"] == "slm-exp"
     swept = [f"{key}={value}" for key, p in told.items() for value in p.get("values", [])]
     by_agent = [{o for o in c if o in swept} for c in commands]
     by_preset = [{o for o in job if o in swept} for job in jobs]
@@ -63,7 +64,7 @@ def test_file_and_preset_are_the_same_cells(name: str) -> None:
     assert all(len(cell) == len(job) - 1 for cell, job in zip(by_preset, jobs, strict=True))  # all but `sweep=NAME`
     for i in (0, -1):
         same = next(j for j, cell in zip(jobs, by_preset, strict=True) if cell == by_agent[i])
-        assert compose_run(commands[i][4:]).run_id == compose_run(same).run_id
+        assert compose_run(commands[i][2:]).run_id == compose_run(same).run_id
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -78,7 +79,7 @@ def test_the_first_line_launches_it(name: str) -> None:
 def test_an_agents_cell_saves_no_checkpoint_and_optimises_what_is_logged() -> None:
     for name in FILES:
         told = sweep_file(name)
-        assert all(compose_run(c[4:]).save_model is False for c in agent_commands(told)[:1])
+        assert all(compose_run(c[2:]).save_model is False for c in agent_commands(told)[:1])
         assert told["metric"] == {"name": "eval/compressed/average", "goal": "maximize"}
 
 
