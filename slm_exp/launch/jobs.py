@@ -33,7 +33,7 @@ from slm_exp.launch.hydra_compat import (
     without_hydra,
     words,
 )
-from slm_exp.launch.objectives import check_search
+from slm_exp.launch.objectives import check_search, require_optuna
 from slm_exp.launch.workers import Worker, cores, make_workers, visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.runs.record import check_writable
@@ -153,6 +153,8 @@ def command_jobs(overrides: Sequence[str], multirun: bool = False, *, cells: Seq
     for cell in cells:
         job, cfg = composer.job([o for o in cell if not o.startswith(HYDRA)])
         made.setdefault(job.run_id or " ".join(job.overrides), (job, cfg))
+    if sweeper.get("search") is not None:
+        require_optuna()
     if not made:
         raise ConfigError("no job is left: the grid is empty.")
     return CommandJobs(folder, True, list(made.values()), whole.hydra)

@@ -35,7 +35,7 @@ def number_of(run: Run, name: str) -> float | None:
 
 
 def check_search(search: DictConfig) -> None:
-    """Refuse settings of a search that cannot work. Raises ConfigError: names the field; or Optuna is not installed."""
+    """Refuse settings of a search that cannot work. Raises ConfigError: names the field."""
     asked, where = [*search.minimize, *search.maximize], "hydra.sweeper.search"
     require(1 <= len(asked) <= 2 and len(set(asked)) == len(asked), f"{where}.minimize and maximize", asked,
             "one or two different numbers of a run, e.g. [perplexity,parameters]")
@@ -46,5 +46,9 @@ def check_search(search: DictConfig) -> None:
                 did_you_mean(name, NAMED))
     require(search.n_trials >= 1, f"{where}.n_trials", search.n_trials, "a number >= 1")
     require(search.prune is None or search.prune >= 1, f"{where}.prune", search.prune, "null or a number >= 1")
+
+
+def require_optuna() -> None:
+    """Raises ConfigError: it is not installed here."""
     if find_spec("optuna") is None:
         raise ConfigError("a search needs Optuna, which is not installed here: pip install 'slm-exp[search]'")

@@ -21,7 +21,7 @@ from slm_exp.core.format import override
 from slm_exp.core.plugins import Plugin
 from slm_exp.launch.hydra_compat import axis_of, register_plugin, words
 from slm_exp.launch.jobs import JobComposer, search_axes
-from slm_exp.launch.objectives import check_search, number_of
+from slm_exp.launch.objectives import number_of
 from slm_exp.launch.plugins import OF_THIS_CALL, GridSweeper, ProcessLauncher, finished
 from slm_exp.launch.settings import GridConf, ProcessesConf
 from slm_exp.runs.record import Run
@@ -47,7 +47,6 @@ class SearchSweeper(GridSweeper):
         super().__init__(**of_the_grid)
         self.search = search
         if search is not None:
-            check_search(search)
             self.minimize = {name: name in search.minimize for name in (*search.minimize, *search.maximize)}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
