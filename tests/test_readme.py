@@ -49,6 +49,8 @@ def test_every_command_is_one_that_exists(page, command, tmp_path, monkeypatch):
         pytest.skip("tests/test_plugins.py runs it, with the file")
     if "tracking=tensorboard" in words and importlib.util.find_spec("tensorboard") is None:
         pytest.skip("tensorboard is not installed; tests/tracking/test_local_trackers.py runs it")
+    if "sweep=search" in words and importlib.util.find_spec("optuna") is None:
+        pytest.skip("optuna is not installed; tests/launch/test_search.py needs it too")
     if words[:3] == ["python", "-m", "slm_exp"] or words[0] == "slm-exp":
         arguments = words[3:] if words[0] == "python" else words[1:]
         (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
