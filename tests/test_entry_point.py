@@ -15,6 +15,7 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import GROUPS, available
 from slm_exp.launch import jobs
 from slm_exp.launch.compose import compose_raw, compose_run, conf_dir
+from slm_exp.launch.hydra_compat import probes
 from slm_exp.models.packaged import Packaged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,13 +51,17 @@ def test_every_member_composes_and_has_an_identity(group):
 
 @pytest.mark.parametrize("name", presets("experiment"))
 def test_every_experiment_composes(name):
-    assert compose_run([f"experiment={name}"]).run_id
+    first = (conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    words = first.removeprefix("# python -m slm_exp ").split()
+    assert words[0] == f"experiment={name}"
+    assert compose_run(words).run_id
 
 
 @pytest.mark.parametrize("name", presets("sweep"))
 def test_every_sweep_composes_job_by_job(name):
-    whole = compose_raw([f"sweep={name}"], with_hydra=True)
-    cells = jobs.split_sweep([f"sweep={name}"], dict(whole.hydra.sweeper.params))
+    sweeper = compose_raw([f"sweep={name}"], with_hydra=True).hydra.sweeper
+    given = [f"sweep={name}"], dict(sweeper.params)
+    cells = jobs.split_sweep(*given) if sweeper.search is None else probes(jobs.search_axes(*given))
     ids = [compose_run([o for o in job if not o.startswith("hydra")]).run_id for job in cells]
     assert len(ids) > 1
     assert len(set(ids)) == len(ids)
@@ -67,7 +72,7 @@ def test_presets_open_with_the_command_that_runs_them(path):
     first = path.read_text().splitlines()[0]
     assert first.startswith("# "), path
     if path.parent.name in ("experiment", "sweep"):
-        assert first == f"# python -m slm_exp {path.parent.name}={path.stem}"
+        assert first.split()[:5] == ["#", "python", "-m", "slm_exp", f"{path.parent.name}={path.stem}"]
 
 
 @pytest.mark.parametrize(
