@@ -21,7 +21,8 @@ def commands(jobs: Sequence[Sequence[str]], name: str) -> list[str]:
         jobs: overrides; no job twice.
         name: of the table; its runs go to outputs/multirun/NAME.
     """
-    head = ["python", "-m", "slm_exp", *plugin_words(loaded()), "-m", override("hydra.sweep.dir", f"outputs/multirun/{name}")]
+    folder = override("hydra.sweep.dir", f"outputs/multirun/{name}")
+    head = ["python", "-m", "slm_exp", *plugin_words(loaded()), "-m", folder]
     return [shlex.join([*head, *(f"{key}={','.join(values)}" for key, values in product.items())])
             for product in products(jobs)]
 
