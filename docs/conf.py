@@ -15,8 +15,8 @@ suppress_warnings = ["myst.header"]  # a table's page starts as it does where it
 root_doc = "README"
 include_patterns = ["*.md", "docs/*.md", "docs/results/*.md", "examples/*.md"]
 
-PAGES = ["commands", "python", "plugins", "models", "methods", "evaluation", "claims", "recovery", "sweeps",
-         "tables", "reproduce", "results/README", "handover", "reliability", "scale", "speed", "log"]
+PAGES = ["your_own", "runs", "commands", "python", "plugins", "models", "methods", "evaluation", "claims", "recovery",
+         "sweeps", "tables", "reproduce", "results/README", "handover", "reliability", "scale", "speed", "log"]
 TABLES = sorted(page.stem for page in Path(__file__).parent.glob("results/[a-z]*.md"))
 
 

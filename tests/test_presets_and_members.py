@@ -12,7 +12,8 @@ import yaml
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import GROUPS, available
 from slm_exp.launch.compose import PRESETS, Composer, choices, compose_raw, conf_dir
-from slm_exp.launch.jobs import split_sweep
+from slm_exp.launch.hydra_compat import probes
+from slm_exp.launch.jobs import search_axes, split_sweep
 
 ALL = [(kind, name) for kind in PRESETS for name in choices(kind)]
 
@@ -28,7 +29,9 @@ def touched(kind: str, name: str) -> set[str]:
 def refusals(kind: str, name: str, groups: set[str], tmp_path: Path) -> dict[str, str]:
     """The pairs that are refused in their first job, by member; a member gets the path it cannot do without."""
     composer, out = Composer(), {}
-    params = dict(compose_raw([f"{kind}={name}"], with_hydra=True).hydra.sweeper.get("params") or {})
+    sweeper = compose_raw([f"{kind}={name}"], with_hydra=True).hydra.sweeper
+    params = dict(sweeper.get("params") or {})
+    jobs_of = split_sweep if sweeper.get("search") is None else lambda *of: probes(search_axes(*of))
     (tmp_path / "plan.json").write_text('{"n_layers": 30, "dropped": [4]}')
     (tmp_path / "text.jsonl").write_text('{"text": "words"}\n')
     needs = {"from_plan": f"method.path={tmp_path}/plan.json", "jsonl": f"calibration.path={tmp_path}/text.jsonl",
@@ -42,7 +45,7 @@ def refusals(kind: str, name: str, groups: set[str], tmp_path: Path) -> dict[str
             if package and importlib.util.find_spec(package) is None:
                 continue
             words = [f"{kind}={name}", f"{group}={member}", *([needs[member]] if member in needs else [])]
-            job = [*size, *(o for o in split_sweep(words, params)[0] if o not in words)]
+            job = [*size, *(o for o in jobs_of(words, params)[0] if o not in words)]
             try:
                 composer.run_config([*words, *job])
             except ConfigError as error:

@@ -9,10 +9,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import pytest
+from builders.models import tiny
 
 from slm_exp.cli import main as cli
 from slm_exp.core.errors import ConfigError
@@ -49,6 +51,8 @@ def test_every_command_is_one_that_exists(page, command, tmp_path, monkeypatch):
         pytest.skip("tests/test_plugins.py runs it, with the file")
     if "tracking=tensorboard" in words and importlib.util.find_spec("tensorboard") is None:
         pytest.skip("tensorboard is not installed; tests/tracking/test_local_trackers.py runs it")
+    if "sweep=search" in words and importlib.util.find_spec("optuna") is None:
+        pytest.skip("optuna is not installed; tests/launch/test_search.py needs it too")
     if words[:3] == ["python", "-m", "slm_exp"] or words[0] == "slm-exp":
         arguments = words[3:] if words[0] == "python" else words[1:]
         (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
@@ -120,9 +124,33 @@ def test_the_readme_run_runs(tmp_path):
     assert report.returncode == 0, report.stderr
 
 
-def test_the_readmes_method_runs_as_it_stands(tmp_path):
+OWN_PAGE = (ROOT / "docs" / "your_own.md").read_text()
+
+
+def test_the_table_and_the_notebook_of_your_own_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    method, notebook = re.findall(r"```python\n(.*?)```", OWN_PAGE, re.S)
+    (table,) = re.findall(r"```yaml\n(.*?)```", OWN_PAGE, re.S)
+    monkeypatch.chdir(tmp_path)
+    handle = tiny(layers=10)
+    handle.model.save_pretrained("FOLDER")
+    handle.tokenizer.save_pretrained("FOLDER")
+    (tmp_path / "mine.py").write_text(method)
+    (tmp_path / "mine.yaml").write_text(table)
+    (tmp_path / "text.txt").write_text("words " * 900)
+    command = [sys.executable, "-m", "slm_exp.cli", "tables", "mine.yaml", "--missing", "--plugin", "mine.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=_env())
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert "method=middle,shortgpt" in line
+    assert "--plugin" in line
+    names: dict[str, Any] = {}
+    exec(notebook, names)
+    assert names["small"].n_layers == 8
+
+
+def test_the_method_of_your_own_runs_as_it_stands(tmp_path):
     """The block as a module of its own, then a run of it: what a user who pastes it gets."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    block, _ = re.findall(r"```python\n(.*?)```", OWN_PAGE, re.S)
     run = [*SMALL, "method=middle", "method.target_layers=6", f"cache.dir={tmp_path / 'cache'}", "save_model=false"]
     program = f"{block}\n\nimport sys\nfrom slm_exp.cli.run import main\n\nsys.exit(main({run!r}))\n"
     (tmp_path / "mine.py").write_text(program)

@@ -15,7 +15,7 @@ from slm_exp.cli.command import command, overrides_argument
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import digest
 from slm_exp.launch.compose import choices, compose_run
-from slm_exp.launch.hydra_compat import parse
+from slm_exp.launch.hydra_compat import is_sweep, parse
 from slm_exp.runs.record import check_writable
 
 
@@ -40,6 +40,12 @@ def main(overrides: Sequence[str]) -> int:
     if methods and methods[-1] != "slm" and methods[-1] in choices("method"):  # before what else that method wants
         raise ConfigError(f"method = {methods[-1]}; expected slm: only it decides by a threshold, so no other has a "
                           f"path. Sizes of it: python -m slm_exp -m method={methods[-1]} method.target_layers=26,24")
+    if several := next((o for o in overrides if is_sweep(o)), ""):
+        raise ConfigError(f"{several}; expected one value: a path is every threshold at once, of one model and rule. "
+                          "method.threshold_range=[0.5,1] says which thresholds; another setting is another path.")
+    if any(o.startswith("sweep=") for o in overrides):
+        raise ConfigError("slm path follows one model and rule over all thresholds; a sweep= preset is a grid of runs. "
+                          "python -m slm_exp with it runs the grid.")
     cfg = compose_run([o for o in overrides if not o.startswith("hydra.")])
     if cfg.method.name != "slm":  # by a preset
         raise ConfigError(f"method = {cfg.method.name}; expected slm: only it decides by a threshold.")

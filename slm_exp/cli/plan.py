@@ -39,6 +39,9 @@ def main(overrides: Sequence[str], multirun: bool, as_json: bool, tflops: float 
         raise ConfigError(f"--tflops = {tflops}; expected a number > 0.")
     if commands:
         found = jobs_of(overrides, multirun, reads_weights=True)  # which name the folders
+        if found.searches:
+            raise ConfigError("a search chooses each job by what those before it came to, so there is no list of them. "
+                              "python -m slm_exp with the same words runs it, on any launcher.")
         check_writable(found.folder)
         of_a_table = any(o.startswith("table=") for o in overrides)  # its parameters are no settings of a run
         kept = [o for o in overrides if not of_a_table or o.startswith("hydra")]

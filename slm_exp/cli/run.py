@@ -34,7 +34,7 @@ from slm_exp.launch.compose import (
 )
 from slm_exp.launch.hydra_compat import help_text, is_sweep, parse_arguments, words
 from slm_exp.launch.jobs import SWEEP, check_all, fields_of_swept_groups, split_sweep
-from slm_exp.launch.plugins import register_plugins
+from slm_exp.launch.search import register_plugins
 from slm_exp.launch.workers import visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.pipeline.inspection import inspect_jobs

@@ -26,8 +26,10 @@ EXPERIMENT = {*GROUPS, *PLAIN_FIELDS, "cache", "experiment", "sweep"}
 LAUNCHER = """detach workers threads retries n_jobs prefer require verbose timeout batch_size timeout_min cpus_per_task
     gpus_per_node tasks_per_node mem_gb nodes name stderr_to_stdout partition qos comment constraint exclude gres
     cpus_per_gpu gpus_per_task mem_per_gpu mem_per_cpu account signal_delay_s max_num_timeout array_parallelism"""
+SEARCH = "minimize maximize n_trials seed prune"
 SETTINGS_OF_A_SWEEP = {"hydra/launcher", "hydra/sweeper", "hydra.sweep.subdir", "hydra.sweeper.max_jobs",
-                       "hydra.sweeper.max_batch_size", *(f"hydra.launcher.{name}" for name in LAUNCHER.split())}
+                       "hydra.sweeper.max_batch_size", *(f"hydra.sweeper.search.{name}" for name in SEARCH.split()),
+                       *(f"hydra.launcher.{name}" for name in LAUNCHER.split())}
 """Of Hydra's, what sweep.json may give: nothing that is executed, imported, or a folder where pickles lie."""
 CODE = "model.trust_remote_code"
 """The one field of an experiment that lets a model's folder run code."""

@@ -171,6 +171,9 @@ def plan_jobs(command: CommandJobs, tflops: float | None = None, anew: bool = Fa
     for job, cfg in command.jobs:
         grid.jobs.append(_job_plan(grid, job, cfg, inspection, lookup))
     grid.notes += dict.fromkeys(note for plan in grid.to_run for note in plan.notes)
+    if command.searches:
+        grid.notes.append(f"a search of {command.hydra.sweeper.search.n_trials} trials; the jobs above are the ends of "
+                          "what it chooses from.")
     searches = sum(plan.bounds is not None and plan.stages.get("plan") == COMPUTE for plan in grid.to_run)
     if searches > 1:
         grid.notes.append("searches of one model, rule and similarity share scores, which is not counted: it is less.")

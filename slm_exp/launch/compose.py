@@ -136,7 +136,9 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     if isinstance(error, (yaml.YAMLError, UnicodeDecodeError, RecursionError)):
         why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(text.split())
         return f"a config file among {' '.join(overrides)}: {why}; expected plain YAML in UTF-8."
-    if "=" in (unread := unreadable(overrides)):
+    if (unread := unreadable(overrides)) and "=" not in unread:
+        return f"{unread}: a setting is GROUP=MEMBER or GROUP.FIELD=VALUE.{_of_a_word(unread)}"
+    if "=" in unread:
         return (f"{unread}: Hydra's grammar does not take it. Text with =, commas, brackets or quotes in it is written "
                 f" {quoted(unread)}")
     if found := re.search(r"(?:Could not find|Could not load|In '[^']*': Could not find) '([\w/]+)/([\w.-]+)'", text):
@@ -190,6 +192,14 @@ def meant(word: str) -> list[str]:
     return [f"{groups[0]}.{key}={f'[{value}]' if _is_list(groups[0], key) and value[:1] != '[' else value}"]
 
 
+def _of_a_word(word: str) -> str:
+    """What a word without an equals sign may be meant as: a member, or a model's folder or repo id."""
+    words = [[f"{group}={word}"] for group in (*GROUPS, *PRESETS) if word in choices(group)]
+    if not words and ("/" in word or Path(word).is_dir()):
+        words = [model_words(word)]
+    return " Meant, perhaps: " + " or ".join(map(" ".join, words)) if words else ""
+
+
 def one_list(given: str) -> str:
     """Where an override that names several values may mean one list: how to say that."""
     key, _, value = given.partition("=")
@@ -209,6 +219,8 @@ def model_words(name: str) -> list[str]:
         ConfigError: it is neither a member nor a folder, and nearly the name of a member.
     """
     there = choices("model")
+    if name.startswith("model="):
+        raise ConfigError(f"{name}: MODEL is a name alone, without model=: {name.partition('=')[2]}")
     if name not in there and did_you_mean(name, there) and "/" not in name and not Path(name).is_dir():
         raise ConfigError(f"{no_member('model', name, there)} Or a folder, or a repo id: OWNER/NAME.")
     return [f"model={name}"] if name in choices("model") else ["model=hf", override("model.path", name)]

@@ -10,6 +10,7 @@ import shlex
 import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
 from typing import Any
@@ -21,12 +22,14 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.config_source import ConfigSource
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+
+from slm_exp.core.errors import ConfigError
 
 HYDRA = ("hydra.", "hydra/")
 """What the overrides of Hydra's own settings start with; every other override is a job's."""
@@ -95,13 +98,18 @@ def quoted(override: str) -> str:
     return shlex.quote(f'{key}="{value}"')
 
 
-def axes(overrides: Sequence[str]) -> dict[str, Override]:
-    """The overrides of a grid by key, the last of each key; `glob(...)` needs a `session`."""
+def axes(overrides: Sequence[str], intervals: bool = False) -> dict[str, Override]:
+    """The overrides of a grid by key, the last of each key; `glob(...)` needs a `session`.
+
+    Args:
+        intervals: whether they may stand among the values, as in a search.
+    """
     loader = GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else None
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
     for override in parsed:
-        if override.is_sweep_override() and not override.is_discrete_sweep():
-            raise HydraException(f"{override.input_line}: an interval is no grid; expected range(start,stop,step)")
+        if override.is_sweep_override() and not (override.is_discrete_sweep() or intervals):
+            raise HydraException(f"{override.input_line}: an interval is no grid; expected range(start,stop,step), or "
+                                 f"a search in it: python -m slm_exp sweep=search '{override.input_line}'")
     return {o.get_key_element(): o for o in parsed}
 
 
@@ -125,6 +133,50 @@ def grid(axes: dict[str, Override]) -> list[list[str]]:
               for axis in axes.values())
     words = ([f"{key}={value}" for value in of] for key, of in zip(axes, values, strict=True))
     return [list(job) for job in itertools.product(*words)]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A numeric axis of a search, both ends included."""
+
+    low: float
+    high: float
+    step: float | None = None
+    log: bool = False
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+def axis_of(axis: Override) -> Numbers | list[str]:
+    """What one override lets a search choose from: an interval or a range of numbers; else the values as words."""
+    if not axis.is_sweep_override():
+        return [axis.get_value_element_as_str()]
+    value = axis.value()
+    step: float | None = None
+    if isinstance(value, IntervalSweep):
+        low, high = value.start or 0, value.end or 0
+    elif isinstance(value, RangeSweep) and value.step > 0:
+        low, step = value.start or 0, value.step
+        high = low + (count(axis) - 1) * value.step
+    else:
+        return list(axis.sweep_string_iterator())
+    if not low < high:
+        raise ConfigError(f"{axis.input_line}: expected a lower and a higher number.")
+    if (log := "log" in value.tags) and low <= 0:
+        raise ConfigError(f"{axis.input_line}: expected numbers > 0 for a logarithmic scale.")
+    return Numbers(low, high, step, log)
+
+
+def probes(axes: dict[str, Override]) -> list[list[str]]:
+    """Jobs that show what a search may run: the first value of every axis, then each other one (of numbers the highest)
+    in its place."""
+    choices = {key: [f"{of.low:.6g}", f"{of.high:.6g}"] if isinstance(of := axis_of(axis), Numbers) else of
+               for key, axis in axes.items()}
+    first = {key: f"{key}={values[0]}" for key, values in choices.items()}
+    others = (first | {key: f"{key}={value}"} for key, values in choices.items() for value in values[1:])
+    return [list(job.values()) for job in (first, *others)]
 
 
 def words(overrides: Any) -> list[str]:

@@ -6,10 +6,11 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -20,7 +21,19 @@ from slm_exp.core.plugins import words as plugin_words
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import Composer, compose_raw, conf_dir, explain, one_list, open_mappings, prepare_hydra
-from slm_exp.launch.hydra_compat import HYDRA, axes, count, grid, is_sweep, quoted, session, without_hydra, words
+from slm_exp.launch.hydra_compat import (
+    HYDRA,
+    axes,
+    count,
+    grid,
+    is_sweep,
+    probes,
+    quoted,
+    session,
+    without_hydra,
+    words,
+)
+from slm_exp.launch.objectives import check_search, require_optuna
 from slm_exp.launch.settings import check_launcher
 from slm_exp.launch.workers import Worker, cores, make_workers, visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
@@ -52,6 +65,11 @@ class CommandJobs:
     """In the grid's order; jobs that are the same run stand here once."""
     hydra: DictConfig
     """Hydra's own settings."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether the jobs are only the ends of what a search chooses from."""
+        return self.multirun and self.hydra.sweeper.get("search") is not None
 
     def capacity(self) -> tuple[int, int]:
         """(jobs at a time, CPU threads of each), as the launcher decides them on this machine."""
@@ -126,6 +144,9 @@ def command_jobs(overrides: Sequence[str], multirun: bool = False, *, cells: Seq
     folder, sweeper = Path(str(whole.hydra.sweep.dir)), whole.hydra.sweeper
     if cells is None and sweeper.get("select"):
         cells = [job.overrides for job in SweepFolder.read(folder).jobs]
+    elif cells is None and sweeper.get("search") is not None:
+        check_search(sweeper.search)
+        cells = probes(search_axes(task, dict(sweeper.params or {})))
     elif cells is None:
         cells = split_sweep(task, dict(sweeper.get("params") or {}), sweeper.get("max_jobs"))
     made: dict[str, tuple[Job, RunConfig]] = {}
@@ -133,6 +154,8 @@ def command_jobs(overrides: Sequence[str], multirun: bool = False, *, cells: Seq
     for cell in cells:
         job, cfg = composer.job([o for o in cell if not o.startswith(HYDRA)])
         made.setdefault(job.run_id or " ".join(job.overrides), (job, cfg))
+    if sweeper.get("search") is not None:
+        require_optuna()
     if not made:
         raise ConfigError("no job is left: the grid is empty.")
     return CommandJobs(folder, True, list(made.values()), whole.hydra)
@@ -211,6 +234,25 @@ def split_sweep(overrides: Sequence[str], params: dict[str, str], limit: int | N
             if limit is not None and jobs >= MANY:
                 print(f"{jobs} jobs to compose and check", file=sys.stderr)
             return grid(of)
+    except HydraException as error:
+        raise ConfigError(explain(error, overrides)) from None
+
+
+def search_axes(overrides: Sequence[str], params: Mapping[str, str]) -> dict[str, Override]:
+    """The overrides of a search by key. A preset's parameters count where the command line names none.
+
+    Raises:
+        ConfigError: an override that cannot be parsed, or nothing to search.
+    """
+    own = any(is_sweep(o) for o in overrides)
+    prepare_hydra()
+    try:
+        with session(str(conf_dir())):
+            found = axes([*([] if own else [f"{k}={v}" for k, v in params.items()]), *overrides], intervals=True)
+            if not any(axis.is_sweep_override() for axis in found.values()):
+                raise ConfigError("a search without anything to choose; expected e.g. 'method.threshold="
+                                  "interval(0.6,0.99)', or a choice: merge_rule=top_layer,mean")
+            return found
     except HydraException as error:
         raise ConfigError(explain(error, overrides)) from None
 

@@ -29,12 +29,11 @@ from slm_exp.core.format import override
 from slm_exp.core.plugins import Plugin
 from slm_exp.core.plugins import words as plugin_words
 from slm_exp.core.secrets import masked
-from slm_exp.launch.hydra_compat import register_plugin, words
+from slm_exp.launch.hydra_compat import words
 from slm_exp.launch.jobs import SWEEP, JobComposer, pool_workers, single_run, split_sweep
 from slm_exp.launch.pool import LOG_ONCE, Interrupted, Pool
 from slm_exp.launch.queued import every_job_answers
 from slm_exp.launch.screen import Screen
-from slm_exp.launch.settings import GridConf, ProcessesConf, SlurmConf
 from slm_exp.launch.slurm import OF_THIS_CALL, Queue, SlurmLauncher
 from slm_exp.runs.sweep import FAILED, FINISHED, Cell, Job, SweepFolder, complaints, note_death, read_cell, table
 
@@ -44,13 +43,6 @@ GO_ON = "jobs that were submitted go on; slm sweep status shows them"
 SELECTIONS = ("missing", "failed", "all")
 OWNER_S = 120.0
 """How long a batch job waits for the folder: it may start before the command that submitted it has left."""
-
-
-def register_plugins() -> None:
-    """Make the launcher and the sweeper known to Hydra. Idempotent."""
-    register_plugin(ProcessesConf._target_, ProcessLauncher)
-    register_plugin(SlurmConf._target_, SlurmLauncher)
-    register_plugin(GridConf._target_, GridSweeper)
 
 
 class GridSweeper(Sweeper):
@@ -79,16 +71,16 @@ class GridSweeper(Sweeper):
         """
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
         sweep, launcher, reasons = SweepFolder(self.path), self._launcher, dict[str, str]()
-        slurm = launcher if isinstance(launcher, SlurmLauncher) else None
         try:
             with sweep.owned(OWNER_S if "SLURM_JOB_ID" in os.environ else 0):
-                before, todo = self._begin(sweep, arguments)
-                if slurm:
-                    status = self._submit(slurm, todo, arguments)
+                if isinstance(launcher, SlurmLauncher):
+                    before, todo = self._begin(sweep, arguments)
+                    status = self._submit(launcher, todo, arguments)
                 else:
-                    status = self._end(sweep, before, reasons, self._launch(todo, reasons))
-            if slurm and not slurm.detach:  # the folder is free: a job that runs all cells on its node owns it now
-                status = self._end(sweep, before, reasons, self._wait(slurm, todo, reasons))
+                    status = self._sweep(sweep, arguments)
+            if isinstance(launcher, SlurmLauncher) and not launcher.detach:  # a job on a node owns the folder now
+                status = self._wait(launcher, todo, reasons)
+                status = self._end(sweep, before, reasons) or status
         except (SlmError, OSError) as error:
             print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
             status = 2
@@ -109,13 +101,20 @@ class GridSweeper(Sweeper):
         for job in self._jobs(sweep, arguments, queue):
             before[job.run_id] = read_cell(job)
             busy += [job.run_id] * queue.busy(before[job.run_id])
-        done = sum(cell.state == FINISHED for cell in before.values())
-        if done:
-            print(f"{done} of {len(before)} jobs are finished in {self.path}")
+        if already := finished(before):
+            print(f"{len(already)} of {len(before)} jobs are finished in {self.path}")
         if busy:
             known = ", ".join(sorted({queue.cells[run_id].job for run_id in busy}))
             print(f"{len(busy)} of {len(before)} jobs wait or run in Slurm ({known}); they are not started again")
         return before, [c.job for run_id, c in before.items() if c.state != FINISHED and run_id not in busy]
+
+    def _sweep(self, sweep: SweepFolder, arguments: list[str]) -> int:
+        """Run this call's jobs here; the exit status."""
+        reasons = dict[str, str]()
+        before, todo = self._begin(sweep, arguments)
+        status = self._launch(todo, reasons)
+        wrong = self._end(sweep, before, reasons)
+        return status or wrong
 
     def _submit(self, slurm: SlurmLauncher, todo: list[Job], arguments: list[str]) -> int:
         slurm.submit(todo, [*arguments, *words(self._config.hydra.overrides.hydra)], self.select == "failed")
@@ -130,12 +129,16 @@ class GridSweeper(Sweeper):
             return 130
         return 0
 
-    def _end(self, sweep: SweepFolder, before: Mapping[str, Cell], reasons: Mapping[str, str], status: int) -> int:
-        """Say how every cell stands; the exit status."""
-        already = frozenset(run_id for run_id, cell in before.items() if cell.state == FINISHED)
+    def _end(self, sweep: SweepFolder, before: Mapping[str, Cell], reasons: Mapping[str, str]) -> int:
+        """Say how every cell of the folder stands, and leave the index: 1 where one of these jobs is not finished.
+
+        Args:
+            before: how this call's jobs stood when it began.
+        """
         for cell in before.values():
             if cell.job.run_id in reasons:
                 note_death(cell.job, reasons[cell.job.run_id])
+        already = finished(before)
         cells = [_with_reason(cell, reasons.get(cell.job.run_id), before) for cell in sweep.cells()]
         queue = Queue.of(self.path, cells)
         cells = [queue.told(cell) for cell in cells]
@@ -148,7 +151,7 @@ class GridSweeper(Sweeper):
         if wrong := complaints([c for c in cells if c.job.run_id in before]):
             again = shlex.join(["slm", "sweep", "resume", str(self.path), *plugin_words(sweep.plugins)])
             print(f"{wrong}\n{again}", file=sys.stderr)
-        return status or int(bool(wrong))
+        return int(bool(wrong))
 
     def _jobs(self, sweep: SweepFolder, arguments: list[str], queue: Queue) -> list[Job]:
         """The jobs this call is about, on disk as the sweep's definition."""
@@ -176,18 +179,22 @@ class GridSweeper(Sweeper):
                     record.replace(record.with_name("record.before.json"))
         return [list(c.job.overrides) for c in cells if self.select != "failed" or c.state in (FAILED, "died")]
 
-    def _launch(self, todo: list[Job], reasons: dict[str, str]) -> int:
+    def _launch(self, todo: Sequence[Job], reasons: dict[str, str], launcher: Launcher | None = None) -> int:
         """Hand the jobs to the launcher: 0, or 128 + the signal that came.
 
         How they ended stands in their folders; `reasons` gets what the launcher knows of those that failed.
+
+        Args:
+            launcher: another than the sweep's own.
         """
+        launcher = launcher or self._launcher
         size = self.max_batch_size or max(1, len(todo))
         for start in range(0, len(todo), size):
             batch = todo[start : start + size]
-            submitit = "submitit" in type(self._launcher).__module__
+            submitit = "submitit" in type(launcher).__module__
             try:
                 with every_job_answers() if submitit else contextlib.nullcontext():
-                    returns = self._launcher.launch([list(j.overrides) for j in batch], initial_job_idx=start)
+                    returns = launcher.launch([list(j.overrides) for j in batch], initial_job_idx=start)
                 reasons |= {j.run_id: str(r._return_value) for j, r in zip(batch, returns, strict=True)
                             if r.status != JobStatus.COMPLETED}
             except Interrupted as stop:
@@ -229,6 +236,11 @@ class ProcessLauncher(Launcher):
         smaller = [f"evaluation.batch_size={batch_size}"] if batch_size else []
         return [sys.executable, "-m", "slm_exp.cli.job", str(os.getpid()), *single_run(job, self._hydra), *smaller,
                 LOG_ONCE]
+
+
+def finished(cells: Mapping[str, Cell]) -> frozenset[str]:
+    """The run_ids of those that are."""
+    return frozenset(run_id for run_id, cell in cells.items() if cell.state == FINISHED)
 
 
 def _job_return(cell: Cell) -> JobReturn:

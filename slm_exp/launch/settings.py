@@ -62,6 +62,26 @@ class SlurmConf:
 
 
 @dataclass
+class SearchConf:
+    """Settings of a search (`sweep=search`), as `hydra.sweeper.search.*`."""
+
+    minimize: list[str] = field(default_factory=lambda: ["perplexity", "parameters"])
+    """Numbers of a run: perplexity (times the dense model's, over all texts), parameters, average, score, or a place in
+    its record.json such as eval.compressed.perplexity.news. One or two, with `maximize`."""
+    maximize: list[str] = field(default_factory=list)
+    n_trials: int = 30
+    """Of the whole search: a larger number lets it go on. `hydra.sweeper.max_batch_size` of them (null: 1) run at a
+    time, chosen by what those before came to."""
+    seed: int = 0
+    """Of the sampler."""
+    screen: dict[str, str] = field(default_factory=lambda: {"recovery": "none", "evaluation": "none"})
+    """What a trial is run with first, if trials are pruned."""
+    prune: int | None = None
+    """A trial is measured in full unless so many earlier ones beat it by what the first run told: an objective where it
+    has it, the plan's final score in place of others. null measures every trial."""
+
+
+@dataclass
 class GridConf:
     """Settings of `hydra/sweeper=grid`."""
 
@@ -74,6 +94,8 @@ class GridConf:
     """Jobs per call of the launcher; null hands over all at once."""
     select: str | None = None
     """null: the command's jobs. missing, failed or all: those of the folder's sweep.json (`slm sweep`)."""
+    search: SearchConf | None = None
+    """Choose jobs by what earlier ones came to, where it is set; every combination otherwise."""
 
 
 POSITIVE = {"workers", "threads", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min", "array_parallelism"}

@@ -69,6 +69,8 @@ def read_foreign(path: Path, layers: int | None = None) -> MergePlan:
         if path.stat().st_size > LARGEST:
             raise ConfigError(f"{path}: {path.stat().st_size:,} bytes; expected {FORMS}.")
         text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}; expected {FORMS}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}; expected {FORMS}: it cannot be read ({error}).") from None
     words = text.split()

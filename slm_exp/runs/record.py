@@ -32,6 +32,17 @@ DECISIVE = ("slm_exp", "torch", "transformers", "lm_eval")
 """Versions that a finished record is compared by; others change no number that is known of."""
 
 
+def no_run(folder: Path) -> str:
+    """What a folder without a record is, where one of a run was wanted, and what to give in its place."""
+    if not folder.exists():
+        return f"there is no {folder}; give the folder of a run, e.g. outputs/<run_id>."
+    if not folder.is_dir():
+        return f"{folder} is a file; give the folder of a run" + (f": {folder.parent}." if folder.name == FILE else ".")
+    if inside := sorted(path.parent for path in folder.glob(f"*/{FILE}")):
+        return f"{folder} is no run, there are {len(inside)} in it; give one: {inside[0]}."
+    return f"{folder} holds no {FILE}; give the folder of a run, e.g. outputs/<run_id>."
+
+
 @dataclass(eq=False)
 class Run:
     """One run, read once."""
@@ -55,8 +66,8 @@ class Run:
         path = folder / FILE
         try:
             return cls(folder, Record.of(read_json(path)), verify)
-        except FileNotFoundError:
-            raise SlmError(f"{folder} holds no record.json; give the folder of a run, e.g. outputs/<run_id>.") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise SlmError(no_run(folder)) from None
         except (OSError, ValueError) as error:
             raise SlmError(f"{path} cannot be read: {str(error).rstrip('.')}. Run the experiment again.") from None
 

@@ -178,6 +178,8 @@ class SweepFolder:
         """
         try:
             stored = parse(StoredSweep, read_json(path / "sweep.json"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ConfigError(no_sweep(path)) from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} is not the folder of a sweep: sweep.json cannot be read "
                               f"({type(error).__name__}: {error}). Multiruns lie in outputs/multirun/NAME unless "
@@ -253,6 +255,21 @@ class SweepFolder:
                   if (n := sum(c.state == state for c in cells)) or state != DAMAGED}
         rows = [c.to_json() | {"already_finished": c.job.run_id in already} for c in cells]
         write_json(self.path / "index.json", {"name": self.path.name, "counts": counts, "jobs": rows})
+
+
+def no_sweep(path: Path) -> str:
+    """What a folder without sweep.json is, where one of a sweep was wanted, and what to do."""
+    where = "Multiruns lie in outputs/multirun/NAME unless hydra.sweep.dir said otherwise."
+    if not path.is_dir():
+        return f"there is no folder {path}. {where}"
+    if (path.parent / "sweep.json").is_file():
+        return f"{path} is one run of the sweep {path.parent}; give the sweep's folder."
+    if run := read_run(path):
+        return f"{path} is a single run, not a sweep. The same command does what is missing: {run.again}"
+    for level in ("*", "multirun/*"):
+        if inside := sorted(found.parent for found in path.glob(f"{level}/sweep.json")):
+            return f"{path} is not the folder of a sweep, but sweeps lie in it: {', '.join(map(str, inside[:5]))}."
+    return f"{path} is not the folder of a sweep: it holds no sweep.json. {where}"
 
 
 def differing(jobs: Sequence[Job]) -> dict[str, str]:

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Sequence
 
 from slm_exp.core.format import override
+from slm_exp.core.plugins import loaded
+from slm_exp.core.plugins import words as plugin_words
 
 Product = dict[str, tuple[str, ...]]
 """key -> values: every combination is a job."""
@@ -19,7 +21,8 @@ def commands(jobs: Sequence[Sequence[str]], name: str) -> list[str]:
         jobs: overrides; no job twice.
         name: of the table; its runs go to outputs/multirun/NAME.
     """
-    head = ["python", "-m", "slm_exp", "-m", override("hydra.sweep.dir", f"outputs/multirun/{name}")]
+    folder = override("hydra.sweep.dir", f"outputs/multirun/{name}")
+    head = ["python", "-m", "slm_exp", *plugin_words(loaded()), "-m", folder]
     return [shlex.join([*head, *(f"{key}={','.join(values)}" for key, values in product.items())])
             for product in products(jobs)]
 

@@ -124,7 +124,7 @@ def _kept(m: Measured) -> float | None:
     return 100 * small / dense if dense and small is not None else None
 
 
-def _ratio(m: Measured) -> Estimated | None:
+def perplexity_ratio(m: Measured) -> Estimated | None:
     return verdict_of(m.run).perplexity_ratio
 
 
@@ -147,8 +147,9 @@ NAMED = {
         lambda m: stderr_of_mean(estimate(m.scores(task), metric) for task, metric in SEVEN.items()), 100),
         tuple(SEVEN), _protocol),
     "kept": Quantity("kept (%)", _sided(lambda _: 100.0, _kept), 1, protocol=_protocol),
-    "ppl_ratio": Quantity("ppl ratio", _compressed(lambda m: r.value if (r := _ratio(m)) else None), 2,
-                          lambda m: r.stderr if m.which != "dense" and (r := _ratio(m)) else None, protocol=_protocol),
+    "ppl_ratio": Quantity("ppl ratio", _compressed(lambda m: r.value if (r := perplexity_ratio(m)) else None), 2,
+                          lambda m: r.stderr if m.which != "dense" and (r := perplexity_ratio(m)) else None,
+                          protocol=_protocol),
     "verdict": Quantity("verdict", _compressed(lambda m: verdict_of(m.run).outcome or None)),
     **{name: _task(name) for name in SEVEN},
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from slm_exp.runs.statistics.runs import Measured
 from slm_exp.runs.statistics.spread import UNINTERESTING, by_seed, is_seed
 from slm_exp.runs.tracking.base import flat
 from slm_exp.tables.grid import Entry, Grid, dense_of, entry_of, provenance
-from slm_exp.tables.quantities import Quantity, check_quantity, quantity
+from slm_exp.tables.quantities import Quantity, check_quantity, perplexity_ratio, quantity
 
 SETTINGS = {"target": "target", "threshold": "threshold", "rule": "config.merge_rule.name",
             "similarity": "config.similarity.name", "kernel": "config.kernel.name"}
@@ -82,12 +82,24 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
             line[-1] = replace(line[-1], note=f"{m.run.state}{why}")
         rows.append((name if len(group) == 1 else f"{name} and {len(group) - 1} more", line))
     differ = [label for label, show in settings.items() if len({str(quantity(show).value(m)) for m in runs}) > 1]
+    front = _front([g[0] for g in groups], called)
     together = ["Runs that differ in seeds alone are one row: the mean, ± its 95 % interval over the seeds."]
     return Grid("sweep", f"Runs that differ in {', '.join(differ)}" if differ else "Runs", list(columns), [("", rows)],
                 [*([reason] if reason else []), *provenance(runs, len(runs)), *damaged], row_heads=("", "run"),
                 legend=["params in millions, removed in per cent of them, tasks in per cent, ± the standard error over "
-                        "documents.", *(together if len(groups) < len(runs) else []),
+                        "documents.", *front, *(together if len(groups) < len(runs) else []),
                         "Runs differ in size, so none is marked as best: slm compare RUN RUN tests a difference."])
+
+
+def _front(runs: Sequence[Measured], called: Mapping[int, str]) -> list[str]:
+    """What the table says of the runs that no other is smaller than and as good as, by the ratio of perplexities."""
+    found = {called[id(m)]: (params, ratio.value) for m in runs if m.run.state == FINISHED
+             and (params := m.record.params.after) is not None and (ratio := perplexity_ratio(m))}
+    best = [name for name, (params, ratio) in found.items()
+            if not any(p <= params and r <= ratio and (p, r) != (params, ratio) for p, r in found.values())]
+    if len(best) == len(found):
+        return []
+    return [f"No run beats {', '.join(best)} in both parameters and ppl ratio: the Pareto front."]
 
 
 def _groups(runs: Sequence[Measured]) -> list[list[Measured]]:

@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from slm_exp.launch.compose import compose_raw, compose_run, conf_dir
-from slm_exp.launch.jobs import check_all, split_sweep
+from slm_exp.launch.hydra_compat import probes
+from slm_exp.launch.jobs import check_all, search_axes, split_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
-PRESETS = sorted(p.stem for p in (conf_dir() / "sweep").glob("*.yaml"))
+PRESETS = sorted(p.stem for p in (conf_dir() / "sweep").glob("*.yaml") if p.stem != "search")  # a search is no grid
 
 
 def sweep_file(name: str) -> dict[str, Any]:
@@ -54,7 +55,8 @@ def test_every_file_has_its_preset_and_the_other_way_round() -> None:
 def test_file_and_preset_are_the_same_cells(name: str) -> None:
     """The swept values are the same words, in every combination; the rest is the same experiment, seen at both ends."""
     commands, jobs, told = agent_commands(sweep_file(name)), cells(name), sweep_file(name)["parameters"]
-    assert all(c[:4] == ["/usr/bin/env", "python", "-m", "slm_exp"] for c in commands)
+    assert all(c[:2] == ["/usr/bin/env", "slm-exp"] for c in commands)  # no path of a checkout
+    assert sweep_file(name)["program"] == "slm-exp"
     swept = [f"{key}={value}" for key, p in told.items() for value in p.get("values", [])]
     by_agent = [{o for o in c if o in swept} for c in commands]
     by_preset = [{o for o in job if o in swept} for job in jobs]
@@ -62,7 +64,7 @@ def test_file_and_preset_are_the_same_cells(name: str) -> None:
     assert all(len(cell) == len(job) - 1 for cell, job in zip(by_preset, jobs, strict=True))  # all but `sweep=NAME`
     for i in (0, -1):
         same = next(j for j, cell in zip(jobs, by_preset, strict=True) if cell == by_agent[i])
-        assert compose_run(commands[i][4:]).run_id == compose_run(same).run_id
+        assert compose_run(commands[i][2:]).run_id == compose_run(same).run_id
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -77,7 +79,7 @@ def test_the_first_line_launches_it(name: str) -> None:
 def test_an_agents_cell_saves_no_checkpoint_and_optimises_what_is_logged() -> None:
     for name in FILES:
         told = sweep_file(name)
-        assert all(compose_run(c[4:]).save_model is False for c in agent_commands(told)[:1])
+        assert all(compose_run(c[2:]).save_model is False for c in agent_commands(told)[:1])
         assert told["metric"] == {"name": "eval/compressed/average", "goal": "maximize"}
 
 
@@ -119,7 +121,15 @@ def test_documented_commands_compose(words: list[str]) -> None:
     overrides = [w.replace("NAME", "cpu") for w in words if w != "-m"]
     if any("launcher=" in w for w in words):
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    params = dict(compose_raw([o for o in overrides if "," not in o], with_hydra=True).hydra.sweeper.params or {})
-    jobs = split_sweep(overrides, params)
-    assert len(jobs) >= 4
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    for tracker in ("trackio", "tensorboard"):
+        if f"tracking={tracker}" in words:
+            pytest.importorskip(tracker)
+    sweeper = compose_raw([o for o in overrides if "," not in o], with_hydra=True).hydra.sweeper
+    if sweeper.search is not None:
+        jobs = probes(search_axes([o for o in overrides if not o.startswith("hydra.")], dict(sweeper.params)))
+    else:
+        jobs = split_sweep(overrides, dict(sweeper.params or {}))
+    many = "-m" in words or any(w.startswith("sweep=") for w in words)
+    assert len(jobs) >= (1 if not many else 4 if sweeper.search is None else 3)
     compose_run([o for o in jobs[-1] if not o.startswith("hydra")])

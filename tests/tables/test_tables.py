@@ -312,6 +312,14 @@ def test_sweep_has_a_row_for_every_run(rules: Path, capsys) -> None:
     assert narrow.splitlines()[0].startswith("run,rule,average")
 
 
+def test_sweep_names_the_front_of_size_and_perplexity(tmp_path: Path, capsys) -> None:
+    runs = {(size, ratio): make_run(tmp_path, [f"method.target_layers={size}", f"seed={seed}"], ratio=ratio,
+                                    params={"before": 1000, "after": size, "ratio_removed": 0.1}).name
+            for seed, (size, ratio) in enumerate([(27, 1.5), (26, 1.9), (28, 1.6), (25, 1.8)])}  # fmt: skip
+    (said,) = re.findall("No run beats (.*) in both", drawn(capsys, "sweep", tmp_path))
+    assert sorted(said.split(", ")) == sorted([runs[27, 1.5], runs[25, 1.8]])
+
+
 def test_several_formats_become_files(rules: Path, tmp_path: Path, capsys) -> None:
     out = drawn(capsys, *RULES, rules, "--format", "md,tex,csv,html", "--out", tmp_path)
     assert out.split() == [str(tmp_path / f"rules.{name}") for name in ("md", "tex", "csv", "html")]

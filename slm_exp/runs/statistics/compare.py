@@ -58,8 +58,7 @@ def open_run(name: str, verify: bool = False) -> Measured:
     try:
         run = Run.read(Path(path), verify)
     except SlmError as error:
-        raise ConfigError(f"RUN = {name}; expected the folder of a run, with a record.json (outputs/RUN_ID): "
-                          f"{error}") from None
+        raise ConfigError(f"RUN = {path}: {error}") from None
     if run.problems:
         raise ConfigError(f"RUN = {name}; expected a run as it was written, and {run.damage}")
     model = Measured(run, which or "compressed", name)

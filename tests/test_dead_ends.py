@@ -1,0 +1,62 @@
+"""The wrong kind of input: the first line says the fact that matters, and what to give in its place."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from builders.records import make_run
+
+from slm_exp.cli.main import main as slm
+from slm_exp.cli.run import main as run
+
+
+@pytest.fixture
+def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """outputs/ with a single run, and with a sweep of one."""
+    single = make_run(tmp_path / "outputs", ["seed=1"])
+    single.rename(tmp_path / "outputs" / "single")
+    swept = make_run(tmp_path / "outputs" / "multirun" / "grid", ["seed=2"])
+    swept.rename(swept.parent / "cell")
+    (swept.parent / "sweep.json").write_text(json.dumps({"argv": [], "cwd": "", "jobs": []}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ("sweep status nothing", "there is no folder nothing"),
+    ("sweep status outputs/single", "is a single run, not a sweep.*python -m slm_exp seed=1 hydra.run.dir="),
+    ("sweep resume outputs/multirun/grid/cell", "one run of the sweep outputs/multirun/grid; give the sweep's folder"),
+    ("sweep resume outputs", "sweeps lie in it: outputs/multirun/grid"),
+    ("sweep resume outputs/multirun", "sweeps lie in it: outputs/multirun/grid"),
+    ("compare nothing", "RUN = nothing: there is no nothing"),
+    ("compare outputs/multirun/grid", "is no run, there are 1 in it; give one: outputs/multirun/grid/cell"),
+    ("compare outputs/single/record.json", "is a file; give the folder of a run: outputs/single"),
+    ("import nothing.json", "there is no file nothing.json"),
+    ("merge model=tiny plan.json out", "MODEL is a name alone.*: tiny"),
+    ("plan shortgpt", "shortgpt: a setting is GROUP=MEMBER.*Meant, perhaps: method=shortgpt"),
+    ("plan angular", "kernel=angular or .*similarity=angular or .*method=angular"),
+    ("plan owner/name", "Meant, perhaps: model=hf model.path=owner/name"),
+    ("path method=shortgpt", "expected slm: only it decides by a threshold"),
+    ("path method.threshold=0.9,0.8", "a path is every threshold at once"),
+    ("path sweep=threshold_rule", "a grid of runs"),
+])  # fmt: skip
+def test_the_fact_that_matters_comes_first(there, words, said, capsys):
+    assert slm(words.split()) == 2
+    err = capsys.readouterr().err
+    assert re.search(said, err), err
+    assert err.count("\n") == 1
+    assert "Errno" not in err
+    assert "Traceback" not in err
+
+
+def test_a_page_of_what_is_no_run_says_so(there, capsys):
+    assert slm(["report", "nothing"]) == 1
+    assert "slm report: there is no nothing; give the folder of a run" in capsys.readouterr().err
+
+
+def test_a_bare_word_on_the_command_line_of_a_run(there, capsys):
+    assert run(["rbf"]) == 2
+    assert "rbf: a setting is GROUP=MEMBER or GROUP.FIELD=VALUE. Meant, perhaps: kernel=rbf" in capsys.readouterr().err
