@@ -1,4 +1,4 @@
-"""Maps of low rank in the place of removed sublayers: within the budget, where they belong, nearer to the dense model."""
+"""Maps of low rank in the place of removed sublayers: within the budget, in their place, nearer to the dense model."""
 
 from __future__ import annotations
 
