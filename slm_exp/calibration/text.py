@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,15 +44,8 @@ class TextCalibration(Calibration):
 
     def draw(self, handle: ModelHandle, seed: int, without: Collection[str] = ()) -> CalibrationTokens:
         """As in `Calibration`, of no document named in `without`; the others and their crops stay the same."""
-        tokenizer = handle.tokenizer
-        if tokenizer is None:
-            raise DataError(f"calibration={self.name} needs a tokenizer, and the model {handle.name} has none. "
-                            "Use calibration=tokens calibration.path=FILE.npy.")
-        if self.add_bos and tokenizer.bos_token_id is None:
-            raise DataError(f"calibration.add_bos = true, but the tokenizer of {handle.name} has no BOS token. "
-                            "Set calibration.add_bos=false.")
-        start = [tokenizer.bos_token_id] if self.add_bos else []
-        need = self.seq_len - len(start)
+        start, need = self.beginning(handle)
+        tokenizer: Any = handle.tokenizer
         source, documents = self.documents(handle)
         # A text has no more tokens than bytes (plus a leading blank): a cheap look before tokenising.
         long_enough = [d for d in documents if len(d.text.encode("utf-8", "replace")) + 1 >= need]
@@ -79,6 +72,19 @@ class TextCalibration(Calibration):
         tokens_NT = np.asarray(rows, dtype=np.int32)
         check_ids(tokens_NT, handle, f"the tokenizer of {handle.name}")
         return CalibrationTokens(tokens_NT, source, tuple(names))
+
+    def beginning(self, handle: ModelHandle) -> tuple[list[int], int]:
+        """What every sequence begins with, and how many tokens of text it has. Raises DataError: no such token, or no
+        tokenizer."""
+        tokenizer = handle.tokenizer
+        if tokenizer is None:
+            raise DataError(f"calibration={self.name} needs a tokenizer, and the model {handle.name} has none. "
+                            "Use calibration=tokens calibration.path=FILE.npy.")
+        if self.add_bos and tokenizer.bos_token_id is None:
+            raise DataError(f"calibration.add_bos = true, but the tokenizer of {handle.name} has no BOS token. "
+                            "Set calibration.add_bos=false.")
+        start = [tokenizer.bos_token_id] if self.add_bos else []
+        return start, self.seq_len - len(start)
 
     def read_local(self, path: str) -> Iterator[Document]:
         """The texts of a local file or folder; plain text comes in pieces of about 16 characters a wanted token."""

@@ -56,7 +56,7 @@ class Joint(Baseline):
     steps: int = 12
     """Into how many parts an MLP's channels are divided; two at least stay."""
     fit_path: str | None = None
-    """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is the bundled text."""
+    """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is calibration=mixture."""
     fit_samples: int = 12
     """Sequences; of a .npy file all are taken."""
     fit_seq_len: int = 256

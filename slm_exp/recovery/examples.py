@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slm_exp.calibration.bundled import Bundled
+from slm_exp.calibration.mixture import SOURCE_CHARS, Mixture
+from slm_exp.calibration.mixture import SOURCES as KINDS
 from slm_exp.core import text as reader
 from slm_exp.core.errors import ConfigError, DataError, did_you_mean
 from slm_exp.core.hub import Repo
@@ -17,10 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-SOURCES = ("hub", "jsonl", "bundled")
+SOURCES = ("hub", "jsonl", "bundled", "mixture")
+OWN = {"bundled": Bundled, "mixture": Mixture}
+"""Text that comes with a package, and needs no path."""
 ALPACA, ALPACA_ROWS = "yahma/alpaca-cleaned", 51_760
-BUNDLED_TOKENS = 165_000
-"""In the bundled stories, about."""
+OWN_TOKENS = {"bundled": 165_000, "mixture": len(KINDS) * SOURCE_CHARS / 4.7}
+"""In each, about."""
 HUB_FILES = {ALPACA: "alpaca_data_cleaned.json"}
 IGNORED = -100  # the label of a token that is not trained on
 
@@ -46,8 +50,8 @@ class Examples(NamedTuple):
 def read_rows(data: str, path: str | None, dense: ModelHandle) -> list[dict[str, str]]:
     """The rows of a source: all with `instruction` and `output`, or all with `text`. Raises ConfigError / DataError: a
     file or repo that cannot be had, rows without the needed fields; names the remedy."""
-    if data == "bundled":
-        return [{"text": d.text} for d in Bundled(seq_len=512).documents(dense)[1]]
+    if data in OWN:
+        return [{"text": d.text} for d in OWN[data](seq_len=512).documents(dense)[1]]
     if data == "hub":
         name = path or ALPACA
         repo, _, file = name.partition(":")
@@ -70,8 +74,8 @@ def expected_rows(data: str, path: str | None, seq_len: int, held_out: int) -> f
     """About how many examples a source has to train on, from what lies here; None where that is not known."""
     if data == "hub" and path is None:
         return ALPACA_ROWS - min(held_out, ALPACA_ROWS / 5)
-    if data == "bundled":
-        return BUNDLED_TOKENS / seq_len * 0.8
+    if data in OWN:
+        return OWN_TOKENS[data] / seq_len * 0.8
     if data == "jsonl" and path and Path(path).is_file() and path.endswith((".jsonl", ".json")):
         with open(path, "rb") as f:
             return 0.8 * sum(1 for line in f if line.strip())

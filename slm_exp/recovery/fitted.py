@@ -24,7 +24,7 @@ class Fitted(Recovery):
     """Whether it can change a projection whose output passes a norm."""
 
     path: str | None = None
-    """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is the bundled text."""
+    """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is calibration=mixture."""
     field: str = "text"
     """Name of the text field."""
     n_samples: int = 64

@@ -20,7 +20,7 @@ from slm_exp.core.together import Together
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
 from slm_exp.recovery.base import JUDGED, Recovery, RecoveryResult, RecoveryTask, Row, copy_with, tensors_digest
-from slm_exp.recovery.examples import SOURCES, Examples, expected_rows, left_padded, make_examples, read_rows
+from slm_exp.recovery.examples import OWN, SOURCES, Examples, expected_rows, left_padded, make_examples, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,7 +53,8 @@ class Trained(Recovery):
     """Whether a step takes a forward pass of the dense model too."""
 
     data: str = "bundled"
-    """hub: `path` is a data set (see `path`). jsonl: `path` is a file. bundled: the bundled prose, in windows."""
+    """hub: `path` is a data set (see `path`). jsonl: `path` is a file. bundled, mixture: the text of that
+    calibration, in windows."""
     path: str | None = None
     """A file of rows with instruction, output and maybe input, or with text; or OWNER/NAME:FILE on the hub."""
     seq_len: int = 512
@@ -89,8 +90,8 @@ class Trained(Recovery):
         require_one_of("recovery.precision", self.precision, PRECISIONS)
         require((self.path is not None) >= (self.data == "jsonl"), "recovery.path", self.path,
                 "a file, with recovery.data=jsonl", "For example recovery.path=alpaca.jsonl.")
-        require(self.path is None or self.data != "bundled", "recovery.path", self.path,
-                "null with recovery.data=bundled", "For a file of your own use recovery.data=jsonl.")
+        require(self.path is None or self.data not in OWN, "recovery.path", self.path,
+                f"null with recovery.data={self.data}", "For a file of your own use recovery.data=jsonl.")
         for name in ("seq_len", "batch_size", "micro_batch_size", "checkpoint_every", "processes"):
             require(getattr(self, name) >= 1, f"recovery.{name}", getattr(self, name), "a whole number >= 1")
         for name in ("warmup_steps", "held_out"):

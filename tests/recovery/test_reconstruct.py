@@ -265,7 +265,7 @@ def test_bad_data_is_refused_before_weights_load(make_tiny: Any, tmp_path: Path)
         ({"path": str(tmp_path / "none.npy")}, ConfigError, "recovery.path = .*none.npy; expected an existing"),
         ({"path": str(tmp_path / "none.jsonl")}, ConfigError, "no such file"),
         ({"path": str(rows)}, DataError, "no field 'text'; it has words"),
-        ({"n_samples": 5000}, DataError, "Lower recovery.n_samples or recovery.seq_len"),
+        ({"seq_len": 50_000}, DataError, "Lower recovery.n_samples or recovery.seq_len"),
     ):
         with pytest.raises(error, match=message):
             Reconstruct(**fields).check_data(dense)

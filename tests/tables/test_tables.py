@@ -163,8 +163,8 @@ def jobs_of(command: str) -> list[frozenset[str]]:
                       for o in job if not o.startswith("hydra.")) for job in split_sweep(words[4:], {})]  # fmt: skip
 
 
-COMMANDS = {"agreement": 6, "as_published": 6, "calibration": 1, "depth_width": 4, "main": 5, "main_lora": 5, "methods": 2,
-            "recovery": 4, "rules": 1, "similarity": 2, "speed": 5, "thresholds": 1}  # fmt: skip
+COMMANDS = {"agreement": 6, "as_published": 6, "calibration": 1, "depth_width": 4, "main": 5, "main_lora": 5,
+            "methods": 2, "recovery": 4, "rules": 1, "similarity": 2, "speed": 5, "thresholds": 1}  # fmt: skip
 """Multiruns that a table needs: its rows that take the same settings share one."""
 
 

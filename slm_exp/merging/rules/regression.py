@@ -43,7 +43,7 @@ class Regression(MergeRule):
     fits: ClassVar[bool] = True
 
     path: str | None = None
-    """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is the bundled text."""
+    """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is calibration=mixture."""
     field: str = "text"
     """Name of the text field."""
     n_samples: int = 24
