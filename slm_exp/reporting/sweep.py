@@ -100,19 +100,23 @@ def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Seque
             write_report(row.folder, run=row.run)
     shades = sweep_charts.shades(rows)
     quality = measures.measure(rows)
+    tasks = list(dict.fromkeys(c.task for row in rows for c in row.tasks))
+    seeds = over_seeds(rows)
+    averages = not refused and any(row.average or row.measured.compressed.average is not None for row in rows)
     staircase = sweep_charts.staircase(rows, measures.read_paths(folder, paths), shades)
     page = environment().get_template("sweep.html.j2").render(
         name=folder.resolve().name, rows=rows, columns=list(rows[0].settings) if rows else [], charts=charts, svg=svg,
         counts={state: n for state in STATES if (n := sum(row.state == state for row in rows))},
         refused=refused, plots=[(m, sweep_charts.scatter(m, shades)) for m in quality], shades=shades,
-        shape=sweep_charts.shape, shapes=sweep_charts.shapes(), unit_of=sweep_charts.unit_of, facets=facets(rows),
+        shape=sweep_charts.shape, shapes=sweep_charts.shapes(), averages=averages, facets=facets(rows),
         staircase=staircase, atlas=atlas.gather(rows), strip=atlas.strip, bar=sweep_charts.interval,
-        reach=sweep_charts.reach(rows), tasks=list(dict.fromkeys(c.task for row in rows for c in row.tasks)),
+        reach=sweep_charts.reach(rows), tasks=tasks, compared=[*(["average"] if averages else []), *tasks],
         corpora=list(dict.fromkeys(c for row in rows for side in row.measured.both for c in side.perplexity)),
         troubles=troubles(rows), resume=resume_command(folder, sweep),
         stages=stage_costs(rows), warnings=warnings(rows), origin=origin(rows),
         command=shlex.join(["python", "-m", "slm_exp", "-m", *sweep.argv]) if sweep else "", about=about(rows),
-        seeds=over_seeds(rows), numbers=list(NUMBERS), with_error=with_error, bound=sweep_charts.bound,
+        seeds=seeds, numbers=[n for n in NUMBERS if any(n in group.numbers for group in seeds)],
+        with_error=with_error, bound=sweep_charts.bound,
         zeroed=any(row.params.zeroed for row in rows),
         unverified=say_unverified(row.run for row in rows if row.run))
     path = folder / "report.html"
