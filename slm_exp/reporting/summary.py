@@ -29,7 +29,8 @@ def summary(finished: JsonObject, folder: Path) -> str:
     removed = f"; removed {plan.removed}" if plan.removed else ""
     note = f" ({record.model.note})" if record.model.note else ""
     first = verdict.sentence if verdict.outcome in (DESTROYED, RANDOM) else ""
-    lines = [f"run {record.run_id} finished in {record.seconds or 0:.0f} s{first and f': {first}'}"]
+    lines = [*([first] if first else []),
+             f"run {record.run_id} finished in {record.seconds or 0:.0f} s"]
     for corpus, value in small.perplexity.items():
         before, ratio = dense.perplexity.get(corpus), verdict.texts.get(corpus)
         lines.append(f"  perplexity {corpus}: {_perplexity(before)} -> {_perplexity(value)}"
@@ -71,8 +72,8 @@ def summary(finished: JsonObject, folder: Path) -> str:
 
 
 def fitted(lines: Sequence[str], warnings: Sequence[str]) -> list[str]:
-    """What fits on a screen with the report's line: long lines go on below, warnings are cut; what is too much is left out
-    from the end, with a word on how much."""
+    """What fits on a screen with the report's line: long lines go on below, warnings are cut; what is too much is left
+    out from the end, with a word on how much."""
     room = SCREEN[0] - 1
     whole = [part for line in lines for part in (
         [line] if len(line) <= SCREEN[1] else wrap(line, SCREEN[1], subsequent_indent=" " * 13, drop_whitespace=True))]
