@@ -33,7 +33,7 @@ def test_perplexity_average_and_verdict_come_first(tmp_path: Path) -> None:
 
 def test_a_destroyed_model_says_so_in_its_first_line(tmp_path: Path) -> None:
     folder = make_run(tmp_path, ["seed=2"], 0.6, ratio=40.0)
-    assert said(folder)[0].endswith(" s: destroyed: perplexity is 40 times the dense model's")
+    assert said(folder)[0].endswith("destroyed: perplexity is 40 times the dense model's")
     html = write_report(folder).read_text()
     assert '<p class="verdict destroyed">Destroyed: perplexity is 40 times' in html
     assert html.index('<p class="verdict') < html.index('<p class="lede"')
