@@ -25,6 +25,8 @@ SCALE = ("#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b
 KNEE = 0.8
 """Half of the colours are for similarities above it: that is where layers are merged."""
 RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+FIGURES = "figures"
+"""The folder of `slm report --figures`."""
 SCALE_TICKS = (0.0, 0.4, 0.8, 0.9, 1.0)
 
 

@@ -57,18 +57,25 @@ def is_sweep(folder: Path) -> bool:
         any(folder.glob("*/record.json")) or (folder / "sweep.json").exists())
 
 
-def write_reports(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], verify: bool) -> int:
+def write_reports(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], verify: bool,
+                  figures: bool = False) -> int:
     """`slm report`: a page for every folder, its path on stdout; 1 where one has none, or a run is damaged."""
     status = 0
     for folder in folders:
         wrong = ""
         try:
             if is_sweep(folder):
-                print(write_sweep_report(folder, mixed_protocols, paths, verify))
+                print(write_sweep_report(folder, mixed_protocols, paths, verify, figures))
             else:
                 run = Run.read(folder, verify)
                 print(write_report(folder, run=run))
+                if figures:
+                    from slm_exp.reporting.figures import run_figures  # matplotlib
+
+                    run_figures(run)
                 wrong = run.damage and f"{folder} is damaged: {run.damage}"
+            if figures and (folder / svg.FIGURES).is_dir():
+                print(folder / svg.FIGURES)
         except SlmError as error:
             wrong = str(error)
         if wrong:
@@ -78,13 +85,14 @@ def write_reports(folders: Sequence[Path], mixed_protocols: bool, paths: Sequenc
 
 
 def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Sequence[Path] = (),
-                       verify: bool = False) -> Path:
+                       verify: bool = False, figures: bool = False) -> Path:
     """Write `folder/report.html` from the runs in its subfolders, and a page of every run that has none.
 
     Args:
         mixed_protocols: show averages side by side although they were measured by different protocols; else the page
             shows none and says in what they differ.
         verify: check the digests of large files too.
+        figures: every plot as PDF and SVG in `folder/figures` too.
         paths: path.json files to draw beside the runs, besides those that lie in the folder.
 
     Raises:
@@ -121,6 +129,10 @@ def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Seque
         unverified=say_unverified(row.run for row in rows if row.run))
     path = folder / "report.html"
     write_text(path, page)
+    if figures:
+        from slm_exp.reporting.figures import sweep_figures
+
+        sweep_figures(folder, rows, staircase.paths if staircase else ())
     return path
 
 
