@@ -6,17 +6,14 @@ import contextlib
 import dataclasses
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from slm_exp.core.cache.store import StageStore
 from slm_exp.core.files import write_json, write_text
 from slm_exp.core.secrets import masked
-from slm_exp.engine.progress import LOG_EVERY_S
+from slm_exp.engine.progress import ticking
 from slm_exp.methods.slm import SLM
 from slm_exp.models.base import dtype_name
 from slm_exp.models.sizes import BYTES
@@ -74,20 +71,9 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
 @contextlib.contextmanager
 def watching(low: float, high: float) -> Iterator[Callable[[Branch, int], None]]:
     """Show how much of a threshold range is decided: a bar on a terminal, a line now and then elsewhere."""
-    form = "{desc}: {percentage:3.0f}% of thresholds |{bar}| {elapsed}{postfix}"
-    logged = time.monotonic()
-    with tqdm(total=high - low, desc="path", bar_format=form, disable=not sys.stderr.isatty()) as bar:
-
-        def show(branch: Branch, scored: int) -> None:
-            nonlocal logged
-            about = f"{scored} candidates scored, below {branch.high:.4f} to do"
-            bar.n = high - branch.high  # from the highest threshold down: what lies above the branch is decided
-            bar.set_postfix_str(about, refresh=True)
-            if bar.disable and time.monotonic() - logged > LOG_EVERY_S:
-                logged = time.monotonic()
-                log.info("path: %s", about)
-
-        yield show
+    with ticking("thresholds decided", 100, "%") as tick:
+        yield lambda branch, scored: tick(f"{scored} candidates scored, below {branch.high:.4f} to do",
+                                          at=100 * (high - branch.high) / (high - low))  # from the highest down
 
 
 def table(result: dict[str, Any]) -> str:

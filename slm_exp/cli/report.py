@@ -20,8 +20,10 @@ from slm_exp.cli.command import FOLDER, command
 @click.option("--path", "paths", metavar="PATH.JSON", multiple=True, type=FOLDER,
               help="on a sweep's page, draw this result of `slm path` beside the runs (one that lies in the folder is "
                    "found); may be given several times")
+@click.option("--figures", is_flag=True,
+              help="also every plot as figures/NAME.pdf and .svg beside the page, set for a column of a paper")
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
-def main(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], verify: bool) -> int:
+def main(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], figures: bool, verify: bool) -> int:
     from slm_exp.reporting.sweep import write_reports
 
-    return write_reports(folders, mixed_protocols, list(paths), verify)
+    return write_reports(folders, mixed_protocols, list(paths), verify, figures)

@@ -17,7 +17,7 @@ from slm_exp.cli.command import run_command
 from slm_exp.cli.shown import config_text
 from slm_exp.core.errors import ConfigError, SlmError, StageError, did_you_mean
 from slm_exp.core.format import override
-from slm_exp.core.logs import mask_logs, print_anything
+from slm_exp.core.logs import mask_logs, print_anything, silence_bars
 from slm_exp.core.plugins import take
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.runtime import die_with, rank, world
@@ -49,6 +49,7 @@ OPTIONS = ("--multirun", "--cfg", "--resolve", "--package", "--config-dir", "--p
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 all finished, 1 a job failed, 2 the config is wrong."""
     print_anything()
+    silence_bars()
     if world() > 1 and RANKS in os.environ:
         die_with(os.getppid())
     argv = list(sys.argv[1:] if argv is None else argv)

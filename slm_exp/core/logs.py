@@ -9,6 +9,7 @@ import logging
 import os
 import stat
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,26 @@ class LogFile(logging.FileHandler):
 
     def _open(self) -> Any:
         return io.TextIOWrapper(open_log(Path(self.baseFilename)), encoding="utf-8", line_buffering=True)
+
+
+class Console(logging.StreamHandler[Any]):
+    """The `console` handler of conf/config.yaml: a plain line on stdout as it is by then, so that a line of progress
+    moves out of its way. The log file has the module and the date too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stdout
+        super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        return f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {level}{record.getMessage()}"
+
+
+def silence_bars() -> None:
+    """No progress bars of other packages in this process and those it starts: there is one line of our own. To be
+    called before they are imported."""
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
 
 
 def print_anything() -> None:

@@ -16,8 +16,8 @@ from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, did_you_mean
 from slm_exp.core.files import digest
 from slm_exp.core.text import SUFFIXES, kind_of, read_field, read_lines, slices
+from slm_exp.engine.progress import advancing
 from slm_exp.evaluation import documents
-from slm_exp.evaluation.progress import progress
 from slm_exp.evaluation.report import Row
 from slm_exp.evaluation.tiny_documents import made_up_prose
 from slm_exp.models.base import ModelHandle
@@ -90,7 +90,7 @@ def chunk_losses(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int 
     batch = batch_size or max(1, CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"]) // t)
     losses = []
     batches = torch.as_tensor(tokens_NT, dtype=torch.long, device=device).split(batch)
-    with torch.inference_mode(), progress(f"perplexity {name}".strip(), n, "chunk") as advance:
+    with torch.inference_mode(), advancing(f"perplexity {name}".strip(), n, "chunk") as advance:
         for ids_BT, logits_BTV in zip(batches, _logits(model, batches), strict=True):
             for ids_T, logits_TV in zip(ids_BT, logits_BTV, strict=True):  # row by row: one float32 copy of [T, V]
                 nll_T = cross_entropy(logits_TV[:-1].float(), ids_T[1:].to(logits_TV.device), reduction="none")

@@ -71,7 +71,7 @@ def _bootstrap(f: Callable[[Any], float], xs: Any, iters: int) -> float:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Only one progress bar, over the requests: no chatter of lm-eval and datasets. Errors still show.
+    """No bars and no chatter of lm-eval and datasets. Errors still show.
 
     Standard errors that have no closed form are bootstrapped here, in this process: lm-eval's own draws the same
     numbers in a pool of processes, and prints.

@@ -21,10 +21,12 @@ from omegaconf import OmegaConf
 from slm_exp.core.cache.code import package_digest
 from slm_exp.core.errors import SlmError, StageError
 from slm_exp.core.files import JsonObject, plain, write_json, write_text
+from slm_exp.core.format import duration
 from slm_exp.core.locks import Lock
 from slm_exp.core.plugins import words
 from slm_exp.core.secrets import masked
 from slm_exp.core.types import MergePlan
+from slm_exp.engine.progress import Work, showing
 from slm_exp.evaluation.base import EvalReport
 from slm_exp.evaluation.protocol import FILE as PROTOCOL
 from slm_exp.merging.surgery import zeroed
@@ -45,6 +47,8 @@ log = logging.getLogger(__name__)
 PICTURE = "similarity.png"
 LATENCY_ERROR = 0.05
 """Of a prediction for a whole model, beyond which a run says so."""
+NOTHING_S = 0.05
+"""A stage that takes less did nothing: no width to prune, nothing to recover."""
 CONFIG, BEFORE = "config.yaml", "record.before.json"
 
 
@@ -231,12 +235,12 @@ class Recorder:
         Yields a list for whether each part of it came from the cache.
         """
         parts: list[bool] = []
-        log.info("%s ...", name)
         self.record["stage"] = name  # what a killed run was doing, and what a sweep's screen shows
         started = time.perf_counter()
         try:
             self.write()
-            yield parts
+            with showing(Work(name)):
+                yield parts
         except Exception as error:
             raise StageError(name, error) from error
         except BaseException as error:
@@ -244,7 +248,8 @@ class Recorder:
             raise
         entry = {"seconds": round(time.perf_counter() - started, 3), "cached": bool(parts) and all(parts)}
         self.record["stages"].append({"name": name, **entry})
-        log.info("%s done in %.1f s%s", name, entry["seconds"], " (from the cache)" if entry["cached"] else "")
+        if entry["cached"] or entry["seconds"] >= NOTHING_S:
+            log.info("%-14s %8s%s", name, duration(entry["seconds"]), "  from the cache" if entry["cached"] else "")
         self.write()
         self._pass_on(stages={name: entry})
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from slm_exp.core.types import Group, LayerSimilarity, MergePlan
 from slm_exp.reporting import charts, svg
-from slm_exp.reporting.rows import Row
+from slm_exp.reporting.rows import Row, setting
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sheet:
     """One distinct matrix."""
 
     name: str
-    """What sets it apart from the other sheets."""
+    """What sets it apart from the other sheets: the sweep's settings where they do, else how it was made."""
     similarity: LayerSimilarity
     rows: tuple[Row, ...]
     picture: Markup
@@ -71,10 +71,16 @@ def gather(rows: Sequence[Row]) -> Atlas:
                         _of(row, "calibration"))
             found.setdefault((made, svg.levels(similarity.matrix_LL).tobytes()), (similarity, []))[1].append(row)
     apart = [name for name in Made._fields[1:] if len({getattr(made, name) for made, _ in found}) > 1]
+    every = [some for _, some in found.values()]
+    varied = [path for path in (rows[0].settings if rows else ())
+              if all(len({repr(row.settings[path]) for row in some}) == 1 for some in every)
+              and len({repr(some[0].settings[path]) for some in every}) > 1]
     sheets = []
     for (made, values), (similarity, some) in found.items():
         others = {name: value for name in apart if (value := getattr(made, name)) is not None}
-        name = ", ".join([f"{made.kernel} kernel", *(f"{k.replace('_', ' ')} {v}" for k, v in others.items())])
+        name = ", ".join([f"{made.kernel} kernel", *(
+            [f"{setting(path)} {some[0].settings[path]}" for path in varied if path != "kernel/name"]
+            or [f"{k.replace('_', ' ')} {v}" for k, v in others.items()])])
         models = {_of(row, "model") for row in some}
         drawn = [s for s in shapes if s.plan.n_layers == len(similarity.matrix_LL)
                  and models & {_of(row, "model") for row in s.rows}]

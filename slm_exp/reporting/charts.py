@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from slm_exp.core.format import rounded, with_error
 from slm_exp.core.types import Group, MergePlan
 from slm_exp.reporting import svg
 from slm_exp.reporting.results import Comparison
-from slm_exp.reporting.svg import Axis, gridline, span, tag, ticks
+from slm_exp.reporting.svg import Axis, span, tag
 
 
 def describe(plan: MergePlan) -> str:
@@ -129,38 +130,52 @@ def heatmap(matrix_LL: np.ndarray, plan: MergePlan | None) -> Markup:
                                           f"{float(matrix_LL.min()):.2f} to {float(matrix_LL.max()):.2f}.{framed}")
 
 
-def candidates(plan: MergePlan) -> Markup:
-    """Score of every candidate in the order they were tried, accepted and rejected by shape and colour."""
-    scores = [t.most for t in plan.trace]
-    marks = [*scores, plan.threshold] if plan.threshold is not None else scores
-    up, height, count = Axis(marks), 260.0, len(scores)
-    y = partial(up.down, height=height)
+def candidates(plan: MergePlan, near: tuple[float, float] | None = None) -> Markup:
+    """Score of every candidate over the layers that it spans, accepted and rejected by shape and colour.
 
-    def x(number: int) -> str:
-        return f"{100 * (number - 0.5) / count:.2f}%"
-
-    parts = [gridline(y(tick), up.label(tick)) for tick in up.ticks]
-    shown = [n for n in ticks(1, count, whole=True) if 1 <= n <= count]
-    parts += [tag("text", f"{n:g}", x=x(int(n)), y=height + 20, class_="mid") for n in shown]
+    Args:
+        near: only those whose scores lie between; see `near_threshold`.
+    """
+    low, high = near or (-math.inf, math.inf)
+    shown = [(number, t) for number, t in enumerate(plan.trace, start=1) if low <= t.most <= high]
+    scores, taken = [t.most for _, t in shown], sum(t.accepted for _, t in shown)
+    marks = [*(near or scores), *([] if plan.threshold is None else [plan.threshold])]
+    across = Axis([0, max(plan.n_layers - 1, *(t.high for t in plan.trace))], whole=True)
+    up, height = Axis(marks), 260.0
+    x, y = across.across, partial(up.down, height=height)
+    of = plan.similarity if plan.threshold is not None else "the method's own"
+    parts = svg.axes(across, up, height, ("layers of the candidate, the mark at the lowest", f"score, {of}"))
     if plan.threshold is not None:
         parts.append(tag("line", x1="0", x2="100%", y1=y(plan.threshold), y2=y(plan.threshold), class_="threshold"))
-    for number, trial in enumerate(plan.trace, start=1):
+    for number, trial in shown:
         verdict = "accepted" if trial.accepted else "rejected"
         score = f"score {trial.most:.4f}" if trial.score is not None else f"score at most {trial.most:.4f}"
         title = f"{number}: layers {trial.low}–{trial.high}, {score}, {verdict}"
-        mark = tag("use", href=f"#mark-{verdict}", x=x(number), y=y(trial.most), class_=verdict)
-        parts.append(tag("g", tag("title", title), mark))
+        at = y(trial.most)
+        parts.append(tag("g", tag("title", title),
+                         tag("line", x1=x(trial.low), x2=x(trial.high), y1=at, y2=at, class_=f"reach {verdict}"),
+                         tag("use", href=f"#mark-{verdict}", x=x(trial.low), y=at, class_=verdict)))
     if plan.threshold is not None:
         parts.append(tag("text", f"threshold {plan.threshold:g}", x="100%", y=y(plan.threshold) - 7,
                          class_="end strong clear"))
-    r = 5.0 if count <= 60 else 4.0 if count <= 150 else 3.0
+    r = 5.0 if len(shown) <= 60 else 4.0 if len(shown) <= 150 else 3.0
     cross = f"M{-0.8 * r:g} {-0.8 * r:g} L{0.8 * r:g} {0.8 * r:g} M{-0.8 * r:g} {0.8 * r:g} L{0.8 * r:g} {-0.8 * r:g}"
-    shapes = tag("defs", tag("circle", r=r, id="mark-accepted"), tag("path", d=cross, id="mark-rejected"))
-    taken = sum(t.accepted for t in plan.trace)
-    label = f"Scores of {count} candidates, from {min(scores):.3f} to {max(scores):.3f}; {taken} accepted."
-    if early := sum(t.score is None for t in plan.trace):
+    both = (tag("circle", r=r, id="mark-accepted"), tag("path", d=cross, id="mark-rejected"))
+    shapes = "" if near else tag("defs", *both)  # once on the page
+    label = f"Scores of {len(shown)} candidates, from {min(scores):.3f} to {max(scores):.3f}; {taken} accepted."
+    if early := sum(t.score is None for _, t in shown):
         label += f" {early} ended early, at what they cannot exceed."
     return tag("svg", shapes, *parts, width="100%", height=height, role="img", aria_label=label, class_="chart")
+
+
+def near_threshold(plan: MergePlan) -> tuple[float, float] | None:
+    """The scores around the threshold that the closest decisions have, at least six of them; None where that is not
+    much less than all scores, so that a second picture would show nothing more."""
+    if plan.threshold is None or len(plan.trace) < 8:
+        return None
+    closest = sorted(abs(t.score - plan.threshold) for t in plan.trace)
+    reach = closest[max(5, len(closest) // 5)] * 1.05
+    return (plan.threshold - reach, plan.threshold + reach) if 0 < reach < closest[-1] / 3 else None
 
 
 def intervals(rows: Sequence[Comparison]) -> Markup:
@@ -194,8 +209,9 @@ def intervals(rows: Sequence[Comparison]) -> Markup:
     shapes = tag("defs", tag("circle", r=4.5, id="mark-dense"),
                  tag("path", d="M0 -5.5 L5.5 0 L0 5.5 L-5.5 0 Z", id="mark-compressed"))
     axis = [tag("text", f"{100 * t:g}", x=x(t), y=14, class_="mid") for t in scale.ticks]
+    axis.append(tag("text", "accuracy, %", x="50%", y=34, class_="mid title"))
     lines.append(Markup('<div class="name"></div>')
-                 + tag("svg", shapes, *axis, width="100%", height=20, class_="chart row"))
+                 + tag("svg", shapes, *axis, width="100%", height=40, class_="chart row"))
     return Markup("").join(lines)
 
 
@@ -205,8 +221,7 @@ def losses(training: Sequence[Sequence[float]], held_out: Sequence[Sequence[floa
     across = Axis([0, *(step for step, _ in both)], whole=True)
     up, height = Axis([loss for _, loss in both]), 220.0
     x, y = across.across, partial(up.down, height=height)
-    parts = [gridline(y(tick), up.label(tick)) for tick in up.ticks]
-    parts += [tag("text", f"{t:g}", x=x(t), y=height + 20, class_="mid") for t in across.ticks]
+    parts = svg.axes(across, up, height, ("optimiser steps", "loss, nats a token"))
     for series, class_ in ((training, None), (held_out, "held")):
         lines = [tag("line", x1=x(a[0]), x2=x(b[0]), y1=y(a[1]), y2=y(b[1]), class_="curve")
                  for a, b in itertools.pairwise(series)]

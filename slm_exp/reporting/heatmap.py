@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slm_exp.core.files import writing
+from slm_exp.reporting.svg import KNEE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,8 @@ def draw_heatmap(similarity: LayerSimilarity, plan: MergePlan | None, path_png: 
 
 def heatmap(similarity: LayerSimilarity, plan: MergePlan | None, title: str, kind: type[Figure] | None = None
             ) -> Figure:
-    """Similarity of every pair of layers, layer 0 in the lower left corner, colours fixed at 0 to 1.
+    """Similarity of every pair of layers, layer 0 in the lower left corner, colours fixed at 0 to 1, half of
+    them above 0.8.
 
     Merged windows are framed and named on the diagonal; removed layers are struck out, removed sublayers counted below
     the title. Scores below 0 (unbiased CKA of unlike layers scatters around 0) take the colour of 0, and the colour
@@ -37,8 +39,8 @@ def heatmap(similarity: LayerSimilarity, plan: MergePlan | None, title: str, kin
         title: one line.
         kind: of the figure, where it is not matplotlib's own.
     """
-    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import MultipleLocator
 
@@ -47,7 +49,8 @@ def heatmap(similarity: LayerSimilarity, plan: MergePlan | None, title: str, kin
     figure = (kind or Figure)(figsize=(7.2, 7.0), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)  # no pyplot: nothing global, no display
     axes = figure.add_axes((0.09, 0.075, 0.76, 0.76 * 7.2 / 7.0))
-    image = axes.imshow(matrix_LL, origin="lower", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(matrix_LL, origin="lower", cmap="viridis", interpolation="nearest",
+                        norm=TwoSlopeNorm(KNEE, 0, 1))
 
     step = 1 if n_layers <= 12 else 5 if n_layers <= 50 else 10
     for axis in (axes.xaxis, axes.yaxis):
@@ -62,7 +65,8 @@ def heatmap(similarity: LayerSimilarity, plan: MergePlan | None, title: str, kin
 
     below = float(matrix_LL.min()) < -0.005
     bar = figure.colorbar(image, cax=figure.add_axes((0.88, 0.075, 0.025, 0.76 * 7.2 / 7.0)),
-                          extend="min" if below else "neither", extendfrac=0.03, ticks=np.linspace(0, 1, 6))
+                          extend="min" if below else "neither", extendfrac=0.03,
+                          ticks=[0, 0.2, 0.4, 0.6, 0.8, 0.85, 0.9, 0.95, 1])
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(length=3.5, width=0.7, color=SOFT, labelcolor=INK, labelsize=9)
 

@@ -46,6 +46,10 @@ class Measure:
     points: tuple[Point, ...]
     missing: int = 0
     """Finished runs without it."""
+    chance: float | None = None
+    """What guessing gives, in the measure's unit."""
+    criterion: bool = False
+    """Whether searches select by it: it is no measure of what came of them, and has no front."""
 
     def show(self, value: float) -> str:
         return f"{value:.{self.digits}f}" if abs(value) < 1e5 else f"{value:.3g}"
@@ -64,16 +68,17 @@ def measure(rows: Sequence[Row]) -> list[Measure]:
         tasks = {"average": ("average", "Seven-task average")}
     out = [_measure(key, name, "per cent", 1, True, [
         (row, _percent(c.dense if c else None), _percent(c.compressed if c else None))
-        for row in done for c in [row.compared(task)]])
+        for row in done for c in [row.compared(task)]],
+        chance=next((100 * c.chance for row in done if (c := row.compared(task)) and c.chance is not None), None))
         for task, (key, name) in tasks.items()]
     texts = dict.fromkeys(c for row in done for c in row.measured.compressed.perplexity)
     out += [_measure(f"perplexity-{corpus}", f"Perplexity, {corpus}", "lower is better", 2, False, [
-        (row, _exact(row.perplexity(corpus, "dense")), _exact(row.perplexity(corpus))) for row in done])
+        (row, _exact(row.perplexity(corpus, "dense")), _perplexity(row, corpus)) for row in done])
         for corpus in texts]
     for kind in sorted({row.record.plan.similarity for row in done if row.score is not None}):
         out.append(_measure(f"score-{kind}", f"Similarity to dense, {kind}", "1 is identical", 4, True, [
             (row, _exact(1.0), _exact(row.score)) for row in done
-            if row.score is not None and row.record.plan.similarity == kind]))
+            if row.score is not None and row.record.plan.similarity == kind], criterion=True))
     return [m for m in out if m.points]
 
 
@@ -85,14 +90,24 @@ def _exact(value: float | None) -> Estimate | None:
     return None if value is None else Estimate(value, None)
 
 
+def _perplexity(row: Row, corpus: str) -> Estimate | None:
+    """With the standard error of the ratio to the dense model over the same chunks, as a perplexity."""
+    value, dense, ratio = row.perplexity(corpus), row.perplexity(corpus, "dense"), row.verdict.texts.get(corpus)
+    stderr = ratio.stderr if ratio else None
+    return None if value is None else Estimate(value, None if dense is None or stderr is None else dense * stderr)
+
+
 def _measure(key: str, name: str, unit: str, digits: int, higher: bool,
-             found: Sequence[tuple[Row, Estimate | None, Estimate | None]]) -> Measure:
+             found: Sequence[tuple[Row, Estimate | None, Estimate | None]], chance: float | None = None,
+             criterion: bool = False) -> Measure:
     """From every run's dense and compressed model."""
     dense = {(row.params.before, side.value, side.stderr) for row, side, _ in found if side and row.params.before}
     runs = [Point(row, row.params.after - row.params.zeroed, side.value, side.stderr) for row, _, side in found
             if side and math.isfinite(side.value) and row.params.after is not None]
     points = [*(Point(None, *values) for values in sorted(dense, key=lambda d: (d[0], d[1], d[2] or 0.0))), *runs]
-    return Measure(key, name, unit, digits, higher, _with_front(points if runs else [], higher), len(found) - len(runs))
+    shown = tuple(points if runs else ())
+    return Measure(key, name, unit, digits, higher, shown if criterion else _with_front(shown, higher),
+                   len(found) - len(runs), chance, criterion)
 
 
 def _with_front(points: Sequence[Point], higher: bool) -> tuple[Point, ...]:

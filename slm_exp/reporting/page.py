@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import JsonObject, plain, write_text
 from slm_exp.core.format import decimals, duration, rounded, rounded_pair
+from slm_exp.evaluation.base import SEVEN
 from slm_exp.reporting import charts, results, svg
+from slm_exp.reporting.results import Comparison
 from slm_exp.reporting.rows import setting
 from slm_exp.runs.record import Run, say_unverified
 from slm_exp.runs.schema import Estimated, Record
 from slm_exp.runs.statistics.paired import Difference
 from slm_exp.runs.statistics.scores import Estimate, estimate
 from slm_exp.runs.statistics.verdict import times, verdict_of
+
+log = logging.getLogger(__name__)
 
 
 def write_report(folder: Path, record: JsonObject | None = None, verify: bool = False, run: Run | None = None) -> Path:
@@ -37,12 +43,14 @@ def write_report(folder: Path, record: JsonObject | None = None, verify: bool = 
         run = Run.read(folder, verify) if record is None else Run(folder, Record.of(plain(record)), on_disk=False)
     shown, measured, rows = run.record, run.record.eval, results.compare(run)
     sizes = shown.plan.width.sizes
+    average = results.average(run, rows)
     widths = {"Heads": sizes.heads, "Key-value heads": sizes.kv_heads, "MLP channels": sizes.channels}
     text = environment().get_template("run.html.j2").render(
         run=run, record=shown, plan=run.plan, charts=charts, svg=svg, matrix=run.similarity, advice=advice(shown),
         widths={name: column for name, column in widths.items() if column},  # empty where layers kept theirs
         config_yaml=run.config_yaml or json.dumps(shown.config, indent=1, ensure_ascii=False),  # YAML holds JSON
-        unverified=say_unverified([run]), rows=rows, average=results.average(run, rows), verdict=verdict_of(run),
+        unverified=say_unverified([run]), rows=rows, average=average, verdict=verdict_of(run),
+        left_out=left_out(run, rows, average),
         estimate=estimate,
         perplexity={corpus: [side.perplexity.get(corpus) for side in measured.both]
                     for corpus in {**measured.dense.perplexity, **measured.compressed.perplexity}},
@@ -60,8 +68,40 @@ def environment() -> Environment:
                       trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"percent": percent, "estimated": estimated, "ends": ends, "duration": duration, "setting": setting,
                     "times": times}
-    env.globals["size_change"] = size_change
+    env.globals |= {"size_change": size_change, "drawn": drawn, "broken": broken}
     return env
+
+
+def drawn(draw: Callable[..., Markup], *args: object) -> Markup:
+    """A picture; where it cannot be drawn, why: the rest of the page is worth having."""
+    try:
+        return draw(*args)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        log.warning("%s could not be drawn: %s: %s", draw.__name__, type(error).__name__, error)
+        return Markup('<p class="said">This picture could not be drawn ({}: {}). The numbers are in record.json.</p>'
+                      ).format(type(error).__name__, error)
+
+
+def left_out(run: Run, rows: Sequence[Comparison], average: Comparison | None) -> list[str]:
+    """What a page of a run usually has and this one has not, each with the reason."""
+    record, plan, out = run.record, run.plan, []
+    ended = f"; it {'is' if run.state == 'running' else 'ended'} in stage {record.stage or record.error.stage or '?'}"
+    why = "" if run.state in ("finished", "damaged") else ended
+    if plan is None:
+        out.append("Plan: the run has none that can be read" + why + ".")
+    elif not plan.trace:
+        out.append(f"Candidates: {plan.method} kept no scores of single candidates.")
+    if run.similarity is None:
+        out.append(f"Layer similarity: similarity.npz is not in this folder or cannot be read{why}.")
+    if not record.eval.compressed.tasks and not record.eval.compressed.perplexity:
+        none = record.setting("evaluation.name") == "none"
+        out.append("Evaluation: " + ("evaluation=none measures nothing." if none else
+                                     f"nothing was measured of the compressed model{why}."))
+    elif rows and average is None:
+        apart = results.protocols_differ(record.eval)
+        lacking = [task for task in SEVEN if task not in {row.task for row in rows if row.dense and row.compressed}]
+        out.append("Seven-task average: " + (f"{apart}." if apart else f"{', '.join(lacking)} not measured{why}."))
+    return out
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -90,6 +130,11 @@ def ends(found: Difference) -> str:
 def typographic(number: str, sign: bool = False) -> str:
     """With a true minus, and a plus where it is asked for."""
     return f"+{number}" if sign and float(number) > 0 else number.replace("-", "−")
+
+
+def broken(name: str) -> Markup:
+    """A setting's name that may go on in a next line behind its dots and underscores."""
+    return Markup(escape(name).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>")))
 
 
 def size_change(before: int, after: int) -> tuple[str, str]:

@@ -67,8 +67,9 @@ def average(run: Run, rows: list[Comparison]) -> Comparison | None:
                      for which, value in (("dense", dense), ("compressed", compressed)))
     counts = [row.n for row in seven if row.n is not None]
     found, paired = _difference(run, tuple(SEVEN), before, after, [row.difference for row in seven])
+    chances = [row.chance for row in seven if row.chance is not None]
     return Comparison("average", "seven-task mean", sum(counts) if len(counts) == len(SEVEN) else None, before, after,
-                      found, paired)
+                      found, paired, sum(chances) / len(SEVEN) if len(chances) == len(SEVEN) else None)
 
 
 def other_metrics(measured: Measurements) -> list[Comparison]:

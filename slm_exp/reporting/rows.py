@@ -90,7 +90,8 @@ class Row:
     @cached_property
     def title(self) -> str:
         """The settings in a phrase."""
-        return ", ".join(f"{setting(path)} {value}" for path, value in self.settings.items()) or self.name
+        return ", ".join(f"{setting(path)} {value}" for path, value in self.settings.items()
+                         if value is not None) or self.name
 
     @property
     def brief(self) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 
 from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.format import rounded, with_error
@@ -14,6 +16,9 @@ from slm_exp.runs.statistics.paired import Difference
 from slm_exp.runs.statistics.scores import Estimate
 from slm_exp.runs.statistics.verdict import DESTROYED, RANDOM, times, verdict_of
 
+SCREEN = (24, 100)
+"""Lines and columns."""
+
 
 def summary(finished: JsonObject, folder: Path) -> str:
     """What came of it, first of all: perplexity, average, verdict; then sizes, tasks, time, and where things lie."""
@@ -24,7 +29,8 @@ def summary(finished: JsonObject, folder: Path) -> str:
     removed = f"; removed {plan.removed}" if plan.removed else ""
     note = f" ({record.model.note})" if record.model.note else ""
     first = verdict.sentence if verdict.outcome in (DESTROYED, RANDOM) else ""
-    lines = [f"run {record.run_id} finished in {record.seconds or 0:.0f} s{first and f': {first}'}"]
+    lines = [*([first] if first else []),
+             f"run {record.run_id} finished in {record.seconds or 0:.0f} s"]
     for corpus, value in small.perplexity.items():
         before, ratio = dense.perplexity.get(corpus), verdict.texts.get(corpus)
         lines.append(f"  perplexity {corpus}: {_perplexity(before)} -> {_perplexity(value)}"
@@ -64,9 +70,19 @@ def summary(finished: JsonObject, folder: Path) -> str:
     lines += [_speed(cell) for cell in record.speed.cells]
     slow = sorted(record.stages, key=lambda s: -s.seconds)[:3]
     lines.append("  time       " + ", ".join(f"{s.name} {s.seconds:.0f} s" for s in slow))
-    lines += [f"  warning    {w}" for w in record.warnings]
-    lines.append(f"  report     {folder / 'report.html'}")
-    return "\n".join(lines)
+    return "\n".join([*fitted(lines, [f"  warning    {w}" for w in record.warnings]),
+                      f"  report     {folder / 'report.html'}"])
+
+
+def fitted(lines: Sequence[str], warnings: Sequence[str]) -> list[str]:
+    """What fits on a screen with the report's line: long lines go on below, warnings are cut; what is too much is left
+    out from the end, with a word on how much."""
+    room = SCREEN[0] - 1
+    whole = [part for line in lines for part in (
+        [line] if len(line) <= SCREEN[1] else wrap(line, SCREEN[1], subsequent_indent=" " * 13, drop_whitespace=True))]
+    every = [*whole, *(w if len(w) <= SCREEN[1] else f"{w[: SCREEN[1] - 1]}…" for w in warnings)]
+    return every if len(every) <= room else [
+        *every[: room - 1], f"  ({len(every) - room + 1} more lines on the page)"]
 
 
 def _cost(met: BudgetMet, value: float | None) -> str:

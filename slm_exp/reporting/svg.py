@@ -21,7 +21,13 @@ from markupsafe import Markup, escape
 from slm_exp.core.types import Group
 
 SCALE = ("#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725")
-"""Similarity 0 to 1, viridis: even steps to the eye, also without red or green."""
+"""Viridis: even steps to the eye, also without red or green. Similarity as `shade` places it."""
+KNEE = 0.8
+"""Half of the colours are for similarities above it: that is where layers are merged."""
+RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+FIGURES = "figures"
+"""The folder of `slm report --figures`."""
+SCALE_TICKS = (0.0, 0.4, 0.8, 0.9, 1.0)
 
 
 def tag(element: str, *children: str, **attributes: Any) -> Markup:
@@ -75,7 +81,20 @@ class Axis:
         return height * (1 - self.at(value))
 
     def label(self, tick: float) -> str:
+        if self.log and tick >= 1e5:  # 1, 3 or so times a power of ten
+            power = math.floor(math.log10(tick) + 1e-9)
+            first = round(tick / 10.0**power)
+            return f"{'' if first == 1 else f'{first}·'}10{str(power).translate(RAISED)}"
         return f"{tick:,.0f}" if self.log and tick >= 1 else f"{tick:.{decimals(self.ticks)}f}"
+
+
+def axes(across: Axis, up: Axis, height: float, titles: tuple[str, str], below: float = 38.0) -> list[Markup]:
+    """Gridlines, numbers and titles of both axes: the lower one's `below` the chart, the other one's above it."""
+    return [*(gridline(up.down(tick, height), up.label(tick)) for tick in up.ticks),
+            *(tag("text", across.label(tick), x=across.across(tick), y=height + 18, class_="mid")
+              for tick in across.ticks),
+            tag("text", titles[0], x="50%", y=height + below, class_="mid title"),
+            tag("text", titles[1], x=-38, y=-13, class_="title")]
 
 
 def gridline(y: float, text: str) -> Markup:
@@ -120,7 +139,7 @@ def heatmap(matrix_LL: np.ndarray, frames: Iterable[Frame], label: str, small: b
         small: as one of many pictures; with lines through the pair that is pointed at.
     """
     n = len(matrix_LL)
-    size, left, top, right, bottom = (240.0, 26.0, 4.0, 4.0, 20.0) if small else (380.0, 34.0, 6.0, 6.0, 40.0)
+    size, left, top, right, bottom = (240.0, 40.0, 4.0, 4.0, 34.0) if small else (380.0, 50.0, 6.0, 6.0, 40.0)
     below, beside = (14, 5) if small else (17, 7)
     apart = (5 if n <= 30 else 10 if n <= 60 else 20) if small else 5 if n <= 50 else 10
     cell = size / n
@@ -136,10 +155,11 @@ def heatmap(matrix_LL: np.ndarray, frames: Iterable[Frame], label: str, small: b
         centre = (layer + 0.5) * cell
         parts.append(tag("text", str(layer), x=left + centre, y=top + size + below, class_="mid"))
         parts.append(tag("text", str(layer), x=left - beside, y=top + size - centre, dy="0.35em", class_="end"))
+    middle = top + size / 2
+    parts += [tag("text", "layer", x=left + size / 2, y=top + size + (30 if small else 36), class_="mid title"),
+              tag("text", "layer", x=12, y=middle, class_="mid title", transform=f"rotate(-90 12 {middle:g})")]
     if small:
         parts.append(tag("g", class_="cross", hidden="", data_cell=f"{cell:.6g}"))
-    else:
-        parts.append(tag("text", "layer", x=left + size / 2, y=top + size + 34, class_="mid"))
     return tag("svg", *parts, viewBox=f"0 0 {left + size + right:g} {top + size + bottom:g}", role="img",
                aria_label=label, class_="heatmap sheet" if small else "heatmap", data_left=left, data_top=top,
                data_size=size, data_n=n if small else None)
@@ -151,10 +171,16 @@ def rounded(matrix_LL: np.ndarray) -> list[list[float | None]]:
 
 
 def colour_bar() -> Markup:
-    """The heatmap's scale, 0 to 1."""
-    stops = ", ".join(SCALE)
-    return Markup('<div class="bar" aria-hidden="true"><span>0</span>'
-                  '<i style="background:linear-gradient(90deg, {})"></i><span>1</span></div>').format(stops)
+    """The heat maps' scale, 0 to 1, half of it above `KNEE`."""
+    numbers = Markup("").join(Markup('<span style="left:{:g}%">{:g}</span>').format(100 * shade(tick), tick)
+                              for tick in SCALE_TICKS)
+    return Markup('<div class="bar" aria-hidden="true"><i style="background:linear-gradient(90deg, {})"></i>{}</div>'
+                  ).format(", ".join(SCALE), numbers)
+
+
+def shade(similarity: float | np.ndarray) -> Any:
+    """Where on the colour scale a similarity lies, 0 to 1."""
+    return np.interp(similarity, (0, KNEE, 1), (0, 0.5, 1))
 
 
 def levels(matrix_LL: np.ndarray) -> np.ndarray:
@@ -176,7 +202,7 @@ def pixels(matrix_LL: np.ndarray, x: float, y: float, size: float) -> Markup:
 def _palette() -> bytes:
     """256 colours from 0 to 1, RGB."""
     anchors = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in SCALE], dtype="float64")
-    at, levels = np.linspace(0, 1, len(anchors)), np.linspace(0, 1, 256)
+    at, levels = np.linspace(0, 1, len(anchors)), shade(np.linspace(0, 1, 256))
     colours = np.stack([np.interp(levels, at, anchors[:, i]) for i in range(3)], axis=-1)
     return bytes(colours.round().astype("uint8").tobytes())
 

@@ -99,7 +99,7 @@ for (const table of $$("table.sortable")) {
   for (const head of $$("th[data-sort]", table)) {
     const button = document.createElement("button");
     button.type = "button";
-    button.textContent = head.textContent;
+    button.append(...head.childNodes);
     head.replaceChildren(button);
     head.setAttribute("aria-sort", "none");
     button.addEventListener("click", () => {

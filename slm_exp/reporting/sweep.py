@@ -57,18 +57,25 @@ def is_sweep(folder: Path) -> bool:
         any(folder.glob("*/record.json")) or (folder / "sweep.json").exists())
 
 
-def write_reports(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], verify: bool) -> int:
+def write_reports(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], verify: bool,
+                  figures: bool = False) -> int:
     """`slm report`: a page for every folder, its path on stdout; 1 where one has none, or a run is damaged."""
     status = 0
     for folder in folders:
         wrong = ""
         try:
             if is_sweep(folder):
-                print(write_sweep_report(folder, mixed_protocols, paths, verify))
+                print(write_sweep_report(folder, mixed_protocols, paths, verify, figures))
             else:
                 run = Run.read(folder, verify)
                 print(write_report(folder, run=run))
+                if figures:
+                    from slm_exp.reporting.figures import run_figures  # matplotlib
+
+                    run_figures(run)
                 wrong = run.damage and f"{folder} is damaged: {run.damage}"
+            if figures and (folder / svg.FIGURES).is_dir():
+                print(folder / svg.FIGURES)
         except SlmError as error:
             wrong = str(error)
         if wrong:
@@ -78,13 +85,14 @@ def write_reports(folders: Sequence[Path], mixed_protocols: bool, paths: Sequenc
 
 
 def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Sequence[Path] = (),
-                       verify: bool = False) -> Path:
+                       verify: bool = False, figures: bool = False) -> Path:
     """Write `folder/report.html` from the runs in its subfolders, and a page of every run that has none.
 
     Args:
         mixed_protocols: show averages side by side although they were measured by different protocols; else the page
             shows none and says in what they differ.
         verify: check the digests of large files too.
+        figures: every plot as PDF and SVG in `folder/figures` too.
         paths: path.json files to draw beside the runs, besides those that lie in the folder.
 
     Raises:
@@ -100,23 +108,31 @@ def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Seque
             write_report(row.folder, run=row.run)
     shades = sweep_charts.shades(rows)
     quality = measures.measure(rows)
+    tasks = list(dict.fromkeys(c.task for row in rows for c in row.tasks))
+    seeds = over_seeds(rows)
+    averages = not refused and any(row.average or row.measured.compressed.average is not None for row in rows)
     staircase = sweep_charts.staircase(rows, measures.read_paths(folder, paths), shades)
     page = environment().get_template("sweep.html.j2").render(
         name=folder.resolve().name, rows=rows, columns=list(rows[0].settings) if rows else [], charts=charts, svg=svg,
         counts={state: n for state in STATES if (n := sum(row.state == state for row in rows))},
         refused=refused, plots=[(m, sweep_charts.scatter(m, shades)) for m in quality], shades=shades,
-        shape=sweep_charts.shape, shapes=sweep_charts.shapes(), unit_of=sweep_charts.unit_of, facets=facets(rows),
+        shape=sweep_charts.shape, shapes=sweep_charts.shapes(), averages=averages, facets=facets(rows),
         staircase=staircase, atlas=atlas.gather(rows), strip=atlas.strip, bar=sweep_charts.interval,
-        reach=sweep_charts.reach(rows), tasks=list(dict.fromkeys(c.task for row in rows for c in row.tasks)),
+        reach=sweep_charts.reach(rows), tasks=tasks, compared=[*(["average"] if averages else []), *tasks],
         corpora=list(dict.fromkeys(c for row in rows for side in row.measured.both for c in side.perplexity)),
         troubles=troubles(rows), resume=resume_command(folder, sweep),
         stages=stage_costs(rows), warnings=warnings(rows), origin=origin(rows),
         command=shlex.join(["python", "-m", "slm_exp", "-m", *sweep.argv]) if sweep else "", about=about(rows),
-        seeds=over_seeds(rows), numbers=list(NUMBERS), with_error=with_error, bound=sweep_charts.bound,
+        seeds=seeds, numbers=[n for n in NUMBERS if any(n in group.numbers for group in seeds)],
+        with_error=with_error, bound=sweep_charts.bound,
         zeroed=any(row.params.zeroed for row in rows),
         unverified=say_unverified(row.run for row in rows if row.run))
     path = folder / "report.html"
     write_text(path, page)
+    if figures:
+        from slm_exp.reporting.figures import sweep_figures
+
+        sweep_figures(folder, rows, staircase.paths if staircase else ())
     return path
 
 

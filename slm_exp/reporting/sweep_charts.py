@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from markupsafe import Markup
 
+from slm_exp.reporting import svg
 from slm_exp.reporting.measures import Measure, PathPlan, Point, ThresholdPath
 from slm_exp.reporting.page import size_change
 from slm_exp.reporting.results import Comparison
 from slm_exp.reporting.rows import Row, facets
-from slm_exp.reporting.svg import Axis, gridline, tag
+from slm_exp.reporting.svg import Axis, tag
 
 HEIGHT = 270.0
 SHAPES = ('<circle r="5"/>', *(f'<path d="{d}"/>' for d in (
@@ -28,6 +29,8 @@ SHAPES = ('<circle r="5"/>', *(f'<path d="{d}"/>' for d in (
 """So many values of a setting have marks of their own, told apart by shape as well as by colour."""
 FEW = 24
 """Up to so many marks show their intervals all the time; of more, only the one pointed at."""
+TOUCH, WIDE = 6.0, 54.0
+"""Pixels: marks nearer to each other than one are set apart, over the other at most."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,12 @@ def shape(k: int) -> Markup:
 def scatter(measure: Measure, shades: Shades) -> Markup:
     """A quality over the number of parameters, one linked mark a run, the front of those that no other beats."""
     points = measure.points
-    _, factor = unit_of(points)
+    unit, factor = unit_of(points)
     across = Axis([p.params / factor for p in points])
-    shown = [p.value for p in points]
-    if len(points) <= FEW and not Axis(shown, log=not measure.higher_is_better).log:
-        shown += [end for p in points for end in p.interval or ()]
+    shown = [p.value for p in points] + ([] if measure.chance is None else [measure.chance])
+    log = Axis(shown, log=not measure.higher_is_better).log
+    if len(points) <= FEW:
+        shown += [end for p in points for end in p.interval or () if end > 0 or not log]
     up = Axis(shown, log=not measure.higher_is_better)
 
     y = partial(up.down, height=HEIGHT)
@@ -81,26 +85,57 @@ def scatter(measure: Measure, shades: Shades) -> Markup:
     def x(params: float) -> str:
         return across.across(params / factor)
 
-    parts = [gridline(y(tick), up.label(tick)) for tick in up.ticks]
     dense = {p.params for p in points if p.row is None}
     close = across.high - across.low < 0.15 * across.high
+    of = f"parameters{unit}; share removed" if len(dense) == 1 else f"parameters{unit}"
+    parts = svg.axes(across, up, HEIGHT, (of, f"{measure.name}, {measure.unit}{', logarithmic' if up.log else ''}"),
+                     below=51.0 if len(dense) == 1 else 38.0)
     for tick in across.ticks:
         at = across.across(tick)
-        parts.append(tag("text", f"{across.label(tick)}", x=at, y=HEIGHT + 18, class_="mid"))
         if len(dense) == 1:
             removed = 100 * (1 - tick * factor / next(iter(dense)))
             text = f"−{removed:.{int(close)}f} %" if removed > 0.05 else "" if removed < -0.05 else "0 %"
             parts.append(tag("text", text, x=at, y=HEIGHT + 33, class_="mid second"))
+    if measure.chance is not None:
+        parts += [tag("line", x1="0", x2="100%", y1=y(measure.chance), y2=y(measure.chance), class_="chance"),
+                  tag("text", f"chance {measure.chance:.1f}", x="100%", y=y(measure.chance) - 6, class_="end clear")]
     front = measure.front
     for here, after in itertools.pairwise(front):  # a staircase: the smaller model is the best up to there
         x1, x2, y1, y2 = x(here.params), x(after.params), y(here.value), y(after.value)
         parts.append(tag("line", x1=x1, x2=x2, y1=y1, y2=y1, class_="front"))
         parts.append(tag("line", x1=x2, x2=x2, y1=y1, y2=y2, class_="front"))
-    parts += [_mark(point, measure, shades, x(point.params), y, few=len(points) <= FEW)
-              for point in sorted(points, key=lambda p: (p.row is not None, p.params, p.value))]
-    label = (f"{measure.name} ({measure.unit}) over parameters: {sum(p.row is not None for p in points)} runs, "
-             f"{len(front)} models on the front. The front stands below as a table.")
+    ordered = sorted(points, key=lambda p: (p.row is not None, p.params, p.value))
+    parts += [_aside(_mark(point, measure, shades, x(point.params), y, few=len(points) <= FEW), dx)
+              for point, dx in zip(ordered, apart([(p.params, y(p.value)) for p in ordered]), strict=True)]
+    label = f"{measure.name} ({measure.unit}) over parameters: {sum(p.row is not None for p in points)} runs"
+    label += "." if measure.criterion else (f", {len(front)} models on the front. The front stands below as a table.")
     return tag("svg", *parts, width="100%", height=HEIGHT, role="group", class_="chart points", aria_label=label)
+
+
+def apart(places: Sequence[tuple[int, float]]) -> list[float]:
+    """How far to the side each mark is drawn so that those at one place stand beside each other; pixels.
+
+    Args:
+        places: column and pixels from the top of every mark.
+    """
+    out = [0.0] * len(places)
+    order = sorted(range(len(places)), key=lambda k: places[k])
+    for _, column in itertools.groupby(order, key=lambda k: places[k][0]):
+        together: list[list[int]] = []
+        for k in column:
+            if together and places[k][1] - places[together[-1][-1]][1] < TOUCH:
+                together[-1].append(k)
+            else:
+                together.append([k])
+        for some in together:
+            step = min(9.0, WIDE / len(some))
+            for number, k in enumerate(some):
+                out[k] = step * (number - (len(some) - 1) / 2)
+    return out
+
+
+def _aside(mark: Markup, dx: float) -> Markup:
+    return tag("g", mark, transform=f"translate({dx:g} 0)") if dx else mark
 
 
 def unit_of(points: Sequence[Point]) -> tuple[str, float]:
@@ -183,15 +218,14 @@ def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shade
     up = Axis([min(sizes) - 1, *sizes], whole=True)  # no mark on the line with the thresholds
     pitch = HEIGHT / max(1.0, up.high - up.low)
     count = max((s.series for s in steps), default=0) + 1
-    apart = min(4.0, 0.7 * pitch / max(1, count - 1))
+    gap = min(4.0, 0.7 * pitch / max(1, count - 1))
 
     x = across.across
 
     def y(n_layers: float, series: int | None = None) -> float:
-        return up.down(n_layers, HEIGHT) + (0 if series is None else apart * (series - (count - 1) / 2))
+        return up.down(n_layers, HEIGHT) + (0 if series is None else gap * (series - (count - 1) / 2))
 
-    parts = [gridline(y(tick), f"{tick:g}") for tick in up.ticks]
-    parts += [tag("text", across.label(t), x=x(t), y=HEIGHT + 18, class_="mid") for t in across.ticks]
+    parts = svg.axes(across, up, HEIGHT, ("threshold", "layers left"))
     for path in drawn:
         parts.append(tag("g", tag("title", f"{path.source}: {len(path.plans)} plans, {path.member('merge_rule')} by "
                                               f"{path.member('similarity')}"),
@@ -215,7 +249,7 @@ def _steps(rows: Sequence[Row]) -> list[Step]:
     out = []
     for row in rows:
         plan, method = row.plan, row.record.member("method")
-        if plan is None or plan.threshold is None or method.get("name") != "slm":
+        if plan is None or plan.threshold is None or method.get("name") != "slm" or sized(method):
             continue
         low = high = plan.threshold
         if plan.trace and not method.get("screen_dtype"):  # a screen decides on scores that are not exact
@@ -226,6 +260,11 @@ def _steps(rows: Sequence[Row]) -> list[Step]:
         others = tuple(repr(v) for path, v in row.settings.items() if path != "method/threshold")
         out.append(Step(row, plan.threshold, low, high, plan.n_layers_out, series.setdefault(others, len(series))))
     return sorted(out, key=lambda s: (s.series, s.threshold))
+
+
+def sized(method: Mapping[str, Any]) -> bool:
+    """Whether a size was requested, so that the threshold was found and nobody's choice."""
+    return any(name.startswith("target_") and value is not None for name, value in method.items())
 
 
 def _stairs(plans: Sequence[PathPlan], x: Callable[[float], str], y: Callable[[float], float]) -> list[Markup]:

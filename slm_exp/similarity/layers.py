@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tqdm import tqdm
-
 from slm_exp.core.errors import NOT_FINITE, DataError
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity
 from slm_exp.kernels.base import Kernel
@@ -25,6 +23,7 @@ def layer_similarity(handle: ModelHandle, tokens: CalibrationTokens, kernel: Ker
     """
     import torch
 
+    from slm_exp.engine.progress import ticking
     from slm_exp.engine.runner import BlockRunner, Slot
 
     n_samples, n_tokens = tokens.tokens_NT.shape
@@ -33,7 +32,7 @@ def layer_similarity(handle: ModelHandle, tokens: CalibrationTokens, kernel: Ker
     passes = [parts[i : i + per_pass] for i in range(0, len(parts), per_pass)]
     runner = BlockRunner(handle, tokens.tokens_NT)
     hsic_LL = torch.zeros(handle.n_layers, handle.n_layers, dtype=torch.float64)
-    with torch.inference_mode(), tqdm(total=len(passes) * handle.n_layers, desc="similarity", unit="layer") as bar:
+    with torch.inference_mode(), ticking("layers", len(passes) * handle.n_layers, "layer") as tick:
         for some in passes:
             h_NTD = runner.embed()
             grams_LF = torch.empty(handle.n_layers, sum(len(p) ** 2 for p in some), dtype=torch.float64,
@@ -45,7 +44,7 @@ def layer_similarity(handle: ModelHandle, tokens: CalibrationTokens, kernel: Ker
                                     f"{NOT_FINITE}")
                 rows = token_rows(h_NTD, similarity.skip_first_token)
                 grams_LF[i] = fingerprint(rows, kernel, some, similarity.estimator)
-                bar.update()
+                tick()
             hsic_LL += (grams_LF @ grams_LF.mT).cpu()
     return LayerSimilarity(normalised(hsic_LL).float().numpy(), kernel.name, similarity.estimator,
                            similarity.skip_first_token, similarity.batch)

@@ -11,6 +11,7 @@ import io
 import re
 import unicodedata
 from collections.abc import Callable
+from importlib.resources import files
 from typing import NamedTuple
 
 from markupsafe import escape
@@ -141,7 +142,7 @@ def html(grid: Grid) -> str:
     marks = {BEST: "<b>{}</b>", SECOND: "<u>{}</u>", TIED: "{}°"}
     drawn = Drawn(grid, Style(_html, lambda command: f"<code>{_html(command)}</code>", marks, " <small>± {}</small>"))
     heads = "".join(f'<th scope="col">{c}</th>' for c in drawn.columns)
-    parts = [f"<h1>{drawn.title}</h1>", "<table>", f"<thead><tr>{heads}</tr></thead>"]
+    parts = [f"<h1>{drawn.title}</h1>", '<div class="scroll"><table>', f"<thead><tr>{heads}</tr></thead>"]
     for label, rows in drawn.blocks:
         parts.append("<tbody>")
         if label:
@@ -150,12 +151,20 @@ def html(grid: Grid) -> str:
             cells = "".join(f"<td>{cell}</td>" for cell in row)
             parts.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
         parts.append("</tbody>")
-    parts += ["</table>", "<ul>" + "".join(f"<li>{note}</li>" for note in (*drawn.legend, *drawn.notes)) + "</ul>"]
+    notes = "".join(f"<li>{note}</li>" for note in (*drawn.legend, *drawn.notes))
+    parts += ["</table></div>", f"<ul>{notes}</ul>"]
     if drawn.gaps:
         parts.append(f"<h2>Missing</h2><ul>{''.join(f'<li>{gap}</li>' for gap in drawn.gaps)}</ul>")
-    body = "\n".join(parts)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{drawn.title}</title>\n'
-            f"<style>{CSS}</style></head><body>\n{body}\n</body></html>\n")
+    return page(drawn.title, "\n".join(parts))
+
+
+def page(title: str, body: str) -> str:
+    """A self-contained page in which a table that is too wide is shown row by row, as on the pages of runs."""
+    css, script = (files("slm_exp.reporting").joinpath(f"tables.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{title}</title>\n<style>{CSS}{css}</style></head><body>\n{body}\n"
+            f"<script>\n{script}</script></body></html>\n")
 
 
 def _html(text: str) -> str:
@@ -163,10 +172,12 @@ def _html(text: str) -> str:
 
 
 CSS = """
-:root { color-scheme: light dark }
+:root { color-scheme: light dark; --soft: #59626d; --line: #dcd9d2 }
+@media (prefers-color-scheme: dark) { :root { --soft: #a3abb4; --line: #343a41 } }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem }
 h1 { font-size: 1.3rem } h2 { font-size: 1.1rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums } .scroll { overflow-x: auto; position: relative }
+body { overflow-wrap: anywhere }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; font-weight: normal }
 th[scope=row], th[scope=rowgroup], th:first-child { text-align: left }
 thead { border-top: 2px solid; border-bottom: 1px solid } tbody { border-bottom: 1px solid }

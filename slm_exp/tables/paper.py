@@ -15,7 +15,7 @@ from slm_exp.reporting.heatmap import heatmap
 from slm_exp.runs.statistics.runs import Measured
 from slm_exp.tables.definition import Table, parameters, read_table, table_names
 from slm_exp.tables.facts import Params
-from slm_exp.tables.formats import CSS, FORMATS
+from slm_exp.tables.formats import FORMATS, page
 from slm_exp.tables.grid import Grid, fill, missing_commands
 from slm_exp.tables.records import Finder
 
@@ -112,10 +112,9 @@ def _page(drawn: Sequence[Drawn], out: Path, costs: Mapping[str, str]) -> str:
                     f"<td>{html.escape(costs.get(one.table.name, ''))}</td></tr>")
     heads = "".join(f'<th scope="col">{h}</th>' for h in ("table", "rows filled", "files", "figures", "what it costs"))
     title = f"Tables of {html.escape(str(drawn[0].table.params.get('named')))}"
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n<style>{CSS}</style>'
-            f"</head><body>\n<h1>{title}</h1>\n<table><thead><tr>{heads}</tr></thead>\n<tbody>\n" + "\n".join(rows) +
-            '\n</tbody></table>\n<p><a href="paper.tex">paper.tex</a> sets all tables; <a href="missing.sh">missing.sh'
-            "</a> has the commands of what is missing.</p>\n</body></html>\n")
+    return page(title, f'<h1>{title}</h1>\n<div class="scroll"><table><thead><tr>{heads}</tr></thead>\n<tbody>\n'
+                + "\n".join(rows) + '\n</tbody></table></div>\n<p><a href="paper.tex">paper.tex</a> sets all tables; '
+                '<a href="missing.sh">missing.sh</a> has the commands of what is missing.</p>')
 
 
 def _figures(table: Table, grid: Grid, runs: Sequence[Measured], out: Path) -> list[Path]:

@@ -14,12 +14,23 @@ import pytest
 from builders.pages import make_sweep, page_run
 from chromium import Page
 
+from slm_exp.cli import tables
 from slm_exp.reporting.page import write_report
 from slm_exp.reporting.sweep import write_sweep_report
 
 pytestmark = [pytest.mark.browser,
               pytest.mark.skipif(chromium.find() is None, reason="needs chromium (apt-get install chromium)")]
-WIDTHS = (1280, 400)
+WIDTHS = (1280, 800, 400)
+CLIPPED = """(() => {
+    const wide = [...document.querySelectorAll(".scroll")].filter(box => box.scrollWidth > box.clientWidth + 1)
+        .map(box => box.getAttribute("aria-label") || box.textContent.slice(0, 40));
+    const out = [...document.querySelectorAll("svg text, th, td, output")].filter(e => {
+        const box = e.getBoundingClientRect();
+        return box.width > 1 && (box.left < -0.5 || box.right > innerWidth + 0.5);
+    }).map(e => e.textContent);
+    return [...wide, ...out];
+})()"""
+"""What a reader has to scroll sideways for, or cannot see at all."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +54,7 @@ def page(window: Page, sweep: Path) -> Iterator[Page]:
     window.open(sweep / "report.html")
     yield window
     assert window.complaints == []
-    assert all(address.startswith(("data:", sweep.as_uri())) for address in window.loaded), window.loaded
+    assert all(address.startswith(("data:", sweep.parent.as_uri())) for address in window.loaded), window.loaded
 
 
 def column(page: Page, name: str, table: str = "table-runs") -> list[str]:
@@ -199,11 +210,40 @@ def test_the_skip_link_comes_first(page: Page) -> None:
     assert page.js("location.hash") == "#main"
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_clipped_and_no_mark_covers_another(page: Page, sweep: Path, width: int) -> None:
+    assert tables.main(["sweep", str(sweep), "--format", "html,md", "--out", str(sweep.parent)]) == 0
+    runs = [write_report(page_run(sweep.parent / kind, kind)) for kind in ("finished", "recovered", "baseline")]
+    for path in (sweep / "report.html", *runs, sweep.parent / "sweep.html"):
+        page.open(path, width)
+        assert page.js(CLIPPED) == [], path
+        page.js("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+        page.js("new Promise(done => setTimeout(done, 50))")
+        assert page.js(CLIPPED) == [], path
+        touching = page.js("""[...document.querySelectorAll("#quality svg.points")].flatMap(chart => {
+            const marks = [...chart.querySelectorAll("a.point use")].map(u => u.getBoundingClientRect());
+            return marks.flatMap((a, i) => marks.slice(i + 1).filter(b =>
+                Math.abs(a.x - b.x) < 2 && Math.abs(a.y - b.y) < 2).map(b => [a.x, a.y]));
+        })""")
+        assert touching == [], path
+
+
+def test_a_table_row_by_row_keeps_its_headings_its_sorting_and_its_roles(page: Page, sweep: Path) -> None:
+    page.open(sweep / "report.html", 400)
+    assert page.js("document.querySelector('#table-runs').closest('.scroll').classList.contains('stacked')")
+    labels = page.js("[...document.querySelector('#table-runs tbody tr').cells].slice(1).map(td => td.dataset.label)")
+    assert [label.replace("\u200b", "") for label in labels[:3]] == ["kernel", "method.threshold", "merge_rule"]
+    assert page.js("document.querySelector('#table-runs').getAttribute('role')") == "table"
+    button = heading(page, "Average")
+    page.click(button)
+    assert numbers(column(page, "Average")) == sorted(numbers(column(page, "Average")))
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_nothing_is_wider_than_the_window(page: Page, sweep: Path, tmp_path: Path, width: int, dark: bool) -> None:
     kinds = ("finished", "failed", "running", "baseline", "bare")
-    for path in [sweep / "report.html"] + [write_report(page_run(sweep / f"{kind}-run", kind)) for kind in kinds]:
+    for path in [sweep / "report.html"] + [write_report(page_run(sweep.parent / kind, kind)) for kind in kinds]:
         page.open(path, width, dark=dark)
         wide = page.js("document.documentElement.scrollWidth")
         assert wide <= width, f"{path.parent.name} is {wide} px wide"

@@ -87,7 +87,7 @@ def test_every_task_has_its_row(page: Page) -> None:
     assert list(rows) == [*TASKS, "averageseven-task mean, n = 140"]
     assert rows["boolq"] == ["50.0", "60 ± 11", "55 ± 11", "−5 ± 5"]
     assert rows["hellaswag"] == ["25.0", "40 ± 11", "35 ± 11", "−5 ± 9"]
-    assert rows["averageseven-task mean, n = 140"] == ["–", "49 ± 4", "44 ± 4", "−5.0 ± 2.7"]
+    assert rows["averageseven-task mean, n = 140"] == ["35.7", "49 ± 4", "44 ± 4", "−5.0 ± 2.7"]
     assert table(page, "Perplexity") == [["wikitext2", "57.31", "81.94", "1.430 ± 0.018"]]
 
 
@@ -158,14 +158,72 @@ def test_a_plan_that_only_narrows_says_so() -> None:
         "Layers narrowed by 20.0 % of their parameters (flap).")
 
 
-def test_every_candidate_is_a_mark_on_its_side_of_the_threshold(page: Page) -> None:
-    (line,) = page.all("line", "threshold")
-    marks = [e for e in page.all("use") if e["attrs"]["href"] in ("#mark-accepted", "#mark-rejected")]
+def test_every_candidate_is_a_mark_on_its_side_of_the_threshold_over_its_layers(page: Page) -> None:
     trace = plan().trace
-    assert len(marks) == len(trace) == len(table(page, "Candidates in the order tried"))
-    for mark, trial in zip(marks, trace, strict=True):
+    assert len(table(page, "Candidates in the order tried")) == len(trace)
+    whole = Page(str(charts.candidates(plan())))
+    (line,) = whole.all("line", "threshold")
+    marks, reaches = whole.all("use"), whole.all("line", "reach")
+    assert len(marks) == len(reaches) == len(trace)
+    for mark, reach, trial in zip(marks, reaches, trace, strict=True):
         above = float(mark["attrs"]["y"]) < float(line["attrs"]["y1"])
         assert above == trial.accepted == (mark["attrs"]["class"] == "accepted")
+        ends = [float(reach["attrs"][x].rstrip("%")) for x in ("x1", "x2")]
+        assert ends == pytest.approx([100 * trial.low / 30, 100 * trial.high / 30], abs=0.01)
+
+
+def test_the_closest_decisions_are_enlarged(page: Page) -> None:
+    near = charts.near_threshold(plan())
+    assert near
+    inside = [t for t in plan().trace if near[0] <= t.score <= near[1]]
+    assert 6 <= len(inside) < len(plan().trace) / 2
+    assert len(Page(str(charts.candidates(plan(), near))).all("use")) == len(inside)
+    assert len(page.all("svg", "chart")) == 2 + len(TASKS) + 2  # both pictures; a line a task, the average, the axis
+    assert charts.near_threshold(plan(threshold=None)) is None
+    assert charts.near_threshold(plan(trace=tuple(Trial(i, i, 0.84 + 0.01 * i, i > 6) for i in range(12)))) is None
+
+
+@pytest.mark.parametrize("kind", ["finished", "recovered"])
+def test_every_plot_names_its_axes(kind: str, tmp_path: Path) -> None:
+    page = of(kind, tmp_path)
+    names = page.text("text", "title")
+    assert names.count("layer") == 2  # the heat map's
+    assert "accuracy, %" in names
+    assert {"layers of the candidate, the mark at the lowest", "score, flat_cosine"} <= set(names)
+    assert ({"optimiser steps", "loss, nats a token"} <= set(names)) == (kind == "recovered")
+
+
+def test_half_of_the_colours_are_for_similarities_above_the_knee() -> None:
+    assert svg.shade(svg.KNEE) == 0.5
+    palette = np.frombuffer(svg._palette(), "uint8").reshape(256, 3).astype(int)
+    steps = [np.abs(palette[b] - palette[a]).sum() for a, b in ((round(255 * 0.8), round(255 * 0.9)), (0, 26))]
+    assert steps[0] > 2 * steps[1]  # a tenth of similarity: above the knee and at the lower end
+
+
+def test_what_is_not_on_the_page_is_said_with_its_reason(tmp_path: Path) -> None:
+    def absent(page: Page) -> str:
+        return " ".join(e["text"] for e in page.all("section") if e["attrs"].get("id") == "left-out")
+
+    assert absent(of("finished", tmp_path / "whole")) == ""
+    assert "shortgpt kept no scores" in absent(of("baseline", tmp_path / "baseline"))
+    failed = absent(of("failed", tmp_path / "failed"))
+    assert "nothing was measured of the compressed model; it ended in stage evaluate" in failed
+    bare = absent(of("bare", tmp_path / "bare"))
+    assert "Plan: " in bare
+    assert "Layer similarity: " in bare
+
+
+def test_a_picture_that_cannot_be_drawn_says_why_and_the_page_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def candidates(*_: object) -> None:
+        raise ValueError("no such <score>")
+
+    monkeypatch.setattr(charts, "candidates", candidates)
+    page = Page(write_report(page_run(tmp_path)).read_text())
+    said = "This picture could not be drawn (ValueError: no such <score>). The numbers are in record.json."
+    assert page.text("p", "said")[:2] == [said, said]
+    assert page.all("svg", "stack")
 
 
 def test_heatmap_pixels_are_the_matrix_with_layer_0_below_left() -> None:
@@ -184,7 +242,7 @@ def test_heatmap_pixels_are_the_matrix_with_layer_0_below_left() -> None:
     frame = re.search(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)" class="frame"', drawn)
     assert frame
     x, y, width, height = map(float, frame.groups())
-    assert (x, y + height) == pytest.approx((34, 386))
+    assert (x, y + height) == pytest.approx((50, 386))
     assert width == height == pytest.approx(380 * 2 / 3, abs=0.01)
 
 

@@ -12,7 +12,7 @@ from builders.records import change_record, make_run
 from slm_exp.cli.main import main
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.reporting.page import write_report
-from slm_exp.reporting.summary import summary
+from slm_exp.reporting.summary import SCREEN, fitted, summary
 from slm_exp.runs.record import Run
 from slm_exp.runs.statistics.runs import Measured, difference
 from slm_exp.runs.statistics.verdict import judge_run, verdict_of
@@ -33,7 +33,7 @@ def test_perplexity_average_and_verdict_come_first(tmp_path: Path) -> None:
 
 def test_a_destroyed_model_says_so_in_its_first_line(tmp_path: Path) -> None:
     folder = make_run(tmp_path, ["seed=2"], 0.6, ratio=40.0)
-    assert said(folder)[0].endswith(" s: destroyed: perplexity is 40 times the dense model's")
+    assert said(folder)[0].endswith("destroyed: perplexity is 40 times the dense model's")
     html = write_report(folder).read_text()
     assert '<p class="verdict destroyed">Destroyed: perplexity is 40 times' in html
     assert html.index('<p class="verdict') < html.index('<p class="lede"')
@@ -97,3 +97,16 @@ def test_runs_of_other_seeds_are_one_row_of_a_sweep(tmp_path: Path, capsys: pyte
     assert html.count("<td data-value=\"3\">3</td>") == 2
     assert "Means over seeds" in html
     assert len(SEVEN) == 7
+
+
+def test_the_summary_fits_on_a_screen() -> None:
+    lines, warnings = [f"line {i}" for i in range(20)], [f"warning {i} " + "x" * 200 for i in range(9)]
+    assert fitted(lines, []) == lines
+    kept = fitted(lines, warnings)
+    assert len(kept) + 1 == SCREEN[0]  # the report's path comes last
+    assert max(map(len, kept)) <= SCREEN[1]
+    assert kept[:20] == lines
+    assert kept[-1] == "  (7 more lines on the page)"
+    long = fitted(["  verdict    " + "word " * 40], [])
+    assert max(map(len, long)) <= SCREEN[1]
+    assert " ".join(long).split() == ["verdict", *["word"] * 40]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders.pages import KERNELS, make_cell, make_sweep, page_run
+from builders.pages import KERNELS, make_cell, make_sweep, page_run, similarity
 from builders.records import L
 from pages import Page, table
 
@@ -19,9 +19,9 @@ from slm_exp.cli import report
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import write_json
 from slm_exp.core.types import LayerSimilarity, MergePlan, Sublayer
-from slm_exp.reporting import atlas, svg, sweep_charts
+from slm_exp.reporting import atlas, measures, svg, sweep_charts
 from slm_exp.reporting.measures import Point, _with_front
-from slm_exp.reporting.rows import read_rows
+from slm_exp.reporting.rows import in_order, read_rows, with_results
 from slm_exp.reporting.sweep import is_sweep, write_sweep_report
 from slm_exp.runs.sweep import SweepFolder
 
@@ -202,6 +202,58 @@ def test_the_front_is_what_no_other_model_beats() -> None:
             assert point.front == (not any(beats(other) for other in points))
 
 
+def test_no_front_is_drawn_on_what_searches_select_by(grid: Path, page: Page) -> None:
+    found = {m.name: m for m in measures.measure([with_results(row) for row in read_rows(grid)[1]])}
+    assert found["Similarity to dense, flat_cosine"].front == []
+    assert found["Perplexity, wikitext2"].front
+    assert len([e for e in page.all("summary") if e["text"] == "The front as a table"]) == 2
+    assert any("so no front is drawn" in text for text in page.text("figcaption"))
+
+
+def test_marks_at_one_place_stand_beside_each_other() -> None:
+    places = [(9, 10.0), (9, 100.0), (9, 12.0), (9, 11.0), (8, 10.0)]
+    out = sweep_charts.apart(places)
+    assert (out[1], out[4]) == (0, 0)
+    together = sorted((out[0], out[2], out[3]))
+    assert sum(together) == pytest.approx(0)
+    assert min(b - a for a, b in itertools.pairwise(together)) >= sweep_charts.TOUCH
+    assert max(map(abs, sweep_charts.apart([(0, 0.0)] * 50))) <= sweep_charts.WIDE / 2
+
+
+def test_perplexities_have_the_error_of_their_ratio_and_averages_the_chance(grid: Path, page: Page) -> None:
+    rows = [with_results(row) for row in read_rows(grid)[1]]
+    found = {m.key: m for m in measures.measure(rows)}
+    points = [p for p in found["perplexity-wikitext2"].points if p.row]
+    for point in points:
+        assert point.row
+        ratio = point.row.verdict.texts["wikitext2"]
+        assert ratio.stderr
+        assert point.stderr == pytest.approx(point.value / ratio.value * ratio.stderr)
+    assert found["average"].chance == pytest.approx(100 * (3 * 0.5 + 4 * 0.25) / 7)
+    assert len(page.all("line", "whisker")) > len(points)
+    assert len(page.all("line", "chance")) == 1
+
+
+def test_a_sweep_over_sizes_has_no_staircase_and_one_without_averages_no_such_columns(tmp_path: Path) -> None:
+    folder = sweep(tmp_path)
+
+    def sized(record: dict[str, Any]) -> None:
+        record["config"]["method"] |= {"threshold": None, "target_layers": 27}
+        record["verdict"] = None
+        for side in filter(None, record["eval"].values()):
+            side["tasks"] = {"boolq": side["tasks"]["boolq"]}
+            side["average"] = None
+
+    for run in folder.glob("*/record.json"):
+        edit(run.parent, sized)
+    page = Page(write_sweep_report(folder).read_text())
+    assert not [e for e in page.all("section") if e["attrs"].get("id") == "staircase"]
+    heads = page.text("th")
+    assert "Average" not in heads
+    assert "average" not in heads
+    assert "boolq" in heads
+
+
 def test_a_step_covers_exactly_the_thresholds_that_decide_alike(grid: Path) -> None:
     _, rows = read_rows(grid)
     found = {step.row.name: step for step in sweep_charts._steps(rows)}
@@ -244,9 +296,19 @@ def test_equal_matrices_and_equal_plans_are_shown_once(grid: Path, page: Page) -
     effects = [(s.plan.groups, s.plan.dropped) for s in found.shapes]
     assert len(effects) == len(set(effects)) > 1
     assert len(page.all("svg", "sheet")) == len(KERNELS)
+    assert {sheet.name for sheet in found.sheets} == {f"{kernel} kernel" for kernel in KERNELS}
     framed = {key for e in page.all("g", "window") for key in e["attrs"]["data-plans"].split()}
     assert framed == {s.key for s in found.shapes if s.plan.groups}
     assert {e["attrs"]["data-plan"] for e in page.all("button", "alone")} == {s.key for s in found.shapes}
+
+
+def test_a_sheet_is_named_by_the_setting_that_varies(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run = make_cell(tmp_path / str(seed), 0.9, "mean", "rbf").rename(tmp_path / f"run{seed}")
+        similarity("rbf", 1 + seed).save(run)
+        edit(run, lambda record, seed=seed: record["config"].update(calibration={"n_samples": 10 + seed}))
+    names = [sheet.name for sheet in atlas.gather(in_order(read_rows(tmp_path)[1])).sheets]
+    assert names == ["rbf kernel, calibration.n_samples 10", "rbf kernel, calibration.n_samples 11"]
 
 
 def test_a_matrix_is_read_back_to_a_255th(tmp_path: Path) -> None:
@@ -321,3 +383,6 @@ def test_axes_hold_their_values_and_are_logarithmic_only_over_decades() -> None:
         assert 0 <= axis.at(low) < axis.at(high) <= 1
         assert 2 <= len(axis.ticks) <= 10
     assert not svg.Axis([0, 1e6], log=True).log
+    wide = svg.Axis([10, 3e11], log=True)
+    assert max(len(wide.label(tick)) for tick in wide.ticks) <= 6
+    assert [wide.label(tick) for tick in (1e4, 1e5, 3e11)] == ["10,000", "10⁵", "3·10¹¹"]

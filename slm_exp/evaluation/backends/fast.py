@@ -28,11 +28,11 @@ from transformers import DynamicCache, PreTrainedModel
 from slm_exp.core.errors import ArchitectureError, DataError
 from slm_exp.engine.calls import STATES_BYTES, entering, in_step, streams
 from slm_exp.engine.fused import fused_layer, supported
+from slm_exp.engine.progress import advancing
 from slm_exp.evaluation.backends.decoding import Prompt, agrees, continue_greedily, stop_ids, together, unusual
 from slm_exp.evaluation.backends.hflm import CheckedHFLM, make_room, refuse_broken
 from slm_exp.evaluation.backends.shared import Shared, window_of
 from slm_exp.evaluation.backends.trees import Request, Tree, common_prefix, grow
-from slm_exp.evaluation.progress import WRITING_S, progress
 from slm_exp.models.layouts import layout_for
 from slm_exp.models.streaming import shells
 
@@ -194,7 +194,7 @@ class FastLM(CheckedHFLM):
         most = self.trees_per_batch or ROWS_AT_ONCE
         rooms = sum(p.prompt.room for p in prompts)
         what = f"greedy answers to {len(prompts)} prompts, at most"
-        with progress(what, rooms, "token", disable_tqdm, WRITING_S) as advance:
+        with advancing(what, rooms, "token", disable_tqdm) as advance:
             for left, start in together(self.model, [p.prompt for p in prompts]):
                 checked = False
                 while left:
@@ -264,14 +264,14 @@ class FastLM(CheckedHFLM):
         left = deque(trees)
         tokens = sum(map(len, trees)) + sum(map(len, {tree.trunk for tree in trees}))
         if streams(self.model):
-            with torch.inference_mode(), self._forward.ready(), progress(what, tokens, "token", disable) as advance:
+            with torch.inference_mode(), self._forward.ready(), advancing(what, tokens, "token", disable) as advance:
                 for some in self._forward.groups(trees, self.nodes_per_batch):
                     calls = [self._forward.inputs(batch) for batch in some]
                     for batch, h_BTD in zip(some, in_step(self.model, calls), strict=True):
                         yield _score(self._forward, batch, h_BTD)
                         advance(sum(map(len, batch)))
             return
-        with torch.inference_mode(), self._forward.ready(), progress(what, tokens, "token", disable) as advance:
+        with torch.inference_mode(), self._forward.ready(), advancing(what, tokens, "token", disable) as advance:
             while left:
                 rows = max(1, self.nodes_per_batch // len(left[0]))
                 batch = [left.popleft()]

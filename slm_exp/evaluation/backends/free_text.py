@@ -5,9 +5,9 @@ from __future__ import annotations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slm_exp.core.errors import DataError
+from slm_exp.engine.progress import advancing
 from slm_exp.evaluation.backends.decoding import Prompt, continue_greedily, stop_ids
 from slm_exp.evaluation.free_text import NEW, health, openings
-from slm_exp.evaluation.progress import WRITING_S, progress
 from slm_exp.evaluation.report import FreeText, Row
 
 ROWS = 16
@@ -26,7 +26,7 @@ def write_freely(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bat
     ends, asked = stop_ids(model, tokenizer.eos_token_id), [tuple(tokenizer(prompt).input_ids) for prompt in prompts]
     answers: list[list[int]] = []
     what = f"free text after {len(asked)} openings, at most"
-    with progress(what, NEW * len(asked), "token", measured_s=WRITING_S) as advance:
+    with advancing(what, NEW * len(asked), "token") as advance:
         for start in range(0, len(asked), batch_size or ROWS):
             some = [Prompt(tokens, NEW, lambda _: False) for tokens in asked[start : start + (batch_size or ROWS)]]
             try:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from slm_exp.core.errors import DataError
-from slm_exp.evaluation.progress import progress
+from slm_exp.engine.progress import advancing
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class CheckedHFLM(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
         self.warn_of_cuts(requests)
         rows = len({(*context, *answer[:-1]) for _, context, answer in requests})
-        with progress(f"log-likelihoods of {len(requests)} requests", rows, "sequence", disable_tqdm) as self._advance:
+        with advancing(f"log-likelihoods of {len(requests)} requests", rows, "sequence", disable_tqdm) as self._advance:
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, **kwargs)
 
     def warn_of_cuts(self, requests: Any) -> None:

@@ -28,8 +28,8 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from slm_exp.core.errors import DataError
 from slm_exp.core.files import JsonObject
+from slm_exp.engine.progress import advancing
 from slm_exp.evaluation.backends.hflm import out_of_memory, refuse_broken
-from slm_exp.evaluation.progress import progress
 from slm_exp.evaluation.settings import Case, Settings
 from slm_exp.models.base import ModelHandle
 
@@ -180,7 +180,7 @@ def _time(case: Case, handles: Mapping[str, ModelHandle], runs: int, discard: in
             with _peak(handle.model.device) as peak:
                 _generate(handle.model, ids_BT, case.new, seed=0)
             grown[which] = peak()
-        with progress(f"speed {case.name}", runs, "run") as advance:
+        with advancing(f"speed {case.name}", runs, "run") as advance:
             for run in range(runs):
                 turns = list(handles.items())
                 for which, handle in turns if run % 2 == 0 else reversed(turns):
