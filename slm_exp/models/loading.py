@@ -92,10 +92,10 @@ def _check_shapes(folder: Path, model: PreTrainedModel) -> None:
     """
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # of tied ones, the embedding
     tensors = headers(folder)
-    names = renamed(tensors, model)
-    has = {name: tensors[key].shape for key, (name, part) in names.items() if part is None}
+    found = renamed(tensors, model)
+    has = {name: tensors[key].shape for key, (name, part) in found.items() if part is None}
     odd = [f"{name} {has[name]} for {shape}" for name, shape in wanted.items() if has.get(name, shape) != shape]
-    lacks = sorted(set(wanted) - {name for name, _ in names.values()})
+    lacks = sorted(set(wanted) - {name for name, _ in found.values()})
     for problem, names in (("have other shapes than config.json says:", odd), ("lack", lacks)):
         if names:
             raise _misfit(folder, problem, names)

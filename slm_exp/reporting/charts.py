@@ -173,7 +173,7 @@ def near_threshold(plan: MergePlan) -> tuple[float, float] | None:
     much less than all scores, so that a second picture would show nothing more."""
     if plan.threshold is None or len(plan.trace) < 8:
         return None
-    closest = sorted(abs(t.score - plan.threshold) for t in plan.trace)
+    closest = sorted(abs(t.most - plan.threshold) for t in plan.trace)
     reach = closest[max(5, len(closest) // 5)] * 1.05
     return (plan.threshold - reach, plan.threshold + reach) if 0 < reach < closest[-1] / 3 else None
 

@@ -125,8 +125,8 @@ def _stack(axes: Axes, plan: MergePlan) -> None:
 def _candidates(axes: Axes, plan: MergePlan, near: tuple[float, float] | None = None) -> None:
     for trial in plan.trace:
         colour = BLUE if trial.accepted else RUST
-        axes.plot([trial.low, trial.high], [trial.score] * 2, color=colour, linewidth=0.8, alpha=0.6)
-        axes.plot(trial.low, trial.score, "o" if trial.accepted else "x", color=colour, markersize=3.5)
+        axes.plot([trial.low, trial.high], [trial.most] * 2, color=colour, linewidth=0.8, alpha=0.6)
+        axes.plot(trial.low, trial.most, "o" if trial.accepted else "x", color=colour, markersize=3.5)
     for label, mark, colour in (("accepted", "o", BLUE), ("rejected", "x", RUST)):
         axes.plot([], [], mark, color=colour, label=label, markersize=3.5)
     if plan.threshold is not None:
