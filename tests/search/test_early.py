@@ -187,3 +187,21 @@ def test_a_score_that_no_sample_bounds_is_refused(capfd: Any) -> None:
     overrides = ["model=tiny", "method.early_stop=true", "similarity=cka", "tracking=none"]
     assert main(overrides) == 2
     assert "method.early_stop = true with similarity=cka" in capfd.readouterr().err
+
+
+def test_a_run_its_page_and_its_table_stand_bounds(tmp_path: Path, capsys: Any) -> None:
+    from builders.runs import tiny_run
+
+    from slm_exp.cli.tables import main as tables
+
+    words = ("method.threshold=0.8", "method.early_stop=true")
+    record = tiny_run(tmp_path / "runs" / "early", *words)
+    bounds = [t["bound"] for t in record["plan"]["trace"] if t["score"] is None]
+    assert bounds
+    assert record["plan"]["groups"] == tiny_run(tmp_path / "whole", words[0])["plan"]["groups"]
+    page = (tmp_path / "runs" / "early" / "report.html").read_text()
+    assert all(f"≤ {bound:.5f}" in page for bound in bounds)
+    assert f"score at most {bounds[0]:.4f}, rejected" in page
+    assert "where one ended early" in page
+    assert tables.main(["sweep", str(tmp_path / "runs")], standalone_mode=False) in (0, None)
+    assert "| 0.8" in capsys.readouterr().out
