@@ -126,22 +126,23 @@ class SearchSweeper(GridSweeper):
         composer = JobComposer(self._first_settings, self.path / SCREENED)
         changed = [f"{key}={value}" for key, value in search.screen.items()]
         gone = tuple(end for key in search.screen for end in (f"{key}=", f"{key}."))
-        made = {tried: composer.job([*(o for o in (*self._fixed, *tried.overrides) if not o.startswith(gone)),
-                                     *changed])[0] for tried in batch}
+        kept_of = {tried: [o for o in (*self._fixed, *tried.overrides) if not o.lstrip("+").startswith(gone)]
+                   for tried in batch}
+        made = {tried: composer.job([*kept, *changed])[0] for tried, kept in kept_of.items()}
         SweepFolder(self.path / SCREENED).define([], made.values())
         todo = {job.run_id: job for job in made.values() if read_cell(job).state != FINISHED}
         if status := self._launch(list(todo.values()), reasons, self._first):
             return [], status
-        kept = []
+        worth = []
         for tried, job in made.items():
             if read_cell(job).state != FINISHED:  # the whole run will say why
-                kept.append(tried)
+                worth.append(tried)
             elif (by := study.beaten(tried, self._cheap(job))) >= search.prune:
                 study.prune(tried)
                 print(f"pruned   {' '.join(tried.overrides)}: {by} earlier trials beat it before any evaluation")
             else:
-                kept.append(tried)
-        return kept, 0
+                worth.append(tried)
+        return worth, 0
 
     def _values(self, job: Job) -> list[float]:
         """The objectives of a finished run.

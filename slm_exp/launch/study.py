@@ -67,8 +67,8 @@ class Study:
                 self._study.tell(trial.number, state=TrialState.FAIL)
 
     def __len__(self) -> int:
-        """Trials chosen so far, those that came to nothing left out."""
-        return sum(trial.state != TrialState.FAIL for trial in self._study.trials)
+        """Trials chosen so far; one that a kill kept from being chosen whole is none."""
+        return sum(trial.params.keys() == self.space.keys() for trial in self._study.trials)
 
     @property
     def pruned(self) -> int:
@@ -86,7 +86,7 @@ class Study:
         return _tried(self._study.trials[trial.number])
 
     def tell(self, tried: Tried, values: Sequence[float]) -> None:
-        """Its objectives; a trial without a finite one counts for nothing."""
+        """Its objectives; a trial without a finite one teaches nothing, and is not repeated."""
         if all(map(math.isfinite, values)):
             self._study.tell(tried.number, list(values))
         else:

@@ -64,7 +64,7 @@ def test_trials_are_on_disk_at_once_and_an_open_one_is_found_again(tmp_path):
     assert after.ask() not in (told, left)
     assert len(after) == 3
     after.tell(left, [math.inf, 50.0])
-    assert len(after) == 2, "a trial whose numbers are not finite does not use up the search"
+    assert (len(after), len(after.unfinished()), len(after.front())) == (3, 1, 1), "not finite: tried, and no more"
 
 
 def test_the_front_holds_what_no_trial_beats_in_both(tmp_path):
