@@ -38,7 +38,8 @@ def test_every_member_composes_and_has_an_identity(group):
         package = getattr(available(group).get(name), "package", "")
         if package and importlib.util.find_spec(package) is None:
             continue
-        words = [*(f"{group}.{size}=0.1" for size in sizes[-1:]), *["recovery.steps=[reconstruct]"] * (name == "chain")]
+        words = [*[f"{group}.target_ratio=0.1"] * ("target_ratio" in sizes),
+                 *["recovery.steps=[reconstruct]"] * (name == "chain")]
         cfg = compose_run(["model=tiny", f"{group}={name}", *words])
         member = getattr(cfg, group)
         if isinstance(member, Packaged) and any(importlib.util.find_spec(part[0]) is None for part in member.parts):

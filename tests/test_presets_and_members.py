@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from slm_exp.core.errors import ConfigError
-from slm_exp.core.registry import GROUPS
+from slm_exp.core.registry import GROUPS, available
 from slm_exp.launch.compose import PRESETS, Composer, choices, compose_raw, conf_dir
 from slm_exp.launch.jobs import split_sweep
 
@@ -33,10 +34,15 @@ def refusals(kind: str, name: str, groups: set[str], tmp_path: Path) -> dict[str
     needs = {"from_plan": f"method.path={tmp_path}/plan.json", "jsonl": f"calibration.path={tmp_path}/text.jsonl",
              "tokens": f"calibration.path={tmp_path}/text.jsonl", "hf": f"model.path={tmp_path}",
              "chain": "recovery.steps=[reconstruct]"}  # fmt: skip
+    first = (conf_dir() / kind / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    size = first.removeprefix("# python -m slm_exp ").split()[1:]  # one that its command cannot do without
     for group in sorted(groups):
         for member in choices(group):
+            package = getattr(available(group).get(member), "package", "")
+            if package and importlib.util.find_spec(package) is None:
+                continue
             words = [f"{kind}={name}", f"{group}={member}", *([needs[member]] if member in needs else [])]
-            job = [o for o in split_sweep(words, params)[0] if o not in words]
+            job = [*size, *(o for o in split_sweep(words, params)[0] if o not in words)]
             try:
                 composer.run_config([*words, *job])
             except ConfigError as error:
@@ -50,6 +56,8 @@ def test_a_preset_composes_with_the_members_of_the_groups_it_touches(kind, name,
         assert f"{kind}={name}" in said, said
         assert pair in said, said
         assert "\n" not in said
+        if f"which {pair} has not. Leave one of them out" in said:  # the preset's settings of another member
+            continue
         assert re.search(r"expected null|set exactly one", said), said  # a size for a threshold's method, or none
         assert pair.startswith("method=")
 

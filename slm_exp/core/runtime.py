@@ -119,9 +119,20 @@ class Runtime(Component):
         """What the record says about the machine."""
         import torch
 
-        cuda = device.type == "cuda"
-        name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
-        return {"type": device.type, "name": name, "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
+        return {"type": device.type, "name": device_name(device), "threads": torch.get_num_threads(),
+                "cpus": os.cpu_count()}
+
+
+def device_name(device: torch.device) -> str:
+    """Of a GPU, or of the processor as the system calls it."""
+    if device.type == "cuda":
+        import torch
+
+        return str(torch.cuda.get_device_name(device))
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 @register("runtime", "auto")

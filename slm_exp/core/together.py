@@ -32,6 +32,8 @@ class Together:
     """The recovery's name."""
     target_ratio: float | None
     """Share of the model's parameters requested by the method; None where it asks otherwise."""
+    budget: str
+    """The method's setting that limits operations or time; empty where none is set."""
     removes_sublayers: bool
     """Whether the method counts sublayers, not whole layers."""
     narrows: bool

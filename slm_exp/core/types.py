@@ -142,11 +142,25 @@ class SizeCost(StrictValue):
 
 
 @dataclass(frozen=True)
+class BudgetReached(StrictValue):
+    """What a plan's model may cost, and what it costs, by operations or time."""
+
+    measure: str
+    """flops (operations a token) or latency (seconds)."""
+    limit: float
+    reached: float
+    """By the sizes, or the table of times, of the parts that stay; removed sublayers skipped."""
+    dense: float
+    what: str
+    """What is counted: phase, batch, length, device."""
+
+
+@dataclass(frozen=True)
 class Target(StrictValue):
     """The size that was requested of a plan; what does not apply is None and left out of the JSON."""
 
-    asked: int | float
-    """Layers, sublayers, or a share of the parameters."""
+    asked: int | float | str
+    """Layers, sublayers, a share of the parameters or operations, or a latency with its unit."""
     complete: bool
     """False where a budget ended the search: a better plan of this size may exist."""
     layers: int | None = None
@@ -161,6 +175,7 @@ class Target(StrictValue):
     """The part that layers take of a target shared with width."""
     share: float | None = None
     """The part of the target that width takes."""
+    budget: BudgetReached | None = None
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,15 @@ class InputMeans(Document, allow_inf_nan=False):
     """Of the MLP's last projection."""
 
 
+class NMask(Document, allow_inf_nan=False):
+    """Weights that are zero: of every `m` neighbouring inputs of an output, all but the `n` of largest |w| x norm."""
+
+    n: int = Field(ge=1)
+    m: int = Field(ge=2)
+    norms: list[dict[str, str]]
+    """[L], of the inputs of every projection (of those that share one, the first's): base64 of float32."""
+
+
 class WidthDecision(Document, allow_inf_nan=False):
     """Which units of every layer stay, and how that was decided. `sizes` and `kept` suffice to carry it out."""
 
@@ -70,6 +79,8 @@ class WidthDecision(Document, allow_inf_nan=False):
     """Where biases make up for what goes."""
     hidden: str | None = None
     """Channels of the residual stream that stay (see `pack_indices`), where some go."""
+    mask: NMask | None = None
+    """Where single weights become zero; then every unit stays."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -90,6 +101,10 @@ class WidthDecision(Document, allow_inf_nan=False):
             for name in ("attention", "mlp") if means else ():
                 values = unpack_floats(getattr(means, name)[i], f"width.means.{name}[{i}]")
                 _require(all(map(math.isfinite, values)), f"means.{name}[{i}]", values, "finite numbers")
+        if self.mask is not None:
+            found = f"{len(self.mask.norms)} layers"
+            _require(len(self.mask.norms) == n, "mask.norms", found, f"{n}, as in sizes.heads")
+            _require(self.mask.n < self.mask.m, "mask.n", self.mask.n, f"less than mask.m = {self.mask.m}")
         if self.hidden is not None:
             stay = len(unpack_indices(self.hidden, "width.hidden"))
             _require(stay == sizes.hidden, "hidden", f"{stay} channels", f"{sizes.hidden}, as in sizes.hidden")

@@ -75,6 +75,8 @@ class Training:
     seed: int
     track: SectionLog | None = None
     """Gets `recovery/loss`, `recovery/lr`."""
+    at: Callable[[nn.Module, float], None] = lambda model, done: None
+    """Called before every step with the share of the steps that are done."""
 
     def run(self) -> tuple[nn.Module, dict[str, Any]] | None:
         """The trained model and the report; None where no parameter trains. Goes on from the last whole checkpoint in
@@ -199,6 +201,9 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.training.at(model, state.global_step / state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         limit = self.training.recipe.max_minutes

@@ -59,6 +59,13 @@ def prediction_distance(runner: BlockRunner, dense_NTD: Tensor, last_NTD: Tensor
     return total / len(dense_MD)
 
 
+def squared_distance(dense_NTD: Tensor, last_NTD: Tensor) -> float:
+    """Squared distance of last hidden states from the dense model's, relative to their square; 0 is identical."""
+    with torch.inference_mode():
+        apart = (last_NTD.double() - dense_NTD.double()).square().sum()
+        return float(apart / dense_NTD.double().square().sum().clamp(min=1e-300))
+
+
 def _js(p_MV: Tensor, q_MV: Tensor) -> Tensor:
     p_MV, q_MV = p_MV.log_softmax(-1), q_MV.log_softmax(-1)
     p, q = p_MV.exp(), q_MV.exp()

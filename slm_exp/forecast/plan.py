@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,11 @@ def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, inspection: Inspection, 
     if plan.state == FINISHED:  # it computes nothing that a later job could share
         lookup = Lookup(lookup.store.folder)
     outline = walk(cfg, model, lookup, job.save_model)
+    if outline.method is not None:
+        cfg = replace(cfg, method=outline.method)
+    if cfg.method.unmeasured:
+        plan.notes.append(f"method.target_latency = {cfg.method.target_latency}: the table of times of this device is "
+                          "yet to be measured, which the run does first; the size follows from it.")
     try:
         if not cfg.width.prunes:
             cfg.method.check_model(model.handle)  # the others look at modules, which takes torch
@@ -279,6 +284,7 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch, outline:
         search += cfg.merge_rule.cost(sizes, count.scores)
     works = {
         "load": Work(starts=1, moved=size / 4, fixed=0.3 + (sizes.total / 5e7 if model.random else 0)),
+        "latency": cfg.method.timing_cost(sizes, size),
         "calibrate": Work(fixed=0.1 if model.random else 1.0),
         "similarity": cfg.similarity.matrix_cost(sizes, tokens), "evaluate_dense": before,
         "plan": search + cfg.similarity.score_cost(sizes, tokens, count.scores),

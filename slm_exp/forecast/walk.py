@@ -19,6 +19,7 @@ from slm_exp.core.files import digest, plain
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.core.widths import WidthDecision
 from slm_exp.merging.width import narrowed_digest
+from slm_exp.methods.base import Method
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
@@ -82,6 +83,8 @@ class Outline:
     plan_from: str = ""
     """How it is known."""
     tokens: CalibrationTokens | None = None
+    method: Method | None = None
+    """As it is once the times of units are known that its target is met by."""
     parts: dict[str, list[str]] = field(default_factory=dict)
     """The states of stages that a run may have several of, by their name: the recoveries of a chain."""
 
@@ -94,10 +97,15 @@ def walk(cfg: RunConfig, model: Sketch, lookup: Lookup, save_model: bool) -> Out
     x.dense = model.handle
     if model.digest.startswith("?"):
         x.dense = replace(model.handle, digest=Unknown(model.digest))
-        known_sizes = ("n_params", "layer_params", "sublayer_params")
+        known_sizes = ("sizes", "n_params", "layer_params", "sublayer_params")
         vars(x.dense).update({name: vars(model.handle)[name] for name in known_sizes})  # as in the sketch
     LOAD.then(x)
-    for step in (step for step in steps(cfg) if step.name not in ("load", "save", "report")):
+    first, *others = steps(cfg)
+    measuring = [_advance(stage, x, lookup, out) for stage in first.stages if stage is not LOAD and stage.when(x)]
+    out.method = x.cfg.method
+    if measuring:
+        out.stages["latency"] = measuring[0]
+    for step in (step for step in others if step.name not in ("save", "report")):
         states = [_advance(stage, x, lookup, out) for stage in step.stages if stage.when(x)]
         out.stages[step.name] = max(states, key=BY_EFFORT.index, default=NOTHING)
     out.stages["save"] = COMPUTE if save_model else NOTHING

@@ -179,9 +179,9 @@ def find_plan(study: Study, *overrides: str) -> MergePlan:
     x = (here := study.with_(*overrides))._at()
     x.tokens, x.similarity = here.tokens, here.similarity
     for step in steps(here.cfg):
-        if step.name in ("width", "plan", "merge"):
+        if step.name in ("load", "width", "plan", "merge"):
             for stage in step.stages:
-                if stage.when(x):
+                if stage is not LOAD and stage.when(x):
                     stage.carry_out(x)
     return x.plan
 

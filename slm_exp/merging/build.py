@@ -12,8 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from slm_exp.core.errors import PlanError
 from slm_exp.core.types import MergePlan
-from slm_exp.core.widths import WidthDecision, unpack_floats, unpack_indices
+from slm_exp.core.widths import NMask, WidthDecision, unpack_floats, unpack_indices
 from slm_exp.merging.fitted import unpack
+from slm_exp.merging.nm import masked
 from slm_exp.merging.rules.base import Merged, MergeRule
 from slm_exp.merging.sharing import replace_parameter, scaled_outputs, shared_copy
 from slm_exp.merging.sizes import full_shape, head_dim
@@ -71,6 +72,13 @@ def build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None, hosts: l
         for name, tensor in changed(at, dict(layers[at].named_parameters())).items():
             replace_parameter(layers[at], name, tensor)
     return model
+
+
+def with_masks(handle: ModelHandle, mask: NMask) -> PreTrainedModel:
+    """The model with single weights of its decoder layers' projections at zero."""
+    tensors = {f"{handle.layout.layer_list}.{i}.{name}": t for i, layer in enumerate(handle.layers)
+               for name, t in masked(handle.layout, layer, mask, i).items()}
+    return shared_copy(handle.model, tensors)
 
 
 def narrowed(handle: ModelHandle, width: WidthDecision, config: PretrainedConfig) -> PreTrainedModel:

@@ -68,10 +68,15 @@ def _built(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None) -> PreT
 
 
 def zeroed(compressed: ModelHandle, plan: MergePlan) -> int:
-    """Parameters that a plan's sublayers leave in the checkpoint, and in `n_params`, without effect. An engine that
-    skips such sublayers could leave them out."""
+    """Parameters that a plan's sublayers and masks leave in the checkpoint, and in `n_params`, at zero and without
+    effect. An engine that skips such sublayers, or has kernels for such patterns, could leave them out."""
     at = {slot.start: i for i, slot in enumerate(plan.slots)}
-    return sum(compressed.sublayer_params[at[s.layer]][s.kind] for s in plan.sublayers)
+    gone = sum(compressed.sublayer_params[at[s.layer]][s.kind] for s in plan.sublayers)
+    if plan.width is None or plan.width.mask is None:
+        return gone
+    mask, products = plan.width.mask, compressed.sizes.products
+    left = len(plan.slots) * sum(products.values()) - sum(products[s.kind] for s in plan.sublayers)
+    return gone + left * (mask.m - mask.n) // mask.m
 
 
 def zeroed_note(handle: ModelHandle, plan: MergePlan) -> tuple[str, ...]:

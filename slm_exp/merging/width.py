@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.errors import PlanError
 from slm_exp.core.files import digest
-from slm_exp.core.widths import WidthDecision, WidthSizes, unpack_floats, unpack_indices
+from slm_exp.core.widths import NMask, WidthDecision, WidthSizes, unpack_floats, unpack_indices
 from slm_exp.merging.sizes import Shape, full_shape, head_dim, legal
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.layerwise import own_config
@@ -15,7 +15,7 @@ from slm_exp.models.layerwise import own_config
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-EFFECT = ("sizes", "kept", "means", "hidden")
+EFFECT = ("sizes", "kept", "means", "hidden", "mask")
 """The entries that decide the model; the others say how they were found."""
 
 
@@ -32,7 +32,8 @@ def apply_width(handle: ModelHandle, width: WidthDecision) -> ModelHandle:
     _check(handle, width)
     about = width.to_json()
     return ModelHandle(
-        handle.name, narrower_config(handle.config, handle.layout.family, width.sizes, width.means is not None),
+        handle.name, handle.config if width.mask else narrower_config(
+            handle.config, handle.layout.family, width.sizes, width.means is not None),
         handle.layout, device=handle.device,
         digest=narrowed_digest(handle.digest, width),
         load_model=lambda: _build(handle, width), load_tokenizer=lambda: handle.tokenizer, note=handle.note,
@@ -53,6 +54,9 @@ def _check(handle: ModelHandle, width: WidthDecision) -> None:
     full, per, sizes, kept = full_shape(handle.config), head_dim(handle.config), width.sizes, width.kept
     if len(sizes.heads) != handle.n_layers:
         raise PlanError(f"the plan's width is for {len(sizes.heads)} layers; {handle.name} has {handle.n_layers}.")
+    if width.mask:
+        _check_mask(handle, width.mask)
+        return
     if getattr(handle.config, "layer_widths", None):
         raise PlanError(f"{handle.name} has layers of different widths already; they cannot be narrowed again.")
     group = full.heads // full.kv_heads
@@ -78,6 +82,19 @@ def _check(handle: ModelHandle, width: WidthDecision) -> None:
                         f"{handle.name} has {hidden}.")
 
 
+def _check_mask(handle: ModelHandle, mask: NMask) -> None:
+    """Raise PlanError where masks are for projections of other sizes."""
+    from slm_exp.merging.nm import inputs_of
+
+    sizes = handle.sizes
+    wide = dict(zip(inputs_of(handle.layout), (sizes.hidden, sizes.query, sizes.hidden, sizes.mlp), strict=True))
+    for i, norms in enumerate(mask.norms):
+        found = {name: len(unpack_floats(text, f"width.mask.norms[{i}].{name}")) for name, text in norms.items()}
+        if found != wide or any(size % mask.m for size in wide.values()):
+            raise PlanError(f"the plan's width.mask.norms[{i}] has inputs {found}; expected {wide}, multiples of "
+                            f"mask.m = {mask.m}, as {handle.name} has.")
+
+
 def narrower_config(config: PretrainedConfig, family: str, sizes: WidthSizes, biases: bool) -> PretrainedConfig:
     """A copy of a config that describes the narrower model, maybe with `biases` of attention and MLP: an ordinary one
     where all layers have one width."""
@@ -96,7 +113,9 @@ def narrower_config(config: PretrainedConfig, family: str, sizes: WidthSizes, bi
 
 
 def _build(handle: ModelHandle, width: WidthDecision) -> PreTrainedModel:
-    from slm_exp.merging.build import narrowed
+    from slm_exp.merging.build import narrowed, with_masks
 
+    if width.mask:
+        return with_masks(handle, width.mask)
     config = narrower_config(handle.model.config, handle.layout.family, width.sizes, bool(width.means))
     return narrowed(handle, width, config)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from slm_exp.core.cost import Count
+from slm_exp.core.cost import Count, Work
 from slm_exp.core.errors import NOT_FINITE, ConfigError, PlanError, require, require_one_of
 from slm_exp.core.registry import Component
+from slm_exp.core.timing import ROUNDS, WARM, LatencyTable
 from slm_exp.core.together import Together
-from slm_exp.core.types import Group, MergePlan, Sublayer, Target, Trial
+from slm_exp.core.types import BudgetReached, Group, MergePlan, Sublayer, Target, Trial
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.models.base import ModelHandle
+from slm_exp.models.sizes import Sizes
+from slm_exp.search.budget import PHASES, Budget, flops_budget, latency_budget, parse_latency
 from slm_exp.search.task import PlanTask
 
 COMPENSATIONS = ("magnitude",)
-SIZES = ("threshold", "target_layers", "target_ratio")
+BUDGETS = ("target_flops", "target_latency")
+"""What the compressed model may cost at most; see search/budget.py."""
+SIZES = ("threshold", "target_layers", "target_ratio", *BUDGETS)
+SHAPE = ("batch", "length", "phase")
+"""Of the input that a budget is for."""
 
 
 @dataclass
@@ -37,6 +45,19 @@ class Method(Component, ABC):
     """Layers to be left."""
     target_ratio: float | None = None
     """Share of parameters to remove."""
+    target_flops: float | None = None
+    """Share of the dense model's operations a token that may be left, at `length`."""
+    target_latency: str | None = None
+    """What a pass of the compressed model may take: 20ms, or 80% of dense; the unit is required. In decode a pass gives
+    a token to every sequence, in prefill it reads the prompt. By a table of units measured on the device."""
+    batch: int = 1
+    """Sequences of a pass that target_latency is for."""
+    length: int = 128
+    """Tokens of the prompt (prefill), or before the token (decode), that a budget is for."""
+    phase: str | None = None
+    """prefill or decode; null: prefill for target_flops, decode for target_latency."""
+    table: ClassVar[LatencyTable | None] = None
+    """That target_latency is met by, once it is measured: see `timed`."""
 
     def check(self) -> None:
         for name in SIZES:
@@ -45,8 +66,8 @@ class Method(Component, ABC):
         requested = {f"method.{name}": getattr(self, name) for name in SIZES if getattr(self, name) is not None}
         if len(requested) > 1:
             got = ", ".join(f"{k} = {v}" for k, v in requested.items())
-            raise ConfigError("set at most one of method.threshold, method.target_layers, method.target_ratio; got "
-                              f"{got}. Reset one with, e.g., method.threshold=null.")
+            raise ConfigError(f"set at most one of {', '.join(f'method.{name}' for name in self.targets)}; got {got}. "
+                              f"Reset one with, e.g., {next(iter(requested))}=null.")
         if self.threshold is not None:
             require(-1 <= self.threshold <= 1, "method.threshold", self.threshold, "a score in [-1, 1]",
                     "Scores are similarities to the dense model, 1 is identical: try 0.9.")
@@ -55,16 +76,94 @@ class Method(Component, ABC):
         if self.target_ratio is not None:
             require(0 < self.target_ratio < 1, "method.target_ratio", self.target_ratio,
                     "a share of the parameters in (0, 1)", "0.1 removes a tenth.")
+        if self.target_flops is not None:
+            require(0 < self.target_flops < 1, "method.target_flops", self.target_flops,
+                    "a share of the dense model's operations in (0, 1)", "0.8 leaves four fifths of them.")
+        if self.target_latency is not None:
+            parse_latency(self.target_latency)
+        for name in ("batch", "length"):
+            require(getattr(self, name) >= 1, f"method.{name}", getattr(self, name), "a whole number >= 1")
+        if self.phase is not None:
+            require_one_of("method.phase", self.phase, PHASES)
+        if not self.budgeted:
+            for name in SHAPE:
+                require(getattr(self, name) == getattr(Method, name), f"method.{name}", getattr(self, name),
+                        f"no such setting without {_either(BUDGETS)}")
         if self.compensate is not None:
             require_one_of("method.compensate", self.compensate, COMPENSATIONS)
 
     def identity(self) -> dict[str, Any]:
         """An option that is off leaves no trace: what was named before there was the option keeps its name."""
-        return {k: v for k, v in super().identity().items() if k != "compensate" or v is not None}
+        off = {name for name in ("compensate", *BUDGETS) if getattr(self, name) is None}
+        own = {k: v for k, v in super().identity().items() if k not in (off if self.budgeted else off | {*SHAPE})}
+        return own | ({"phase": self._phase} if self.budgeted else {})
 
     def with_ratio(self, ratio: float) -> Self:
         """The same method for another `target_ratio`; of one that has such a target."""
         return replace(self, target_ratio=ratio)
+
+    @property
+    def budgeted(self) -> str:
+        """The setting by which operations or time are limited; empty where none is set."""
+        return next((name for name in BUDGETS if getattr(self, name) is not None), "")
+
+    @property
+    def _phase(self) -> str:
+        return self.phase or ("decode" if self.target_latency is not None else "prefill")
+
+    def lengths(self) -> dict[str, int]:
+        """Tokens of the longest sequence that it makes the model read, by the setting that says so."""
+        if self.target_latency is None:
+            return {}
+        return {"method.length": self.length + (ROUNDS + WARM if self._phase == "decode" else 0)}
+
+    def timed_by(self) -> dict[str, Any] | None:
+        """The shape of input that a table of times is needed for, by name; None where no target is a time."""
+        return None if self.target_latency is None else {
+            "batch": self.batch, "length": self.length, "phase": self._phase}
+
+    def timing_cost(self, sizes: Sizes, weights: float) -> Work:
+        """Of measuring that table. `weights`: bytes of the model's."""
+        passes, tokens = 5.0 * (ROUNDS + WARM), self.batch * (self.length if self._phase == "prefill" else 1)
+        return Work(blocks=passes * sizes.n_layers * sizes.block_flops(tokens, self.length),
+                    head=passes * sizes.head_flops(tokens), read=passes * weights, fixed=3 * sizes.total / 5e7)
+
+    def timed(self, table: LatencyTable) -> Self:
+        """The same method with the table that its target is met by."""
+        out = copy.copy(self)
+        vars(out)["table"] = table
+        return out
+
+    def budget(self, handle: ModelHandle) -> Budget | None:
+        """What the compressed model may cost; None where no such target is set, or none that is known before the table
+        of times is measured. Loads no weights."""
+        if self.target_flops is not None:
+            return flops_budget(handle, self.target_flops, self.length, self._phase)
+        if self.target_latency is not None and self.table is not None:
+            return latency_budget(self.target_latency, self.table)
+        return None
+
+    @property
+    def share_removed(self) -> float:
+        """About what share of the model goes, for guesses at what a search costs; 0 where nothing says it."""
+        if self.target_latency is not None:
+            number, percent = parse_latency(self.target_latency)
+            return 1 - number if percent else 0.25
+        return 1 - self.target_flops if self.target_flops is not None else self.target_ratio or 0.0
+
+    @property
+    def requested(self) -> Any:
+        """The size that is set; None where none is."""
+        return next((value for name in self.targets if (value := getattr(self, name)) is not None), None)
+
+    def reached(self, handle: ModelHandle, plan: MergePlan) -> BudgetReached | None:
+        """What a plan's model costs, where a budget is set."""
+        return budget.reached(plan) if (budget := self.budget(handle)) else None
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether the size is that of a latency whose table is not there yet."""
+        return self.target_latency is not None and self.table is None
 
     @property
     def replays(self) -> MergePlan | None:
@@ -116,8 +215,10 @@ class Method(Component, ABC):
         return f"null: method={self.name} takes a size", f"Set {_either(self.targets)} instead."
 
     def requested_layers(self, handle: ModelHandle, fewest: int, hint: str) -> int | None:
-        """Layers to be left by `target_ratio` or `target_layers`; None where neither is set. Loads no weights. Raises
-        ConfigError: the size cannot be reached; names the nearest."""
+        """Layers to be left by a target; None where none is set, or a latency whose table is yet to be measured. Loads
+        no weights. Raises ConfigError: the size cannot be reached; names the nearest."""
+        if (budget := self.budget(handle)) is not None:
+            return budget.layers(fewest)
         if self.target_ratio is not None:
             return layers_for_ratio(handle, self.target_ratio, fewest)
         if self.target_layers is not None:
@@ -172,7 +273,7 @@ class Baseline(Method):
     A subclass gives `choose`, and its published `protect_first` and `protect_last` as defaults.
     """
 
-    targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_ratio")
+    targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_ratio", *BUDGETS)
     """Settings that request a size; exactly one must be set."""
     mergeable: ClassVar[bool] = True
     """Whether what is removed are whole layers, which `merge` can merge instead."""
@@ -202,7 +303,10 @@ class Baseline(Method):
         return self.merge
 
     def layers_left(self, handle: ModelHandle) -> int | None:
-        return handle.n_layers - self.layers_to_remove(handle)
+        return None if self.unmeasured else handle.n_layers - self.layers_to_remove(handle)
+
+    def bounds(self, n_layers: int) -> tuple[int, int] | None:
+        return (1, n_layers) if self.unmeasured else None
 
     def removable(self, n_layers: int) -> range:
         """The layers that are not protected."""
@@ -238,9 +342,9 @@ class Baseline(Method):
         plan = MergePlan(n, groups, dropped, sublayers=selection.sublayers, method=self.name, trace=selection.trace,
                          rule=task.rule.name if groups else "", similarity=task.similarity.name,
                          block_forwards=selection.block_forwards)
-        requested = next(value for name in self.targets if (value := getattr(self, name)) is not None)
-        target = Target(requested, True, plan.n_layers_out, threshold=selection.threshold,
-                        sublayers=len(selection.sublayers) if self.removes_sublayers else None)
+        target = Target(self.requested, True, plan.n_layers_out, threshold=selection.threshold,
+                        sublayers=len(selection.sublayers) if self.removes_sublayers else None,
+                        budget=self.reached(task.handle, plan))
         return task.scored(replace(plan, target=target), self.compensate)
 
 

@@ -64,7 +64,9 @@ class EvoPress(SetSearch):
         ConfigError: the size cannot be reached."""
         self.wanted(handle)
         most = len(self.removable(handle.n_layers)) - (len(self.removable(handle.n_layers)) == handle.n_layers)
-        if self.target_sublayers is not None:
+        if (budget := self.budget(handle)) is not None:
+            n = handle.n_layers - budget.layers(handle.n_layers - most)
+        elif self.target_sublayers is not None:
             n = self.target_sublayers // 2
         else:
             assert self.target_ratio is not None
@@ -73,7 +75,7 @@ class EvoPress(SetSearch):
         return n
 
     def layers_to_remove(self, handle: ModelHandle) -> int:
-        if self.removes_sublayers:
+        if self.removes_sublayers and not self.unmeasured:
             self.pairs(handle)
         return super().layers_to_remove(handle)
 
@@ -81,7 +83,7 @@ class EvoPress(SetSearch):
         return self.generations if self.generations is not None else max(1, round(k * (n_layers - k) / 1.5))
 
     def search_cost(self, n_layers: int, removed: int | None) -> Count:
-        k = removed or (self.target_sublayers or 0) // 2 or max(1, round((self.target_ratio or 0) * n_layers * 1.2))
+        k = removed or (self.target_sublayers or 0) // 2 or max(1, round(self.share_removed * n_layers * 1.2))
         generations, per = self._generations(n_layers, k), self.children * self.quick_share + self.survivors
         models = self.starts * self.quick_share + generations * per
         if self.max_evaluations is not None:

@@ -16,6 +16,7 @@ from slm_exp.core.widths import KeptUnits, WidthDecision, WidthSizes, pack_indic
 from slm_exp.merging.sizes import CHANNELS, Costs, Shape, costs_of, full_shape
 from slm_exp.methods.base import Baseline, Selection
 from slm_exp.models.base import ModelHandle
+from slm_exp.search.budget import Budget
 from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ class Joint(Baseline):
         if why:
             raise ConfigError(f"method={self.name}: {layout.family} layers cannot be narrowed and refitted: {why}. "
                               "Take another method, e.g. method=shortgpt.")
-        self._wanted(handle)
+        if not self.unmeasured:
+            self._wanted(handle)
 
     def check_data(self, dense: ModelHandle) -> None:
         self._source().check(dense)
@@ -121,10 +123,24 @@ class Joint(Baseline):
         """Channels that go at once, so that widths stay multiples of CHANNELS."""
         return max(CHANNELS, full_shape(handle.config).channels // self.steps // CHANNELS * CHANNELS)
 
+    def _gain(self, budget: Budget, wide: int, i: int, attention: bool, channels: int) -> float:
+        """What the budget counts of a layer's attention, if it goes, and of `channels` of `wide`."""
+        mlp = budget.costs.part(i, "mlp") - budget.costs.narrow(i, 1 - channels / wide)
+        return attention * budget.costs.part(i, "attention") + mlp
+
     def _wanted(self, handle: ModelHandle) -> float:
-        """Parameters to remove. Loads no weights. Raises ConfigError: more than can be; says how much can."""
+        """What to remove: parameters, or what the budget counts. Loads no weights. Raises ConfigError: more than can
+        be; says how much can."""
         full, of = full_shape(handle.config), handle.sublayer_params[0]
         layer = of["attention"] + of["mlp"]
+        if (budget := self.budget(handle)) is not None:
+            step, wide = self._step(handle), full.channels
+            most = sum(self._gain(budget, wide, i, i > 0, (wide - LEAST * step) // step * step)
+                       for i in self.removable(handle.n_layers))
+            least = budget.costs.dense - most
+            budget.refuse_none(None if budget.fits(least) else least, f"every MLP keeps {LEAST} of {self.steps} parts",
+                               f"a layer is {budget.show(budget.costs.layer(0))}")
+            return budget.costs.dense - budget.limit
         if self.target_layers is not None:
             require(self.target_layers <= handle.n_layers, "method.target_layers", self.target_layers,
                     f"1 to {handle.n_layers} for {handle.name}")
@@ -148,11 +164,18 @@ class Joint(Baseline):
 
         task = replace(task)  # an engine of its own, for a cost of its own
         handle, full, costs = task.handle, full_shape(task.handle.config), costs_of(task.handle)
-        step, attention = self._step(handle), costs.attention(full.heads, full.kv_heads)
+        step, budget = self._step(handle), self.budget(handle)
+        attention = costs.attention(full.heads, full.kv_heads)
+
+        def gain(choice: Choice) -> float:
+            if budget is not None:
+                return self._gain(budget, full.channels, *choice)
+            return choice.attention * attention + choice.channels * costs.channel
+
         fit = disjoint(self._source().draw(handle, task.seed, task.tokens), task.tokens, f"method={self.name}",
                        "method.fit_path")
         found = prices(task, fit, self.removable(handle.n_layers), step, LEAST * step, self.screen_dtype)
-        choices = cheapest(found, self._wanted(handle), attention, costs.channel, step, full.channels)
+        choices = cheapest(found, self._wanted(handle), gain, step, full.channels)
         return self._plan(task, fit.digest, found, choices, costs)
 
     def _plan(self, task: PlanTask, tokens: str, found: dict[int, Price], choices: Sequence[Choice], costs: Costs
@@ -168,9 +191,11 @@ class Joint(Baseline):
         channels = [sorted(set(range(full.channels)) - set(found[i].order[: of[i].channels] if i in of else ()))
                     for i in range(handle.n_layers)]
         whole = costs.size(full) * handle.n_layers
+        removed = sum(c.attention * costs.attention(full.heads, full.kv_heads) + c.channels * costs.channel
+                      for c in choices)
         shapes = [Shape(h, h // per, len(c)) for h, c in zip(heads, channels, strict=True)]
         width = WidthDecision(
-            method=self.name, ratio=self._wanted(handle) / whole, order="after", uniform=False, tokens=tokens, notes=[],
+            method=self.name, ratio=removed / whole, order="after", uniform=False, tokens=tokens, notes=[],
             reached=1 - sum(map(costs.size, shapes)) / whole,
             sizes=WidthSizes(heads=heads, kv_heads=[h // per for h in heads], channels=[len(c) for c in channels],
                              hidden=int(handle.config.hidden_size)),
@@ -180,25 +205,22 @@ class Joint(Baseline):
             Slot(i, narrowed(handle.layout, handle.layers[i], c) if len(c) < full.channels else {},
                  without=frozenset({"attention"} if i in gone else ())) for i, c in enumerate(channels))
         score = task.engine.score(slots)
-        removed = sum(c.attention * costs.attention(full.heads, full.kv_heads) + c.channels * costs.channel
-                      for c in choices)
         total = sum(found[c.layer].mlp(c.channels, full.channels - self._half(handle)) + (
             found[c.layer].attention or 0.0) * c.attention for c in choices)
         note = (f"joint: {len(gone)} attentions and {sum(c.channels for c in choices)} MLP channels go, "
                 f"{removed / handle.n_params:.4f} of the parameters; prices sum to {total:.3f} nats a token. Layers "
                 "have widths of their own, so the checkpoint brings its own code. recovery=reconstruct "
                 "recovery.layers=sublayers is the repair it was made for.")
-        asked = self.target_layers if self.target_layers is not None else self.target_ratio
-        assert asked is not None
         changed = bool(gone) or any(len(c) < full.channels for c in channels)
-        return MergePlan(
+        plan = MergePlan(
             handle.n_layers, sublayers=tuple(Sublayer(i, "attention") for i in sorted(gone)), method=self.name,
             similarity=task.similarity.name, width=width if changed else None, final_score=score, notes=(note,),
-            target=Target(asked, True, handle.n_layers, sublayers=len(gone)),
             trace=tuple(Trial(i, i, -price, accepted) for i in sorted(found)
                         for price, accepted in ((found[i].attention, i in gone), (found[i].half, of[i].channels > 0))
                         if price is not None and math.isfinite(price)),
             evaluations=task.engine.evaluations, block_forwards=task.engine.block_forwards)
+        target = Target(self.requested, True, handle.n_layers, sublayers=len(gone), budget=self.reached(handle, plan))
+        return replace(plan, target=target)
 
     def _half(self, handle: ModelHandle) -> int:
         """The width of half an MLP, in whole steps."""

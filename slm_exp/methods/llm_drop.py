@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from slm_exp.core.cost import Count
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import register
-from slm_exp.methods.base import Baseline, Selection
+from slm_exp.methods.base import BUDGETS, Baseline, Selection
 from slm_exp.methods.sublayers import SublayerBaseline
 from slm_exp.models.base import ModelHandle
 from slm_exp.search.greedy import Removed, Unit, Wanted, one_shot, traced
@@ -31,7 +31,7 @@ class LLMDrop(SublayerBaseline):
     Cost: the dense pass, and half a layer more for each layer where sublayers are requested.
     """
 
-    targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_sublayers", "target_ratio")
+    targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_sublayers", "target_ratio", *BUDGETS)
     mergeable: ClassVar[bool] = True
 
     unit: str | None = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.types import Sublayer
-from slm_exp.methods.base import Baseline, Selection
+from slm_exp.methods.base import BUDGETS, Baseline, Selection
 from slm_exp.methods.sublayers import SublayerBaseline
 from slm_exp.models.base import ModelHandle
 from slm_exp.search.evolution import Cost, Found, Parts, plan_without
@@ -16,7 +16,7 @@ from slm_exp.search.greedy import Unit
 if TYPE_CHECKING:
     from slm_exp.search.scoring import ScoringEngine
 
-OBJECTIVES = {"loss": 1, "kl": 2, "js": 2, "score": 0}
+OBJECTIVES = {"loss": 1, "kl": 2, "js": 2, "squared": 0, "score": 0}
 """And how many passes of the head each takes."""
 
 
@@ -24,12 +24,13 @@ OBJECTIVES = {"loss": 1, "kl": 2, "js": 2, "score": 0}
 class SetSearch(SublayerBaseline):
     """A method that chooses sets of layers, or of attention and MLP sublayers."""
 
-    targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_sublayers", "target_ratio")
+    targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_sublayers", "target_ratio", *BUDGETS)
     mergeable: ClassVar[bool] = True
 
     objective: str = "loss"
-    """loss: of the next token. kl, js: divergence of the predictions from the dense model's. score: the run's
-    similarity. With similarity.after all are those of the refitted model."""
+    """loss: of the next token. kl, js: divergence of the predictions from the dense model's. squared: distance of the
+    last hidden states from the dense model's. score: the run's similarity. With similarity.after all are those of the
+    refitted model."""
     tied: bool | None = None
     """Whether a layer's attention and MLP go together; null: as the target says, tied with target_layers."""
 

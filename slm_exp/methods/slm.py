@@ -59,16 +59,20 @@ class SLM(Method):
             require_one_of("method.screen_dtype", self.screen_dtype, ("bfloat16",))
 
     def in_force(self) -> list[str]:
-        asked = [name for name in SIZES if getattr(self, name) is not None]
-        return [] if asked else [f"method: no size is set, so threshold {THRESHOLD}"]
+        return [] if self.requested is not None else [f"method: no size is set, so threshold {THRESHOLD}"]
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide: where a threshold does, how target sizes are searched does not."""
         out = super().identity()
-        if self.target_layers is None and self.target_ratio is None:
+        if not self._sized:
             out = {k: v for k, v in out.items() if k not in ("threshold_range", "max_evaluations")}
             out["threshold"] = self._threshold
         return out
+
+    @property
+    def _sized(self) -> bool:
+        """Whether a size is requested, not a threshold."""
+        return self.threshold is None and self.requested is not None
 
     @property
     def _threshold(self) -> float:
@@ -93,7 +97,7 @@ class SLM(Method):
     def search_cost(self, n_layers: int, removed: int | None) -> Count:
         n, start = n_layers, self.start(n_layers)
         candidates = max(0, start.high - start.floor)
-        if self.target_layers is None and self.target_ratio is None:
+        if not self._sized:
             least, most = start.block_forwards(n)
             return Count(n + most, scores=candidates,
                          note=f"the search takes {n + least} to {n + most} block forwards, fewer the more it merges")
@@ -103,7 +107,7 @@ class SLM(Method):
                      note=f"up to {budget} candidates are scored for a size (method.max_evaluations)")
 
     def plan_from_scores(self, n_layers: int, scores: Mapping[str, float], rule_name: str) -> MergePlan | None:
-        if self.target_layers is not None or self.target_ratio is not None or self.compensate:
+        if self._sized or self.compensate:
             return None
         end = self.start(n_layers).replay(n_layers, self._threshold, scores)
         if end is None:
@@ -117,9 +121,11 @@ class SLM(Method):
 
         layers, size = self.layers_left(task.handle), None
         if layers is not None:
-            size = Target(layers if self.target_ratio is None else self.target_ratio, False, layers)
+            size = Target(self.requested, False, layers)
         low, high = self.threshold_range
         plan = slide(task, self.start(task.handle.n_layers), self._threshold, size, (low, high),
                      self.max_evaluations or BUDGET, self.commit_open_window, self.screen_dtype)
+        if plan.target is not None:
+            plan = replace(plan, target=replace(plan.target, budget=self.reached(task.handle, plan)))
         plan = replace(plan, method=self.name)
         return replace(task).scored(plan, self.compensate) if self.compensate and plan.groups else plan

@@ -10,7 +10,7 @@ from typing import ClassVar
 from slm_exp.core.cost import Count
 from slm_exp.core.errors import ConfigError, require
 from slm_exp.core.types import SUBLAYERS, Sublayer
-from slm_exp.methods.base import Baseline, Selection, greedy_cost
+from slm_exp.methods.base import BUDGETS, Baseline, Selection, greedy_cost
 from slm_exp.models.base import ModelHandle
 from slm_exp.search.greedy import Removed, Unit, Wanted
 from slm_exp.search.task import PlanTask
@@ -24,7 +24,7 @@ class SublayerBaseline(Baseline):
     other sublayer is there: it is what an engine that skips them could leave out. A subclass gives `remove`.
     """
 
-    targets: ClassVar[tuple[str, ...]] = ("target_sublayers", "target_ratio")
+    targets: ClassVar[tuple[str, ...]] = ("target_sublayers", "target_ratio", *BUDGETS)
     mergeable: ClassVar[bool] = False
 
     target_sublayers: int | None = None
@@ -52,7 +52,8 @@ class SublayerBaseline(Baseline):
 
     def layers_to_remove(self, handle: ModelHandle) -> int:
         """No whole layer is requested; checks the size that is."""
-        self.wanted(handle)
+        if not self.unmeasured:
+            self.wanted(handle)
         return 0
 
     def layers_left(self, handle: ModelHandle) -> int | None:
@@ -64,7 +65,7 @@ class SublayerBaseline(Baseline):
 
     def greedy_cost(self, n_layers: int, share: float = 1.0, heads: int = 1) -> Count:
         """Of removing one sublayer after the other; how many a share of the parameters takes is a guess."""
-        removals = self.target_sublayers or max(1, round((self.target_ratio or 0) * n_layers * 1.5))
+        removals = self.target_sublayers or max(1, round(self.share_removed * n_layers * 1.5))
         return greedy_cost(n_layers, 2 * len(self.removable(n_layers)), removals, 2, share, heads)
 
     def wanted(self, handle: ModelHandle) -> Wanted:
@@ -78,6 +79,10 @@ class SublayerBaseline(Baseline):
             require(n <= most, "method.target_sublayers", n, f"1 to {most} for {handle.name}",
                     "Protected layers and one sublayer at least stay.")
             return lambda removed, unit: len(removed) < n
+        if (budget := self.budget(handle)) is not None:
+            budget.check([(u.layer, kind) for u in units if (kind := u.kind)])
+            costs = budget.costs
+            return lambda removed, unit: not budget.fits(costs.without((u.layer, u.kind) for u in removed if u.kind))
         assert self.target_ratio is not None
         ratio, sizes, total = self.target_ratio, handle.sublayer_params, handle.n_params
 

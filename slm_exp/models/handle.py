@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.errors import require
 from slm_exp.models.origin import Origin
+from slm_exp.models.sizes import Sizes
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +105,22 @@ class ModelHandle:
         """Parameters of one decoder layer, the mean where layers differ. Loads no weights."""
         model = self.model if self.loaded else empty_model(self.config)
         return count_params(self.layout.layers(model)) // self.n_layers
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Sizes from shapes alone: loads no weights. Where layers differ, of one that is their mean."""
+        model, n = empty_model(self.config), self.n_layers
+        layers = self.layout.layers(model)
+        products = [self.layout.products(layer, self.config) for layer in layers]
+        head: Any = model.get_output_embeddings()
+        vocab, hidden = head.weight.shape
+
+        def mean(parts: Iterable[Mapping[str, float]]) -> dict[str, int]:
+            return {kind: int(sum(part[kind] for part in parts) / n) for kind in ("attention", "mlp")}
+
+        return Sizes(n, int(hidden), int(vocab), self.layer_params, self.n_params, mean(products),
+                     sum(map(self.layout.attention_width, layers)) // n,
+                     int(getattr(self.config, "intermediate_size", None) or 4 * hidden), mean(self.sublayer_params))
 
     @cached_property
     def sublayer_params(self) -> tuple[dict[str, int], ...]:

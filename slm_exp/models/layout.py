@@ -171,30 +171,37 @@ class LayerLayout:
             setattr(out, name, len(hosts))
         return out
 
-    def kinds(self, config: PretrainedConfig) -> list[int]:
-        """The lowest layer of every kind that the config tells apart."""
+    def kinds(self, config: PretrainedConfig) -> dict[int, list[int]]:
+        """The lowest layer of every kind that the config tells apart, and all of that kind."""
         lists = [list(values) for name in self.per_layer_config if (values := getattr(config, name, None)) is not None]
         bounds = [bound for name in self.layer_bounds if (bound := getattr(config, name, None)) is not None]
-        found: dict[str, int] = {}
+        found: dict[str, list[int]] = {}
         for i in range(config.num_hidden_layers):
-            found.setdefault(repr([[values[i] for values in lists], [i < bound for bound in bounds]]), i)
-        return list(found.values())
+            found.setdefault(repr([[values[i] for values in lists], [i < bound for bound in bounds]]), []).append(i)
+        return {layers[0]: layers for layers in found.values()}
 
     def attention_width(self, layer: torch.nn.Module) -> int:
         """Channels of all query heads together."""
         weight: Any = layer.get_parameter(f"{self.o}.weight")
         return int(weight.shape[0 if self.transposed else 1])
 
-    def work(self, layer: torch.nn.Module, config: PretrainedConfig) -> float:
-        """Weights that one token is multiplied with in a layer: of routed experts, those it is sent to."""
+    def products(self, layer: torch.nn.Module, config: PretrainedConfig) -> dict[str, float]:
+        """Weights that one token is multiplied with in a layer's attention and in its MLP: of routed experts, those it
+        is sent to."""
         own = dict(layer.named_parameters())
-        total = float(sum(own[f"{name}.weight"].numel() for name in self.projections))
+        total = {"attention": 0.0, "mlp": 0.0}
+        for name in self.projections:
+            total["attention" if name in self.sublayers["attention"] else "mlp"] += own[f"{name}.weight"].numel()
         for name in self.experts:
             share = 1.0
             if name.startswith(f"{self.expert_module}."):
                 share = config.num_experts_per_tok / own[name].shape[0]
-            total += share * own[name].numel()
+            total["mlp"] += share * own[name].numel()
         return total
+
+    def work(self, layer: torch.nn.Module, config: PretrainedConfig) -> float:
+        """Weights that one token is multiplied with in a layer."""
+        return sum(self.products(layer, config).values())
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse a model whose layers hold a tensor this layout does not account for. Shapes suffice: meta tensors do.

@@ -135,7 +135,7 @@ def load_streamed(folder: Path, config: PretrainedConfig, layout: LayerLayout, d
     """
     from slm_exp.models.streaming import streamed
 
-    few = layout.config_of(config, layout.kinds(config))
+    few = layout.config_of(config, list(layout.kinds(config)))
     before = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it would list every other layer as unexpected
     try:

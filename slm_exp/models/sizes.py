@@ -41,8 +41,9 @@ class Sizes:
     """Parameters of one decoder layer."""
     total: int
     """Parameters, tied ones once."""
-    matrices: int
-    """Weights of one layer's matrix products."""
+    products: dict[str, int]
+    """Weights that a token is multiplied with in one layer's attention and in its MLP: of routed experts, those that it
+    is sent to."""
     query: int
     """Width of all query heads together."""
     mlp: int
@@ -50,20 +51,32 @@ class Sizes:
     sublayers: dict[str, int]
     """Parameters of one layer's attention and of its MLP: projections and their biases."""
 
+    @property
+    def matrices(self) -> int:
+        """Weights of one layer's matrix products."""
+        return sum(self.products.values())
+
     def with_layers(self, n: float) -> Sizes:
         """The same model with another number of layers."""
         return replace(self, n_layers=int(n), total=self.total - int((self.n_layers - n) * self.layer))
 
+    def sublayer_flops(self, seen: float) -> dict[str, float]:
+        """Operations of one token in a layer's attention and in its MLP, where it sees so many tokens: two per weight
+        of every matrix product, and 4 x width x tokens seen for attention. Norms and activations, well under 1 %, are
+        left out."""
+        return {kind: 2.0 * size + (4 * self.query * seen if kind == "attention" else 0)
+                for kind, size in self.products.items()}
+
     def block_flops(self, tokens: float, seq_len: float) -> float:
-        """Operations of one layer over so many tokens in sequences of `seq_len`; as `search.cost.flops_per_token`."""
-        return tokens * (2 * self.matrices + 4 * self.query * (seq_len + 1) / 2)
+        """Operations of one layer over so many tokens in sequences of `seq_len`."""
+        return tokens * sum(self.sublayer_flops((seq_len + 1) / 2).values())
 
     def head_flops(self, tokens: float) -> float:
         """Operations of the output head over so many tokens."""
         return 2 * tokens * self.hidden * self.vocab
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Operations of one token of a prefill, head included; as `search.cost.flops_per_token`."""
+        """Operations of one token of a prefill (half the sequence is seen on average), head included."""
         return self.head_flops(1) + self.n_layers * self.block_flops(1, seq_len)
 
 
@@ -98,10 +111,14 @@ def sizes_in(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sizes:
         raise ConfigError(f"a config of type {about.get('model_type')} lacks {error}.") from None
     experts = about.get("num_local_experts") or about.get("num_experts") or 1
     routed = float(about.get("num_experts_per_tok") or 1) / experts
-    matrices = sum(t.size * (routed if ".experts." in name else 1) for name, t in layers.items() if len(t.shape) > 1)
+    matrices = {name: t for name, t in layers.items() if len(t.shape) > 1}
+    whole = sum(t.size * (routed if ".experts." in name else 1) for name, t in matrices.items())
     layer = sum(t.size for t in layers.values()) // max(1, n)
-    parts = _sublayers(FAMILIES[str(about.get("model_type"))], layers)
-    return Sizes(n, d, v, layer, sum(t.size for t in own.values()), int(matrices / max(1, n)),
+    layout = FAMILIES[str(about.get("model_type"))]
+    parts = _sublayers(layout, layers)
+    attention = _sublayers(layout, matrices)["attention"]
+    return Sizes(n, d, v, layer, sum(t.size for t in own.values()),
+                 {"attention": attention // max(1, n), "mlp": int((whole - attention) / max(1, n))},
                  heads * int(about.get("head_dim") or d // heads), int(about.get("intermediate_size") or 4 * d),
                  {kind: size // max(1, n) for kind, size in parts.items()})
 
@@ -141,7 +158,7 @@ def sizes_of(config: Any) -> Sizes:
     head = int(about.get("head_dim") or d // heads)
     q, k = heads * head, kv * head
     attention, mlp = 2 * d * q + 2 * d * k, 3 * d * f
-    matrices = attention + mlp
+    products = {"attention": attention, "mlp": mlp}
     if family == "qwen2":
         attention += q + 2 * k
     elif about.get("attention_bias"):
@@ -155,4 +172,4 @@ def sizes_of(config: Any) -> Sizes:
         vectors += 2 * head
     layer = attention + mlp + vectors
     total = n * layer + d + v * d * (1 if about.get("tie_word_embeddings", family == "gemma3_text") else 2)
-    return Sizes(n, d, v, layer, total, matrices, q, f, {"attention": attention, "mlp": mlp})
+    return Sizes(n, d, v, layer, total, products, q, f, {"attention": attention, "mlp": mlp})

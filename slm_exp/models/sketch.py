@@ -67,6 +67,6 @@ def sketch_of(
 
     handle = ModelHandle(name, SimpleNamespace(**named(config)), FAMILIES[str(config["model_type"])], value,  # type: ignore[arg-type]
                          SimpleNamespace(type=device_type), refuse, refuse, random=random)  # type: ignore[arg-type]
-    handle.__dict__ |= {"n_params": sizes.total, "layer_params": sizes.layer,  # cached properties: no empty model
-                        "sublayer_params": (sizes.sublayers,) * sizes.n_layers}
+    handle.__dict__ |= {"sizes": sizes, "n_params": sizes.total, "layer_params": sizes.layer,  # cached properties
+                        "sublayer_params": (sizes.sublayers,) * sizes.n_layers}  # no empty model
     return Sketch(name, value, sizes, handle, dtype, random, notes)

@@ -153,9 +153,9 @@ def check_together(cfg: RunConfig) -> None:
         raise ConfigError(f"similarity.after = {cfg.similarity.after}; expected null with method={cfg.method.name}, "
                           "which prices every change after a refit of its own.")
     others = Together(method=cfg.method.name, recovery=cfg.recovery.name, target_ratio=cfg.method.target_ratio,
-                      removes_sublayers=cfg.method.removes_sublayers, narrows=cfg.method.narrows, plan=plan,
-                      plan_path=cfg.method.plan_path, new_hidden_size=cfg.width.new_hidden_size,
-                      model_dtype=cfg.model.dtype)
+                      budget=cfg.method.budgeted, removes_sublayers=cfg.method.removes_sublayers,
+                      narrows=cfg.method.narrows, plan=plan, plan_path=cfg.method.plan_path,
+                      new_hidden_size=cfg.width.new_hidden_size, model_dtype=cfg.model.dtype)
     if cfg.runtime.memory == "stream" and (reasons := cfg.needs_resident()):
         raise ConfigError(f"runtime.memory = stream; expected auto or resident, for {reasons[0]}.")
     of_groups = (group.refuses(others) for group in (cfg.method, cfg.width, cfg.recovery))

@@ -43,6 +43,8 @@ from slm_exp.runs.tracking.base import Tracker
 log = logging.getLogger(__name__)
 
 PICTURE = "similarity.png"
+LATENCY_ERROR = 0.05
+"""Of a prediction for a whole model, beyond which a run says so."""
 CONFIG, BEFORE = "config.yaml", "record.before.json"
 
 
@@ -180,6 +182,12 @@ class Recorder:
                 self.note(device=self.cfg.runtime.describe(x.dense.device),
                           model={"name": x.dense.name, "note": x.dense.note, "digest": x.dense.digest,
                                  "random": x.dense.random})
+            case "latency":
+                x.latency.save(self.folder)
+                error = max(abs(c.error) for c in x.latency.checks)
+                if error > LATENCY_ERROR and not x.dense.random:
+                    self.warn(f"{x.latency.describe()}: an error of {error:.1%}. Was the machine busy? The budget is "
+                              "met by this table; `slm cache` can remove it, to be measured anew.")
             case "calibrate":
                 x.tokens.save(self.folder)
                 self.note(calibration=x.tokens.describe())

@@ -7,6 +7,8 @@ values; the stage cache takes its keys from here and from nowhere else.
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,13 +20,14 @@ from slm_exp.core.cache.store import Inputs, StageStore
 from slm_exp.core.files import JsonObject, digest
 from slm_exp.core.plugins import plugin_of
 from slm_exp.core.registry import Component
-from slm_exp.core.runtime import world
+from slm_exp.core.runtime import device_name, world
+from slm_exp.core.timing import LatencyTable
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity, MergePlan
 from slm_exp.core.widths import WidthDecision
 from slm_exp.evaluation.base import EvalReport
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.merging.width import apply_width
-from slm_exp.models.base import ModelHandle
+from slm_exp.models.base import ModelHandle, dtype_name
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.memory import opened
 from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_tensors
@@ -32,6 +35,8 @@ from slm_exp.recovery.gain import HeldOutLoss, chain_report, held_out_loss
 from slm_exp.runs.tracking.base import Tracker
 from slm_exp.search.task import PlanTask
 from slm_exp.width.base import NarrowedScore, WidthTask
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -50,6 +55,8 @@ class Experiment:
     """The run's record, as far as it is known."""
 
     dense: ModelHandle = field(init=False)
+    latency: LatencyTable = field(init=False)
+    """Where the method's target is a time."""
     tokens: CalibrationTokens = field(init=False)
     similarity: LayerSimilarity = field(init=False)
     dense_report: EvalReport = field(init=False)
@@ -201,7 +208,7 @@ def check_lengths(cfg: RunConfig, dense: ModelHandle) -> None:
     """Refuse sequences longer than the model has positions. Raises ConfigError, which names the field."""
     merges = cfg.method.uses_merge_rule() and cfg.method.replays is None
     read = {**cfg.calibration.lengths(), **cfg.evaluation.lengths(), **cfg.recovery.lengths(),
-            **cfg.similarity.lengths(), **(cfg.merge_rule.lengths() if merges else {})}
+            **cfg.similarity.lengths(), **cfg.method.lengths(), **(cfg.merge_rule.lengths() if merges else {})}
     for name, tokens in read.items():
         dense.require_room(name, tokens)
 
@@ -249,6 +256,34 @@ def _loaded(x: Experiment) -> None:
 
 
 LOAD = Stage("load", "dense", _load, then=_loaded)
+
+
+def _measure(x: Experiment) -> LatencyTable:
+    from slm_exp.engine.latency import measure
+
+    return measure(x.dense, dtype_name(x.dense.config, x.cfg.model.dtype), **(x.cfg.method.timed_by() or {}))
+
+
+def _latency_inputs(x: Experiment) -> Inputs:
+    device, threads = x.dense.device, x.cfg.runtime.threads or os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    seen = device.type == "cpu" or hasattr(device, "index")  # the forecast opens no GPU
+    name = device_name(device) if seen else Unknown(device.type)
+    return {**x.on(x.dense), "name": name, "threads": threads, **(x.cfg.method.timed_by() or {})}
+
+
+def _measured(x: Experiment) -> None:
+    """The method knows what its target is met by, and refuses what cannot be met while nothing is computed."""
+    if not isinstance(x.latency, Unknown):
+        log.info("%s", x.latency.describe())
+        x.cfg = replace(x.cfg, method=x.cfg.method.timed(x.latency))
+        x.cfg.method.check_model(x.dense)
+
+
+LATENCY = Stage(
+    "latency", "latency", _measure, LatencyTable, _latency_inputs,
+    code=lambda x: ("core/timing.py", "engine/latency.py", "methods/base.py", "models"), small=True, then=_measured,
+    when=lambda x: x.cfg.method.timed_by() is not None)
+"""Times of the model's units on this device: measured once, before anything else, as what cannot be met is refused."""
 
 BUILT = ("core/types.py", "core/widths.py", "models", "merging")
 """What a compressed model is built by: the result of any stage that looks at one depends on it."""
@@ -336,7 +371,8 @@ def _decided(x: Experiment) -> None:
 PLAN = Stage(
     "plan", "plan", lambda x: _depth_method(x).plan(x.task.on(x.model, x.cfg.method.uses_layer_similarity)), MergePlan,
     lambda x: {**x.on(x.model), "tokens": x.tokens.digest, **x.cfg.plan_identity(),
-               "method": _depth_method(x).identity(), "seed": x.cfg.seed},
+               "method": _depth_method(x).identity(), "seed": x.cfg.seed,
+               **({"latency": x.latency.digest} if LATENCY.when(x) else {})},
     code=lambda x: (*BUILT, *code_of(x.cfg.method, x.cfg.width), "search", "engine", "similarity", "kernels",
                     *READ),
     then=_decided, small=True)
@@ -445,7 +481,7 @@ def steps(cfg: RunConfig) -> tuple[Step, ...]:
     """The stages in paper order, under the names that the record times them by."""
     before = cfg.width.order == "before"
     return (
-        Step("load", (LOAD,)),
+        Step("load", (LOAD, LATENCY)),
         Step("calibrate", (CALIBRATE,)),
         Step("similarity", (SIMILARITY,)),
         Step("evaluate_dense", (EVALUATE_DENSE,)),

@@ -169,6 +169,9 @@ class Trained(Recovery):
         return {name: p.detach().to(task.handle.model.get_parameter(name).dtype)
                 for name, p in model.named_parameters() if p.requires_grad}
 
+    def at(self, model: nn.Module, done: float) -> None:
+        """Told before every step what share of the steps is done."""
+
     def loss(self, task: RecoveryTask, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The mean loss of a micro-batch, here of the tokens to come."""
         return next_token_loss(model, batch)
@@ -198,7 +201,7 @@ class Trained(Recovery):
             f"recovery={self.name}", self, lambda: self.student(task), partial(self.loss, task), examples.train,
             examples.held_out, collate=partial(left_padded, pad=pad), device=task.handle.device,
             half=str(task.handle.model.dtype) != "torch.float32", folder=task.folder / "recovery" / key, seed=task.seed,
-            track=task.track)
+            track=task.track, at=self.at)
         with checkpoints_in(training.folder):
             done = training.run()
             if done is None:

@@ -9,7 +9,7 @@ from slm_exp.core.format import rounded, with_error
 from slm_exp.reporting import results
 from slm_exp.reporting.results import Comparison
 from slm_exp.runs.record import Run
-from slm_exp.runs.schema import Record, SizeTarget, SpeedCase
+from slm_exp.runs.schema import BudgetMet, Record, SizeTarget, SpeedCase
 from slm_exp.runs.statistics.paired import Difference
 from slm_exp.runs.statistics.scores import Estimate
 from slm_exp.runs.statistics.verdict import DESTROYED, RANDOM, times, verdict_of
@@ -44,6 +44,9 @@ def summary(finished: JsonObject, folder: Path) -> str:
     ]
     if plan.final_score is not None:
         lines.append(f"  score      {plan.final_score:.4f} by {plan.similarity} ({plan.evaluations} candidates)")
+    if (met := plan.target.budget) and met.dense:
+        lines.append(f"  budget     {_cost(met, met.reached)} of at most {_cost(met, met.limit)}, dense "
+                     f"{_cost(met, met.dense)}: {met.what}")
     lines += _sizes(plan.target)
     if rows:
         lines.append(f"  {'task':<16} {'metric':<9} {'n':>6} {'chance':>7} {'dense':>12} {'compressed':>12} "
@@ -64,6 +67,11 @@ def summary(finished: JsonObject, folder: Path) -> str:
     lines += [f"  warning    {w}" for w in record.warnings]
     lines.append(f"  report     {folder / 'report.html'}")
     return "\n".join(lines)
+
+
+def _cost(met: BudgetMet, value: float | None) -> str:
+    """Operations in GFLOP a token, a latency in ms."""
+    return f"{1e3 * (value or 0):.3g} ms" if met.measure == "latency" else f"{(value or 0) / 1e9:.4g} GFLOP"
 
 
 def _speed(cell: SpeedCase) -> str:

@@ -115,12 +115,23 @@ class SizeFound(Section):
     latency_s: float | None = None
 
 
+class BudgetMet(Section):
+    """Of operations or time, as `core.types.BudgetReached`."""
+
+    measure: str = ""
+    limit: float | None = None
+    reached: float | None = None
+    dense: float | None = None
+    what: str = ""
+
+
 class SizeTarget(Section):
     complete: bool = True
     layers: int | None = None
     threshold: float | list[float] = []
     """That reaches the size, or the interval of those that do."""
     sizes: list[SizeFound] = []
+    budget: BudgetMet = BudgetMet()
 
 
 class Plan(Section):

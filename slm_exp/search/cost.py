@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.rules.keep_low import KeepLow
 from slm_exp.merging.surgery import apply_plan
-from slm_exp.models.base import ModelHandle, empty_model
+from slm_exp.models.base import ModelHandle
 from slm_exp.search.path import PathPlan
 
 ROUNDS = 5
@@ -31,19 +30,9 @@ def sizes(dense: ModelHandle, rule: MergeRule, plans: Iterable[PathPlan], seq_le
     models = {n: apply_plan(dense, MergePlan(dense.n_layers, plan.groups, rule=rule.name), rule)
               for n, plan in sorted(best.items())}
     seconds = latencies(models, seq_len)
-    return tuple(SizeCost(n, handle.n_params, 1 - handle.n_params / dense.n_params, flops_per_token(dense, n, seq_len),
-                          seconds[n], best[n].final_score, (best[n].low, best[n].high)) for n, handle in models.items())
-
-
-def flops_per_token(handle: ModelHandle, n_layers: int, seq_len: int) -> float:
-    """Floating-point operations of one token of a prefill over `seq_len` tokens, with `n_layers` of the layers. Two per
-    weight of every matrix product (head included, embedding look-up not), and 4 x width x the tokens seen (half the
-    sequence on average) for attention. Norms and activations, well under 1 %, are left out."""
-    model = empty_model(handle.config)
-    layer = handle.layout.layers(model)[0]
-    head: Any = model.get_output_embeddings()
-    attention = 4 * handle.layout.attention_width(layer) * (seq_len + 1) / 2
-    return 2 * head.weight.numel() + n_layers * (2 * handle.layout.work(layer, handle.config) + attention)
+    return tuple(SizeCost(n, handle.n_params, 1 - handle.n_params / dense.n_params,
+                          dense.sizes.with_layers(n).flops_per_token(seq_len), seconds[n], best[n].final_score,
+                          (best[n].low, best[n].high)) for n, handle in models.items())
 
 
 def latencies(models: Mapping[int, ModelHandle], seq_len: int) -> dict[int, float]:

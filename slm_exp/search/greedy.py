@@ -119,6 +119,12 @@ def one_shot(slots: Slots, costs: Mapping[Unit, float], wanted: Wanted) -> tuple
 
 def _check_finite(costs: Mapping[Unit, float], taken: Unit) -> None:
     if not math.isfinite(costs[taken]):
+        refuse_infinite(costs)
+
+
+def refuse_infinite(costs: Mapping[Unit, float]) -> None:
+    """Raise PlanError where a part's cost is not finite; says how many."""
+    if not all(map(math.isfinite, costs.values())):
         good = sum(map(math.isfinite, costs.values()))
         raise PlanError(f"{len(costs) - good} of {len(costs)} parts have a score that is not a finite number. "
                         f"{NOT_FINITE}")

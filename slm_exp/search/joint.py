@@ -6,7 +6,7 @@ Letters: C channels of an MLP, K those that stay, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from slm_exp.core.types import CalibrationTokens
 from slm_exp.engine.progress import ticking
 from slm_exp.engine.ridge import changed, eliminated, moments, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.search import knapsack
 from slm_exp.search.inputs import journal_of
 from slm_exp.search.task import PlanTask
 
@@ -25,8 +26,6 @@ RIDGE = 0.03
 """Of every refit that a price is taken after."""
 POWER = 1.3
 """By which a price grows with the channels that go, between those that are measured."""
-GRID = 8
-"""Parts of a step of channels that the knapsack counts in."""
 
 
 @dataclass(frozen=True)
@@ -153,33 +152,21 @@ def narrowed(layout: Any, layer: Any, stay_K: Tensor | Sequence[int], map_KD: Te
     return {name: tensor.detach() for name, tensor in new.items()}
 
 
-def cheapest(found: Mapping[int, Price], remove: float, attention: int, channel: int, step: int, wide: int
+def cheapest(found: Mapping[int, Price], need: float, gain: Callable[[Choice], float], step: int, wide: int
              ) -> list[Choice]:
-    """The changes of least price together that take so many parameters away, as a knapsack; prices are taken to add up.
+    """The changes of least price together that gain `need` or more; prices are taken to add up.
 
     Args:
-        remove: parameters; what is removed comes within a step of channels of it.
-        attention, channel: parameters of an attention, and of a channel.
+        gain: what a choice takes away, in the unit of `need`.
         step, wide: channels that go at once, and of a whole MLP.
     Raises:
         ValueError: all changes together take less away.
-    Cost: layers x widths x parts of the target, a second for 30 layers.
     """
-    part, half = step * channel / GRID, wide - step * (wide // (2 * step))
-    need = round(remove / part)
-    best: list[tuple[float, tuple[Choice, ...]]] = [(0.0, ()), *([(math.inf, ())] * need)]
-    for choices in (list(_choices(i, price, step, wide - half)) for i, price in found.items()):
-        new: list[tuple[float, tuple[Choice, ...]]] = [(math.inf, ())] * (need + 1)
-        for choice, cost in choices:
-            gone = int((choice.attention * attention + choice.channels * channel) / part + 1e-6)
-            for at, (value, taken) in enumerate(best):
-                to = min(need, at + gone)
-                if value + cost < new[to][0]:
-                    new[to] = value + cost, (*taken, choice)
-        best = new
-    if not math.isfinite(best[need][0]):
-        raise ValueError("all changes together take less away")
-    return list(best[need][1])
+    half = wide - step * (wide // (2 * step))
+    choices = [list(_choices(i, price, step, wide - half)) for i, price in found.items()]
+    options = [[knapsack.Option(price, gain(choice)) for choice, price in some] for some in choices]
+    taken = knapsack.cheapest(options, need)
+    return [some[at][0] for some, at in zip(choices, taken, strict=True)]
 
 
 def _choices(i: int, price: Price, step: int, widest: int) -> Iterator[tuple[Choice, float]]:

@@ -19,7 +19,7 @@ from slm_exp.core.cache.journal import Journal
 from slm_exp.core.types import Group, MergePlan
 from slm_exp.engine.gradients import layer_gradients
 from slm_exp.engine.runner import BlockRunner, Slot
-from slm_exp.engine.vocabulary import mean_loss, prediction_distance
+from slm_exp.engine.vocabulary import mean_loss, prediction_distance, squared_distance
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.sharing import scaled_outputs
 from slm_exp.models.streaming import in_order, parameter, shells
@@ -138,19 +138,22 @@ class ScoringEngine:
         return next(self.losses([model]))
 
     def distance(self, model: Model, kind: str, dtype: str | None = None) -> float:
-        """How far its predictions are from the dense model's, see `engine.vocabulary.prediction_distance`; `dtype`: as
-        in `score`, and of the head."""
-        return self.measure(
-            model, kind, lambda h_NTD: prediction_distance(self._runner(dtype), self._dense_last, h_NTD, kind), dtype)
+        """How far its predictions are from the dense model's, see `engine.vocabulary.prediction_distance`; or with
+        `squared` its last hidden states, see `squared_distance`. `dtype`: as in `score`, and of the head."""
+        return self.measure(model, kind, lambda h_NTD: self._apart(h_NTD, kind, dtype), dtype)
+
+    def _apart(self, last_NTD: Tensor, kind: str, dtype: str | None = None) -> float:
+        if kind == "squared":
+            return squared_distance(self._dense_last, last_NTD)
+        return prediction_distance(self._runner(dtype), self._dense_last, last_NTD, kind)
 
     def losses(self, models: Sequence[Model]) -> Iterator[float]:
         """Of each, see `loss`; of a streamed model in few passes over its file."""
         return self._measures(models, "loss", lambda last_NTD: mean_loss(self.runner, last_NTD))
 
     def distances(self, models: Sequence[Model], kind: str) -> Iterator[float]:
-        """How far predictions are from the dense model's, see `engine.vocabulary.prediction_distance`."""
-        return self._measures(models, kind,
-                              lambda h_NTD: prediction_distance(self.runner, self._dense_last, h_NTD, kind))
+        """How far each is from the dense model, see `distance`."""
+        return self._measures(models, kind, lambda h_NTD: self._apart(h_NTD, kind))
 
     def foresee(self, models: Sequence[Model]) -> None:
         """These will be scored: where the model is streamed, all of them in one pass over its file."""

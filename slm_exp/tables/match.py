@@ -13,7 +13,7 @@ from slm_exp.tables.definition import Table
 from slm_exp.tables.facts import overrides_of
 from slm_exp.tables.records import Finder, science, science_of
 
-SIZES = ("target_layers", "target_ratio", "target_sublayers", "threshold")
+SIZES = ("target_layers", "target_ratio", "target_sublayers", "target_flops", "target_latency", "threshold")
 
 
 def check_any(table: Table, runs: Sequence[Measured]) -> None:

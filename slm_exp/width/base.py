@@ -71,6 +71,11 @@ class Width(Component, ABC):
 
     def refuses(self, others: Together) -> str | None:
         """Why this pruner cannot run with the rest of the config, or None. Checked before anything loads."""
+        if self.prunes and others.plan is not None and others.plan.width:
+            return (f"width = {self.name}: the plan in method.path has width pruning already. Leave it as it is with "
+                    "width=none, or take a plan without.")
+        if self.prunes and others.narrows:
+            return f"width = {self.name}; expected none with method={others.method}, which narrows layers by itself."
         return None
 
     def needs_resident(self) -> str | None:

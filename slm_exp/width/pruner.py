@@ -142,11 +142,11 @@ class Pruner(Width):
         return self.allocation or self.published_allocation
 
     def refuses(self, others: Together) -> str | None:
-        if others.plan is not None and others.plan.width:
-            return (f"width = {self.name}: the plan in method.path has width pruning already. Leave it as it is with "
-                    "width=none, or take a plan without.")
-        if others.narrows:
-            return f"width = {self.name}; expected none with method={others.method}, which narrows layers by itself."
+        if refused := super().refuses(others):
+            return refused
+        if others.budget:
+            return (f"width = {self.name}; expected none with method.{others.budget}, which the plan alone has to "
+                    "meet. method=joint narrows layers under such a budget.")
         if self.share is not None and others.target_ratio is None:
             return (f"width.share = {self.share} is a part of method.target_ratio, which is not set. Set "
                     "method.target_ratio, or width.ratio instead of width.share.")
@@ -218,7 +218,7 @@ class Pruner(Width):
         """With `share`: what was asked of the run, and `depth`, what of that was asked of the model depth worked on."""
         if self.share is None or target is None or method.target_ratio is None:
             return target
-        return dataclasses.replace(target, asked=method.target_ratio, depth=target.asked, share=self.share)
+        return dataclasses.replace(target, asked=method.target_ratio, depth=float(target.asked), share=self.share)
 
     def ratio_for(self, method: DepthMethod, dense: ModelHandle, handle: ModelHandle) -> float:
         """What to remove, as a share of `handle`'s decoder layers. Raises PlanError: with `share`, depth has already

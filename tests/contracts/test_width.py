@@ -18,8 +18,10 @@ from slm_exp.merging.width import apply_width
 from slm_exp.methods.slm import SLM
 from slm_exp.models.layouts import FAMILIES
 from slm_exp.width.base import WidthTask
+from slm_exp.width.pruner import Pruner
 
-PRUNERS = sorted(name for name, cls in available("width").items() if cls.prunes)
+PRUNERS = sorted(name for name, cls in available("width").items() if issubclass(cls, Pruner))
+"""Those that narrow; masks are in tests/width/test_nm.py."""
 every_pruner = pytest.mark.parametrize("name", PRUNERS)
 RATIO = 0.3
 PER_LAYER = {"uniform": False, "allocation": "score"}

@@ -49,7 +49,8 @@ def test_the_set_is_the_cheapest_of_its_size() -> None:
     order, generator = tuple(range(48)), torch.Generator().manual_seed(0)
     prices = {i: Price(None if i == 0 else float(a), float(h), float(h + m), order)
               for i, (a, h, m) in enumerate(torch.rand(3, 3, generator=generator))}
-    choices = cheapest(prices, remove=900, attention=160, channel=10, step=16, wide=64)
+    gain = lambda c: 160 * c.attention + 10 * c.channels  # noqa: E731
+    choices = cheapest(prices, 900, gain, step=16, wide=64)
     size = lambda some: sum(160 * a + 10 * c for _, a, c in some)  # noqa: E731
     cost = lambda some: sum(prices[i].mlp(c, 32) * (c > 0) + (prices[i].attention or 0.0) * a for i, a, c in some)  # noqa: E731
     every = [[(i, a, c) for a in ((False,) if i == 0 else (False, True)) for c in (0, 16, 32, 48)] for i in prices]
@@ -57,7 +58,7 @@ def test_the_set_is_the_cheapest_of_its_size() -> None:
     assert size(choices) >= 900
     assert cost(choices) == pytest.approx(min(map(cost, enough)))
     with pytest.raises(ValueError, match="less"):
-        cheapest(prices, remove=9000, attention=160, channel=10, step=16, wide=64)
+        cheapest(prices, 9000, gain, step=16, wide=64)
 
 
 def test_prices_between_those_measured_grow() -> None:

@@ -15,6 +15,7 @@ from slm_exp.core.errors import ConfigError, PlanError
 from slm_exp.core.registry import available
 from slm_exp.core.types import MergePlan
 from slm_exp.forecast.plan import make_plan
+from slm_exp.search.budget import flops_costs
 from slm_exp.search.evolution import Evolution, beam, plan_without
 from slm_exp.search.greedy import Unit
 from slm_exp.search.scoring import ScoringEngine
@@ -158,3 +159,31 @@ def test_the_forecast_counts_generations_and_widths(tmp_path: Path) -> None:
     assert blocks(*evo, "method.generations=10") < blocks(*evo, "method.generations=20") < blocks(*evo)
     grown = ["method=beam", "method.target_layers=22"]
     assert 3 * blocks(*grown, "method.width=1") < blocks(*grown, "method.width=4")
+
+
+@pytest.mark.parametrize("size", [{"target_flops": 0.7}, {"target_ratio": 0.3}, {"target_sublayers": 3},
+                                  {"target_layers": 6}])
+def test_an_additive_set_is_the_cheapest_of_all_that_take_enough(size: Any, make_tiny: Any, tokens: Any) -> None:
+    handle = make_tiny(seed=3, layers=6 if "target_layers" not in size else 8)
+    method: Any = METHODS["additive"](**size)
+    plan = plan_of(handle, tokens, "additive", **size)
+    units, costs, n = method.units(handle.n_layers), None, handle.n_layers
+    engine = new_task(handle, tokens).engine
+    dense = engine.runner.finish(engine.dense_states[-1]).double()
+    moved = {u: engine.measure(plan_without(n, {u}), "moved", lambda x: float(
+        (x.double() - dense).square().sum() / dense.square().sum())) for u in units}
+    if "target_flops" in size:
+        costs = flops_costs(handle, 128, "prefill")
+        gain, need = {u: costs.part(u.layer, u.kind) for u in units}, 0.3 * costs.dense
+    elif "target_ratio" in size:
+        gain = {u: handle.sublayer_params[u.layer][u.kind] for u in units}
+        need = 0.3 * handle.n_params
+    else:
+        gain, need = dict.fromkeys(units, 1), size.get("target_sublayers", 2)
+    sets = [s for k in range(len(units)) for s in itertools.combinations(units, k) if sum(map(gain.get, s)) >= need]
+    best = min(sum(map(moved.get, s)) for s in sets)
+    gone = [u for u in units if u.layer in plan.dropped or (u.layer, u.kind) in {(s.layer, s.kind) for s in
+                                                                                 plan.sublayers}]
+    assert sum(map(gain.get, gone)) >= need
+    assert sum(moved[u] for u in gone) == pytest.approx(best, rel=1e-5)
+    assert sorted(-t.score for t in plan.trace) == pytest.approx(sorted(moved.values()), rel=1e-4)

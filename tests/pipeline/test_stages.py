@@ -40,6 +40,7 @@ CONFIGS = {
     "measured": ["method=shortgpt", "method.target_layers=4", "evaluation.corpora.news=heldout:news"],
     "joint": ["method=joint", "method.target_layers=4", "method.fit_samples=4", "method.fit_seq_len=24",
               "recovery=reconstruct", "recovery.n_samples=4", "recovery.seq_len=24", "recovery.layers=sublayers"],
+    "latency": ["method=blockpruner", "method.target_latency=70%", "method.length=16"],
     "compensated": ["method=shortgpt", "method.target_layers=3", "method.compensate=magnitude"],
 }  # fmt: skip
 
@@ -55,7 +56,8 @@ def filled(tmp_path_factory):
 
 STAGES = [("slm", "calibrate"), ("slm", "similarity"), ("slm", "plan"), ("after", "plan"), ("cka", "plan"),
           ("regression", "plan"), ("joint", "plan"), ("joint", "recover"),
-          ("greedy", "plan"), ("compensated", "plan"), ("width", "width"), ("width", "narrowed_score"),
+          ("latency", "latency"), ("latency", "plan"), ("greedy", "plan"), ("compensated", "plan"),
+          ("width", "width"), ("width", "narrowed_score"),
           ("before", "width"), ("before", "plan"), ("reconstruct", "recover"), ("chain", "held_out"),
           ("measured", "evaluate_dense"), ("measured", "evaluate")]  # fmt: skip
 
@@ -114,6 +116,18 @@ def test_the_forecast_names_the_keys_that_the_run_stores(shared, overrides):
 
 def test_the_forecast_names_the_keys_of_a_share_in_sublayers(shared):
     keys_agree(shared, CONFIGS["share"])
+
+
+def test_the_forecast_reads_the_times_that_a_run_measured(shared, monkeypatch):
+    keys_agree(shared, CONFIGS["latency"])
+    cfg = compose_run([*TINY, *CONFIGS["latency"], f"cache.dir={shared / 'cache'}"])
+    sketch = cfg.model.sketch(Path(cfg.cache.dir), "cpu")
+    outline = walk(cfg, sketch, Lookup(Path(cfg.cache.dir)), save_model=False)
+    assert (outline.stages["latency"], outline.method.unmeasured) == ("cached", False)
+    monkeypatch.setattr("slm_exp.engine.latency.measure", None)  # a forecast measures nothing
+    cfg = compose_run([*TINY, *CONFIGS["latency"], "method.batch=2", f"cache.dir={shared / 'cache'}"])
+    outline = walk(cfg, sketch, Lookup(Path(cfg.cache.dir)), save_model=False)
+    assert (outline.stages["latency"], outline.method.unmeasured) == ("compute", True)
 
 
 def keys_agree(folder: Path, overrides: list[str]) -> None:

@@ -24,7 +24,7 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import file_digest, write_text
 from slm_exp.core.locks import Lock
 
-STAGES = ("model", "calibrate", "similarity", "plan", "scores", "width", "recover", "evaluate")
+STAGES = ("model", "calibrate", "similarity", "plan", "scores", "latency", "width", "recover", "evaluate")
 """The folders of a cache that hold entries."""
 MEMORIES = ("digests", "speed")
 """The folders of a cache that hold small files `<16 hex digits>.json`."""

@@ -138,7 +138,7 @@ def slug(config: JsonObject) -> str:
 
     model, similarity, width = name("model"), name("similarity", "flat_cosine"), name("width", "none")
     sizes = {"threshold": "{:g}", "target_layers": "{}layers", "target_ratio": "{:g}less",
-             "target_sublayers": "less{}halves"}
+             "target_sublayers": "less{}halves", "target_flops": "{:g}flops", "target_latency": "{}"}
     parts = [
         Path(str(node("model").get("path") or model)).name if model == "hf" else model,
         name("method"),
