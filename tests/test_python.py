@@ -136,11 +136,12 @@ def test_a_wrong_call_is_refused_before_anything_loads(call, said):
         call()
 
 
-def test_what_does_not_fit_the_study_is_refused(study):
+def test_what_does_not_fit_the_study_is_refused(study, tmp_path):
     with pytest.raises(ConfigError, match="for the model that is loaded"):
         find_plan(study, "model.layers=6")
+    (tmp_path / "short.jsonl").write_text('{"text": "a word"}\n')
     with pytest.raises(DataError, match=r"recovery\.n_samples"):
-        recover(study, find_plan(study), "recovery=reconstruct")
+        recover(study, find_plan(study), "recovery=reconstruct", f"recovery.path={tmp_path / 'short.jsonl'}")
     with pytest.raises(PlanError, match="9 layers"):
         apply(study, MergePlan(9, dropped=(1,)))
 

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import attack
@@ -63,7 +64,8 @@ def test_a_text_does_nothing_where_it_is_shown(
             cells = [cell for row in csv.reader(io.StringIO(shown)) for cell in row]
             assert not [cell for cell in cells if cell[:1] in ("=", "@", "+", "\t", "\r") or re.match(r"-\D", cell)]
         if form == "html":
-            assert not re.search(r"<(img|script)[ >]", shown)
+            own = files("slm_exp.reporting").joinpath("tables.js").read_text("utf-8")
+            assert not re.search(r"<(img|script)[ >]", shown.replace(f"<script>\n{own}</script>", "", 1))
     assert cli.main(["report", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<img src=x" not in page

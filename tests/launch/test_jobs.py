@@ -42,15 +42,15 @@ def outcome(compose: Callable[[list[str]], RunConfig], job: list[str]) -> dict[s
 
 
 def test_a_composed_job_is_what_hydra_composes() -> None:
-    """Every member alone, and 30 random combinations of members, values and presets."""
+    """Every member alone, and 40 random combinations of members, values and presets."""
     composer, draw = Composer(), random.Random(0)
     singles = single_choices()
     values = ["seed=3", "save_model=true", "method.threshold=0.7", "calibration.n_samples=4", "cache.enabled=false",
               "evaluation.corpora.mine=/x", "+seed=2", "++evaluation.limit=3", "experiment=demo",
               "sweep=threshold_rule"]  # fmt: skip
     jobs = [["model=tiny", *single.split()] for single in singles if not single.startswith("model=")]
-    for _ in range(30):
-        parts = draw.sample(singles, 3) + draw.sample(values, 3)
+    for _ in range(40):
+        parts = draw.sample(singles, 3) + draw.sample(values, draw.randint(0, 3))
         job = [word for part in parts for word in part.split()]
         keys = [word.partition("=")[0].lstrip("+") for word in job]
         if len(set(keys)) == len(keys):

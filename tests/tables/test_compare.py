@@ -59,7 +59,7 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys) -> None:
     assert main(["compare", str(runs["good"]), str(other)]) == 2
     assert "limit: 20 and 7" in capsys.readouterr().err
     assert main(["compare", str(tmp_path), str(other)]) == 2
-    assert "record.json" in capsys.readouterr().err
+    assert f"give one: {other}" in capsys.readouterr().err
     moved = make_run(tmp_path, ["method.threshold=0.7"])
     (moved / "samples" / "compressed" / "piqa.jsonl.gz").unlink()
     assert main(["compare", str(runs["good"]), str(moved)]) == 2
