@@ -65,7 +65,10 @@ class Run:
         """
         path = folder / FILE
         try:
-            return cls(folder, Record.of(read_json(path)), verify)
+            record = Record.of(read_json(path))
+            if not record.run_id and not record.status:
+                raise ValueError("it has neither run_id nor status, so it is no run's")
+            return cls(folder, record, verify)
         except (FileNotFoundError, NotADirectoryError):
             raise SlmError(no_run(folder)) from None
         except (OSError, ValueError) as error:
