@@ -83,4 +83,6 @@ def main(run: Path) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in ([], ["--help"], ["-h"]):
+        sys.exit(__doc__)
     sys.exit(main(Path(sys.argv[1])))

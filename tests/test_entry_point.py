@@ -91,6 +91,8 @@ def test_presets_open_with_the_command_that_runs_them(path):
         ("similarity.estimator=unbaised", ["similarity.estimator = unbaised", "Did you mean unbiased?"]),
         ("evaluation.limit=0", ["evaluation.limit = 0", ">= 1"]),
         ("runtime.device=tpu", ["runtime.device = tpu", "cuda"]),
+        ("runtime.device=cpu:1:2", ["runtime.device = cpu:1:2", "cuda:N"]),
+        ("model.device='cuda:x'", ["model.device = cuda:x", "cuda:N"]),
         ("seed=-1", ["seed = -1", ">= 0"]),
         ("experiment=dem", ["experiment = dem", "demo"]),
     ],

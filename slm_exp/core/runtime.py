@@ -11,6 +11,7 @@ import contextlib
 import os
 import platform
 import random
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 MOST_THREADS = 4096
 """Thread pools of many more end the process without a word."""
 
@@ -85,8 +87,7 @@ class Runtime(Component):
     most three in memory. auto: stream where the model does not fit into what is free (docs/scale.md)."""
 
     def check(self) -> None:
-        require(self.device == "auto" or self.device.split(":")[0] in ("cpu", "cuda"), "runtime.device", self.device,
-                "auto, cpu, cuda or cuda:N")
+        require(bool(DEVICE.fullmatch(self.device)), "runtime.device", self.device, "auto, cpu, cuda or cuda:N")
         require(self.threads is None or 1 <= self.threads <= MOST_THREADS, "runtime.threads", self.threads,
                 f"null or a number from 1 to {MOST_THREADS}")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Component, knob
+from slm_exp.core.runtime import DEVICE
 from slm_exp.models.handle import ModelHandle as ModelHandle
 from slm_exp.models.handle import count_params as count_params
 from slm_exp.models.handle import dtype_name as dtype_name
@@ -40,8 +41,8 @@ class ModelSource(Component, ABC):
 
     def check(self) -> None:
         require_one_of("model.dtype", self.dtype, DTYPES)
-        require(self.device is None or self.device.split(":")[0] in ("auto", "cpu", "cuda"), "model.device",
-                self.device, "null, auto, cpu, cuda or cuda:N")
+        require(self.device is None or bool(DEVICE.fullmatch(self.device)), "model.device", self.device,
+                "null, auto, cpu, cuda or cuda:N")
         require(self.device_map in (None, "auto"), "model.device_map", self.device_map, "null or auto")
 
     def needs_resident(self) -> str | None:
