@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_exp.core.errors import ConfigError, DataError, ProtocolError, did_you_mean, require
-from slm_exp.core.registry import register
+from slm_exp.core.registry import Fields, register
 from slm_exp.evaluation import free_text, task_index
 from slm_exp.evaluation import perplexity as texts
 from slm_exp.evaluation.cost import generating, measuring
@@ -118,7 +118,7 @@ class Evaluation(Settings):
                 return f"evaluation.tasks: lm-eval has no task {task!r}. {did_you_mean(task, [*SEVEN, *known])}"
         return None
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         """Corpora by what their files hold, and which documents the tasks use."""
         out = super().identity()
         out["corpora"] = {name: texts.corpus_identity(where) for name, where in self.wanted_corpora().items()}

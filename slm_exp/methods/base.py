@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from slm_exp.core.cost import Count, Work
 from slm_exp.core.errors import NOT_FINITE, ConfigError, PlanError, require, require_one_of
-from slm_exp.core.registry import Component
+from slm_exp.core.registry import Component, Fields
 from slm_exp.core.timing import ROUNDS, WARM, LatencyTable
 from slm_exp.core.together import Together
 from slm_exp.core.types import BudgetReached, Group, MergePlan, Sublayer, Target, Trial
@@ -92,7 +92,7 @@ class Method(Component, ABC):
         if self.compensate is not None:
             require_one_of("method.compensate", self.compensate, COMPENSATIONS)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         """An option that is off leaves no trace: what was named before there was the option keeps its name."""
         off = {name for name in ("compensate", *BUDGETS) if getattr(self, name) is None}
         own = {k: v for k, v in super().identity().items() if k not in (off if self.budgeted else off | {*SHAPE})}

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from slm_exp.core.conf import PUBLISHED, published_file
 from slm_exp.core.errors import ConfigError, PlanError, require
 from slm_exp.core.files import digest, read_json
-from slm_exp.core.registry import available, register
+from slm_exp.core.registry import Fields, available, register
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.surgery import apply_plan
@@ -90,7 +89,7 @@ class FromPlan(Method):
         except PlanError as error:
             raise ConfigError(f"method.path = {self.path}; expected a plan for {handle.name}: {error}") from None
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         effect = {k: v for k, v in self.given.effect().items() if k != "n_layers"}  # the model's, or refused
         return {k: v for k, v in super().identity().items() if k != "path"} | {"plan": digest(effect)}
 

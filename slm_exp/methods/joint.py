@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.calibration.fit import FitSource
 from slm_exp.core.cost import Count
 from slm_exp.core.errors import ConfigError, require, require_one_of
-from slm_exp.core.registry import register
+from slm_exp.core.registry import Fields, register
 from slm_exp.core.types import MergePlan, Sublayer, Target, Trial
 from slm_exp.core.widths import KeptUnits, WidthDecision, WidthSizes, pack_indices
 from slm_exp.merging.sizes import CHANNELS, Costs, Shape, costs_of, full_shape
@@ -84,7 +84,7 @@ class Joint(Baseline):
         if self.screen_dtype is not None:
             require_one_of("method.screen_dtype", self.screen_dtype, DTYPES)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         own = {k: v for k, v in super().identity().items() if k not in ("fit_path", "fit_samples", "fit_seq_len")}
         return {**own, "tokens": self._source().identity()}
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from slm_exp.core.cost import Count
 from slm_exp.core.errors import require, require_one_of
-from slm_exp.core.registry import register
+from slm_exp.core.registry import Fields, register
 from slm_exp.methods.base import BUDGETS, Baseline, Selection
 from slm_exp.methods.sublayers import SublayerBaseline
 from slm_exp.models.base import ModelHandle
@@ -54,7 +54,7 @@ class LLMDrop(SublayerBaseline):
     def _unit(self) -> str:
         return self.unit or ("attention" if self.target_layers is None else "layer")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         """With the unit that null comes to."""
         return {**super().identity(), "unit": self._unit}
 

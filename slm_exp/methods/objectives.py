@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.registry import Fields
 from slm_exp.core.types import Sublayer
 from slm_exp.methods.base import BUDGETS, Baseline, Selection
 from slm_exp.methods.sublayers import SublayerBaseline
@@ -48,7 +49,7 @@ class SetSearch(SublayerBaseline):
     def _tied(self) -> bool:
         return self.target_sublayers is None if self.tied is None else self.tied
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         """With what null comes to."""
         return {**super().identity(), "tied": self._tied}
 

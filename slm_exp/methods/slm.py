@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from slm_exp.core.cost import Count
 from slm_exp.core.errors import require, require_one_of
-from slm_exp.core.registry import register
+from slm_exp.core.registry import Fields, register
 from slm_exp.core.together import Together
 from slm_exp.core.types import MergePlan, Target
 from slm_exp.methods.base import SIZES, Method
@@ -72,7 +72,7 @@ class SLM(Method):
     def in_force(self) -> list[str]:
         return [] if self.requested is not None else [f"method: no size is set, so threshold {THRESHOLD}"]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         """The settings that decide: where a threshold does, how target sizes are searched does not."""
         out = {k: v for k, v in super().identity().items() if k != "early_stop" or v}
         if not self._sized:

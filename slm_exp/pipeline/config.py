@@ -16,7 +16,7 @@ from slm_exp.core.cache.store import default_cache_dir
 from slm_exp.core.errors import ConfigError, caused_by_config, did_you_mean, require, require_one_of
 from slm_exp.core.files import digest
 from slm_exp.core.plugins import Plugin
-from slm_exp.core.registry import GROUPS, foreign
+from slm_exp.core.registry import GROUPS, Fields, foreign
 from slm_exp.core.runtime import Runtime
 from slm_exp.core.together import Together
 from slm_exp.evaluation.base import Evaluation
@@ -100,7 +100,7 @@ class RunConfig:
     def _kernel_decides(self) -> bool:
         return self.similarity.uses_kernel() or self.method.uses_layer_similarity
 
-    def plan_identity(self) -> dict[str, Any]:
+    def plan_identity(self) -> Fields:
         """What decides the plan besides model and tokens: kernel and rule only where score or method look at them."""
         similarity = {**self.similarity.score_identity(), **self.similarity.after_identity()}
         if self._kernel_decides:
@@ -108,7 +108,7 @@ class RunConfig:
         rule = self.merge_rule.identity() if self.method.uses_merge_rule() else None
         return {"method": self.method.identity(), "rule": rule, "similarity": similarity}
 
-    def matrix_identity(self) -> dict[str, Any]:
+    def matrix_identity(self) -> Fields:
         """What decides the layer similarity matrix besides model and tokens: kernel and CKA estimator."""
         estimator = {k: v for k, v in self.similarity.identity().items() if k not in ("name", "after")}
         return {"kernel": self.kernel.identity(), "estimator": estimator}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.errors import require, require_one_of
-from slm_exp.core.registry import register
+from slm_exp.core.registry import Fields, register
 from slm_exp.core.together import Together
 from slm_exp.recovery.base import RecoveryTask
 from slm_exp.recovery.cuts import beside_cuts, needs_dense_stream
@@ -45,7 +45,7 @@ class FeatureDistill(Trained):
         require(self.window >= 1, "recovery.window", self.window, "a whole number >= 1")
         require_one_of("recovery.layers", self.layers, ("cuts", "all"))
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         """Options that are off leave no trace."""
         off = {"layers": "cuts", "overlap": False}
         return {k: v for k, v in super().identity().items() if k not in off or v != off[k]}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from slm_exp.calibration.fit import FitSource
 from slm_exp.core.errors import ConfigError, DataError, require
+from slm_exp.core.registry import Fields
 from slm_exp.core.together import Together
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.models.base import ModelHandle
@@ -37,7 +38,7 @@ class Fitted(Recovery):
                 "One sequence at least is held out.")
         require(self.seq_len >= 2, "recovery.seq_len", self.seq_len, "a whole number >= 2")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         sizes = ("n_samples", "seq_len", "field", "path")  # of the source: a token file decides them itself
         out = {name: value for name, value in super().identity().items() if name not in sizes}
         return {**out, "tokens": self._source().identity()}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slm_exp.core.errors import require_one_of
-from slm_exp.core.registry import register
+from slm_exp.core.registry import Fields, register
 from slm_exp.recovery.base import RecoveryTask
 from slm_exp.recovery.cuts import zeroed_modules
 from slm_exp.recovery.trained import Trained
@@ -38,7 +38,7 @@ class Full(Trained):
         super().check()
         require_one_of("recovery.masked", self.masked, MASKED)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         """An option that is off leaves no trace."""
         return {k: v for k, v in super().identity().items() if k != "masked" or v != "keep"}
 

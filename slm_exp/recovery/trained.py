@@ -14,7 +14,7 @@ from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.cost import ADAM_BYTES, Work
 from slm_exp.core.errors import ConfigError, DataError, require, require_one_of
 from slm_exp.core.files import digest
-from slm_exp.core.registry import knob
+from slm_exp.core.registry import Fields, knob
 from slm_exp.core.runtime import world
 from slm_exp.core.together import Together
 from slm_exp.models.base import ModelHandle
@@ -108,7 +108,7 @@ class Trained(Recovery):
         require(self.batch_size % (self.micro_batch_size * ranks) == 0, "recovery.batch_size", self.batch_size,
                 f"a multiple of {size}" if ranks == 1 else f"a multiple of {ranks} processes x {size}")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         out = super().identity()
         if self.data == "jsonl" and self.path is not None:
             file = Path(self.path).expanduser()

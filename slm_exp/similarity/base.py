@@ -6,12 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.calibration.fit import FitSource
 from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.errors import require, require_one_of
-from slm_exp.core.registry import Component
+from slm_exp.core.registry import Component, Fields
 from slm_exp.kernels.base import Kernel
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
@@ -69,17 +69,17 @@ class Similarity(Component, ABC):
                 "After a refit it is .999 for every candidate: a few tokens of huge norm are matched first. "
                 "Use similarity=token_cosine.")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         """An option that is off leaves no trace."""
         out = {k: v for k, v in super().identity().items() if k not in (*FIT, "after")}
         return {**out, **self.after_identity()}
 
-    def score_identity(self) -> dict[str, Any]:
+    def score_identity(self) -> Fields:
         """What decides a score besides kernel and refit: its name, and what is its own, not the CKA estimator's."""
         shared = {f.name for f in fields(Similarity)}
         return {k: v for k, v in self.identity().items() if k not in shared and k != "after"}
 
-    def after_identity(self) -> dict[str, Any]:
+    def after_identity(self) -> Fields:
         """What decides a score besides the score itself."""
         return {} if self.after is None else {"after": {"refit": self.after, "tokens": self.fit_source().identity()}}
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from slm_exp.core.errors import require
-from slm_exp.core.registry import register
+from slm_exp.core.registry import Fields, register
 from slm_exp.width.base import Width, WidthTask
 
 
@@ -20,7 +20,7 @@ class NoWidth(Width):
     def check(self) -> None:
         require(self.order == "after", "width.order", self.order, "after with width=none", "For example width=flap.")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         return {"name": self.name}  # nothing to order
 
     def decide(self, task: WidthTask) -> None:

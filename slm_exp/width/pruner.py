@@ -6,10 +6,11 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.errors import ArchitectureError, ConfigError, PlanError, require, require_one_of
+from slm_exp.core.registry import Fields
 from slm_exp.core.together import DepthMethod, Together
 from slm_exp.core.types import Group, MergePlan, Target
 from slm_exp.core.widths import InputMeans, KeptUnits, WidthDecision, WidthSizes, pack_indices
@@ -123,7 +124,7 @@ class Pruner(Width):
                     "shares in [0, 1), not all zero")
             require(self.allocation is None, "width.allocation", self.allocation, "null when width.ratios are given")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Fields:
         out = super().identity()
         if self.share is None and self.ratios is None:
             out["ratio"] = RATIO if self.ratio is None else self.ratio
