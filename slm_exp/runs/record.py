@@ -65,10 +65,7 @@ class Run:
         """
         path = folder / FILE
         try:
-            record = Record.of(read_json(path))
-            if not record.run_id and not record.status:
-                raise ValueError("it has neither run_id nor status, so it is no run's")
-            return cls(folder, record, verify)
+            return cls(folder, Record.of(read_json(path)), verify)
         except (FileNotFoundError, NotADirectoryError):
             raise SlmError(no_run(folder)) from None
         except (OSError, ValueError) as error:
