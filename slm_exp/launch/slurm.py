@@ -158,8 +158,13 @@ class SlurmLauncher(Launcher):
         self.folder = Path(str(config.hydra.sweep.dir)).resolve()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Not called: the sweeper submits, and waits once it has given the folder free."""
-        raise NotImplementedError
+        """What another sweeper than grid would call. Ours submits, and waits once it has given the folder free.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("hydra/launcher=slurm works with hydra/sweeper=grid, which knows what is in the queue; "
+                          "leave hydra/sweeper out.")
 
     def submit(self, jobs: Sequence[Job], argv: Sequence[str], failed: bool) -> None:
         """Hand the cells to Slurm and note the jobs in slurm.json.

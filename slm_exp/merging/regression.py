@@ -33,7 +33,7 @@ class Settings(Protocol):
 
 def fit_window(runner: BlockRunner, window: Group, entering_NTD: Tensor, wanted_NTD: Tensor, settings: Settings
                ) -> Weights:
-    """See `MergeRule.fit`."""
+    """See `FittingRule.fit`."""
     return _Fit(runner, window, entering_NTD, wanted_NTD, settings).run()
 
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from slm_exp.core.cost import Count
 from slm_exp.core.registry import register
-from slm_exp.methods.sublayers import SublayerBaseline
+from slm_exp.methods.sublayers import GreedySublayers
 from slm_exp.search.greedy import Removed, Wanted, greedy
 from slm_exp.search.task import PlanTask
 
 
 @register("method", "blockpruner")
 @dataclass
-class BlockPruner(SublayerBaseline):
+class BlockPruner(GreedySublayers):
     """Remove one sublayer at a time: the one without which perplexity of the model, as it is by then, is lowest.
 
     Attention and MLP sublayers compete; nothing is protected; the lower one wins a tie. Source: BlockPruner,

@@ -15,14 +15,14 @@ from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
     from slm_exp.search.scoring import Slots
-from slm_exp.methods.sublayers import SublayerBaseline
+from slm_exp.methods.sublayers import GreedySublayers
 
 METRICS = ("js", "kl", "angular", "norm", "perplexity")
 
 
 @register("method", "finercut")
 @dataclass
-class FinerCut(SublayerBaseline):
+class FinerCut(GreedySublayers):
     """Remove one sublayer at a time: the one without which the logits stay nearest to the dense model's.
 
     Attention and MLP sublayers compete; the lower one wins a tie. The first 40 % of them may go only when no other is

@@ -10,7 +10,7 @@ from slm_exp.core.cost import Count
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Fields, register
 from slm_exp.methods.base import BUDGETS, Baseline, Selection
-from slm_exp.methods.sublayers import SublayerBaseline
+from slm_exp.methods.sublayers import GreedySublayers
 from slm_exp.models.base import ModelHandle
 from slm_exp.search.greedy import Removed, Unit, Wanted, one_shot, traced
 from slm_exp.search.task import PlanTask
@@ -21,7 +21,7 @@ UNITS = ("layer", "attention", "mlp", "joint")
 
 @register("method", "llm_drop")
 @dataclass
-class LLMDrop(SublayerBaseline):
+class LLMDrop(GreedySublayers):
     """Drop the parts with the highest mean over tokens of cos(state in, state out). One-shot, on dense states.
 
     A sublayer counts with its norm and residual: cos(x, x + f(norm(x))). `joint` ranks attention and MLP sublayers

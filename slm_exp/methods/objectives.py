@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Fields
@@ -79,6 +79,3 @@ class SetSearch(SublayerBaseline):
         return Selection(tuple(u.layer for u in parts if u.kind is None), trace=found.trace,
                          sublayers=tuple(Sublayer(u.layer, u.kind) for u in parts if u.kind),
                          block_forwards=block_forwards)
-
-    def remove(self, *_: Any) -> Any:
-        raise NotImplementedError("sets are chosen as a whole, see `choose`")

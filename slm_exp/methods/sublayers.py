@@ -97,6 +97,11 @@ class SublayerBaseline(Baseline):
             raise ConfigError(f"method.target_ratio = {ratio}; the smallest sublayer is {least:.4f} of {handle.name}.")
         return lambda removed, unit: abs(share([*removed, unit]) - ratio) < abs(share(removed) - ratio)
 
+
+@dataclass
+class GreedySublayers(SublayerBaseline):
+    """A method that takes one sublayer after the other."""
+
     def choose(self, task: PlanTask, n_remove: int) -> Selection:
         gone = self.remove(task, self.wanted(task.handle))
         return Selection(sublayers=tuple(Sublayer(u.layer, u.kind) for u in gone.units if u.kind), trace=gone.trace,

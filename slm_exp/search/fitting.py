@@ -13,6 +13,7 @@ from slm_exp.core.errors import DataError
 from slm_exp.core.types import CalibrationTokens, FittedFile, Group, MergePlan
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.merging.fitted import pack, unpack
+from slm_exp.merging.rules.base import FittingRule
 from slm_exp.search.inputs import SearchInputs
 
 
@@ -49,10 +50,15 @@ class Windows:
     def __init__(self, task: SearchInputs) -> None:
         self.task = task
 
+    @property
+    def _rule(self) -> FittingRule:
+        assert isinstance(self.task.rule, FittingRule)
+        return self.task.rule
+
     @cached_property
     def tokens(self) -> CalibrationTokens:
         """Those to fit on. Raises DataError as `disjoint`."""
-        return disjoint(self.task.rule.draw(self.task), self.task.tokens, f"merge_rule={self.task.rule.name}",
+        return disjoint(self._rule.draw(self.task), self.task.tokens, f"merge_rule={self.task.rule.name}",
                         "merge_rule.path")
 
     @property
@@ -70,12 +76,12 @@ class Windows:
         return math.ceil(self.tokens.tokens_NT.size / self.task.tokens.tokens_NT.size * self.task.handle.n_layers)
 
     def weights(self, group: Group) -> dict[str, Tensor]:
-        """The merged layer's parameters that differ from its host's. Cost: see `MergeRule.fit`, once."""
+        """The merged layer's parameters that differ from its host's. Cost: see `FittingRule.fit`, once."""
         fits = self.task.fits
         if self.task.fitted and not fits:
             fits |= unpack(self.task.fitted)
         if group not in fits:
-            fits[group] = self.task.rule.fit(self._runner, group, self._states[group.start], self._states[group.stop])
+            fits[group] = self._rule.fit(self._runner, group, self._states[group.start], self._states[group.stop])
         return fits[group]
 
     def file(self, plan: MergePlan) -> FittedFile:

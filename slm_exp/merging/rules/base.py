@@ -75,8 +75,7 @@ class MergeRule(Component, ABC):
     whole_layer: ClassVar[bool] = False
     """True when norms and biases come from the layer `attention_from` names as well (keep_top)."""
     fits: ClassVar[bool] = False
-    """Whether a merged layer is fitted on tokens. `combine` is then what the fit starts from; a plan's layers lie
-    beside it (`MergePlan.fitted`)."""
+    """Whether it is a `FittingRule`."""
 
     def lengths(self) -> dict[str, int]:
         """The longest sequence that each setting makes the model read."""
@@ -88,23 +87,6 @@ class MergeRule(Component, ABC):
     def cost(self, sizes: Sizes, windows: float) -> Work:
         """Of fitting so many windows."""
         return Work()
-
-    def draw(self, task: FitTask) -> CalibrationTokens:
-        """The tokens to fit on; of a rule that fits."""
-        raise NotImplementedError
-
-    def fit(self, runner: BlockRunner, window: Group, entering_NTD: Tensor, wanted_NTD: Tensor) -> dict[str, Tensor]:
-        """The parameters of a merged layer that differ from its host's, in the model's dtype; of a rule that fits.
-
-        Args:
-            runner: of the model, in float32, with the library's layers.
-            window: the layers that become one.
-            entering_NTD, wanted_NTD: the dense stream before and after them.
-        """
-        raise NotImplementedError
-
-    def needs_resident(self) -> str | None:
-        return f"merge_rule={self.name} fits on all layers of a window at once" if self.fits else None
 
     @abstractmethod
     def combine(self, weights: Sequence[Tensor]) -> Tensor:
@@ -143,3 +125,28 @@ class MergeRule(Component, ABC):
             if merged is not stack.last.get(host):
                 weights[name] = merged
         return Merged(host, weights)
+
+
+@dataclass
+class FittingRule(MergeRule):
+    """Fits a merged layer on tokens. `combine` is what the fit starts from; a plan's layers lie beside it
+    (`MergePlan.fitted`)."""
+
+    fits: ClassVar[bool] = True
+
+    @abstractmethod
+    def draw(self, task: FitTask) -> CalibrationTokens:
+        """The tokens to fit on."""
+
+    @abstractmethod
+    def fit(self, runner: BlockRunner, window: Group, entering_NTD: Tensor, wanted_NTD: Tensor) -> dict[str, Tensor]:
+        """The parameters of a merged layer that differ from its host's, in the model's dtype.
+
+        Args:
+            runner: of the model, in float32, with the library's layers.
+            window: the layers that become one.
+            entering_NTD, wanted_NTD: the dense stream before and after them.
+        """
+
+    def needs_resident(self) -> str | None:
+        return f"merge_rule={self.name} fits on all layers of a window at once"

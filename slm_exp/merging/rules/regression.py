@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from slm_exp.calibration.fit import FitSource
 from slm_exp.core.cost import Work
 from slm_exp.core.errors import ConfigError, require
 from slm_exp.core.registry import Fields, register
 from slm_exp.core.types import CalibrationTokens, Group
-from slm_exp.merging.rules.base import FitTask, MergeRule
+from slm_exp.merging.rules.base import FitTask, FittingRule
 from slm_exp.merging.rules.mean import Mean
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
@@ -27,7 +27,7 @@ CALLED = (("calibration.", "merge_rule."), ("calibration=", "merge_rule, as in c
 
 @register("merge_rule", "regression")
 @dataclass
-class Regression(MergeRule):
+class Regression(FittingRule):
     """A layer fitted to do to the stream what the window does: all projections, alternating; norms of the lowest layer.
 
     From the dense stream before the window to the dense stream after it, on tokens of its own, of no document that
@@ -39,8 +39,6 @@ class Regression(MergeRule):
     Cost: for a window about 10 + 5 x steps x sweeps forward passes of a layer over the tokens, once for every window
     that is scored.
     """
-
-    fits: ClassVar[bool] = True
 
     path: str | None = None
     """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is calibration=mixture."""
