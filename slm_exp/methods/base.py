@@ -267,11 +267,8 @@ class Selection:
 
 
 @dataclass
-class Baseline(Method):
-    """A method that removes a requested number of layers, never by a threshold.
-
-    A subclass gives `choose`, and its published `protect_first` and `protect_last` as defaults.
-    """
+class Sized(Method):
+    """A method that removes as much as is asked for, never by a threshold."""
 
     targets: ClassVar[tuple[str, ...]] = ("target_layers", "target_ratio", *BUDGETS)
     """Settings that request a size; exactly one must be set."""
@@ -324,6 +321,14 @@ class Baseline(Method):
         left = self.requested_layers(handle, fewest, hint if self.protect_first + self.protect_last else "")
         assert left is not None
         return n - left
+
+
+@dataclass
+class Baseline(Sized):
+    """Removes layers or parts of them.
+
+    A subclass gives `choose`, and its published `protect_first` and `protect_last` as defaults.
+    """
 
     @abstractmethod
     def choose(self, task: PlanTask, n_remove: int) -> Selection:

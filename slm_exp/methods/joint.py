@@ -14,7 +14,7 @@ from slm_exp.core.registry import Fields, register
 from slm_exp.core.types import MergePlan, Sublayer, Target, Trial
 from slm_exp.core.widths import KeptUnits, WidthDecision, WidthSizes, pack_indices
 from slm_exp.merging.sizes import CHANNELS, Costs, Shape, costs_of, full_shape
-from slm_exp.methods.base import Baseline, Selection
+from slm_exp.methods.base import Sized
 from slm_exp.models.base import ModelHandle
 from slm_exp.search.budget import Budget
 from slm_exp.search.task import PlanTask
@@ -31,7 +31,7 @@ CALLED = (("calibration.path", "method.fit_path"), ("calibration.n_samples", "me
 
 @register("method", "joint")
 @dataclass
-class Joint(Baseline):
+class Joint(Sized):
     """Attention sublayers and MLP channels go together: the set of least KL divergence, each priced after its repair.
 
     Every layer's attention, its MLP at half its width and its MLP at the narrowest are taken away alone, the projection
@@ -154,9 +154,6 @@ class Joint(Baseline):
                 f"{handle.name}", f"Every MLP keeps {LEAST} of {self.steps} parts, and "
                 f"method.protect_first={self.protect_first} and protect_last={self.protect_last} keep layers.")
         return wanted
-
-    def choose(self, task: PlanTask, n_remove: int) -> Selection:
-        raise NotImplementedError  # `plan` is its own: a selection has no widths
 
     def plan(self, task: PlanTask) -> MergePlan:
         from slm_exp.search.fitting import disjoint
