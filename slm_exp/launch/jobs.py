@@ -208,7 +208,7 @@ def check_all(overrides: Sequence[str], multirun: bool) -> CommandJobs:
         raise ConfigError(f"{several}: several values make a multirun; add -m: "
                           f"{shlex.join(['python', '-m', 'slm_exp', '-m', *overrides])}{one_list(several)}")
     if found.multirun:
-        check_launcher(found.hydra.launcher)
+        check_launcher(found.hydra.launcher, found.hydra.sweeper)
     check_writable(found.folder)
     if (found.folder / LOG).is_symlink():
         raise ConfigError(f"{found.folder / LOG} is a link; expected no file or a plain one. Remove it.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +62,6 @@ class SearchSweeper(GridSweeper):
         self._first_settings = first.hydra
         self._first: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=first)
-
-    def sweep(self, arguments: list[str]) -> Any:
-        if self.search is not None and isinstance(self._launcher, SlurmLauncher):
-            print("ConfigError: hydra/launcher=slurm submits all cells at once, and sweep=search chooses each by those "
-                  "before it. Run it inside one allocation with hydra/launcher=processes.", file=sys.stderr)
-            raise SystemExit(2)
-        return super().sweep(arguments)
 
     def _sweep(self, sweep: SweepFolder, arguments: list[str]) -> int:
         if (search := self.search) is None or self.select in ("failed", "all"):  # known cells again; none is chosen

@@ -102,7 +102,7 @@ POSITIVE = {"workers", "threads", "gpus_per_node", "cpus_per_task", "mem_gb", "t
 COUNTS = {"retries", "signal_delay_s", "max_num_timeout"}
 
 
-def check_launcher(launcher: Mapping[str, Any]) -> None:
+def check_launcher(launcher: Mapping[str, Any], sweeper: Mapping[str, Any]) -> None:
     """Refuse what the launchers of this package cannot work with, before anything starts.
 
     Raises:
@@ -113,7 +113,15 @@ def check_launcher(launcher: Mapping[str, Any]) -> None:
     for name in (POSITIVE | COUNTS) & {*launcher}:
         value, least = launcher[name], 1 if name in POSITIVE else 0
         require(value is None or value >= least, f"hydra.launcher.{name}", value, f"null or a number >= {least}")
-    if launcher["_target_"] == SlurmConf._target_ and not shutil.which("sbatch"):
+    if launcher["_target_"] != SlurmConf._target_:
+        return
+    if sweeper["_target_"] != GridConf._target_:
+        raise ConfigError("hydra/launcher=slurm works with hydra/sweeper=grid, which knows what is in the queue; leave "
+                          "hydra/sweeper out.")
+    if sweeper["search"] is not None:
+        raise ConfigError("hydra/launcher=slurm submits all cells at once, and sweep=search chooses each by those "
+                          "before it. Run it inside one allocation with hydra/launcher=processes.")
+    if not shutil.which("sbatch"):
         raise ConfigError("hydra/launcher=slurm: there is no sbatch on PATH. Start it on a login node of the cluster; "
                           "slm plan --commands prints the cells for any other scheduler.")
 

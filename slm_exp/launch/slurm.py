@@ -158,13 +158,8 @@ class SlurmLauncher(Launcher):
         self.folder = Path(str(config.hydra.sweep.dir)).resolve()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """What another sweeper than grid would call. Ours submits, and waits once it has given the folder free.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError("hydra/launcher=slurm works with hydra/sweeper=grid, which knows what is in the queue; "
-                          "leave hydra/sweeper out.")
+        """Not for ours: the grid sweeper submits, and waits once it has given the folder free (`check_launcher`)."""
+        raise ConfigError("hydra/launcher=slurm works with hydra/sweeper=grid.")
 
     def submit(self, jobs: Sequence[Job], argv: Sequence[str], failed: bool) -> None:
         """Hand the cells to Slurm and note the jobs in slurm.json.

@@ -178,6 +178,7 @@ def test_a_job_whose_recovery_trains_over_gpus_gets_them(monkeypatch: pytest.Mon
     (["hydra.launcher.workers=0"], "hydra.launcher.workers = 0; expected null or a number >= 1"),
     (["hydra.launcher.retries=-1"], "hydra.launcher.retries = -1"),
     (["hydra/launcher=slurm"], "there is no sbatch on PATH"),
+    (["hydra/launcher=slurm", "hydra/sweeper=basic"], "works with hydra/sweeper=grid"),
     (["hydra/launcher=slurm", "hydra.launcher.detatch=true"], "Did you mean detach"),
 ])  # fmt: skip
 def test_what_a_launcher_cannot_do_is_refused_first(words: list[str], why: str, tmp_path: Path,
