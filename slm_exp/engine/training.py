@@ -23,6 +23,7 @@ from slm_exp.core.cost import ADAM_BYTES
 from slm_exp.core.errors import SlmError
 from slm_exp.core.runtime import rank, world
 from slm_exp.core.together import SectionLog
+from slm_exp.engine.batches import Row
 from slm_exp.engine.head_loss import LOGITS
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,6 @@ DAY = 86_400
 EAGER = 512  # tokens up to which plain attention, there and back, is faster on a CPU than the fused one
 KEPT = 2  # checkpoints: the best and the last
 
-Row = dict[str, list[int]]
 Batch = dict[str, Tensor]
 
 

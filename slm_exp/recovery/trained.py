@@ -17,10 +17,11 @@ from slm_exp.core.files import digest
 from slm_exp.core.registry import Fields, knob
 from slm_exp.core.runtime import world
 from slm_exp.core.together import Together
+from slm_exp.engine.batches import Row, left_padded
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
-from slm_exp.recovery.base import JUDGED, Recovery, RecoveryResult, RecoveryTask, Row, copy_with, tensors_digest
-from slm_exp.recovery.examples import OWN, SOURCES, Examples, expected_rows, left_padded, make_examples, read_rows
+from slm_exp.recovery.base import JUDGED, Recovery, RecoveryResult, RecoveryTask, copy_with, tensors_digest
+from slm_exp.recovery.examples import OWN, SOURCES, Examples, expected_rows, make_examples, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
