@@ -79,6 +79,12 @@ def zeroed(compressed: ModelHandle, plan: MergePlan) -> int:
     return gone + left * (mask.m - mask.n) // mask.m
 
 
+def flops_per_token(compressed: ModelHandle, plan: MergePlan, length: int) -> float:
+    """Operations of a token in a prompt of so many, head included, for an engine that skips removed sublayers."""
+    of = compressed.sizes.sublayer_flops((length + 1) / 2)
+    return compressed.sizes.flops_per_token(length) - sum(of[s.kind] for s in plan.sublayers)
+
+
 def zeroed_note(handle: ModelHandle, plan: MergePlan) -> tuple[str, ...]:
     """What a reader of the sizes should know of a plan for `handle`; nothing where no sublayer goes."""
     kinds = Counter(s.kind for s in plan.sublayers)
