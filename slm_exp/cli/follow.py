@@ -91,6 +91,10 @@ def follow_and_write(cfg: RunConfig, out: Path, wanted: Sequence[int] = ()) -> i
     return int(bool(path.unknown))
 
 
+def shown(perplexity: float) -> str:
+    return f"{perplexity:.2f}" if perplexity < 1e5 else f"{perplexity:.3g}"
+
+
 @contextlib.contextmanager
 def watching(low: float, high: float) -> Iterator[Callable[[Branch, int], None]]:
     """Show how much of a threshold range is decided: a bar on a terminal, a line now and then elsewhere."""
@@ -121,7 +125,7 @@ def table(result: dict[str, Any]) -> str:
         f"the median of a prefill over {result['seq_len']} tokens "
         f"({result['device']['name'] or result['device']['type']}, {result['device']['threads']} threads)."
         + (f" Perplexities are of passages that nothing was fitted on, before and after the one training of "
-           f"recovery={curve['name']} (dense {exponential(curve['dense']):.2f})." if curve else ""),
+           f"recovery={curve['name']} (dense {shown(exponential(curve['dense']))})." if curve else ""),
         "",
         "| layers | parameters removed | GFLOP per token | latency, ms | weights, MB | best final score | threshold | "
         f"beaten by |{' perplexity | recovered |' if curve else ''}",
@@ -131,7 +135,7 @@ def table(result: dict[str, Any]) -> str:
     for at, size in reversed([*enumerate(qualities(result))]):
         beaten = [BUDGETS[budget].name for budget, front in best.items() if not front[at]]
         of = f"{size['n_layers']} of {dense}"
-        more = f" {size[MERGED]:.2f} | {size[RECOVERED]:.2f} |" if MERGED in size else " | |" if curve else ""
+        more = f" {shown(size[MERGED])} | {shown(size[RECOVERED])} |" if MERGED in size else " | |" if curve else ""
         lines.append(f"| {of} | {size['ratio_removed']:.1%} | {size['flops_per_token'] / 1e9:.3g} "
                      f"| {1e3 * size['latency_s']:.1f} | {size['bytes'] / 1e6:.1f} | {size['best_final_score']:.4f} "
                      f"| [{size['threshold'][0]:.5f}, {size['threshold'][1]:.5f}) | {'; '.join(beaten)} |{more}")
