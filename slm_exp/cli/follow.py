@@ -70,14 +70,14 @@ def follow_and_write(cfg: RunConfig, out: Path, wanted: Sequence[int] = ()) -> i
     x = Experiment(cfg, out, store)
     x.dense, x.tokens = dense, tokens
     folders = []
-    if family:
-        losses = result["recovery"] = {"name": cfg.recovery.name, "dense": curve.held_out(x, dense), "sizes": {}}
     if unknown := [n for n in wanted if n not in models]:
         raise ConfigError(f"--save {unknown[0]}; expected sizes of this path: {', '.join(map(str, models))}. "
                           "method.threshold_range or another rule reaches others.")
-    for n, size in curve.recovered(x, models, losses["sizes"]) if family else models.items():
+    about: dict[str, Any] = {}
+    for n, size in curve.recovered(x, models, about) if family and models else models.items():
         if n in wanted:
             folders.append(curve.save(x, n, size))
+    result |= {"recovery": about} if about else {}
     write_json(out / "path.json", result)
     draw_staircase(result, out / "path.png")
     draw_budgets(result, out / "budgets.png")
