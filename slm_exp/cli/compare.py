@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import click
 
 from slm_exp.cli.command import command
+from slm_exp.runs.statistics.compare import compare, open_run, shown
 
 ABOUT = """Perplexities by their ratio, second over first, on the same chunks of a text; accuracies in per cent, by
 their difference on the same documents, second minus first. Both with standard error and 95 % interval. p is two-sided:
@@ -28,8 +29,6 @@ another question (sweep=calibration_seeds)."""
 @click.option("--json", "as_json", is_flag=True, help="for programs")
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
 def main(runs: Sequence[str], as_json: bool, verify: bool) -> int:
-    from slm_exp.runs.statistics.compare import compare, open_run, shown
-
     if len(runs) == 1:
         runs = [f"{runs[0].removesuffix(':dense')}:dense", runs[0]]
     models = [open_run(name, verify) for name in runs]

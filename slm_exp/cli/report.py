@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from slm_exp.cli.command import FOLDER, command
+from slm_exp.reporting.sweep import write_reports
 
 
 @command("report", __doc__, examples={"slm report outputs/RUN_ID": "a run",
@@ -24,6 +25,4 @@ from slm_exp.cli.command import FOLDER, command
               help="also every plot as figures/NAME.pdf and .svg beside the page, set for a column of a paper")
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
 def main(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], figures: bool, verify: bool) -> int:
-    from slm_exp.reporting.sweep import write_reports
-
     return write_reports(folders, mixed_protocols, list(paths), verify, figures)

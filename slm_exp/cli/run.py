@@ -38,6 +38,8 @@ from slm_exp.launch.search import register_plugins
 from slm_exp.launch.workers import visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.pipeline.inspection import inspect_jobs
+from slm_exp.pipeline.run import run, take_part
+from slm_exp.reporting.summary import summary
 from slm_exp.runs.record import is_finished
 
 RANKS = "SLM_EXP_RANKS"
@@ -188,8 +190,6 @@ def _start_ranks(ranks: int, cfg: RunConfig, folder: Path, multirun: bool) -> No
 
 
 def _job(cfg: DictConfig) -> None:
-    from slm_exp.pipeline.run import run, take_part  # torch; the command line above is checked without
-
     hydra_cfg = HydraConfig.get()
     multirun = hydra_cfg.mode == RunMode.MULTIRUN
     run_cfg = to_run_config(cfg)
@@ -218,6 +218,4 @@ def _job(cfg: DictConfig) -> None:
         if multirun:  # a plain message: other processes get to unpickle it
             raise SlmError(message) from None
         raise SystemExit(1) from None
-    from slm_exp.reporting.summary import summary
-
     print(summary(record, folder))

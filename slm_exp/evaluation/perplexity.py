@@ -21,6 +21,7 @@ from slm_exp.evaluation import documents
 from slm_exp.evaluation.report import Row
 from slm_exp.evaluation.tiny_documents import made_up_prose
 from slm_exp.models.base import ModelHandle
+from slm_exp.models.layouts import layout_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +113,6 @@ def samples(corpora: Mapping[str, Corpus], losses: Mapping[str, np.ndarray]) -> 
 def _logits(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[Tensor]:
     """[B, T, V] of every batch. A model whose layers stay in files is read once for as many as memory takes."""
     from slm_exp.engine.calls import STATES_BYTES, in_step, streams
-    from slm_exp.models.layouts import layout_for
 
     if not streams(model):
         yield from (model(input_ids=ids_BT, use_cache=False).logits for ids_BT in batches)

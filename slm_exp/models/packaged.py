@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.cache.code import Code
-from slm_exp.core.cache.folder import stored_files
+from slm_exp.core.cache.folder import default_cache_dir, stored_files
 from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import digest
-from slm_exp.core.registry import Fields
+from slm_exp.core.registry import Fields, available
 from slm_exp.models.base import ModelHandle, ModelSource, dtype_name
 from slm_exp.models.files import licence_files
 from slm_exp.models.origin import Origin
@@ -146,9 +146,6 @@ def _file(package: str, name: str) -> Path | None:
 def prepare() -> None:
     """Convert every model whose parts are installed, into the default cache: for `make assets`."""
     import torch
-
-    from slm_exp.core.cache.folder import default_cache_dir
-    from slm_exp.core.registry import available
 
     for name, member in sorted(available("model").items()):
         if not issubclass(member, Packaged):

@@ -34,6 +34,7 @@ from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_t
 from slm_exp.recovery.gain import HeldOutLoss, chain_report, held_out_loss
 from slm_exp.runs.tracking.base import Tracker
 from slm_exp.search.task import PlanTask
+from slm_exp.similarity.layers import layer_similarity
 from slm_exp.width.base import NarrowedScore, WidthTask
 
 log = logging.getLogger(__name__)
@@ -299,8 +300,6 @@ CALIBRATE = Stage(
 
 
 def _similarity(x: Experiment) -> LayerSimilarity:
-    from slm_exp.similarity.layers import layer_similarity
-
     return layer_similarity(x.dense, x.tokens, x.cfg.kernel, x.cfg.similarity)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.cost import Work
 from slm_exp.core.registry import register
+from slm_exp.engine.hadamard import hadamard
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
 from slm_exp.recovery.base import RecoveryResult, RecoveryTask
@@ -40,8 +41,6 @@ class LinearPatch(Fitted):
         require_maps(self.name, dense)
         super().check_data(dense)
         if self.rotate:
-            from slm_exp.engine.hadamard import hadamard
-
             hadamard(int(dense.config.hidden_size), "recovery.rotate=false")
 
     def cost(self, sizes: Sizes, layers: float) -> tuple[Work, list[str]]:
@@ -52,7 +51,6 @@ class LinearPatch(Fitted):
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         import torch
 
-        from slm_exp.engine.hadamard import hadamard
         from slm_exp.merging.maps import map_names, ranks
         from slm_exp.recovery.cut_states import states_at_cuts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from slm_exp.core.errors import NOT_FINITE, DataError
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity
+from slm_exp.engine.progress import ticking
 from slm_exp.kernels.base import Kernel
 from slm_exp.models.base import ModelHandle
 from slm_exp.similarity.base import GRAM_BYTES, Similarity
@@ -23,7 +24,6 @@ def layer_similarity(handle: ModelHandle, tokens: CalibrationTokens, kernel: Ker
     """
     import torch
 
-    from slm_exp.engine.progress import ticking
     from slm_exp.engine.runner import BlockRunner, Slot
 
     n_samples, n_tokens = tokens.tokens_NT.shape
