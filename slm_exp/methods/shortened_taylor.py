@@ -1,5 +1,3 @@
-"""Drop the n layers of smallest sum over weights of |w dL/dw|, L the mean next-token loss of all samples. One-shot."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,3 @@
-"""`recovery=bypass`: every removed sublayer gets a fitted map of low rank in its place."""
-
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,3 @@
-"""`recovery=chain`: several recoveries, one after the other."""
-
 from __future__ import annotations
 
 from collections.abc import Callable

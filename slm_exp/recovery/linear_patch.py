@@ -1,5 +1,3 @@
-"""A published baseline: the stream after a cut rescaled, channel by channel, in a rotated basis."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

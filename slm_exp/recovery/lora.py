@@ -1,5 +1,3 @@
-"""LoRA as Shortened-LLaMA and SLM retrain: rank 8 on q, k, v, o, gate, up, down, on alpaca-cleaned."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,3 @@
-"""A published baseline: one linear map for a cut, by least squares, folded into the MLP below it."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

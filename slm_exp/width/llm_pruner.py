@@ -1,5 +1,3 @@
-"""First- or second-order estimate of the loss change, summed over a unit's rows and columns."""
-
 from __future__ import annotations
 
 from collections.abc import Callable
