@@ -299,12 +299,9 @@ CALIBRATE = Stage(
     code=lambda x: (*READ, "core/types.py", "models"), libraries=("transformers",), small=True)
 
 
-def _similarity(x: Experiment) -> LayerSimilarity:
-    return layer_similarity(x.dense, x.tokens, x.cfg.kernel, x.cfg.similarity)
-
-
 SIMILARITY = Stage(
-    "similarity", "similarity", _similarity, LayerSimilarity,
+    "similarity", "similarity", lambda x: layer_similarity(x.dense, x.tokens, x.cfg.kernel, x.cfg.similarity),
+    LayerSimilarity,
     lambda x: {**x.on(x.dense), "tokens": x.tokens.digest, **x.cfg.matrix_identity()},
     code=lambda x: ("core/types.py", "similarity", "kernels", "engine", "models"))
 

@@ -67,7 +67,7 @@ def measure(rows: Sequence[Row]) -> list[Measure]:
     if any(row.average for row in done):
         tasks = {"average": ("average", "Seven-task average")}
     out = [_measure(key, name, "per cent", 1, True, [
-        (row, _percent(c.dense if c else None), _percent(c.compressed if c else None))
+        (row, c.dense.times(100) if c and c.dense else None, c.compressed.times(100) if c and c.compressed else None)
         for row in done for c in [row.compared(task)]],
         chance=next((100 * c.chance for row in done if (c := row.compared(task)) and c.chance is not None), None))
         for task, (key, name) in tasks.items()]
@@ -80,10 +80,6 @@ def measure(rows: Sequence[Row]) -> list[Measure]:
             (row, _exact(1.0), _exact(row.score)) for row in done
             if row.score is not None and row.record.plan.similarity == kind], criterion=True))
     return [m for m in out if m.points]
-
-
-def _percent(e: Estimate | None) -> Estimate | None:
-    return None if e is None else Estimate(100 * e.value, None if e.stderr is None else 100 * e.stderr)
 
 
 def _exact(value: float | None) -> Estimate | None:

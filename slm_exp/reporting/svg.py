@@ -8,15 +8,15 @@ their width, so that text and dots keep their size on a phone.
 from __future__ import annotations
 
 import base64
+import io
 import math
-import struct
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
+from PIL import Image
 
 from slm_exp.core.types import Group
 
@@ -194,9 +194,11 @@ def pixels(matrix_LL: np.ndarray, x: float, y: float, size: float) -> Markup:
 
     Scores below 0 (the unbiased estimator goes there) and those that are not finite take the colour of 0.
     """
-    picture = base64.b64encode(_png(levels(matrix_LL[::-1]), _palette())).decode()
-    return tag("image", href=f"data:image/png;base64,{picture}", x=x, y=y, width=size, height=size,
-               preserveAspectRatio="none", class_="pixels")
+    picture, file = Image.fromarray(levels(matrix_LL[::-1])), io.BytesIO()
+    picture.putpalette(_palette())
+    picture.save(file, "PNG", optimize=True)
+    return tag("image", href=f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}", x=x, y=y,
+               width=size, height=size, preserveAspectRatio="none", class_="pixels")
 
 
 def _palette() -> bytes:
@@ -205,16 +207,3 @@ def _palette() -> bytes:
     at, levels = np.linspace(0, 1, len(anchors)), shade(np.linspace(0, 1, 256))
     colours = np.stack([np.interp(levels, at, anchors[:, i]) for i in range(3)], axis=-1)
     return bytes(colours.round().astype("uint8").tobytes())
-
-
-def _png(levels_HW: np.ndarray, palette: bytes) -> bytes:
-    """8-bit indexed colour, one scanline filter (none)."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    height, width = levels_HW.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
-    lines = zlib.compress(b"".join(b"\0" + row.tobytes() for row in levels_HW), 9)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"PLTE", palette) + chunk(b"IDAT", lines)
-            + chunk(b"IEND", b""))

@@ -62,7 +62,11 @@ def _protocol(m: Measured) -> Stored:
     return m.evaluation.protocol or None
 
 
-def _speed(name: str, case: str = "1x12x128") -> Quantity:
+PAPERS_CASE = "1x12x128"
+"""Batch x prompt x new tokens of the papers' latency."""
+
+
+def _speed(name: str, case: str = PAPERS_CASE) -> Quantity:
     """Medians; the dense model's speedup over itself is left out."""
     label, factor, digits = TIMED[name]
 
@@ -118,6 +122,7 @@ def _target(m: Measured) -> str | None:
             return f"{100 * value:.3g} %" if key == "target_ratio" else f"{value} {key.removeprefix('target_')}"
     return None
 
+
 def _kept(m: Measured) -> float | None:
     """Per cent of the dense model's average, as the same run measured it."""
     dense, small = (side.average for side in m.record.eval.both)
@@ -153,8 +158,6 @@ NAMED = {
     "verdict": Quantity("verdict", _compressed(lambda m: verdict_of(m.run).outcome or None)),
     **{name: _task(name) for name in SEVEN},
 }
-PAPERS_CASE = "1x12x128"
-"""Batch x prompt x new tokens of the papers' latency."""
 TIMED = {  # field of a cell of the record's `speed` -> (heading, factor, decimals)
     "latency_s": ("latency (s)", 1.0, 2), "tokens_per_s": ("tokens/s", 1.0, 1),
     "first_token_s": ("first token (s)", 1.0, 3), "peak_bytes": ("memory (GB)", 1e-9, 2),

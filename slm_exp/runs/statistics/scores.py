@@ -28,6 +28,10 @@ class Estimate:
     value: float
     stderr: float | None
 
+    def times(self, factor: float) -> Estimate:
+        """In another unit: 100 for per cent."""
+        return Estimate(factor * self.value, None if self.stderr is None else factor * self.stderr)
+
 
 def estimate(scores: Scores, metric: str) -> Estimate | None:
     """A task's entry in the record as a number; None where it has no such metric."""
