@@ -31,10 +31,8 @@ class Repo:
     error: type[SlmError]
     """What to raise."""
 
-    def folder(
-        self, patterns: Sequence[str], complete: Callable[[Path], bool],
-        vet: Callable[[list[str]], None] | None = None,
-    ) -> Path:
+    def folder(self, patterns: Sequence[str], complete: Callable[[Path], bool],
+               vet: Callable[[list[str]], None] | None = None) -> Path:
         """The snapshot folder with the files that match `patterns`; its name is the commit.
 
         A cached snapshot that is `complete` is taken as it is, without a look at the network: a branch stays where it

@@ -69,9 +69,8 @@ class BlockRunner:
         fuse: use the fused CPU block for layers it understands (see engine/fused.py), else the library's layer.
     """
 
-    def __init__(
-        self, handle: ModelHandle, tokens_NT: np.ndarray | Tensor, dtype: torch.dtype | None = None, fuse: bool = True
-    ) -> None:
+    def __init__(self, handle: ModelHandle, tokens_NT: np.ndarray | Tensor, dtype: torch.dtype | None = None,
+                 fuse: bool = True) -> None:
         self.handle = handle
         self.model = handle.model
         self.tokens_NT = torch.as_tensor(tokens_NT).long()

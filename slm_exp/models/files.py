@@ -21,15 +21,8 @@ from slm_exp.models.layouts import FAMILIES
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 """Config, tokenizer, weight index, licence and what the card says of it."""
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json", "vocab.json", "merges.txt")
 OPENED = (*TOKENIZER, "generation_config.json", "chat_template.jinja", "chat_template.json",
           "additional_chat_templates/*.jinja")
 """What is opened besides config and weights, where it is there."""

@@ -145,16 +145,8 @@ def load_streamed(folder: Path, config: PretrainedConfig, layout: LayerLayout, d
     return streamed(model, empty_model(config), layout.layer_list, folder, device)
 
 
-def load_weights(
-    folder: Path,
-    config: PretrainedConfig,
-    layout: LayerLayout,
-    dtype: str,
-    device: torch.device,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
-    some: bool = False,
-) -> PreTrainedModel:
+def load_weights(folder: Path, config: PretrainedConfig, layout: LayerLayout, dtype: str, device: torch.device,
+                 device_map: str | None = None, trust_remote_code: bool = False, some: bool = False) -> PreTrainedModel:
     """Load a folder's weights, every one of them and nothing else, as `dtype` on `device`. `some`: `config` counts
     fewer layers than there are.
 

@@ -66,9 +66,8 @@ class StageStore:
             raise ValueError(f"cache folder {self.folder}, stage {stage}; expected a folder and one of {STAGES}")
         return self.folder / stage / self.key(stage, inputs, code)
 
-    def cached(
-        self, stage: str, inputs: Inputs, kind: type[S], compute: Callable[[], S], code: Code = NO_CODE
-    ) -> tuple[S, bool]:
+    def cached(self, stage: str, inputs: Inputs, kind: type[S], compute: Callable[[], S],
+               code: Code = NO_CODE) -> tuple[S, bool]:
         """The stored result for these inputs, or a computed one, stored. Returns (value, whether it was stored).
 
         Several processes asking for the same entry compute it once: the others wait for the first.

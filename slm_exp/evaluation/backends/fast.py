@@ -94,9 +94,8 @@ class FastLM(CheckedHFLM):
             out.insert(i, Score(0.0, True))
         return list(out)
 
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
-    ) -> list[Score]:
+    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
+                              **kwargs: Any) -> list[Score]:
         """Log-likelihood of each continuation after its context, and whether it is what the model would say.
 
         A sequence that is too long loses its beginning, as in HFLM.
@@ -417,9 +416,8 @@ def _score(forward: TreeForward, trees: Sequence[Tree], h_BTD: Tensor | None = N
             for (owner, _, t), end in zip(predictions, ends, strict=True)]  # fmt: skip
 
 
-def _log_probabilities(
-    forward: TreeForward, h_PD: Tensor, which: np.ndarray, targets: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _log_probabilities(forward: TreeForward, h_PD: Tensor, which: np.ndarray,
+                       targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """log p(target) in float64 from float32 logits, and whether the target is the argmax.
 
     Args:

@@ -64,11 +64,9 @@ class TaskResults(NamedTuple):
 
 
 @quiet()
-def run_tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedTasks, limit: int | None = None,
-    batch_size: int | None = None, add_bos: bool | None = None, backend: str = "fast",
-    divide: Callable[[Any], None] | None = None,
-) -> TaskResults:
+def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedTasks, limit: int | None = None,
+              batch_size: int | None = None, add_bos: bool | None = None, backend: str = "fast",
+              divide: Callable[[Any], None] | None = None) -> TaskResults:
     """Evaluate a model in memory on the first `limit` documents of each task; model and tokenizer are left as they are.
 
     Args:
@@ -98,18 +96,15 @@ def run_tasks(
     return TaskResults(scores, samples, protocol, {n: loaded.sources.get(n, "hub") for n in samples}, settings)
 
 
-def language_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None,
-    add_bos: bool | None = None, backend: str = "fast",
-) -> CheckedHFLM:
+def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None,
+                   add_bos: bool | None = None, backend: str = "fast") -> CheckedHFLM:
     """lm-eval's interface to a model in memory: its own class, or the fast one. Both refuse NaN and infinite logits."""
     return (FastLM if backend == "fast" else CheckedHFLM)(model, tokenizer, batch_size, add_bos)
 
 
 @quiet()
-def load_tasks(
-    tasks: Sequence[str], limit: int | None, random_model: bool = False, fewshot: Mapping[str, int] | None = None
-) -> LoadedTasks:
+def load_tasks(tasks: Sequence[str], limit: int | None, random_model: bool = False,
+               fewshot: Mapping[str, int] | None = None) -> LoadedTasks:
     """Build lm-eval's task objects with the documents of the evaluated split.
 
     Args:
