@@ -52,8 +52,5 @@ class Calibration(Component, ABC):
 
     @abstractmethod
     def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
-        """Draw the tokens; `seed` is the run's and yields to the source's own.
-
-        Raises:
-            DataError: too few or too short texts, ids outside the vocabulary, file or network missing.
-        """
+        """Draw the tokens; `seed` is the run's and yields to the source's own. Raises DataError: too few or too short
+        texts, ids outside the vocabulary, file or network missing."""

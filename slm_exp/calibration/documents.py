@@ -19,11 +19,8 @@ class Document(NamedTuple):
 
 
 def local_files(path: str, setting: str = "calibration.path") -> list[Path]:
-    """The file, or the readable files of the folder in order of name.
-
-    Raises:
-        ConfigError: neither is there, or the folder holds nothing readable.
-    """
+    """The file, or the readable files of the folder in order of name. Raises ConfigError: neither is there, or the
+    folder holds nothing readable."""
     at = Path(path).expanduser()
     if at.is_file():
         return [at]
@@ -39,8 +36,7 @@ def read_documents(file: Path, field: str, name: str, piece_chars: int, rows: in
     """The texts of one file: a JSON line's or parquet row's `field`, or pieces of a plain text.
 
     Names count lines from 1 and rows and pieces from 0. At most the first `rows` rows are read.
-    Raises:
-        DataError: see `core.text`; names the line.
+    Raises DataError: see `core.text`; names the line.
     """
     plain = kind_of(file) == ".txt"
     texts = enumerate(pieces(read_lines(file), piece_chars)) if plain else read_field(file, field, "calibration.field")

@@ -30,11 +30,8 @@ class TextCalibration(Calibration):
 
     @abstractmethod
     def documents(self, handle: ModelHandle) -> tuple[str, Iterable[Document]]:
-        """Where the texts come from, in words for the record, and the texts.
-
-        Raises:
-            DataError / ConfigError: they cannot be had; names the remedy.
-        """
+        """Where the texts come from, in words for the record, and the texts. Raises DataError / ConfigError: they
+        cannot be had; names the remedy."""
 
     def identity(self) -> Fields:
         fields = super().identity()
@@ -117,11 +114,8 @@ class HubText(TextCalibration):
 
 
 def paths_digest(path: str) -> str:
-    """Digest of a file's contents, or of the names and contents of a folder's readable files.
-
-    Raises:
-        ConfigError: there is no such file.
-    """
+    """Digest of a file's contents, or of the names and contents of a folder's readable files. Raises ConfigError: there
+    is no such file."""
     files = local_files(path)
     return content_digest(files[0]) if Path(path).expanduser().is_file() else files_digest(files, files[0].parent)
 

@@ -34,11 +34,8 @@ def _quantity(text: str, units: dict[str, float], field: str, example: str) -> f
 
 
 def folder_of(where: Path | None) -> Path:
-    """The cache's folder; the command ends here where it is the default one and no run has used it yet.
-
-    Raises:
-        ConfigError: the folder that was named is not there, or is no cache.
-    """
+    """The cache's folder; the command ends here where it is the default one and no run has used it yet. Raises
+    ConfigError: the folder that was named is not there, or is no cache."""
     folder = Path(where or default_cache_dir()).expanduser()
     if folder.is_dir():
         cache_folder.require_cache(folder, "--dir" if where else "$SLM_EXP_CACHE")

@@ -130,11 +130,8 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _check_words(argv: Sequence[str]) -> None:
     """Answer options that are none, fields without their group, and repo ids for members with the command that was
-    meant; other mistakes are found when the config is composed.
-
-    Raises:
-        ConfigError: with that command, or with the options there are.
-    """
+    meant; other mistakes are found when the config is composed. Raises ConfigError: with that command, or with the
+    options there are."""
     right, wrong, words = list[str](), list[str](), iter(_split(argv)[1])
     own_folder = bool(_search(argv)) or any("hydra.searchpath" in word for word in argv)
     for word in words:

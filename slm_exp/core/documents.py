@@ -56,8 +56,7 @@ def parse(kind: type[T], data: Any, at: str = "") -> T:
 
     Args:
         at: where the data stands, for messages.
-    Raises:
-        ValueError: `eval.dense.average = 'x'; expected a number.`
+    Raises ValueError: `eval.dense.average = 'x'; expected a number.`
     """
     reader: TypeAdapter[T] = _reader(kind)  # type: ignore[arg-type]
     try:

@@ -36,10 +36,7 @@ def writing(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def probing(folder: Path) -> Iterator[Path]:
     """Make a folder and yield a file written in it; afterwards both are gone, unless the folder was there or is used.
-
-    Raises:
-        OSError: it cannot be made or written.
-    """
+    Raises OSError: it cannot be made or written."""
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     probe = folder / f".probe.{os.getpid()}"
     try:

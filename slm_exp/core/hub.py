@@ -40,8 +40,7 @@ class Repo:
         Args:
             complete: whether a folder has all that is needed.
             vet: sees the repo's file names before a download and may refuse.
-        Raises:
-            `error`: gated, missing, offline or unreachable; names the remedy.
+        Raises `error`: gated, missing, offline or unreachable; names the remedy.
         """
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError

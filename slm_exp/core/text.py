@@ -47,11 +47,8 @@ def kind_of(file: Path) -> str:
 
 
 def read_lines(file: Path) -> Iterator[str]:
-    """The lines of a text file, each with one "\\n" at its end if it had a line end.
-
-    Raises:
-        DataError: unreadable, not UTF-8, or a line of more than LIMIT bytes; names the line.
-    """
+    """The lines of a text file, each with one "\\n" at its end if it had a line end. Raises DataError: unreadable, not
+    UTF-8, or a line of more than LIMIT bytes; names the line."""
     for n, line in enumerate(_raw_lines(file), 1):
         yield _decoded(line, f"{file}, line {n}")
 
@@ -63,8 +60,7 @@ def read_rows(file: Path, field: str | None = None, setting: str = "", lists: bo
         field: the only column read of a parquet file; None reads all.
         setting: the config field that names `field`, for messages.
         lists: a .jsonl file may be one list too.
-    Raises:
-        DataError: unreadable, malformed, or beyond LIMIT; names the line or row.
+    Raises DataError: unreadable, malformed, or beyond LIMIT; names the line or row.
     """
     kind = kind_of(file)
     if kind == ".parquet":

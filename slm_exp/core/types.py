@@ -191,8 +191,7 @@ class MergePlan(StrictValue):
     """Which layers of a model are merged or removed, and how that was decided. Touches no weights.
 
     A layer in no group and not dropped is kept as it is.
-    Raises:
-        PlanError: entries contradict each other or the number of layers.
+    Raises PlanError: entries contradict each other or the number of layers.
     """
 
     n_layers: int
@@ -328,8 +327,7 @@ class MergePlan(StrictValue):
         Args:
             data: the contents of a plan.json.
             bare: `n_layers` may be absent; the plan is then for the fewest layers it can be for.
-        Raises:
-            PlanError: names the field that is wrong or unknown, its value, and what was expected.
+        Raises PlanError: names the field that is wrong or unknown, its value, and what was expected.
         """
         fill = bare and isinstance(data, dict) and data.get("n_layers") is None
         if isinstance(data, dict):

@@ -120,9 +120,7 @@ class Training:
 
         Time is measured: the second of two micro-batches there and back, a forward pass being a third of it, and the
         optimiser on a part of the parameters. Memory and disk are computed.
-
-        Raises:
-            SlmError: the disk has no room for the checkpoints.
+        Raises SlmError: the disk has no room for the checkpoints.
         """
         r = self.recipe
         steps = r.max_steps or max(1, int(r.epochs * len(self.train) / r.batch_size))

@@ -140,12 +140,9 @@ class Evaluation(Settings):
     generation_cost = generating
 
     def run(self, handle: ModelHandle) -> EvalReport:
-        """Measure a model. The same settings give the same protocol whatever the batch size, backend or device.
-
-        Raises:
-            DataError: documents or texts that are missing or too short, a model without a tokenizer where text has to
-                be read, NaN or infinite logits.
-        """
+        """Measure a model. The same settings give the same protocol whatever the batch size, backend or device. Raises
+        DataError: documents or texts that are missing or too short, a model without a tokenizer where text has to be
+        read, NaN or infinite logits."""
         corpora = texts.load_corpora(self.wanted_corpora(), handle, self.ppl_seq_len, self.ppl_bos)
         loaded = results = text = None
         if (self.tasks or self.text) and handle.tokenizer is None:
@@ -196,11 +193,8 @@ class Evaluation(Settings):
         return measure_speed(self, dense, compressed)
 
     def accept(self, report: EvalReport, dense: bool) -> None:
-        """Refuse a report of another protocol than `protocol`, or of a dense model outside `dense_range`.
-
-        Raises:
-            ProtocolError: what was expected, what came, and what to check.
-        """
+        """Refuse a report of another protocol than `protocol`, or of a dense model outside `dense_range`. Raises
+        ProtocolError: what was expected, what came, and what to check."""
         if self.protocol is not None:
             expected = read_protocol(Path(self.protocol)).to_json()
             require_same({f"evaluation.protocol={self.protocol}": expected, "this run": report.protocol.to_json()},

@@ -64,8 +64,7 @@ def local_documents(task: str, limit: int | None, random_model: bool = False) ->
 
     A random model without the assets gets the packaged made-up documents: its numbers mean nothing either way.
     Cost: milliseconds at a small limit; half a second for all of boolq or ARC.
-    Raises:
-        DataError: the installed assets do not hold the files.
+    Raises DataError: the installed assets do not hold the files.
     """
     folder = assets_folder()
     if folder is not None and task in SPLIT:

@@ -79,8 +79,7 @@ def chunk_losses(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int 
     or wider, their sum is exact to double precision; logits of one batch are held at a time.
     Args:
         batch_size: chunks per forward pass; None chooses.
-    Raises:
-        DataError: the mean is NaN or infinite.
+    Raises DataError: the mean is NaN or infinite.
     Cost: one forward pass over N T tokens with all logits.
     """
     import torch
@@ -153,8 +152,7 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
         seq_len: tokens per chunk.
         bos: `once` puts BOS before the text, `every_chunk` before each chunk (then of seq_len + 1 tokens), or
             `never`. A tokenizer without BOS turns `once` into `never`.
-    Raises:
-        DataError: missing, malformed or shorter than a chunk; ids outside the vocabulary; no tokenizer or no BOS.
+    Raises DataError: missing, malformed or shorter than a chunk; ids outside the vocabulary; no tokenizer or no BOS.
     """
     if where.endswith(".npy"):
         ids_NT = read_ids(Path(where), handle, where).astype(np.int64)

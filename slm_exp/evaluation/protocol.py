@@ -59,11 +59,8 @@ class Protocol:
 
 
 def read_protocol(path: Path) -> Protocol:
-    """A protocol file, as a run leaves it.
-
-    Raises:
-        ProtocolError: not there, not readable, or changed since it was written.
-    """
+    """A protocol file, as a run leaves it. Raises ProtocolError: not there, not readable, or changed since it was
+    written."""
     try:
         stored = read_json(path)
         fields, stated = dict(stored["fields"]), str(stored["hash"])
@@ -85,11 +82,8 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 def require_same(protocols: Mapping[str, Stored], remedy: str = "") -> None:
-    """Refuse to compare results of different protocols (see `mixed`).
-
-    Raises:
-        ProtocolError: names two results, the fields in which they differ, and the remedy.
-    """
+    """Refuse to compare results of different protocols (see `mixed`). Raises ProtocolError: names two results, the
+    fields in which they differ, and the remedy."""
     if reason := mixed(protocols):
         raise ProtocolError(f"{reason}. Their numbers cannot be compared. {remedy}".rstrip())
 

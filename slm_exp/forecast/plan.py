@@ -140,8 +140,7 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
     Args:
         tflops: plan for a machine that sustains so many TFLOP/s; nothing is measured here then.
         anew: measure this machine's speed even where it is known.
-    Raises:
-        ConfigError: as the run itself would; names the job.
+    Raises ConfigError: as the run itself would; names the job.
     """
     return plan_jobs(jobs_of(overrides, multirun), tflops, anew)
 

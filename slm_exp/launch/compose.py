@@ -213,11 +213,8 @@ def _is_list(group: str, field: str) -> bool:
 
 
 def model_words(name: str) -> list[str]:
-    """The overrides for a member of the `model` group, or for a folder or repo id.
-
-    Raises:
-        ConfigError: it is neither a member nor a folder, and nearly the name of a member.
-    """
+    """The overrides for a member of the `model` group, or for a folder or repo id. Raises ConfigError: it is neither a
+    member nor a folder, and nearly the name of a member."""
     there = choices("model")
     if name.startswith("model="):
         raise ConfigError(f"{name}: MODEL is a name alone, without model=: {name.partition('=')[2]}")
@@ -238,11 +235,8 @@ def _fields_beside(key: str) -> list[str]:
 
 
 def check_key(given: str) -> None:
-    """Refuse an override of a field or a member that no group has, without composing (0.1 s).
-
-    Raises:
-        ConfigError: with what there is, and the nearest name.
-    """
+    """Refuse an override of a field or a member that no group has, without composing (0.1 s). Raises ConfigError: with
+    what there is, and the nearest name."""
     key, _, value = given.partition("=")
     group, _, tail = key.lstrip("+~").partition(".")
     name = f"{group}.{tail.partition('.')[0]}" if tail else group

@@ -48,11 +48,8 @@ def session(folder: str) -> Iterator[None]:
 
 
 def set_values(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Apply overrides of values (not of groups) to a composed config, as composing does. Cost: below 1 ms each.
-
-    Raises:
-        HydraException: as composing does.
-    """
+    """Apply overrides of values (not of groups) to a composed config, as composing does. Cost: below 1 ms each. Raises
+    HydraException: as composing does."""
     try:
         ConfigLoaderImpl._apply_overrides_to_config([parse(o) for o in overrides], cfg)
     except OmegaConfBaseException as error:

@@ -64,11 +64,8 @@ class GridSweeper(Sweeper):
                                                                  task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run what is not finished, then say how every cell stands.
-
-        Raises:
-            SystemExit: 1 when a cell is not finished, 2 when the folder is in use, 128 + the signal when interrupted.
-        """
+        """Run what is not finished, then say how every cell stands. Raises SystemExit: 1 when a cell is not finished, 2
+        when the folder is in use, 128 + the signal when interrupted."""
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
         sweep, launcher, reasons = SweepFolder(self.path), self._launcher, dict[str, str]()
         try:
@@ -89,11 +86,8 @@ class GridSweeper(Sweeper):
         return []
 
     def _begin(self, sweep: SweepFolder, arguments: list[str]) -> tuple[dict[str, Cell], list[Job]]:
-        """How this call's jobs stand, and those to run.
-
-        Raises:
-            ConfigError: the queue does not say whether jobs that were submitted are alive.
-        """
+        """How this call's jobs stand, and those to run. Raises ConfigError: the queue does not say whether jobs that
+        were submitted are alive."""
         before: dict[str, Cell] = {}
         busy = list[str]()
         queue = Queue.of(self.path)

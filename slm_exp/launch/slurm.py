@@ -167,8 +167,7 @@ class SlurmLauncher(Launcher):
         Args:
             argv: the command's overrides, for a job that runs the folder's unfinished cells on its node; `failed`: only
                 those that failed or died.
-        Raises:
-            ConfigError: sbatch refuses; its own words.
+        Raises ConfigError: sbatch refuses; its own words.
         """
         if not jobs:
             return

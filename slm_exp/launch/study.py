@@ -40,9 +40,7 @@ class Study:
         axes: what is chosen from, by key.
         minimize: for each objective, whether less of it is better.
         about: what makes two searches the same; another one does not go on in this folder.
-
-    Raises:
-        ConfigError: the folder holds another search.
+    Raises ConfigError: the folder holds another search.
     """
 
     def __init__(self, folder: Path, axes: Mapping[str, Numbers | list[str]], minimize: Mapping[str, bool],

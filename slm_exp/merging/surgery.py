@@ -26,8 +26,7 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
 
     Args:
         rule: what a merged layer is made of; needed when the plan has groups.
-    Raises:
-        PlanError: the plan is for another number of layers or another rule, or asks for what is not done here.
+    Raises PlanError: the plan is for another number of layers or another rule, or asks for what is not done here.
     Cost: the combined projections' memory and one pass over the merged layers' weights.
     """
     if plan.n_layers != handle.n_layers:

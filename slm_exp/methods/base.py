@@ -405,8 +405,7 @@ def merged_runs(dropped: Iterable[int], n_layers: int, free: range | None = None
 
     Args:
         free: the layers that are not protected; null is all.
-    Raises:
-        PlanError: a run has protected layers, or none, on both sides.
+    Raises PlanError: a run has protected layers, or none, on both sides.
     """
     gone, free = set(dropped), range(n_layers) if free is None else free
     groups: list[Group] = []

@@ -64,26 +64,17 @@ class ModelSource(Component, ABC):
         return False
 
     def sketch(self, cache_dir: Path, device_type: str) -> Sketch:
-        """What is known of the model without opening it. Reads small files only, imports no torch.
-
-        Raises:
-            ConfigError: config.json cannot be that of a model.
-        """
+        """What is known of the model without opening it. Reads small files only, imports no torch. Raises ConfigError:
+        config.json cannot be that of a model."""
         return unknown(self.name)
 
     def look(self) -> ModelHandle | None:
         """What `open` would give, without its digest and with no weights to load, as far as nothing has to be fetched
         or converted for it; None where that is all there is to see. Imports transformers where there is something.
-
-        Raises:
-            ConfigError / ArchitectureError / CheckpointError: as `open` and the loading of weights would.
-        """
+        Raises ConfigError / ArchitectureError / CheckpointError: as `open` and the loading of weights would."""
         return None
 
     @abstractmethod
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
-        """Find the model and read its config and tokenizer; weights load on first use of `handle.model`.
-
-        Raises:
-            ConfigError / ArchitectureError: not there, or not understood; names the remedy.
-        """
+        """Find the model and read its config and tokenizer; weights load on first use of `handle.model`. Raises
+        ConfigError / ArchitectureError: not there, or not understood; names the remedy."""

@@ -64,11 +64,8 @@ class ConfigFile(BaseModel):
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
-    """The fields of a folder's config.json. Reads nothing else.
-
-    Raises:
-        ConfigError: not there, no JSON object, or a field that no model can have; names it.
-    """
+    """The fields of a folder's config.json. Reads nothing else. Raises ConfigError: not there, no JSON object, or a
+    field that no model can have; names it."""
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as cause:

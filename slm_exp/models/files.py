@@ -61,11 +61,8 @@ def is_sharded(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that make up a model.
-
-    Raises:
-        ConfigError: the index is malformed, or names something other than safetensors files beside it.
-    """
+    """Names of the safetensors files that make up a model. Raises ConfigError: the index is malformed, or names
+    something other than safetensors files beside it."""
     if not is_sharded(folder):
         return [WEIGHTS]
     where = f"model.path = {folder}: {INDEX}"
@@ -99,8 +96,7 @@ def opened_files(folder: Path, code: bool = False) -> list[Path]:
 
     Args:
         code: the folder's own code is run, so it counts.
-    Raises:
-        ConfigError: the folder holds no model, or a part of it is missing.
+    Raises ConfigError: the folder holds no model, or a part of it is missing.
     """
     needed = ["config.json", *([INDEX] if is_sharded(folder) else []), *weight_files(folder)]
     for name in needed:
@@ -122,20 +118,14 @@ def unread(folder: Path) -> list[Path]:
 
 
 def headers(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a model's weight files by name, from their headers.
-
-    Raises:
-        ConfigError: a file is not whole, or not safetensors.
-    """
+    """Every tensor of a model's weight files by name, from their headers. Raises ConfigError: a file is not whole, or
+    not safetensors."""
     return {name: tensor for file in weight_files(folder) for name, tensor in check_header(folder, file).items()}
 
 
 def inspect(folder: Path) -> None:
-    """Refuse a folder that cannot work, by config.json and the headers of the weights alone.
-
-    Raises:
-        ConfigError: names file, field and remedy.
-    """
+    """Refuse a folder that cannot work, by config.json and the headers of the weights alone. Raises ConfigError: names
+    file, field and remedy."""
     safetensors_only(sorted(p.name for p in folder.iterdir()), f"model.path = {folder}")
     names = weight_files(folder)
     about = read_config_file(folder) if (folder / "config.json").is_file() else {}  # `opened_files` says if missing
@@ -222,11 +212,8 @@ def _bytes(path: Path, name: str) -> Iterator[bytes]:
 
 
 def check_header(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a weight file; refuses one that is not whole.
-
-    Raises:
-        ConfigError: not safetensors, or cut off; says what it may be.
-    """
+    """The tensors of a weight file; refuses one that is not whole. Raises ConfigError: not safetensors, or cut off;
+    says what it may be."""
     path, where = folder / name, f"model.path = {folder}: {name}"
     size = path.stat().st_size
     with open(path, "rb") as f:
@@ -250,11 +237,8 @@ def check_header(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def safetensors_only(names: Sequence[str], where: str) -> None:
-    """Refuse a list of files that has no safetensors weights, saying what it has instead.
-
-    Raises:
-        ConfigError: pickled weights only, an adapter, GGUF, or no model at all.
-    """
+    """Refuse a list of files that has no safetensors weights, saying what it has instead. Raises ConfigError: pickled
+    weights only, an adapter, GGUF, or no model at all."""
     if "adapter_config.json" in names:
         if WEIGHTS in names or INDEX in names:
             raise ConfigError(f"{where}: a PEFT adapter (adapter_config.json) beside a whole model, which transformers "

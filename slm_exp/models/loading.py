@@ -86,9 +86,7 @@ def _check_shapes(folder: Path, model: PreTrainedModel) -> None:
     """Refuse weights whose headers lack a tensor of the model, or have one of another shape.
 
     Names are those that transformers gives them; what it puts together of several tensors has to be there.
-
-    Raises:
-        CheckpointError: names tensors and shapes.
+    Raises CheckpointError: names tensors and shapes.
     """
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # of tied ones, the embedding
     tensors = headers(folder)
@@ -112,11 +110,7 @@ def _first_line(error: Exception) -> str:
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer, or None where it has none.
-
-    Raises:
-        ConfigError: there is one, and it cannot be read.
-    """
+    """The folder's tokenizer, or None where it has none. Raises ConfigError: there is one, and it cannot be read."""
     if not any((folder / name).is_file() for name in TOKENIZER):
         return None
     try:

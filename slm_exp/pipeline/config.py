@@ -166,11 +166,8 @@ def check_together(cfg: RunConfig) -> None:
 
 
 def to_run_config(cfg: Any) -> RunConfig:
-    """From a composed Hydra config (its `hydra`, `experiment` and `sweep` nodes ignored) to the typed object.
-
-    Raises:
-        ConfigError: with the field, its value, what was wanted and the remedy.
-    """
+    """From a composed Hydra config (its `hydra`, `experiment` and `sweep` nodes ignored) to the typed object. Raises
+    ConfigError: with the field, its value, what was wanted and the remedy."""
     _refuse_added_keys(cfg)
     try:
         run_config = OmegaConf.to_object(cfg)

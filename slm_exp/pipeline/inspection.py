@@ -37,11 +37,8 @@ class Inspection:
         return self.sketches[name]
 
     def look(self, cfg: RunConfig) -> ModelHandle | None:
-        """The job's model as far as it can be seen.
-
-        Raises:
-            SlmError: model, device or settings cannot work; names file or field, and the remedy.
-        """
+        """The job's model as far as it can be seen. Raises SlmError: model, device or settings cannot work; names file
+        or field, and the remedy."""
         if self.here:
             cfg.runtime.require_device(cfg.model.device)
         name = repr(cfg.model)

@@ -29,9 +29,8 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
 
     Args:
         training: where a training keeps its checkpoints, if not in `folder` (see `take_part`).
-    Raises:
-        StageError: names the stage and chains the cause; the failed record is on disk, or none where the first stage
-            of a run that belongs to no `group` refuses.
+    Raises StageError: names the stage and chains the cause; the failed record is on disk, or none where the first stage
+    of a run that belongs to no `group` refuses.
     """
     with Recorder(cfg, folder, overrides, group, observers=[Pages(folder)]) as rec:
         if rec.finished:

@@ -242,8 +242,7 @@ def check_model(cfg: RunConfig, dense: ModelHandle, passed: set[str] | None = No
 
     Args:
         passed: checks that other jobs with this model have passed, by the settings they look at; more are added.
-    Raises:
-        ConfigError / DataError: names the field.
+    Raises ConfigError / DataError: names the field.
     """
     passed = set() if passed is None else passed
     for i, (groups, check) in enumerate(CHECKS):

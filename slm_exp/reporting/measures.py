@@ -146,12 +146,8 @@ class ThresholdPath(Section):
 
 
 def read_paths(folder: Path, given: Sequence[Path] = ()) -> list[ThresholdPath]:
-    """The path.json files that lie in a folder or in its subfolders (those that cannot be read are no paths), and
-    those given.
-
-    Raises:
-        SlmError: a given one is not there or is no path.
-    """
+    """The path.json files that lie in a folder or in its subfolders (those that cannot be read are no paths), and those
+    given. Raises SlmError: a given one is not there or is no path."""
     found = sorted((*folder.glob("path.json"), *folder.glob("*/path.json")))
     wanted = [path / "path.json" if path.is_dir() else path for path in given]
     out = []

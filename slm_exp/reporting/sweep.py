@@ -94,9 +94,7 @@ def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Seque
         verify: check the digests of large files too.
         figures: every plot as PDF and SVG in `folder/figures` too.
         paths: path.json files to draw beside the runs, besides those that lie in the folder.
-
-    Raises:
-        SlmError: a path.json that was given cannot be read.
+    Raises SlmError: a path.json that was given cannot be read.
     """
     sweep, rows = read_rows(folder, verify)
     refused = None if mixed_protocols else mixed(

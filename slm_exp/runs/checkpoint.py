@@ -50,8 +50,7 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
         max_shard_size: larger models are cut into several files.
     Returns:
         What was verified: `{tensors, logits_off, kv_cache_off, tolerance, device}`.
-    Raises:
-        CheckpointError: the disk is full or not writable, or the reloaded model differs.
+    Raises CheckpointError: the disk is full or not writable, or the reloaded model differs.
     Cost: the weights' bytes on disk and again in a second process, and its start (about 10 s); of a model whose layers
         stay in files, about three layers in either.
     """
@@ -100,8 +99,7 @@ def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: Calibration
 
     Returns:
         `{tensors, logits_off, kv_cache_off, peak_bytes, tolerance, device}`.
-    Raises:
-        CheckpointError: the first difference found, or why the process could not finish.
+    Raises CheckpointError: the first difference found, or why the process could not finish.
     """
     with tempfile.TemporaryDirectory(prefix="slm_exp-verify-") as where:
         expected = expectation(folder, compressed, tokens, Path(where), digests)

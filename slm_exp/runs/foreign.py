@@ -62,8 +62,7 @@ def read_foreign(path: Path, layers: int | None = None) -> MergePlan:
 
     Args:
         layers: of the dense model, where the file does not say how many.
-    Raises:
-        ConfigError: no such file, none of the forms, or something in it that a plan cannot say; names it.
+    Raises ConfigError: no such file, none of the forms, or something in it that a plan cannot say; names it.
     """
     try:
         if path.stat().st_size > LARGEST:

@@ -73,11 +73,8 @@ def _place(record: Record) -> str | None:
 
 
 def mergekit(plan: MergePlan, model: str, dtype: str | None, source: str = "") -> str:
-    """YAML for mergekit 0.1.5: one document for mergekit-yaml, or several for mergekit-multi.
-
-    Raises:
-        PlanError: what cannot be expressed, by name.
-    """
+    """YAML for mergekit 0.1.5: one document for mergekit-yaml, or several for mergekit-multi. Raises PlanError: what
+    cannot be expressed, by name."""
     check(plan, model)
     head = {"dtype": dtype} if dtype else {}
     parts = {name: {"merge_method": "passthrough", **head, "slices": _slices(plan, model, place)}

@@ -59,11 +59,8 @@ def _finished(folder: Path) -> bool:
 
 
 def check_reachable(url: str, seconds: float = 10.0) -> None:
-    """Request anything from the server, through the configured proxies.
-
-    Raises:
-        SlmError: no answer. Without this check `wandb sync` would retry for hours.
-    """
+    """Request anything from the server, through the configured proxies. Raises SlmError: no answer. Without this check
+    `wandb sync` would retry for hours."""
     try:
         urllib.request.urlopen(url, timeout=seconds).close()
     except urllib.error.HTTPError:
@@ -75,11 +72,8 @@ def check_reachable(url: str, seconds: float = 10.0) -> None:
 
 
 def send(runs: Sequence[OfflineRun]) -> None:
-    """Send these runs with W&B's own sync, which leaves its marker beside each one it has sent.
-
-    Raises:
-        SlmError: wandb missing, server out of reach, no credentials, or a run that was not sent.
-    """
+    """Send these runs with W&B's own sync, which leaves its marker beside each one it has sent. Raises SlmError: wandb
+    missing, server out of reach, no credentials, or a run that was not sent."""
     try:
         import wandb
     except ImportError as error:

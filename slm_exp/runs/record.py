@@ -58,11 +58,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, verify: bool = False) -> Self:
-        """The run in a folder.
-
-        Raises:
-            SlmError: there is no record, or it cannot be read.
-        """
+        """The run in a folder. Raises SlmError: there is no record, or it cannot be read."""
         path = folder / FILE
         try:
             return cls(folder, Record.of(read_json(path)), verify)
@@ -257,11 +253,8 @@ def git_state() -> dict[str, str | bool] | None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse an output folder that cannot be created or written, before anything loads.
-
-    Raises:
-        ConfigError: naming the folder and the reason.
-    """
+    """Refuse an output folder that cannot be created or written, before anything loads. Raises ConfigError: naming the
+    folder and the reason."""
     try:
         with probing(folder):
             pass

@@ -171,11 +171,7 @@ class SweepFolder:
 
     @classmethod
     def read(cls, path: Path) -> SweepFolder:
-        """The definition in a sweep's folder.
-
-        Raises:
-            ConfigError: this is no sweep's folder.
-        """
+        """The definition in a sweep's folder. Raises ConfigError: this is no sweep's folder."""
         try:
             stored = parse(StoredSweep, read_json(path / "sweep.json"))
         except (FileNotFoundError, NotADirectoryError):
@@ -221,11 +217,8 @@ class SweepFolder:
 
     @contextlib.contextmanager
     def owned(self, wait: float = 0) -> Iterator[None]:
-        """Be the only launcher at work here; the kernel frees the lock with the process.
-
-        Raises:
-            ConfigError: another launcher is at work, for `wait` seconds; names its pid and host.
-        """
+        """Be the only launcher at work here; the kernel frees the lock with the process. Raises ConfigError: another
+        launcher is at work, for `wait` seconds; names its pid and host."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock, about = Lock(self.path / ".launcher.lock"), self.path / ".launcher.json"
         try:

@@ -56,8 +56,7 @@ class Evolution:
             counts: how many of each go.
             quick, close: scores on few tokens and on all.
             settle: is told of every new parent.
-        Raises:
-            PlanError: no set has a finite score.
+        Raises PlanError: no set has a finite score.
         """
         seen: dict[Parts, float] = {}
         trace: list[Trial] = []
@@ -113,8 +112,7 @@ def beam(units: Sequence[Unit], width: int, cost: Cost, wanted: Wanted, settle: 
     Args:
         units: what may go, from the bottom up; of two equal costs the lower part's comes first.
         settle: is told of a set before those that it can become are scored.
-    Raises:
-        PlanError: every set has a cost that is not finite.
+    Raises PlanError: every set has a cost that is not finite.
     """
     known: dict[Parts, float] = {frozenset(): 0.0}
     sets, done, trace = [*known], list[Parts](), list[Trial]()

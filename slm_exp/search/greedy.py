@@ -72,8 +72,7 @@ def greedy(engine: ScoringEngine, units: Sequence[Unit], cost: Costs, wanted: Wa
         cost: of models; lower is better.
         wanted: the search ends when no part is.
         last: parts that may go only when none of `units` may.
-    Raises:
-        PlanError: every candidate's cost is infinite.
+    Raises PlanError: every candidate's cost is infinite.
     Cost: for every removal, each part left is taken out once: about half the layers run for a model of its own.
     """
     slots = engine.dense

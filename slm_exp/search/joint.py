@@ -159,8 +159,7 @@ def cheapest(found: Mapping[int, Price], need: float, gain: Callable[[Choice], f
     Args:
         gain: what a choice takes away, in the unit of `need`.
         step, wide: channels that go at once, and of a whole MLP.
-    Raises:
-        ValueError: all changes together take less away.
+    Raises ValueError: all changes together take less away.
     """
     half = wide - step * (wide // (2 * step))
     choices = [list(_choices(i, price, step, wide - half)) for i, price in found.items()]

@@ -25,8 +25,7 @@ def cheapest(parts: Sequence[Sequence[Option]], need: float) -> list[int]:
 
     Args:
         need: in the unit of the gains.
-    Raises:
-        ValueError: the largest gains together are less.
+    Raises ValueError: the largest gains together are less.
     Cost: a second for 60 parts of two options, or 30 of 25.
     """
     options = [option for part in parts for option in part]

@@ -17,9 +17,7 @@ def layer_similarity(handle: ModelHandle, tokens: CalibrationTokens, kernel: Ker
 
     Only one layer's states are held at a time, and the Gram matrices of all layers for as many minibatches as fit
     into `GRAM_BYTES`; their pairs are then one matrix product. Of `similarity` only CKA's settings are used.
-
-    Raises:
-        DataError: fewer than 4 tokens, or a layer's states are not finite.
+    Raises DataError: fewer than 4 tokens, or a layer's states are not finite.
     Cost: L block forwards (a few times that beyond `GRAM_BYTES`); L N T b (D + L) multiplications in float64.
     """
     import torch

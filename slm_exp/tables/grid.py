@@ -101,10 +101,8 @@ def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, 
 
     Args:
         marks: whether to test rows against each other.
-
-    Raises:
-        ProtocolError: one column's numbers were measured by different protocols, and `mixed_protocols` is not set;
-            names two rows and the fields.
+    Raises ProtocolError: one column's numbers were measured by different protocols, and `mixed_protocols` is not set;
+    names two rows and the fields.
     """
     finder = Finder(runs)
     kinds = [quantity(column.show) for column in table.columns]
@@ -146,11 +144,8 @@ def _finished(m: Measured | None) -> bool:
 
 def _dense(found: Mapping[tuple[int, int, int], Sequence[Measured | None]], block: int, column: int,
            where: str) -> Measured | None:
-    """The dense model of a block's column, as its own runs measured it: other columns may have other protocols.
-
-    Raises:
-        ConfigError: they began with different models.
-    """
+    """The dense model of a block's column, as its own runs measured it: other columns may have other protocols. Raises
+    ConfigError: they began with different models."""
     there = [(at[0], m) for at, models in found.items() if at[2] == column for m in models if m and _finished(m)]
     here = [m for at, m in there if at == block]
     models = here or [m for _, m in there]

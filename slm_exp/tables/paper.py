@@ -41,11 +41,8 @@ class Drawn:
 
 
 def tables_of(params: Params) -> tuple[list[Table], list[str]]:
-    """Every table that can be made for the model, and why others cannot.
-
-    Raises:
-        ConfigError: a parameter that no table has, or a model that there is not.
-    """
+    """Every table that can be made for the model, and why others cannot. Raises ConfigError: a parameter that no table
+    has, or a model that there is not."""
     names = sorted(table_names(), key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
     known = {name: parameters(name) for name in names}
     every = sorted({key for own in known.values() for key in own})

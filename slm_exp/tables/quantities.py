@@ -191,9 +191,7 @@ def check_quantity(name: str, where: str, more: Iterable[str] = ()) -> None:
 
     Args:
         more: other names that would do at this place.
-
-    Raises:
-        ConfigError: names it, where it was named, and the closest that exists.
+    Raises ConfigError: names it, where it was named, and the closest that exists.
     """
     family, _, rest = name.partition(".")
     known = family in FAMILIES and bool(rest) and (family != "speed" or rest.partition(".")[0] in TIMED)

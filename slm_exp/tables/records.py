@@ -31,9 +31,7 @@ def find_runs(folders: Sequence[Path], may_be_empty: bool = False, verify: bool 
 
     Args:
         verify: check the digests of large files too.
-
-    Raises:
-        ConfigError: no such folder, or no record in any of them.
+    Raises ConfigError: no such folder, or no record in any of them.
     """
     for folder in folders:
         if not folder.is_dir():

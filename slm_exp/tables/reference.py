@@ -114,11 +114,7 @@ class Published(EntryText):
 
 
 def published() -> list[Published]:
-    """Every entry of every file of conf/reference.
-
-    Raises:
-        ConfigError: a wrong key or quantity, by file and entry.
-    """
+    """Every entry of every file of conf/reference. Raises ConfigError: a wrong key or quantity, by file and entry."""
     return [Published(file=file, source=one.source, protocol=one.protocol, tolerance=one.tolerance, **dict(entry))
             for file, one in _files().items() for entry in one.entries]
 
@@ -130,11 +126,8 @@ def claims(model: str) -> list[str]:
 
 
 def read_file(path: Path) -> list[Published]:
-    """A filled form.
-
-    Raises:
-        ConfigError: it cannot be read, no number is filled in, or numbers contradict each other; names every entry.
-    """
+    """A filled form. Raises ConfigError: it cannot be read, no number is filled in, or numbers contradict each other;
+    names every entry."""
     one = read_document(ReferenceText, path)
     entries = [e for e in one.entries if e.values]
     if not entries:

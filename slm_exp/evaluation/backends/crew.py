@@ -106,8 +106,7 @@ def crew(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, proc
 
     Args:
         settings: batch size, BOS and backend, as `harness.language_model` takes them.
-    Raises:
-        SlmError: the model cannot be shared.
+    Raises SlmError: the model cannot be shared.
     """
     if processes == 1:
         yield None

@@ -99,8 +99,7 @@ class FastLM(CheckedHFLM):
         """Log-likelihood of each continuation after its context, and whether it is what the model would say.
 
         A sequence that is too long loses its beginning, as in HFLM.
-        Raises:
-            DataError: NaN or infinite logits, a text that became no tokens, a continuation longer than the model.
+        Raises DataError: NaN or infinite logits, a text that became no tokens, a continuation longer than the model.
         """
         sequences = [self._request(i, *request) for i, request in enumerate(requests)]
         out = [Score(0.0, True)] * len(sequences)  # an empty continuation is certain
@@ -128,8 +127,7 @@ class FastLM(CheckedHFLM):
 
         Greedy requests run together whatever their stops; sampled ones, and models that decoding.py does not fit,
         fall back to HFLM, with one warning.
-        Raises:
-            DataError: NaN or infinite logits, or no room in the model for what is to be generated.
+        Raises DataError: NaN or infinite logits, or no room in the model for what is to be generated.
         """
         prompts = [self._prompt(*request.args) for request in requests]
         if cut := sum(p is not None and p.cut for p in prompts):
@@ -184,10 +182,7 @@ class FastLM(CheckedHFLM):
 
     def _continuations(self, prompts: Sequence[_Continue], disable_tqdm: bool) -> Iterator[list[int]]:
         """The tokens generated for each, in the order given; longest contexts first, fewer at once when memory ends.
-
-        Raises:
-            RuntimeError: the model does not generate by its cache what it finds most likely without.
-        """
+        Raises RuntimeError: the model does not generate by its cache what it finds most likely without."""
         ends = stop_ids(self.model, self.tokenizer.eos_token_id)
         out: list[list[int]] = [[]] * len(prompts)
         most = self.trees_per_batch or ROWS_AT_ONCE

@@ -71,8 +71,7 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded
 
     Args:
         divide: lets further processes answer their share of the requests, see `crew.Crew.divide`.
-    Raises:
-        DataError: a model that gives NaN or infinite logits.
+    Raises DataError: a model that gives NaN or infinite logits.
     Cost: on two CPU cores about as long as the requests' tokens take forwards; building them is milliseconds.
     """
     lm = language_model(model, tokenizer, batch_size, add_bos, backend)
@@ -109,8 +108,7 @@ def load_tasks(tasks: Sequence[str], limit: int | None, random_model: bool = Fal
 
     Args:
         fewshot: task or group -> examples before each question; others have what lm-eval defines, none by default.
-    Raises:
-        DataError: lm-eval could not find the data of a task.
+    Raises DataError: lm-eval could not find the data of a task.
     """
     manager = task_index.task_manager(all(task in SPLIT or task in task_index.bundled_tasks() for task in tasks))
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}

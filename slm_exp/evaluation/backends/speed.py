@@ -99,8 +99,7 @@ def measure_speed(cfg: Settings, dense: ModelHandle, compressed: ModelHandle) ->
     Returns:
         protocol (how it was timed), models (dense and compressed -> params, weight_bytes), cells (see `Cell`; what is
         None is left out) and notes (what limits the meaning of these numbers).
-    Raises:
-        DataError: NaN or infinite logits.
+    Raises DataError: NaN or infinite logits.
     Cost: (runs + 1) generations of both models per case.
     """
     handles = {"dense": dense, "compressed": compressed}

@@ -49,11 +49,8 @@ class Compared:
 
 
 def open_run(name: str, verify: bool = False) -> Measured:
-    """A model that a run measured, from `FOLDER` or `FOLDER:dense`.
-
-    Raises:
-        ConfigError: no record there, damaged, or nothing measured.
-    """
+    """A model that a run measured, from `FOLDER` or `FOLDER:dense`. Raises ConfigError: no record there, damaged, or
+    nothing measured."""
     path, _, which = name.rpartition(":") if name.endswith((":dense", ":compressed")) else (name, "", "")
     try:
         run = Run.read(Path(path), verify)
