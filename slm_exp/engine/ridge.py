@@ -167,11 +167,8 @@ def _size(norm: Any, y_NTD: Tensor) -> Tensor:
 
 def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor,
                weight_NT: Tensor, factor: float | Tensor = 1.0) -> None:
-    """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence.
-
-    Args:
-        factor: what the projection's output is multiplied by on its way into the stream, one number or [N, T, 1].
-    """
+    """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence. `factor`:
+    what the projection's output is multiplied by on its way into the stream, one number or [N, T, 1]."""
     x_NTC = x_NTC.reshape(*out_NTD.shape[:2], x_NTC.shape[-1])  # OPT's MLP sees all tokens in one row
     if len(fit.xx_CC) == x_NTC.shape[-1] + 1:  # a bias is the weight of ones
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
@@ -186,10 +183,7 @@ def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, targ
 def changed(layout: LayerLayout, layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: Tensor
             ) -> dict[str, Tensor]:
     """Parameters of a projection, or of a norm behind one, by name in the layer, with a change added, float32.
-
-    Args:
-        weights: parameters that replace the layer's own.
-    """
+    `weights`: parameters that replace the layer's own."""
     linear = layer.get_submodule(module)
     if module in layout.output_norms:
         name = f"{module}.weight"
@@ -229,9 +223,7 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = F
 
     Minimises the squared residual over `fit` plus ridge x the mean diagonal of its xx x the squared change, for every
     ridge; the change is thereby pulled to zero, the map to what it was.
-
-    Args:
-        whole: fit once more by the chosen ridge, on the tokens held out as well.
+    `whole`: fit once more by the chosen ridge, on the tokens held out as well.
     Returns:
         (change, ridge, squared residual left over `held`), or None where no ridge lowers it.
     Cost: one Cholesky factor of [C, C] and one product with [C, D] for every ridge.

@@ -77,8 +77,7 @@ def chunk_losses(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int 
 
     Each of the N chunks is read alone, so the first of its T tokens only conditions. Log-probabilities are float32
     or wider, their sum is exact to double precision; logits of one batch are held at a time.
-    Args:
-        batch_size: chunks per forward pass; None chooses.
+    `batch_size`: chunks per forward pass; None chooses.
     Raises DataError: the mean is NaN or infinite.
     Cost: one forward pass over N T tokens with all logits.
     """

@@ -89,11 +89,8 @@ def require_same(protocols: Mapping[str, Stored], remedy: str = "") -> None:
 
 
 def mixed(protocols: Mapping[str, Stored] | Iterable[tuple[str, Stored]]) -> str | None:
-    """Which two results were measured by different protocols, and in what they differ; or None.
-
-    Args:
-        protocols: whose result -> its protocol, or pairs of them where names repeat; None and {} (nothing measured)
-            agree with everything.
+    """Which two results were measured by different protocols, and in what they differ; or None. `protocols`: whose
+    result -> its protocol, or pairs of them where names repeat; None and {} (nothing measured) agree with everything.
     """
     pairs = protocols.items() if isinstance(protocols, Mapping) else protocols
     measured = [(name, p) for name, p in pairs if p and p.get("hash") and _measures(p)]

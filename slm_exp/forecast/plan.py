@@ -181,10 +181,7 @@ def plan_jobs(command: CommandJobs, tflops: float | None = None, anew: bool = Fa
 
 def jobs_of(overrides: Sequence[str], multirun: bool, reads_weights: bool = False) -> CommandJobs:
     """The jobs of a command line as the run would make them; of `table=NAME [PARAM=VALUE]` those that fill it.
-
-    Args:
-        reads_weights: for their run_id, where this machine has never read them; else that is empty.
-    """
+    `reads_weights`: for their run_id, where this machine has never read them; else that is empty."""
     identify = (lambda cfg: cfg.run_id) if reads_weights else _known_run_id
     name = next((o.partition("=")[2] for o in overrides if o.startswith("table=")), None)
     if name is None:

@@ -84,9 +84,7 @@ class Composer:
 
     Every choice of a group is composed once, in place of the default's; values are set on a copy. A choice that changes
     more than its own group (a preset of the user's may) is composed with the other choices, as Hydra does.
-
-    Args:
-        always: overrides that every job has (`hydra.searchpath`).
+    `always`: overrides that every job has (`hydra.searchpath`).
     """
 
     def __init__(self, always: Sequence[str] = ()) -> None:

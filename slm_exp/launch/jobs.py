@@ -248,9 +248,7 @@ def fields_of_swept_groups(overrides: Sequence[str], search: Sequence[str] = ())
 
     Hydra composes a multirun's own config without what is swept, and would look for the field in the default member.
     A value written as a choice of one is swept too: it reaches every job and nothing else.
-
-    Args:
-        search: the override of the search path that a command's options stand for.
+    `search`: the override of the search path that a command's options stand for.
     """
     swept = {o.partition("=")[0] for o in overrides if is_sweep(o)}
     if preset := [o for o in overrides if o.startswith("sweep=")]:

@@ -125,10 +125,7 @@ class GridSweeper(Sweeper):
 
     def _end(self, sweep: SweepFolder, before: Mapping[str, Cell], reasons: Mapping[str, str]) -> int:
         """Say how every cell of the folder stands, and leave the index: 1 where one of these jobs is not finished.
-
-        Args:
-            before: how this call's jobs stood when it began.
-        """
+        `before`: how this call's jobs stood when it began."""
         for cell in before.values():
             if cell.job.run_id in reasons:
                 note_death(cell.job, reasons[cell.job.run_id])
@@ -177,9 +174,7 @@ class GridSweeper(Sweeper):
         """Hand the jobs to the launcher: 0, or 128 + the signal that came.
 
         How they ended stands in their folders; `reasons` gets what the launcher knows of those that failed.
-
-        Args:
-            launcher: another than the sweep's own.
+        `launcher`: another than the sweep's own.
         """
         launcher = launcher or self._launcher
         size = self.max_batch_size or max(1, len(todo))

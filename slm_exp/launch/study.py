@@ -91,11 +91,8 @@ class Study:
             self._study.tell(tried.number, state=TrialState.FAIL)
 
     def beaten(self, tried: Tried, screened: Sequence[float]) -> int:
-        """How many earlier trials are as good in every number of the screening, and better in one.
-
-        Args:
-            screened: less is better.
-        """
+        """How many earlier trials are as good in every number of the screening, and better in one. `screened`: less is
+        better."""
         mine = list(screened)
         self._study.set_user_attr(f"screened {tried.number}", mine)
         known = self._study.user_attrs

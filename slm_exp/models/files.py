@@ -92,12 +92,9 @@ def has_weights(folder: Path) -> bool:
 
 
 def opened_files(folder: Path, code: bool = False) -> list[Path]:
-    """Every file that decides a model's results: weights, config, tokenizer, chat templates, generation config.
-
-    Args:
-        code: the folder's own code is run, so it counts.
-    Raises ConfigError: the folder holds no model, or a part of it is missing.
-    """
+    """Every file that decides a model's results: weights, config, tokenizer, chat templates, generation config. `code`:
+    the folder's own code is run, so it counts. Raises ConfigError: the folder holds no model, or a part of it is
+    missing."""
     needed = ["config.json", *([INDEX] if is_sharded(folder) else []), *weight_files(folder)]
     for name in needed:
         if not (folder / name).is_file():

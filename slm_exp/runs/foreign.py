@@ -58,12 +58,8 @@ class _Mergekit(Document):
 
 
 def read_foreign(path: Path, layers: int | None = None) -> MergePlan:
-    """The plan in a file of another program.
-
-    Args:
-        layers: of the dense model, where the file does not say how many.
-    Raises ConfigError: no such file, none of the forms, or something in it that a plan cannot say; names it.
-    """
+    """The plan in a file of another program. `layers`: of the dense model, where the file does not say how many. Raises
+    ConfigError: no such file, none of the forms, or something in it that a plan cannot say; names it."""
     try:
         if path.stat().st_size > LARGEST:
             raise ConfigError(f"{path}: {path.stat().st_size:,} bytes; expected {FORMS}.")

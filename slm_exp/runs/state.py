@@ -42,11 +42,8 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 
 def remove_stale(target: Path, own_too: bool = False) -> None:
-    """Remove temporary files and folders of `target` that killed processes left beside it.
-
-    Args:
-        own_too: also those named by this process's id: a process just begun has left none, an earlier one of the same
-            id may have (in a container).
+    """Remove temporary files and folders of `target` that killed processes left beside it. `own_too`: also those named
+    by this process's id: a process just begun has left none, an earlier one of the same id may have (in a container).
     """
     for left in target.parent.glob(f".{target.name}.*.*"):
         pid = left.name.removeprefix(f".{target.name}.").split(".")[0]

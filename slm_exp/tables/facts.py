@@ -30,11 +30,8 @@ PAPERS = (6 / 32, 11 / 32)
 
 def model_facts(model: str, overrides: Sequence[str] = ()) -> tuple[Params, set[str]]:
     """What is known of a model, on top of what `_models.yaml` says of all; and the names it knows for any model.
-
-    Args:
-        overrides: of the model, e.g. model.path=FOLDER: a model that the file does not name is asked itself.
-    Raises ConfigError: the overrides make no model, or its config.json cannot be that of one.
-    """
+    `overrides`: of the model, e.g. model.path=FOLDER: a model that the file does not name is asked itself. Raises
+    ConfigError: the overrides make no model, or its config.json cannot be that of one."""
     models = read_yaml(conf_dir() / "table" / f"{MODELS}.yaml")
     known = {key for facts in models.values() for key in facts}
     own = models[model] if model in models else _computed(model, tuple(overrides)) if model else {}

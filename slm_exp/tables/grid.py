@@ -97,13 +97,9 @@ def shown(value: float | str, digits: int, half: float | None = None) -> str:
 
 
 def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, marks: bool = True) -> Grid:
-    """Fill a table from runs. Reads records and, for the marks, `samples/`; computes nothing anew.
-
-    Args:
-        marks: whether to test rows against each other.
-    Raises ProtocolError: one column's numbers were measured by different protocols, and `mixed_protocols` is not set;
-    names two rows and the fields.
-    """
+    """Fill a table from runs. Reads records and, for the marks, `samples/`; computes nothing anew. `marks`: whether to
+    test rows against each other. Raises ProtocolError: one column's numbers were measured by different protocols, and
+    `mixed_protocols` is not set; names two rows and the fields."""
     finder = Finder(runs)
     kinds = [quantity(column.show) for column in table.columns]
     found = {(i, j, k): [finder.find(overrides) for overrides in table.cell(row, column)]
@@ -300,11 +296,8 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity]) -> list[s
 
 
 def provenance(runs: Sequence[Measured], n: int | None = None) -> list[str]:
-    """How many runs, by which commit, of which model, by which protocol; and whether they could be checked.
-
-    Args:
-        n: runs, where one that lies in two folders counts twice.
-    """
+    """How many runs, by which commit, of which model, by which protocol; and whether they could be checked. `n`: runs,
+    where one that lies in two folders counts twice."""
     out = []
     records = {m.record.run_id: m.record for m in runs}.values()
     if versions := sorted({f"slm_exp {r.versions.get('slm_exp')}{_commit(r)}" for r in records}):

@@ -64,11 +64,8 @@ def tables_of(params: Params) -> tuple[list[Table], list[str]]:
 
 def write_paper(tables: Sequence[Table], runs: Sequence[Measured], out: Path, costs: Mapping[str, str]) -> list[Drawn]:
     """Write the folder: NAME.md/.tex/.csv/.html and NAME*.pdf of every table that has a run, missing.sh with the
-    commands of all that is missing, paper.tex that sets the tables, index.html.
-
-    Args:
-        costs: by table, what its runs would cost, for the page.
-    """
+    commands of all that is missing, paper.tex that sets the tables, index.html. `costs`: by table, what its runs would
+    cost, for the page."""
     drawn, missing = [], ["# what is missing, table by table"]
     for table in tables:
         one = Drawn(table)

@@ -187,12 +187,8 @@ def quantity(name: str) -> Quantity:
 
 
 def check_quantity(name: str, where: str, more: Iterable[str] = ()) -> None:
-    """Refuse a column that does not exist.
-
-    Args:
-        more: other names that would do at this place.
-    Raises ConfigError: names it, where it was named, and the closest that exists.
-    """
+    """Refuse a column that does not exist. `more`: other names that would do at this place. Raises ConfigError: names
+    it, where it was named, and the closest that exists."""
     family, _, rest = name.partition(".")
     known = family in FAMILIES and bool(rest) and (family != "speed" or rest.partition(".")[0] in TIMED)
     if name not in NAMED and not known:

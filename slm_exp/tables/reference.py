@@ -194,9 +194,7 @@ def reference_grid(table: Table, runs: Sequence[Measured], mixed_protocols: bool
 
     Every difference stands there twice: absolute, and of what each side loses against its own dense model (points of
     accuracy; a ratio for other numbers), since harnesses differ.
-
-    Args:
-        file: a filled form, in place of conf/reference.
+    `file`: a filled form, in place of conf/reference.
     Raises:
         ConfigError: nothing published matches a cell of the table; says what there is for its model.
         ProtocolError: as in `fill`.

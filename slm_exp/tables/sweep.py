@@ -27,10 +27,7 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
     """Threshold, rule, similarity, kernel, what else differs, layers, parameters, perplexity, average, verdict, tasks.
 
     Runs that differ in their seeds alone are one row.
-
-    Args:
-        only: columns, separated by commas: of these, or any quantity.
-
+    `only`: columns, separated by commas: of these, or any quantity.
     Raises:
         ProtocolError: runs were measured by different protocols, and `mixed_protocols` is not set.
         ConfigError: a column in `only` that does not exist.

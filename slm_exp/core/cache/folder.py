@@ -175,11 +175,8 @@ def prune(folder: Path, older_than: float | None, max_size: float | None, dry_ru
 
 
 def problem(entry: Path, digest_of: Callable[[Path], str] | None = file_digest) -> str | None:
-    """What is wrong with an entry on disk, or None.
-
-    Args:
-        digest_of: how files are read for their digest; None compares sizes alone.
-    """
+    """What is wrong with an entry on disk, or None. `digest_of`: how files are read for their digest; None compares
+    sizes alone."""
     if (entry / journal.FILE).is_file():
         damaged = journal.read(entry)[1]
         return f"{damaged} lines of {journal.FILE} are damaged" if damaged else None

@@ -73,9 +73,8 @@ class FastLM(CheckedHFLM):
     """HFLM with the log-likelihoods computed along trees. Results in float32 differ from HFLM's by rounding.
 
     In narrower types log-probabilities are still float32 here, where HFLM rounds them to the model's type.
-    Args:
-        batch_size: trees (about: documents) per forward pass; None fills passes up to TOKENS_PER_BATCH, which is
-            halved when memory runs out.
+    `batch_size`: trees (about: documents) per forward pass; None fills passes up to TOKENS_PER_BATCH, which is halved
+    when memory runs out.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int | None = None,
@@ -413,11 +412,8 @@ def _score(forward: TreeForward, trees: Sequence[Tree], h_BTD: Tensor | None = N
 
 def _log_probabilities(forward: TreeForward, h_PD: Tensor, which: np.ndarray,
                        targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """log p(target) in float64 from float32 logits, and whether the target is the argmax.
-
-    Args:
-        which: for each target, the row of `h_PD` that predicts it.
-    """
+    """log p(target) in float64 from float32 logits, and whether the target is the argmax. `which`: for each target, the
+    row of `h_PD` that predicts it."""
     order = np.argsort(which, kind="stable")
     logp, best = np.empty(len(targets)), np.empty(len(targets), dtype=bool)
     step = forward.positions_at_once

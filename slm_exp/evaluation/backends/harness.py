@@ -68,9 +68,7 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded
               batch_size: int | None = None, add_bos: bool | None = None, backend: str = "fast",
               divide: Callable[[Any], None] | None = None) -> TaskResults:
     """Evaluate a model in memory on the first `limit` documents of each task; model and tokenizer are left as they are.
-
-    Args:
-        divide: lets further processes answer their share of the requests, see `crew.Crew.divide`.
+    `divide`: lets further processes answer their share of the requests, see `crew.Crew.divide`.
     Raises DataError: a model that gives NaN or infinite logits.
     Cost: on two CPU cores about as long as the requests' tokens take forwards; building them is milliseconds.
     """
@@ -104,12 +102,9 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
 @quiet()
 def load_tasks(tasks: Sequence[str], limit: int | None, random_model: bool = False,
                fewshot: Mapping[str, int] | None = None) -> LoadedTasks:
-    """Build lm-eval's task objects with the documents of the evaluated split.
-
-    Args:
-        fewshot: task or group -> examples before each question; others have what lm-eval defines, none by default.
-    Raises DataError: lm-eval could not find the data of a task.
-    """
+    """Build lm-eval's task objects with the documents of the evaluated split. `fewshot`: task or group -> examples
+    before each question; others have what lm-eval defines, none by default. Raises DataError: lm-eval could not find
+    the data of a task."""
     manager = task_index.task_manager(all(task in SPLIT or task in task_index.bundled_tasks() for task in tasks))
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     sources: dict[str, str] = {}

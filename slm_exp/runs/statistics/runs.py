@@ -81,10 +81,7 @@ def text_difference(first: Sequence[Measured], second: Sequence[Measured],
 
 def paired_difference(paired: Sequence[tuple[np.ndarray, np.ndarray]], interval: bool = True) -> Difference:
     """The one estimate of a difference, which pages, tables, `slm compare`, the terminal and the verdict show.
-
-    Args:
-        paired: per task or text the scores [S, N] of both sides on the same documents, for S seeds.
-
+    `paired`: per task or text the scores [S, N] of both sides on the same documents, for S seeds.
     Returns:
         The mean over tasks of the mean over documents of second minus first. One task of zeros and ones and one run
         each: exact McNemar test. Otherwise the paired bootstrap over documents; with several seeds the larger p-value

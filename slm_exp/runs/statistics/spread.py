@@ -33,11 +33,8 @@ def is_seed(path: str) -> bool:
 
 
 def by_seed(configs: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Which runs differ in nothing but seeds, by their numbers, in the order of the first of each.
-
-    Args:
-        configs: every setting by its path.
-    """
+    """Which runs differ in nothing but seeds, by their numbers, in the order of the first of each. `configs`: every
+    setting by its path."""
     groups: dict[str, list[int]] = {}
     for number, config in enumerate(configs):
         same = sorted((path, repr(value)) for path, value in config.items()
