@@ -53,7 +53,6 @@ def fused_layer(layer: Any, weights: Mapping[str, Tensor], call: Mapping[str, An
 
     The residual stream and its norms keep that dtype, matrix products and attention run in `dtype`: a bfloat16
     screen of float32 states loses nothing in the sums over layers.
-
     Args:
         layer: for its shapes and constants; must be `supported`.
         weights: every parameter of the layer by name, already in `dtype`.

@@ -29,7 +29,6 @@ def token_weights(states_NTD: Tensor, weighting: str = "class", rows: int = 8) -
     tokens of outlying norm together count as much as all others together. Most decoders have a layer that makes one
     state in a sequence, usually the first token's, a hundred times larger than the others, and later heads attend to
     it: one token in 256, which a mean over tokens forgets.
-
     Args:
         states_NTD: those that the errors are errors of.
         rows: sequences in float64 at once.
@@ -123,7 +122,6 @@ def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: T
     change found is that of gain x W, which `changed` divides by the gain. The norm then turns the size of the new W x
     back into s, so that only its direction comes as found; sizes by channel are the gain's, which is fitted exactly.
     Either change is judged by the layer's true output.
-
     Args:
         module: the projection, or such a norm for its gain; None for errors alone.
         wanted_NTD: the stream behind the layer as it should be, up to `scale`.
@@ -252,7 +250,6 @@ def eliminated(xx_CC: Tensor, map_CD: Tensor, step: int, least: int, ridge: floa
 
     Backward elimination: the inputs go whose loss costs the refitted map least, |map of c|^2 / (xx^-1)_cc each (Optimal
     Brain Surgeon, Hassibi and Stork 1993), `step` at a time. The ridge pulls to the map as it was.
-
     Yields:
         (inputs that stay, ascending, [K], their map [K, D]) with C - step, C - 2 step, ... of them, `least` at last.
     Cost: one inverse of [K, K] for every step.

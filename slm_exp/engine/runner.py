@@ -61,7 +61,6 @@ class BlockRunner:
     Works for any Hugging Face decoder: what a layer is called with (mask, rotary tables, its attention type's
     variant of either) is taken from the decoder's own forward. Models spread over devices work too: states
     follow the layers. Every call runs without gradients.
-
     Args:
         handle: the model; its weights load here.
         tokens_NT: [N, T] token ids.

@@ -17,7 +17,6 @@ class Inspection:
     A folder of a model is opened as the run will open it, without weights (transformers is imported, one to four
     seconds); what only exists after a download or a conversion is judged by the numbers that are known of it, and the
     rest in the run's first stage.
-
     Args:
         device_type: cpu or cuda, as the sketches have it.
         here: the jobs run on this machine: a device that is not there is refused.

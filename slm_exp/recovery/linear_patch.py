@@ -24,7 +24,6 @@ class LinearPatch(Fitted):
     cut: D_k = mean |Y Q|_k / mean |H Q|_k over tokens, and the stream is multiplied by Q diag(D) Q'. A norm reads the
     stream next, so this folds into no weight: the checkpoint has a matrix behind the layer, and brings the small code
     that layers of unequal widths bring (Llama, Mistral, Qwen2 and Qwen3 alone).
-
     Source: LinearPatch, arXiv:2505.24680, training-free. Deviations: its cuts are one run of layers, here each of
     several cuts has a matrix, fitted on the dense model's states; a merged layer takes the place of the layer below;
     every fifth sequence is left out, on which the whole model is judged.

@@ -30,7 +30,6 @@ class Reconstruct(Fitted):
     Where a norm stands behind a projection, its gain is fitted too, after it (see `engine.ridge.moments`).
     How tokens are weighted matters (`engine.ridge.token_weights`): the few of huge norm must not dominate the fit, nor
     be forgotten by it.
-
     Cost: two passes over the calibration tokens (dense and compressed), 2 x passes + 1 more of every refitted layer,
     and its normal equations. Memory: two states [N, T, D] in temporary files, and 16 C^2 bytes for C MLP channels.
     """

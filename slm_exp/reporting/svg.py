@@ -133,7 +133,6 @@ def heatmap(matrix_LL: np.ndarray, frames: Iterable[Frame], label: str, small: b
     """A layer similarity matrix, layer 0 in the lower left corner, what plans do framed on the diagonal.
 
     One pixel a layer pair, enlarged without smoothing: a few kilobytes at any depth.
-
     Args:
         label: what it shows, in words.
         small: as one of many pictures; with lines through the pair that is pointed at.

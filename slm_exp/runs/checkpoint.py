@@ -41,7 +41,6 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
     Everything goes to a temporary folder beside it, is reloaded there by a fresh process (see
     `verify_checkpoint`), and takes its name by one rename; a checkpoint already there is replaced. The weights keep
     their dtype. On any failure the temporary folder is gone and an older checkpoint untouched.
-
     Args:
         compressed: the model; loads now if it is not loaded.
         plan: saved beside the weights, and described in the card.
@@ -96,7 +95,6 @@ def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: Calibration
     A model whose layers stay in files is verified by file: `digests` of the tensors as they were written, by their
     names in the files, and logits with layers that the process reads as they run (transformers' disk offload). It
     generates no text, for which every token would read all layers.
-
     Returns:
         `{tensors, logits_off, kv_cache_off, peak_bytes, tolerance, device}`.
     Raises CheckpointError: the first difference found, or why the process could not finish.

@@ -108,7 +108,6 @@ def beam(units: Sequence[Unit], width: int, cost: Cost, wanted: Wanted, settle: 
     """Sets of parts grown by one part at a time: of all that the best `width` sets can become, the best `width` go on.
 
     A set is done when no further part is wanted; of those that are done the best is found. Width 1 is greedy.
-
     Args:
         units: what may go, from the bottom up; of two equal costs the lower part's comes first.
         settle: is told of a set before those that it can become are scored.

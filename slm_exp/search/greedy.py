@@ -66,7 +66,6 @@ def greedy(engine: ScoringEngine, units: Sequence[Unit], cost: Costs, wanted: Wa
     """Remove one part at a time, each time the one without which `cost` is lowest (the lower one at a tie).
 
     What was removed becomes the base of `engine`, so a candidate runs only the layers from its part upwards.
-
     Args:
         units: what may go, from the bottom up.
         cost: of models; lower is better.

@@ -65,7 +65,6 @@ def prices(task: PlanTask, fit: CalibrationTokens, layers: range, step: int, lea
     """The price of every change of `layers`, scored on the task's tokens after fits on others.
 
     Every layer is kept in the store as soon as it is known.
-
     Args:
         fit: tokens of the fits, of no document that is scored on.
         step: channels that go at once.

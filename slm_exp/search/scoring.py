@@ -56,7 +56,6 @@ class ScoringEngine:
 
     Values are kept in the task's store as they come: a killed search goes on where it was, and other methods and runs
     find them. Weights load when the first value is missing.
-
     Memory: the dense states ([N, T, D] for every layer, or up to `top`), those of the base where they differ, one
     merged layer, and the states in work.
     """
@@ -206,7 +205,6 @@ class ScoringEngine:
         """Any value of the model's last hidden state (after the final norm, [N, T, D]).
 
         With `similarity.after` it is that of the model with the layer beside each cut refitted.
-
         Args:
             model: one of slots, bottom to top, with `Slot.weights` has no name to remember its value by (one with
                 `Slot.merged` has): it is computed at every call.

@@ -251,7 +251,6 @@ def marked(values: dict[int, float], p_value: Callable[[int, int], float | None]
 
     Every pair of rows is tested, and all tests together are corrected (Holm). `best` beats all others; `second` beats
     all others but the best; where there is no best, every row that the highest does not beat is `tied` with it.
-
     Returns:
         None where a pair cannot be tested.
     """

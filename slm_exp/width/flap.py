@@ -24,7 +24,6 @@ class FLAP(Pruner):
     allocation=equal. What the removed channels were on average goes into biases, which needs a family whose config
     switches them on for every projection (Llama). Source: arXiv:2312.11983; variances here are over all tokens, not
     by the released update, which counts the new mean twice.
-
     Cost: one block forward per layer. The means are stored in the plan (5 bytes of base64 per removed channel).
     """
 

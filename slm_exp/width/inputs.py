@@ -65,7 +65,6 @@ def walk(handle: ModelHandle, tokens: CalibrationTokens, names: Sequence[str]) -
 
     What is put into `replaced` stands for parameters of that layer (by name inside it) for all that lies above: the
     layer runs again with them. The model itself is never modified.
-
     Cost: one block forward per layer, two where parameters are replaced. Memory: the states of the calibration set.
     """
     runner = BlockRunner(handle, tokens.tokens_NT, fuse=False)  # the library's layer, whose parts can be listened to
@@ -107,7 +106,6 @@ def layer_importance(handle: ModelHandle, tokens: CalibrationTokens, layers: Seq
 
     L is the mean next-token loss of one sample. One noise for each matrix, none stored; no gradients. Source:
     ECoFLaP, arXiv:2310.02998.
-
     Cost: for each projection of each of `layers` two passes through that layer and those above it, over `n_samples`;
         and one through those below the last.
     """

@@ -15,7 +15,6 @@ class WandaSP(Pruner):
 
     A head's score is the sum over its channels. A layer's inputs are those after pruning the layers below, where
     widths do not depend on scores. Source: the structured Wanda of FLAP's code, arXiv:2312.11983 and 2306.11695.
-
     Cost: two block forwards per layer (one with allocation=score or sequential=false).
     """
 

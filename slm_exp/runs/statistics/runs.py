@@ -61,7 +61,6 @@ def difference(first: Sequence[Measured], second: Sequence[Measured], tasks: Seq
     Args:
         first, second: one run each, or as many runs that differ in their seed, paired in the order given.
         interval: False may leave stderr and interval out, where p does not need them.
-
     Returns:
         None unless every pair of runs has the same documents in its `samples/`; see `paired_difference`.
     """
