@@ -84,7 +84,8 @@ class BlockRunner:
                     "Use a machine whose devices hold the model, or a smaller model.dtype."
                 )
         self.fuse = fuse
-        self._fused: list[bool | None] = [None] * handle.n_layers
+        self.fused: list[bool | None] = [None] * handle.n_layers
+        """Which layers run by engine/fused.py; null: has not run yet."""
         _, calls = self._enter(self.tokens_NT[:1])
         self._calls = [self._cast(kwargs, self._device(i), self.dtype) for i, kwargs in enumerate(calls)]
 
@@ -98,9 +99,9 @@ class BlockRunner:
         self.forwards += 1
         host = slot.host
         with torch.inference_mode():
-            if self._fused[host] is None:
-                self._fused[host] = self._may_fuse(host, h_NTD)
-            if self._fused[host]:
+            if self.fused[host] is None:
+                self.fused[host] = self._may_fuse(host, h_NTD)
+            if self.fused[host]:
                 weights, call, layer = self._weights(slot, everything=True), self._calls[host], self.handle.layers[host]
                 run = lambda rows: fused_layer(layer, weights, call, rows, self.dtype, slot.without)  # noqa: E731
             else:

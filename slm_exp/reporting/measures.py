@@ -12,7 +12,7 @@ from slm_exp.core.errors import SlmError
 from slm_exp.core.files import JsonObject, read_json
 from slm_exp.reporting.rows import Row
 from slm_exp.runs.schema import Calibration, Model
-from slm_exp.runs.statistics.scores import Z95, Estimate
+from slm_exp.runs.statistics.scores import Z95, Estimate, on_front
 
 
 @dataclass(frozen=True)
@@ -102,20 +102,14 @@ def _measure(key: str, name: str, unit: str, digits: int, higher: bool,
             if side and math.isfinite(side.value) and row.params.after is not None]
     points = [*(Point(None, *values) for values in sorted(dense, key=lambda d: (d[0], d[1], d[2] or 0.0))), *runs]
     shown = tuple(points if runs else ())
-    return Measure(key, name, unit, digits, higher, shown if criterion else _with_front(shown, higher),
+    return Measure(key, name, unit, digits, higher, shown if criterion else with_front(shown, higher),
                    len(found) - len(runs), chance, criterion)
 
 
-def _with_front(points: Sequence[Point], higher: bool) -> tuple[Point, ...]:
-    """Points with their `front`: for every size upwards, those better than all smaller ones."""
-    best, sign = -math.inf, 1 if higher else -1
-    good: set[tuple[int, float]] = set()
-    for params in sorted({p.params for p in points}):
-        value = max(sign * p.value for p in points if p.params == params)
-        if value > best:
-            best = value
-            good.add((params, sign * value))
-    return tuple(replace(p, front=(p.params, p.value) in good) for p in points)
+def with_front(points: Sequence[Point], higher: bool) -> tuple[Point, ...]:
+    """Points with their `front`."""
+    front = on_front([(p.params, -p.value if higher else p.value) for p in points])
+    return tuple(replace(p, front=best) for p, best in zip(points, front, strict=True))
 
 
 class PathPlan(Section):

@@ -17,7 +17,7 @@ from slm_exp.reporting.results import Comparison
 from slm_exp.runs.record import Run
 from slm_exp.runs.schema import Measurements, Parameters, Record, Verdict
 from slm_exp.runs.state import DAMAGED, DIED, FAILED, FINISHED, UNEXPECTED, WAITING
-from slm_exp.runs.statistics.spread import UNINTERESTING, Spread, by_seed, is_seed, spread
+from slm_exp.runs.statistics.spread import Spread, by_seed, differing, is_seed, spread
 from slm_exp.runs.statistics.verdict import verdict_of
 from slm_exp.runs.sweep import Cell, SweepFolder
 from slm_exp.runs.tracking.base import flat
@@ -146,22 +146,9 @@ def with_results(row: Row) -> Row:
 
 
 def in_order(rows: list[Row]) -> list[Row]:
-    """With what differs between the runs, ordered by it, numbers by size.
-
-    A setting that another member of its group implies (`method.protect_last` where only `method` differs) is no
-    column.
-    """
+    """With what differs between the runs, ordered by it, numbers by size."""
     configs = [flat(row.record.config) for row in rows]
-    known = [config for config in configs if config]
-    paths = [path for path in dict.fromkeys(p for config in configs for p in config)
-             if not path.startswith(UNINTERESTING) and len({repr(c.get(path)) for c in known}) > 1]
-
-    def implied(path: str) -> bool:
-        name = f"{path.partition('/')[0]}/name"
-        pairs = {(repr(c.get(name)), repr(c.get(path))) for c in known}
-        return path != name and name in paths and len({member for member, _ in pairs}) == len(pairs)
-
-    paths = [path for path in paths if not implied(path)]
+    paths = differing(configs)
     filled = [replace(row, settings={path: config.get(path) if config else _given(row.overrides, path)
                                      for path in paths}) for row, config in zip(rows, configs, strict=True)]
     return sorted(filled, key=lambda row: [order(value) for value in row.settings.values()])

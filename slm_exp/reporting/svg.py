@@ -194,13 +194,13 @@ def pixels(matrix_LL: np.ndarray, x: float, y: float, size: float) -> Markup:
     Scores below 0 (the unbiased estimator goes there) and those that are not finite take the colour of 0.
     """
     picture, file = Image.fromarray(levels(matrix_LL[::-1])), io.BytesIO()
-    picture.putpalette(_palette())
+    picture.putpalette(palette())
     picture.save(file, "PNG", optimize=True)
     return tag("image", href=f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}", x=x, y=y,
                width=size, height=size, preserveAspectRatio="none", class_="pixels")
 
 
-def _palette() -> bytes:
+def palette() -> bytes:
     """256 colours from 0 to 1, RGB."""
     anchors = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in SCALE], dtype="float64")
     at, levels = np.linspace(0, 1, len(anchors)), shade(np.linspace(0, 1, 256))

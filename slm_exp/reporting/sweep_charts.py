@@ -194,7 +194,7 @@ class Staircase:
 
 def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shades) -> Staircase | None:
     """Layers over the threshold; None where no run was decided by one and there is no path of the runs' model."""
-    steps = _steps(rows)
+    steps = decided_steps(rows)
     models, drawn, notes = {row.record.model.digest for row in rows}, [], []
     tokens = {row.record.calibration.digest for row in rows}
     for path in paths:
@@ -241,7 +241,7 @@ def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shade
     return Staircase(chart, steps, drawn, notes)
 
 
-def _steps(rows: Sequence[Row]) -> list[Step]:
+def decided_steps(rows: Sequence[Row]) -> list[Step]:
     series: dict[Any, int] = {}
     out = []
     for row in rows:

@@ -149,7 +149,7 @@ class ScoringEngine:
                     return 0.0
 
                 found: list[float] = []
-                self._compute(slots, keep, dtype)
+                self.compute(slots, keep, dtype)
                 return found
             prefix, runner = shared(self._base, slots), self._runner(dtype)
             states = self._extended(prefix)
@@ -216,12 +216,12 @@ class ScoringEngine:
         if any(slot.weights for slot in slots):
             self._cost.ask(slots)
             self._unnamed += 1
-            return self._compute(slots, of, dtype)
+            return self.compute(slots, of, dtype)
         if (name, dtype, slots) not in self._values:
             self._cost.ask(slots)
             entries, key = self._entry(name, slots, dtype)
             if key not in entries.entries:
-                value = self._compute(slots, of, dtype)
+                value = self.compute(slots, of, dtype)
                 entries.append(key, value if math.isfinite(value) else None)
             kept = entries.entries[key]
             self._values[name, dtype, slots] = math.inf if kept is None else float(kept)
@@ -305,7 +305,8 @@ class ScoringEngine:
             slots = slots_of(model, self.task.rule) if isinstance(model, MergePlan) else tuple(model)
         return with_refits(slots, self.n_layers) if self.task.similarity.after else slots
 
-    def _compute(self, slots: Slots, of: Callable[[Tensor], float], dtype: str | None) -> float:
+    def compute(self, slots: Slots, of: Callable[[Tensor], float], dtype: str | None) -> float:
+        """Run a model for one value of its last hidden state: what is done where nothing has it yet. Not counted."""
         prefix = shared(self._base, slots)
         below = self._base[len(self._known_states()) - 1 : prefix]
         with in_order(self.task.handle.layers, [slot.host for slot in (*below, *slots[prefix:])]):

@@ -101,12 +101,9 @@ def shares(keys: Sequence[Any], weights: Sequence[int], n: int) -> list[Part]:
 
 @contextlib.contextmanager
 def crew(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, processes: int, settings: tuple[Any, ...]
-         ) -> Iterator[Crew | None]:
-    """`processes` - 1 helpers for the time of an evaluation; None where one process is enough. `settings`: batch size,
-    BOS and backend, as `harness.language_model` takes them. Raises SlmError: the model cannot be shared."""
-    if processes == 1:
-        yield None
-        return
+         ) -> Iterator[Crew]:
+    """`processes` - 1 helpers for the time of an evaluation. `settings`: batch size, BOS and backend, as
+    `harness.language_model` takes them. Raises SlmError: the model cannot be shared."""
     threads = torch.get_num_threads()
     share = max(1, threads // processes)
     context, started, pipes = multiprocessing.get_context("spawn"), [], []

@@ -261,7 +261,7 @@ class FastLM(CheckedHFLM):
                 for some in self._forward.groups(trees, self.nodes_per_batch):
                     calls = [self._forward.inputs(batch) for batch in some]
                     for batch, h_BTD in zip(some, in_step(self.model, calls), strict=True):
-                        yield _score(self._forward, batch, h_BTD)
+                        yield score_trees(self._forward, batch, h_BTD)
                         advance(sum(map(len, batch)))
             return
         with torch.inference_mode(), self._forward.ready(), advancing(what, tokens, "token", disable) as advance:
@@ -271,7 +271,7 @@ class FastLM(CheckedHFLM):
                 while left and len(batch) < min(rows, self.trees_per_batch or rows) and left[0].trunk == batch[0].trunk:
                     batch.append(left.popleft())
                 try:
-                    scores = _score(self._forward, batch)
+                    scores = score_trees(self._forward, batch)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                     left.extendleft(reversed(self._smaller(batch, error)))
                     continue
@@ -365,7 +365,7 @@ class TreeForward:
             positions_BT[row, : len(tree)] = tree.positions
             visible_BTK[row, :, before:] = tree.visible(size)
         positions = torch.as_tensor(positions_BT, device=self.device)
-        mask = self._mask(torch.as_tensor(visible_BTK, device=self.device)[:, None], positions)
+        mask = self.mask(torch.as_tensor(visible_BTK, device=self.device)[:, None], positions)
         return {"input_ids": torch.as_tensor(ids_BT, device=self.device), "position_ids": positions,
                 "attention_mask": mask, "use_cache": False}
 
@@ -377,24 +377,24 @@ class TreeForward:
             out_PV = self.head(h_PD)
         return layout_for(self.model.config).logits(self.model.config, out_PV)
 
-    def _mask(self, visible_B1TK: Tensor, positions_BT: Tensor) -> Any:
+    def mask(self, visible_B1TK: Tensor, positions_BT: Tensor) -> Any:
         """What is added to attention scores, 0 or -inf, as the decoder takes it: a mask, or one per attention kind."""
-        full = self._additive(visible_B1TK)
+        full = self.additive(visible_B1TK)
         if self.window is None:
             return full
         b, t = positions_BT.shape
         trunk_BP = torch.arange(visible_B1TK.shape[-1] - t, device=self.device).expand(b, -1)
         keys_BK = torch.cat([trunk_BP, positions_BT], dim=1)
         distance_B1TK = positions_BT[:, None, :, None] - keys_BK[:, None, None, :]
-        near = self._additive(visible_B1TK & (distance_B1TK < self.window))
+        near = self.additive(visible_B1TK & (distance_B1TK < self.window))
         kinds = set(getattr(self.model.config, "layer_types", None) or [])
         return {"full_attention": full, "sliding_attention": near} if len(kinds) > 1 else near
 
-    def _additive(self, visible_B1TK: Tensor) -> Tensor:
+    def additive(self, visible_B1TK: Tensor) -> Tensor:
         return torch.zeros((), dtype=self.model.dtype, device=self.device).where(visible_B1TK, float("-inf"))
 
 
-def _score(forward: TreeForward, trees: Sequence[Tree], h_BTD: Tensor | None = None) -> list[tuple[int, Score]]:
+def score_trees(forward: TreeForward, trees: Sequence[Tree], h_BTD: Tensor | None = None) -> list[tuple[int, Score]]:
     """(owner, score) of every request of some trees: one forward pass, unless its states are given, and logits in
     portions."""
     h_BTD = forward.hidden(trees) if h_BTD is None else h_BTD

@@ -68,6 +68,12 @@ def stderr_of_mean(parts: Iterable[Estimate | None]) -> float | None:
     return math.sqrt(math.fsum(e * e for e in known)) / len(known) if known and len(known) == len(parts) else None
 
 
+def on_front(costs_and_losses: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which pairs no other beats: none that costs as little and loses less, or costs less and loses as little."""
+    return [not any(other != own and other[0] <= own[0] and other[1] <= own[1] for other in costs_and_losses)
+            for own in costs_and_losses]
+
+
 def by_document(path: Path, metric: str) -> dict[tuple[object, object], float]:
     """(doc_id, doc_hash) -> score; empty where the file is missing or damaged, or has another metric.
 
