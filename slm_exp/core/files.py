@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -91,6 +92,13 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, 16 hex digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+def installed(package: str, name: str) -> Path | None:
+    """A file of an installed package, found without importing it; None where it is not there."""
+    spec = importlib.util.find_spec(package)
+    places = (Path(folder) / name for folder in ((spec.submodule_search_locations or []) if spec else []))
+    return next((path for path in places if path.is_file()), None)
 
 
 def honour_umask(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from slm_exp.core.cache.code import Code
 from slm_exp.core.cache.folder import default_cache_dir, stored_files
 from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import ConfigError
-from slm_exp.core.files import digest
+from slm_exp.core.files import digest, installed
 from slm_exp.core.registry import Fields, available
 from slm_exp.models.base import ModelHandle, ModelSource, dtype_name
 from slm_exp.models.files import licence_files
@@ -95,7 +94,7 @@ class Packaged(ModelSource):
 
     def files(self) -> list[Path]:
         """Where the wheels put the parts. Raises ConfigError: a package is not installed; one line with the command."""
-        found = [_file(*part) for part in self.parts]
+        found = [installed(*part) for part in self.parts]
         if any(path is None for path in found):
             raise ConfigError(f"model={self.name} needs its weights: `{self.make}`, or `{self.install}` (model=tiny "
                               "works without).")
@@ -107,7 +106,7 @@ class Packaged(ModelSource):
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".gguf-") as where:
             gguf.convert(parts[0] if len(parts) == 1 else self._whole(parts, Path(where)), folder)
         for other in self.beside:
-            if (licence := _file(*other)) is not None:
+            if (licence := installed(*other)) is not None:
                 shutil.copy(licence, folder / licence.name)
 
     def _whole(self, parts: list[Path], where: Path) -> Path:
@@ -131,12 +130,6 @@ class Packaged(ModelSource):
         if not files:
             raise KeyError("no weights")
         return digest({"weights": files, "dtype": dtype})
-
-
-def _file(package: str, name: str) -> Path | None:
-    spec = importlib.util.find_spec(package)
-    places = (Path(folder) / name for folder in ((spec.submodule_search_locations or []) if spec else []))
-    return next((path for path in places if path.is_file()), None)
 
 
 def prepare() -> None:
