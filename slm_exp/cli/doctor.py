@@ -32,7 +32,7 @@ from packaging.requirements import Requirement
 
 from slm_exp.calibration.bundled import STORIES
 from slm_exp.cli.command import FOLDER, command
-from slm_exp.cli.overrides import OVERRIDES
+from slm_exp.cli.overrides import overrides_argument
 from slm_exp.core.cache.folder import default_cache_dir, find_entries, find_stale, problem
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import installed, probing
@@ -100,7 +100,7 @@ def judged(name: str, good: bool, found: str, remedy: str, otherwise: str = OFF)
               "slm doctor --json": "for programs"},
     exits={0: "nothing is off", 1: "something of this machine is; its remedy stands below it",
            2: "a wrong call, or the model that was named cannot work"})
-@OVERRIDES
+@overrides_argument()
 @click.option("--full", is_flag=True, help="also what takes longer (about a minute)")
 @click.option("--json", "as_json", is_flag=True, help="for programs")
 @click.option("--output", type=FOLDER, default=Path("outputs"), metavar="DIR", help="where runs go")

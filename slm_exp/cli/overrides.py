@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -21,4 +23,5 @@ def complete_override(ctx: click.Context, param: click.Parameter, incomplete: st
     return [CompletionItem(word) for word in words if word.startswith(incomplete)]
 
 
-OVERRIDES = click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
+def overrides_argument() -> Callable[[Callable[..., Any]], Any]:
+    return click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)

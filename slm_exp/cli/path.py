@@ -12,7 +12,7 @@ from pathlib import Path
 from hydra.errors import HydraException
 
 from slm_exp.cli.command import command
-from slm_exp.cli.overrides import OVERRIDES
+from slm_exp.cli.overrides import overrides_argument
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import digest
 from slm_exp.launch.compose import choices, compose_run
@@ -30,7 +30,7 @@ from slm_exp.runs.record import check_writable
            2: "a wrong call"},
     notes="The overrides are those of a run; method.threshold, target sizes, evaluation, width, recovery and "
           "tracking play no part. A killed path goes on where it was.")
-@OVERRIDES
+@overrides_argument()
 def main(overrides: Sequence[str]) -> int:
     given = [o for o in overrides if o.startswith("hydra.run.dir=")]
     try:

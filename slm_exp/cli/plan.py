@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import click
 
 from slm_exp.cli.command import command
-from slm_exp.cli.overrides import OVERRIDES
+from slm_exp.cli.overrides import overrides_argument
 from slm_exp.core.errors import ConfigError
 from slm_exp.forecast.plan import jobs_of, make_plan, show
 from slm_exp.runs.record import check_writable
@@ -28,7 +28,7 @@ from slm_exp.runs.record import check_writable
     notes="The overrides are those of a run; comma lists, sweep=NAME and -m make a grid, table=NAME the jobs that "
           "fill a table. Sizes that only a search can tell are shown as bounds. Times are those of a "
           "machine left alone, from speeds measured once (ten seconds) and kept in the cache.")
-@OVERRIDES
+@overrides_argument()
 @click.option("-m", "--multirun", is_flag=True, help="a grid, also where nothing is swept")
 @click.option("--json", "as_json", is_flag=True, help="everything, for programs")
 @click.option("--tflops", type=float, metavar="N", help="for a machine that sustains N TFLOP/s; measure nothing")

@@ -57,7 +57,11 @@ def choose(cfg: RunConfig, weights: float, free: float, files: bool, where: str)
 
 
 def opened(cfg: RunConfig, device: torch.device) -> ModelHandle:
-    """The dense model; weights load on first use. Raises ConfigError: stream, and there are no files to read from."""
+    """The dense model; weights load on first use.
+
+    Raises:
+        ConfigError: stream, and there are no files to read from.
+    """
     dense = cfg.model.open(device, Path(cfg.cache.dir))
     weights = dense.n_params * BYTES[dtype_name(dense.config, cfg.model.dtype)]
     choice = choose(cfg, weights, free_on(device), dense.load_streamed is not None, str(device))

@@ -12,7 +12,7 @@ from slm_exp.core.errors import SlmError
 from slm_exp.core.files import JsonObject, read_json
 from slm_exp.reporting.rows import Row
 from slm_exp.runs.schema import Calibration, Model
-from slm_exp.runs.statistics.scores import Z95, Estimate, on_front
+from slm_exp.runs.statistics.scores import Z95, Estimate
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,20 @@ def _measure(key: str, name: str, unit: str, digits: int, higher: bool,
             if side and math.isfinite(side.value) and row.params.after is not None]
     points = [*(Point(None, *values) for values in sorted(dense, key=lambda d: (d[0], d[1], d[2] or 0.0))), *runs]
     shown = tuple(points if runs else ())
-    return Measure(key, name, unit, digits, higher, shown if criterion else with_front(shown, higher),
+    return Measure(key, name, unit, digits, higher, shown if criterion else _with_front(shown, higher),
                    len(found) - len(runs), chance, criterion)
 
 
-def with_front(points: Sequence[Point], higher: bool) -> tuple[Point, ...]:
-    """Points with their `front`."""
-    front = on_front([(p.params, -p.value if higher else p.value) for p in points])
-    return tuple(replace(p, front=best) for p, best in zip(points, front, strict=True))
+def _with_front(points: Sequence[Point], higher: bool) -> tuple[Point, ...]:
+    """Points with their `front`: for every size upwards, those better than all smaller ones."""
+    best, sign = -math.inf, 1 if higher else -1
+    good: set[tuple[int, float]] = set()
+    for params in sorted({p.params for p in points}):
+        value = max(sign * p.value for p in points if p.params == params)
+        if value > best:
+            best = value
+            good.add((params, sign * value))
+    return tuple(replace(p, front=(p.params, p.value) in good) for p in points)
 
 
 class PathPlan(Section):
@@ -140,8 +146,12 @@ class ThresholdPath(Section):
 
 
 def read_paths(folder: Path, given: Sequence[Path] = ()) -> list[ThresholdPath]:
-    """The path.json files that lie in a folder or in its subfolders (those that cannot be read are no paths), and those
-    given. Raises SlmError: a given one is not there or is no path."""
+    """The path.json files that lie in a folder or in its subfolders (those that cannot be read are no paths), and
+    those given.
+
+    Raises:
+        SlmError: a given one is not there or is no path.
+    """
     found = sorted((*folder.glob("path.json"), *folder.glob("*/path.json")))
     wanted = [path / "path.json" if path.is_dir() else path for path in given]
     out = []

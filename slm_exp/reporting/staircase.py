@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from slm_exp.core.files import JsonObject, writing
-from slm_exp.runs.statistics import scores
 
 BUDGETS = {"params": ("parameters, M", 1e6), "flops_per_token": ("GFLOP a token", 1e9),
            "latency_s": ("latency of a prefill, ms", 1e-3), "bytes": ("weights file, MB", 1e6)}
@@ -13,8 +12,10 @@ BUDGETS = {"params": ("parameters, M", 1e6), "flops_per_token": ("GFLOP a token"
 
 
 def on_front(sizes: list[JsonObject], budget: str) -> list[bool]:
-    """Which sizes no other beats by a budget."""
-    return scores.on_front([(size[budget], -size["best_final_score"]) for size in sizes])
+    """Which sizes no other beats by a budget: none costs as little and scores higher, or less and as high."""
+    return [not any(b[budget] <= a[budget] and b["best_final_score"] >= a["best_final_score"]
+                    and (b[budget], -b["best_final_score"]) != (a[budget], -a["best_final_score"]) for b in sizes)
+            for a in sizes]
 
 
 def draw_budgets(result: JsonObject, path: Path) -> None:

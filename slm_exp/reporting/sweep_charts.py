@@ -113,8 +113,11 @@ def scatter(measure: Measure, shades: Shades) -> Markup:
 
 
 def apart(places: Sequence[tuple[int, float]]) -> list[float]:
-    """How far to the side each mark is drawn so that those at one place stand beside each other; pixels. `places`:
-    column and pixels from the top of every mark."""
+    """How far to the side each mark is drawn so that those at one place stand beside each other; pixels.
+
+    Args:
+        places: column and pixels from the top of every mark.
+    """
     out = [0.0] * len(places)
     order = sorted(range(len(places)), key=lambda k: places[k])
     for _, column in itertools.groupby(order, key=lambda k: places[k][0]):

@@ -41,6 +41,7 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
     Everything goes to a temporary folder beside it, is reloaded there by a fresh process (see
     `verify_checkpoint`), and takes its name by one rename; a checkpoint already there is replaced. The weights keep
     their dtype. On any failure the temporary folder is gone and an older checkpoint untouched.
+
     Args:
         compressed: the model; loads now if it is not loaded.
         plan: saved beside the weights, and described in the card.
@@ -49,7 +50,8 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
         max_shard_size: larger models are cut into several files.
     Returns:
         What was verified: `{tensors, logits_off, kv_cache_off, tolerance, device}`.
-    Raises CheckpointError: the disk is full or not writable, or the reloaded model differs.
+    Raises:
+        CheckpointError: the disk is full or not writable, or the reloaded model differs.
     Cost: the weights' bytes on disk and again in a second process, and its start (about 10 s); of a model whose layers
         stay in files, about three layers in either.
     """
@@ -95,9 +97,11 @@ def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: Calibration
     A model whose layers stay in files is verified by file: `digests` of the tensors as they were written, by their
     names in the files, and logits with layers that the process reads as they run (transformers' disk offload). It
     generates no text, for which every token would read all layers.
+
     Returns:
         `{tensors, logits_off, kv_cache_off, peak_bytes, tolerance, device}`.
-    Raises CheckpointError: the first difference found, or why the process could not finish.
+    Raises:
+        CheckpointError: the first difference found, or why the process could not finish.
     """
     with tempfile.TemporaryDirectory(prefix="slm_exp-verify-") as where:
         expected = expectation(folder, compressed, tokens, Path(where), digests)

@@ -58,7 +58,11 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, verify: bool = False) -> Self:
-        """The run in a folder. Raises SlmError: there is no record, or it cannot be read."""
+        """The run in a folder.
+
+        Raises:
+            SlmError: there is no record, or it cannot be read.
+        """
         path = folder / FILE
         try:
             return cls(folder, Record.of(read_json(path)), verify)

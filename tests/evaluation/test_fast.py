@@ -339,7 +339,7 @@ class TestLeavesTheModelAlone:
         def fail(*args: Any) -> Any:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(fast, "score_trees", fail)
+        monkeypatch.setattr(fast, "_score", fail)
         with pytest.raises(KeyboardInterrupt):
             likelihoods("fast", tiny_handle, PAIRS)
         assert not any("forward" in layer.__dict__ for layer in tiny_handle.layers)
@@ -411,7 +411,7 @@ class TestFallsBack:
         self, make_tiny: Callable[..., ModelHandle], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         handle = make_tiny("mistral", layers=4, sliding_window=5)
-        monkeypatch.setattr(TreeForward, "mask", lambda self, visible, positions: self.additive(visible))
+        monkeypatch.setattr(TreeForward, "_mask", lambda self, visible, positions: self._additive(visible))
         self.check(handle, caplog, "differ from a plain forward pass")
 
     @pytest.mark.parametrize("factor", [1.5, math.nan])
@@ -457,6 +457,6 @@ class TestMemory:
         def fail(*args: Any) -> Any:
             raise RuntimeError("something else")
 
-        monkeypatch.setattr(fast, "score_trees", fail)
+        monkeypatch.setattr(fast, "_score", fail)
         with pytest.raises(RuntimeError, match="something else"):
             likelihoods("fast", tiny_handle, PAIRS)

@@ -73,8 +73,9 @@ class FastLM(CheckedHFLM):
     """HFLM with the log-likelihoods computed along trees. Results in float32 differ from HFLM's by rounding.
 
     In narrower types log-probabilities are still float32 here, where HFLM rounds them to the model's type.
-    `batch_size`: trees (about: documents) per forward pass; None fills passes up to TOKENS_PER_BATCH, which is halved
-    when memory runs out.
+    Args:
+        batch_size: trees (about: documents) per forward pass; None fills passes up to TOKENS_PER_BATCH, which is
+            halved when memory runs out.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, batch_size: int | None = None,
@@ -93,12 +94,14 @@ class FastLM(CheckedHFLM):
             out.insert(i, Score(0.0, True))
         return list(out)
 
-    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
-                              **kwargs: Any) -> list[Score]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[Score]:
         """Log-likelihood of each continuation after its context, and whether it is what the model would say.
 
         A sequence that is too long loses its beginning, as in HFLM.
-        Raises DataError: NaN or infinite logits, a text that became no tokens, a continuation longer than the model.
+        Raises:
+            DataError: NaN or infinite logits, a text that became no tokens, a continuation longer than the model.
         """
         sequences = [self._request(i, *request) for i, request in enumerate(requests)]
         out = [Score(0.0, True)] * len(sequences)  # an empty continuation is certain
@@ -126,7 +129,8 @@ class FastLM(CheckedHFLM):
 
         Greedy requests run together whatever their stops; sampled ones, and models that decoding.py does not fit,
         fall back to HFLM, with one warning.
-        Raises DataError: NaN or infinite logits, or no room in the model for what is to be generated.
+        Raises:
+            DataError: NaN or infinite logits, or no room in the model for what is to be generated.
         """
         prompts = [self._prompt(*request.args) for request in requests]
         if cut := sum(p is not None and p.cut for p in prompts):
@@ -181,7 +185,10 @@ class FastLM(CheckedHFLM):
 
     def _continuations(self, prompts: Sequence[_Continue], disable_tqdm: bool) -> Iterator[list[int]]:
         """The tokens generated for each, in the order given; longest contexts first, fewer at once when memory ends.
-        Raises RuntimeError: the model does not generate by its cache what it finds most likely without."""
+
+        Raises:
+            RuntimeError: the model does not generate by its cache what it finds most likely without.
+        """
         ends = stop_ids(self.model, self.tokenizer.eos_token_id)
         out: list[list[int]] = [[]] * len(prompts)
         most = self.trees_per_batch or ROWS_AT_ONCE
@@ -261,7 +268,7 @@ class FastLM(CheckedHFLM):
                 for some in self._forward.groups(trees, self.nodes_per_batch):
                     calls = [self._forward.inputs(batch) for batch in some]
                     for batch, h_BTD in zip(some, in_step(self.model, calls), strict=True):
-                        yield score_trees(self._forward, batch, h_BTD)
+                        yield _score(self._forward, batch, h_BTD)
                         advance(sum(map(len, batch)))
             return
         with torch.inference_mode(), self._forward.ready(), advancing(what, tokens, "token", disable) as advance:
@@ -271,7 +278,7 @@ class FastLM(CheckedHFLM):
                 while left and len(batch) < min(rows, self.trees_per_batch or rows) and left[0].trunk == batch[0].trunk:
                     batch.append(left.popleft())
                 try:
-                    scores = score_trees(self._forward, batch)
+                    scores = _score(self._forward, batch)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                     left.extendleft(reversed(self._smaller(batch, error)))
                     continue
@@ -365,7 +372,7 @@ class TreeForward:
             positions_BT[row, : len(tree)] = tree.positions
             visible_BTK[row, :, before:] = tree.visible(size)
         positions = torch.as_tensor(positions_BT, device=self.device)
-        mask = self.mask(torch.as_tensor(visible_BTK, device=self.device)[:, None], positions)
+        mask = self._mask(torch.as_tensor(visible_BTK, device=self.device)[:, None], positions)
         return {"input_ids": torch.as_tensor(ids_BT, device=self.device), "position_ids": positions,
                 "attention_mask": mask, "use_cache": False}
 
@@ -377,24 +384,24 @@ class TreeForward:
             out_PV = self.head(h_PD)
         return layout_for(self.model.config).logits(self.model.config, out_PV)
 
-    def mask(self, visible_B1TK: Tensor, positions_BT: Tensor) -> Any:
+    def _mask(self, visible_B1TK: Tensor, positions_BT: Tensor) -> Any:
         """What is added to attention scores, 0 or -inf, as the decoder takes it: a mask, or one per attention kind."""
-        full = self.additive(visible_B1TK)
+        full = self._additive(visible_B1TK)
         if self.window is None:
             return full
         b, t = positions_BT.shape
         trunk_BP = torch.arange(visible_B1TK.shape[-1] - t, device=self.device).expand(b, -1)
         keys_BK = torch.cat([trunk_BP, positions_BT], dim=1)
         distance_B1TK = positions_BT[:, None, :, None] - keys_BK[:, None, None, :]
-        near = self.additive(visible_B1TK & (distance_B1TK < self.window))
+        near = self._additive(visible_B1TK & (distance_B1TK < self.window))
         kinds = set(getattr(self.model.config, "layer_types", None) or [])
         return {"full_attention": full, "sliding_attention": near} if len(kinds) > 1 else near
 
-    def additive(self, visible_B1TK: Tensor) -> Tensor:
+    def _additive(self, visible_B1TK: Tensor) -> Tensor:
         return torch.zeros((), dtype=self.model.dtype, device=self.device).where(visible_B1TK, float("-inf"))
 
 
-def score_trees(forward: TreeForward, trees: Sequence[Tree], h_BTD: Tensor | None = None) -> list[tuple[int, Score]]:
+def _score(forward: TreeForward, trees: Sequence[Tree], h_BTD: Tensor | None = None) -> list[tuple[int, Score]]:
     """(owner, score) of every request of some trees: one forward pass, unless its states are given, and logits in
     portions."""
     h_BTD = forward.hidden(trees) if h_BTD is None else h_BTD
@@ -410,10 +417,14 @@ def score_trees(forward: TreeForward, trees: Sequence[Tree], h_BTD: Tensor | Non
             for (owner, _, t), end in zip(predictions, ends, strict=True)]  # fmt: skip
 
 
-def _log_probabilities(forward: TreeForward, h_PD: Tensor, which: np.ndarray,
-                       targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """log p(target) in float64 from float32 logits, and whether the target is the argmax. `which`: for each target, the
-    row of `h_PD` that predicts it."""
+def _log_probabilities(
+    forward: TreeForward, h_PD: Tensor, which: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """log p(target) in float64 from float32 logits, and whether the target is the argmax.
+
+    Args:
+        which: for each target, the row of `h_PD` that predicts it.
+    """
     order = np.argsort(which, kind="stable")
     logp, best = np.empty(len(targets)), np.empty(len(targets), dtype=bool)
     step = forward.positions_at_once

@@ -64,12 +64,17 @@ class TaskResults(NamedTuple):
 
 
 @quiet()
-def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedTasks, limit: int | None = None,
-              batch_size: int | None = None, add_bos: bool | None = None, backend: str = "fast",
-              divide: Callable[[Any], None] | None = None) -> TaskResults:
+def run_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedTasks, limit: int | None = None,
+    batch_size: int | None = None, add_bos: bool | None = None, backend: str = "fast",
+    divide: Callable[[Any], None] | None = None,
+) -> TaskResults:
     """Evaluate a model in memory on the first `limit` documents of each task; model and tokenizer are left as they are.
-    `divide`: lets further processes answer their share of the requests, see `crew.Crew.divide`.
-    Raises DataError: a model that gives NaN or infinite logits.
+
+    Args:
+        divide: lets further processes answer their share of the requests, see `crew.Crew.divide`.
+    Raises:
+        DataError: a model that gives NaN or infinite logits.
     Cost: on two CPU cores about as long as the requests' tokens take forwards; building them is milliseconds.
     """
     lm = language_model(model, tokenizer, batch_size, add_bos, backend)
