@@ -18,17 +18,18 @@ class Document(NamedTuple):
     text: str
 
 
-def local_files(path: str, setting: str = "calibration.path") -> list[Path]:
+def local_files(path: str) -> list[Path]:
     """The file, or the readable files of the folder in order of name. Raises ConfigError: neither is there, or the
     folder holds nothing readable."""
     at = Path(path).expanduser()
     if at.is_file():
         return [at]
     if not at.is_dir():
-        raise ConfigError(f"{setting} = {path}; expected an existing file or folder. There is no such file.")
+        raise ConfigError(f"calibration.path = {path}; expected an existing file or folder. There is no such file.")
     files = sorted(p for p in at.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
     if not files:
-        raise ConfigError(f"{setting} = {path}; expected a folder with files ending in {', '.join(SUFFIXES)}.")
+        raise ConfigError(f"calibration.path = {path}; expected a folder with files ending in "
+                          f"{', '.join(SUFFIXES)}.")
     return files
 
 

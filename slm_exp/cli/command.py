@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from slm_exp.core.errors import SlmError, did_you_mean
+from slm_exp.core.files import write_text
 from slm_exp.core.logs import print_anything
 from slm_exp.core.secrets import masked
 
@@ -90,6 +91,15 @@ def command(name: str, doc: str | None, *, group: bool = False, **kwargs: Any) -
     if group:
         kwargs |= {"invoke_without_command": True, "subcommand_metavar": "[SUBCOMMAND] ..."}
     return click.command(name, cls=Group if group else Command, doc=doc or "", context_settings=settings, **kwargs)
+
+
+def print_or_write(text: str, out: Path | None) -> None:
+    """To stdout, or into a file, whose name is printed."""
+    if out is None:
+        print(text, end="")
+    else:
+        write_text(out, text)
+        print(out)
 
 
 def status_of(of: click.Command, argv: Sequence[str], called: str) -> int:

@@ -196,9 +196,9 @@ def jobs_of(overrides: Sequence[str], multirun: bool, reads_weights: bool = Fals
     return command_jobs(hydra, True, cells=missing, name=Path(name).stem, identify=identify)
 
 
-def cell_jobs(name: str, runs: Sequence[Sequence[str]], hydra: Sequence[str] = ()) -> CommandJobs:
+def cell_jobs(name: str, runs: Sequence[Sequence[str]]) -> CommandJobs:
     """The jobs of a table's runs, by their overrides, in the folder where `slm tables NAME --missing` puts them."""
-    return command_jobs(hydra, True, cells=runs, name=name, identify=_known_run_id)
+    return command_jobs([], True, cells=runs, name=name, identify=_known_run_id)
 
 
 def _known_run_id(cfg: RunConfig) -> str:
