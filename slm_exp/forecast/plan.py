@@ -11,11 +11,11 @@ from slm_exp.core.cost import Tokens, Work
 from slm_exp.core.errors import ConfigError, SlmError
 from slm_exp.core.files import plain
 from slm_exp.core.format import duration, human
-from slm_exp.core.runtime import available_memory
+from slm_exp.core.runtime import available_memory, cores
 from slm_exp.forecast.machine import Machine, machine, stated
 from slm_exp.forecast.walk import CACHED, COMPUTE, MAYBE, SHARED, Lookup, Outline, walk
 from slm_exp.launch.jobs import CommandJobs, command_jobs
-from slm_exp.launch.workers import cores, visible_gpus
+from slm_exp.launch.workers import visible_gpus
 from slm_exp.models.sizes import Sizes
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
@@ -218,7 +218,8 @@ def _job_plan(grid: GridPlan, job: Job, cfg: RunConfig, inspection: Inspection, 
         return plan
     if plan.state == FINISHED:  # it computes nothing that a later job could share
         lookup = Lookup(lookup.store.folder)
-    outline = walk(cfg, model, lookup, job.save_model)
+    threads = cfg.runtime.threads or grid.threads  # of the process that will run it, which is not this one
+    outline = walk(replace(cfg, runtime=replace(cfg.runtime, threads=threads)), model, lookup, job.save_model)
     if outline.method is not None:
         cfg = replace(cfg, method=outline.method)
     if cfg.method.unmeasured:

@@ -29,7 +29,9 @@ from slm_exp.core.types import MergePlan
 from slm_exp.engine.progress import Work, showing
 from slm_exp.evaluation.base import EvalReport
 from slm_exp.evaluation.protocol import FILE as PROTOCOL
-from slm_exp.merging.surgery import zeroed
+from slm_exp.merging.surgery import flops_per_token, zeroed
+from slm_exp.models.base import ModelHandle, dtype_name
+from slm_exp.models.sizes import BYTES
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.stages import Experiment, Stage, Step
 from slm_exp.reporting.heatmap import draw_heatmap
@@ -216,7 +218,8 @@ class Recorder:
                 self.note(recovery=x.recovery_report, layers={"before": x.dense.n_layers, "after": x.model.n_layers},
                           params={"before": x.dense.n_params, "after": x.model.n_params,
                                   "ratio_removed": 1 - x.model.n_params / x.dense.n_params,
-                                  "zeroed": zeroed(x.model, x.plan)})
+                                  "zeroed": zeroed(x.model, x.plan)},
+                          costs=self._costs(x))
             case "evaluate":
                 self.keep_evaluation("compressed", x.report)
                 run = Run(self.folder, Record.of(plain(self.record)), on_disk=False)
@@ -227,6 +230,15 @@ class Recorder:
         for observer in self.observers:
             observer.kept(stage.name, x)
         return cached
+
+    def _costs(self, x: Experiment) -> JsonObject:
+        """`costs` of the record: what both models take to run and to keep. Loads no weights."""
+        length, size = int(x.tokens.tokens_NT.shape[1]), BYTES[dtype_name(x.dense.config, self.cfg.model.dtype)]
+
+        def of(model: ModelHandle, plan: MergePlan) -> JsonObject:
+            return {"flops_per_token": flops_per_token(model, plan, length), "bytes": model.n_params * size}
+
+        return {"length": length, "dense": of(x.dense, MergePlan(x.dense.n_layers)), "compressed": of(x.model, x.plan)}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[list[bool]]:

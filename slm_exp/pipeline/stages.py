@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -261,7 +260,7 @@ def _measure(x: Experiment) -> LatencyTable:
 
 
 def _latency_inputs(x: Experiment) -> Inputs:
-    device, threads = x.dense.device, x.cfg.runtime.threads or os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    device, threads = x.dense.device, x.cfg.runtime.cpu_threads() if x.dense.device.type == "cpu" else None
     seen = device.type == "cpu" or hasattr(device, "index")  # the forecast opens no GPU
     name = device_name(device) if seen else Unknown(device.type)
     return {**x.on(x.dense), "name": name, "threads": threads, **(x.cfg.method.timed_by() or {})}

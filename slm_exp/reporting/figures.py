@@ -72,8 +72,10 @@ def sweep_figures(folder: Path, rows: Sequence[Row], paths: Sequence[measures.Th
     """The plots of a sweep's page, in its folder. Returns the files."""
     shades = sweep_charts.shades(rows)
     out: dict[str, tuple[float, Draw]] = {}
-    for measure in measures.measure(rows):
-        out[measure.key] = (2.5, partial(_scatter, measure=measure, shades=shades))
+    for budget, found in measures.over_budgets(rows).items():
+        for measure in found:
+            name = measure.key if budget == "params" else f"{measure.key}-over-{budget}"
+            out[name] = (2.5, partial(_scatter, measure=measure, shades=shades))
     stairs = sweep_charts.staircase(rows, paths, shades)
     if stairs:
         out["staircase"] = (2.3, partial(_staircase, stairs=stairs, shades=shades))
@@ -178,26 +180,26 @@ def _losses(axes: Axes, recovery: OneRecovery) -> None:
 
 
 def _scatter(axes: Axes, measure: Measure, shades: sweep_charts.Shades) -> None:
-    unit, factor = sweep_charts.unit_of(measure.points)
+    of, factor = sweep_charts.unit_of(measure)
     up = svg.Axis([p.value for p in measure.points], log=not measure.higher_is_better)
-    across = svg.Axis([p.params for p in measure.points])
-    aside = sweep_charts.apart([(p.params, up.down(p.value, PLOT[1])) for p in measure.points])
+    across = svg.Axis([p.cost for p in measure.points])
+    aside = sweep_charts.apart([(p.cost, up.down(p.value, PLOT[1])) for p in measure.points])
     for point, dx in zip(measure.points, aside, strict=True):
         k = shades.of(point.row) if point.row else None
         half = None if point.interval is None else point.interval[1] - point.value
-        x = point.params + dx / 2 * (across.high - across.low) / PLOT[0]
+        x = point.cost + dx / 2 * (across.high - across.low) / PLOT[0]
         axes.errorbar(x / factor, point.value, yerr=half, elinewidth=0.7, markersize=4,
                       fmt="o" if k is None else MARKS[k], color=GREY if k is None else SHADES[k],
                       markerfacecolor="white" if k is None else SHADES[k])
     if front := measure.front:
-        axes.step([p.params / factor for p in front], [p.value for p in front], where="post", color=GREY, linewidth=0.7)
+        axes.step([p.cost / factor for p in front], [p.value for p in front], where="post", color=GREY, linewidth=0.7)
     if measure.chance is not None:
         axes.axhline(measure.chance, color=RUST, linestyle=":", label="chance")
     if up.log:
         axes.set_yscale("log")
     axes.plot([], [], "o", color=GREY, markerfacecolor="white", label="dense")
     _key(axes, shades)
-    axes.set(xlabel=f"parameters{unit}", ylabel=f"{measure.name}\n({measure.unit})")
+    axes.set(xlabel=of, ylabel=f"{measure.name}\n({measure.unit})")
     axes.grid(alpha=0.4)
     _legend(axes)
 

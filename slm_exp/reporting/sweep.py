@@ -105,7 +105,7 @@ def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Seque
         if row.run and not (row.finished and (row.folder / "report.html").exists()):
             write_report(row.folder, run=row.run)
     shades = sweep_charts.shades(rows)
-    quality = measures.measure(rows)
+    quality = measures.over_budgets(rows)
     tasks = list(dict.fromkeys(c.task for row in rows for c in row.tasks))
     seeds = over_seeds(rows)
     averages = not refused and any(row.average or row.measured.compressed.average is not None for row in rows)
@@ -113,7 +113,8 @@ def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Seque
     page = environment().get_template("sweep.html.j2").render(
         name=folder.resolve().name, rows=rows, columns=list(rows[0].settings) if rows else [], charts=charts, svg=svg,
         counts={state: n for state in STATES if (n := sum(row.state == state for row in rows))},
-        refused=refused, plots=[(m, sweep_charts.scatter(m, shades)) for m in quality], shades=shades,
+        refused=refused, shades=shades,
+        plots={budget: [(m, sweep_charts.scatter(m, shades)) for m in some] for budget, some in quality.items()},
         shape=sweep_charts.shape, shapes=sweep_charts.shapes(), averages=averages, facets=facets(rows),
         staircase=staircase, atlas=atlas.gather(rows), strip=atlas.strip, bar=sweep_charts.interval,
         reach=sweep_charts.reach(rows), tasks=tasks, compared=[*(["average"] if averages else []), *tasks],
