@@ -63,7 +63,7 @@ def killed(what: str, server: Server, words: tuple[str, ...], where: str, cells:
     """
     def call(name: str, kill_after: float | None = None) -> Ended:
         return server.call("slm-exp", *words, f"{where}={tmp_path / name}", f"cache.dir={tmp_path / name}_cache",
-                           kill_after=kill_after, limit=600)
+                           kill_after=kill_after)
 
     whole = call("undisturbed")
     assert whole.status == 0, whole.output
