@@ -53,7 +53,7 @@ def test_the_fact_that_matters_comes_first(there, words, said, capsys):
 
 
 def test_a_page_of_what_is_no_run_says_so(there, capsys):
-    assert slm(["report", "nothing"]) == 1
+    assert slm(["report", "nothing"]) == 2
     assert "slm report: there is no nothing; give the folder of a run" in capsys.readouterr().err
 
 

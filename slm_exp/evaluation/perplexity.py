@@ -11,7 +11,7 @@ import numpy as np
 
 from slm_exp.calibration.bundled import held_out_prose
 from slm_exp.calibration.heldout import DOMAINS, RULE, TOKENS
-from slm_exp.calibration.tokens import load_ids, read_ids
+from slm_exp.calibration.tokens import load_ids, require_ids
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, did_you_mean
 from slm_exp.core.files import digest
@@ -154,7 +154,7 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
     Raises DataError: missing, malformed or shorter than a chunk; ids outside the vocabulary; no tokenizer or no BOS.
     """
     if where.endswith(".npy"):
-        ids_NT = read_ids(Path(where), handle, where).astype(np.int64)
+        ids_NT = require_ids(Path(where), handle, where).astype(np.int64)
         about = {"source": content_digest(Path(where)), "seq_len": ids_NT.shape[1], "bos": "as given"}
         return Corpus(ids_NT, about | {"chunks": len(ids_NT)})
     tokenizer = handle.tokenizer
@@ -171,19 +171,33 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
         ids = ids[:TOKENS]
     n = len(ids) // seq_len
     if n == 0:
-        raise DataError(f"{where} has {len(ids)} tokens; expected at least one chunk of {seq_len}. Use a longer text "
-                        "or a smaller evaluation.ppl_seq_len.")
+        raise _too_short(f"{where} has {len(ids)} tokens", seq_len)
     tokens_NT = ids[: n * seq_len].reshape(n, seq_len)
     if bos == "every_chunk":
         tokens_NT = np.insert(tokens_NT, 0, tokenizer.bos_token_id, axis=1)
     return Corpus(tokens_NT, {"source": corpus_identity(where), "seq_len": seq_len, "bos": bos, "chunks": n})
 
 
+def check_file(where: str, handle: ModelHandle, seq_len: int) -> None:
+    """Refuse a file that cannot be a corpus of chunks of `seq_len` tokens for a model, as far as its config and the
+    file's header or size say it. Raises DataError / ConfigError, as `load_corpus`."""
+    path = Path(where)
+    if where.endswith(".npy"):
+        require_ids(path, handle, where)
+    elif where.endswith((".txt", ".jsonl", ".json")) and (size := path.stat().st_size) + 2 < seq_len:  # BOS and a blank
+        raise _too_short(f"{where} has {size} bytes", seq_len)
+
+
+def _too_short(what: str, seq_len: int) -> DataError:
+    return DataError(f"{what}; expected at least one chunk of {seq_len} tokens. Use a longer text or a smaller "
+                     "evaluation.ppl_seq_len.")
+
+
 def row_length(where: str) -> int | None:
     """Tokens of a token file's rows, by its header; None of anything else."""
     try:
         return int(np.load(where, mmap_mode="r", allow_pickle=False).shape[1]) if where.endswith(".npy") else None
-    except Exception:  # what `read_ids` says in a line; numpy and zipfile raise a dozen kinds
+    except Exception:  # what `load_ids` says in a line; numpy and zipfile raise a dozen kinds
         return None
 
 

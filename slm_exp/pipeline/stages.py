@@ -204,7 +204,7 @@ def _load(x: Experiment) -> ModelHandle:
     return dense
 
 
-def check_lengths(cfg: RunConfig, dense: ModelHandle) -> None:
+def _check_lengths(cfg: RunConfig, dense: ModelHandle) -> None:
     """Refuse sequences longer than the model has positions. Raises ConfigError, which names the field."""
     merges = cfg.method.uses_merge_rule() and cfg.method.replays is None
     read = {**cfg.calibration.lengths(), **cfg.evaluation.lengths(), **cfg.recovery.lengths(),
@@ -223,24 +223,38 @@ def _check_rule(cfg: RunConfig, dense: ModelHandle) -> None:
         cfg.merge_rule.check_data(dense)
 
 
-CHECKS: tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]], ...] = (
-    (("calibration", "evaluation", "recovery", "similarity", "merge_rule", "method"), check_lengths),
-    (("width", "method"), _check_width),
+Checks = tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]], ...]
+"""(groups, check of their settings against a model)."""
+
+LIGHT_CHECKS: Checks = (
+    (("calibration", "evaluation", "recovery", "similarity", "merge_rule", "method"), _check_lengths),
+    (("calibration",), lambda cfg, dense: cfg.calibration.check_data(dense)),
     (("evaluation",), lambda cfg, dense: cfg.evaluation.check_data(dense.random)),
+    (("evaluation",), lambda cfg, dense: cfg.evaluation.check_files(dense)),
+)
+"""That look at the model's config alone: also where nothing but a sketch of it is here."""
+CHECKS: Checks = (
+    *LIGHT_CHECKS,
+    (("calibration",), lambda cfg, dense: cfg.calibration.check_model(dense)),
+    (("width", "method"), _check_width),
     (("evaluation",), lambda cfg, dense: cfg.evaluation.check_model(dense)),
     (("recovery",), lambda cfg, dense: cfg.recovery.check_data(dense)),
     (("similarity",), lambda cfg, dense: cfg.similarity.check_data(dense)),
     (("merge_rule", "method"), _check_rule),
     (("method",), lambda cfg, dense: cfg.method.check_data(dense)),
 )
-"""(groups, check of their settings against a model)."""
 
 
-def check_model(cfg: RunConfig, dense: ModelHandle, passed: set[str] | None = None) -> None:
-    """Refuse what this model cannot do, before weights load. `passed`: checks that other jobs with this model have
-    passed, by the settings they look at; more are added. Raises ConfigError / DataError: names the field."""
+def check_model(cfg: RunConfig, dense: ModelHandle, passed: set[str] | None = None, checks: Checks = CHECKS) -> None:
+    """Refuse what this model cannot do, before weights load.
+
+    Args:
+        passed: checks that other jobs with this model have passed, by the settings they look at; more are added.
+    Raises:
+        ConfigError / DataError: names the field.
+    """
     passed = set() if passed is None else passed
-    for i, (groups, check) in enumerate(CHECKS):
+    for i, (groups, check) in enumerate(checks):
         if (looked := repr([i, *(getattr(cfg, group) for group in groups)])) not in passed:
             check(cfg, dense)
             passed.add(looked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from slm_exp.core.documents import Section, parse
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import JsonObject, read_json
+from slm_exp.core.format import printable
 from slm_exp.reporting.budgets import BUDGETS, Budget, on_front
 from slm_exp.reporting.page import size_change
 from slm_exp.reporting.rows import Row
@@ -180,8 +182,8 @@ class ThresholdPath(Section):
 
 
 def read_paths(folder: Path, given: Sequence[Path] = ()) -> list[ThresholdPath]:
-    """The path.json files that lie in a folder or in its subfolders (those that cannot be read are no paths), and
-    those given.
+    """The path.json files that lie in a folder or in its subfolders, and those given. One that lies there and cannot be
+    read is named on stderr.
 
     Raises:
         SlmError: a given one is not there or is no path.
@@ -197,7 +199,9 @@ def read_paths(folder: Path, given: Sequence[Path] = ()) -> list[ThresholdPath]:
                 raise ValueError("it has no plans")
             out.append(read)
         except (OSError, ValueError, TypeError) as error:
+            none = (f"{path} is no threshold path ({type(error).__name__}: {error}); expected the path.json that "
+                    "`slm path` writes, or its folder.")
             if path in wanted:
-                raise SlmError(f"{path} is no threshold path ({type(error).__name__}: {error}); expected the path.json "
-                               "that `slm path` writes, or its folder.") from None
+                raise SlmError(none) from None
+            print(printable(f"left out: {none}"), file=sys.stderr)
     return out

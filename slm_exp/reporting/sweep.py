@@ -59,7 +59,7 @@ def is_sweep(folder: Path) -> bool:
 
 def write_reports(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], verify: bool,
                   figures: bool = False) -> int:
-    """`slm report`: a page for every folder, its path on stdout; 1 where one has none, or a run is damaged."""
+    """`slm report`: a page of every folder, its path on stdout. 2 where one can have none, 1 where a run is damaged."""
     status = 0
     for folder in folders:
         wrong = ""
@@ -73,14 +73,14 @@ def write_reports(folders: Sequence[Path], mixed_protocols: bool, paths: Sequenc
                     from slm_exp.reporting.figures import run_figures  # matplotlib
 
                     run_figures(run)
-                wrong = run.damage and f"{folder} is damaged: {run.damage}"
+                if run.damage:
+                    wrong, status = f"{folder} is damaged: {run.damage}", max(status, 1)
             if figures and (folder / svg.FIGURES).is_dir():
                 print(folder / svg.FIGURES)
         except SlmError as error:
-            wrong = str(error)
+            wrong, status = str(error), 2
         if wrong:
             print(printable(f"slm report: {wrong}"), file=sys.stderr)
-            status = 1
     return status
 
 
