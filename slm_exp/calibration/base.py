@@ -50,6 +50,9 @@ class Calibration(Component, ABC):
         """The longest sequence, by the setting that says so."""
         return {f"calibration.{'path' if self.reads_ids else 'seq_len'}": self.shape().t}
 
+    def check_source(self) -> None:
+        """Raise where the texts can only be had from a hub that does not answer; call before weights load."""
+
     @abstractmethod
     def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
         """Draw the tokens; `seed` is the run's and yields to the source's own.

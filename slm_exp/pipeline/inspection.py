@@ -49,7 +49,12 @@ class Inspection:
             self._seen[name] = cfg.model.look()
         if (handle := self._seen[name]) is not None:
             check_model(cfg, handle, self._passed.setdefault(name, set()))
-        elif (handle := self.sketch(cfg).handle) is not None:
+            return handle
+        if self.here:  # what else `check_model` looks at needs the tokenizer
+            cfg.calibration.check_source()
+            cfg.recovery.check_source()
+            cfg.evaluation.check_data(self.sketch(cfg).random)
+        if (handle := self.sketch(cfg).handle) is not None:
             check_lengths(cfg, handle)
             if not cfg.width.prunes and not (cfg.method.removes_sublayers and cfg.method.target_ratio):
                 cfg.method.check_model(handle)  # the others look at modules, which takes torch

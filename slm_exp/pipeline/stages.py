@@ -226,6 +226,7 @@ def _check_rule(cfg: RunConfig, dense: ModelHandle) -> None:
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]], ...] = (
     (("calibration", "evaluation", "recovery", "similarity", "merge_rule", "method"), check_lengths),
     (("width", "method"), _check_width),
+    (("calibration",), lambda cfg, dense: cfg.calibration.check_source()),
     (("evaluation",), lambda cfg, dense: cfg.evaluation.check_data(dense.random)),
     (("evaluation",), lambda cfg, dense: cfg.evaluation.check_model(dense)),
     (("recovery",), lambda cfg, dense: cfg.recovery.check_data(dense)),
