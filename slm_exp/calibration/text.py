@@ -133,13 +133,20 @@ class HubText(TextCalibration):
             return self.path, self.read_local(self.path)
         return f"{self.repo}/{self.file}", self.read_hub()
 
+    def check_source(self) -> None:
+        if self.path is None:
+            self._on_hub().require(self.file)
+
     def read_hub(self) -> Iterator[Document]:
         """The rows of the hub's file, fetched unless it is in the local Hugging Face cache."""
         return read_documents(self.fetch(), self.field, self.name, 16 * self.seq_len, self.rows)
 
     def fetch(self) -> Path:
         """The file's place in the local Hugging Face cache."""
-        return Repo(self.repo, self.revision, "dataset", "calibration.path", DataError).file(self.file)
+        return self._on_hub().file(self.file)
+
+    def _on_hub(self) -> Repo:
+        return Repo(self.repo, self.revision, "dataset", "calibration.path", DataError)
 
 
 def _may_have(need: int, document: Document) -> bool:

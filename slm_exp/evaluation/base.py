@@ -56,12 +56,13 @@ class Evaluation(Settings):
         return f"evaluation.tasks: {others[0]} may generate text; the seven tasks and mmlu do not" if others else None
 
     def check_data(self, random_model: bool = False) -> None:
-        """Raise DataError where documents or hub sets are known to be out of reach; call before weights load.
+        """Raise DataError where documents or hub sets are out of reach; call before weights load.
 
-        Looks at what is installed, at the offline switches and at folder names; opens nothing.
+        Looks at what is installed, at the offline switches and at folder names; what lies on the hub alone costs one
+        short request to it (5 s where it does not answer).
         """
-        corpora = self.wanted_corpora()
-        missing = missing_documents(self.tasks, random_model) or texts.missing_corpora(corpora, random_model)
+        missing = missing_documents(self.tasks, random_model)
+        missing = missing or texts.missing_corpora(self.wanted_corpora(), random_model, self.corpora_at_hand)
         if missing := missing or (free_text.missing_openings(random_model) if self.text else None):
             raise DataError(missing)
 

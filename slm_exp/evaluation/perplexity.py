@@ -220,12 +220,13 @@ def unknown_corpus(where: str) -> str | None:
     return f"expected a file ending in {', '.join(FILES)}, or one of {', '.join(names)}. {did_you_mean(where, names)}"
 
 
-def missing_corpora(corpora: dict[str, str], random_model: bool = False) -> str | None:
-    """Which hub sets or bundled texts cannot be had here, as far as that is known without network; or None."""
+def missing_corpora(corpora: dict[str, str], random_model: bool = False, at_hand: bool = False) -> str | None:
+    """Which hub sets or bundled texts cannot be had here; or None. `at_hand`: see `Settings.corpora_at_hand`."""
+    leave_out = ", or set HF_HUB_OFFLINE=1, which leaves it out" * at_hand
     for name, where in corpora.items():
         if where in HUB_SETS and documents.out_of_reach(HUB_SETS[where]["load"]["path"]):
-            return (f"evaluation.corpora.{name} = {where}: not on this machine, which is offline. "
-                    f"Give a file instead: 'evaluation.corpora={{{name}: path/to/{where}.txt}}'")
+            return (f"evaluation.corpora.{name} = {where}: not on this machine, {documents.why_out_of_reach()}. "
+                    f"Give a file instead: 'evaluation.corpora={{{name}: path/to/{where}.txt}}'{leave_out}.")
         if where in HELD_OUT and documents.assets_folder() is None and not random_model:
             return (f"evaluation.corpora.{name} = {where}: its text comes with the assets. Install: {documents.ASSETS} "
                     f"(or leave it out: '~evaluation.corpora.{name}').")

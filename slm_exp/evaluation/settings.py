@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.hub import offline
 from slm_exp.core.registry import Component, knob
 from slm_exp.evaluation.perplexity import BOS_TOO, missing_corpora
 from slm_exp.evaluation.report import SEVEN
@@ -134,9 +135,12 @@ class Settings(Component):
         return len(self.wanted_corpora()) + (4 if self.tasks else 0)
 
     def wanted_corpora(self) -> dict[str, str]:
-        """`corpora`, without those that may be left out and cannot be had here."""
-        return {name: where for name, where in self.corpora.items()
-                if not (self.corpora_at_hand and missing_corpora({name: where}))}  # fmt: skip
+        """`corpora`, without those that may be left out and cannot be had here.
+
+        A run_id hangs on it: so Hugging Face's switches decide, and no look at the network, which may fail once.
+        """
+        left_out = offline() and self.corpora_at_hand
+        return {n: w for n, w in self.corpora.items() if not (left_out and missing_corpora({n: w}))}
 
     def cases(self) -> list[Case]:
         """The generations to time: the papers' case first, then the grid of batches, prompts and lengths."""

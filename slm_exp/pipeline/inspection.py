@@ -46,7 +46,12 @@ class Inspection:
         passed = self._passed.setdefault(name, set())
         if (handle := self._seen[name]) is not None:
             check_model(cfg, handle, passed)
-        elif (handle := self.sketch(cfg).handle) is not None:
+            return handle
+        if self.here:  # what else `check_model` looks at needs the tokenizer
+            cfg.calibration.check_source()
+            cfg.recovery.check_source()
+            cfg.evaluation.check_data(self.sketch(cfg).random)
+        if (handle := self.sketch(cfg).handle) is not None:
             check_model(cfg, handle, passed, LIGHT_CHECKS)
             if not cfg.width.prunes and not (cfg.method.removes_sublayers and cfg.method.target_ratio):
                 cfg.method.check_model(handle)  # the others look at modules, which takes torch

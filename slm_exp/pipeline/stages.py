@@ -229,14 +229,15 @@ Checks = tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]],
 LIGHT_CHECKS: Checks = (
     (("calibration", "evaluation", "recovery", "similarity", "merge_rule", "method"), _check_lengths),
     (("calibration",), lambda cfg, dense: cfg.calibration.check_data(dense)),
-    (("evaluation",), lambda cfg, dense: cfg.evaluation.check_data(dense.random)),
     (("evaluation",), lambda cfg, dense: cfg.evaluation.check_files(dense)),
 )
 """That look at the model's config alone: also where nothing but a sketch of it is here."""
 CHECKS: Checks = (
     *LIGHT_CHECKS,
+    (("calibration",), lambda cfg, dense: cfg.calibration.check_source()),
     (("calibration",), lambda cfg, dense: cfg.calibration.check_model(dense)),
     (("width", "method"), _check_width),
+    (("evaluation",), lambda cfg, dense: cfg.evaluation.check_data(dense.random)),
     (("evaluation",), lambda cfg, dense: cfg.evaluation.check_model(dense)),
     (("recovery",), lambda cfg, dense: cfg.recovery.check_data(dense)),
     (("similarity",), lambda cfg, dense: cfg.similarity.check_data(dense)),
