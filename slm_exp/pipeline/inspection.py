@@ -51,10 +51,8 @@ class Inspection:
             check_model(cfg, handle, self._passed.setdefault(name, set()))
         elif (handle := self.sketch(cfg).handle) is not None:
             check_lengths(cfg, handle)
-            by_modules = cfg.width.prunes or (cfg.method.removes_sublayers and cfg.method.target_ratio)
-            by_config = cfg.method.replays is not None and cfg.method.replays.width  # of a class of its own
-            if not by_modules and not by_config:
-                cfg.method.check_model(handle)  # the others take torch, and are checked when the model is there
+            if not cfg.width.prunes and not (cfg.method.removes_sublayers and cfg.method.target_ratio):
+                cfg.method.check_model(handle)  # the others look at modules, which takes torch
         return handle
 
 
