@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,16 +69,6 @@ class Moments:
         self.xx_CC.addmm_(x.T, x)
         self.xr_CD.addmm_(x.T, r)
         self.rr += float(r.square().sum())
-
-    def summed(self, others: Sequence[Moments]) -> Moments:
-        """Over the tokens of all."""
-        all_of = (self, *others)
-        return type(self)(torch.stack([m.xx_CC for m in all_of]).sum(0), torch.stack([m.xr_CD for m in all_of]).sum(0),
-                          sum(m.rr for m in all_of), sum(m.tt for m in all_of))
-
-    def without(self, part: Moments) -> Moments:
-        """Over the tokens that are not in the part."""
-        return type(self)(self.xx_CC - part.xx_CC, self.xr_CD - part.xr_CD, self.rr - part.rr, self.tt - part.tt)
 
     @property
     def scale(self) -> float:
@@ -262,45 +252,6 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = F
         change_CD = both.solve(best[1] * both.scale)
         return (best[0] if change_CD is None else change_CD, *best[1:])
     return best
-
-
-class CrossFit(NamedTuple):
-    """Changes of a linear map, [C, D] each."""
-
-    whole: Tensor
-    """Fitted on all tokens."""
-    without: list[Tensor]
-    """For every part of the tokens, fitted on the other parts."""
-    ridge: float
-    error: float
-    """Squared residual over the parts, each left by the change fitted without it."""
-
-
-def crossfitted(parts: Sequence[Moments], ridges: Sequence[float]) -> CrossFit | None:
-    """The change of a linear map for every part of the tokens, fitted on the other parts, and one fitted on all.
-
-    What is fitted next sees every part's states as the map fitted without it leaves them: as wrong as those of new
-    text. States that a map was fitted on are better than those, and what is fitted on them, layer after layer, trusts
-    them too much. Of the ridges the one is taken that leaves least; see `ridge_step` for their unit.
-
-    Returns:
-        None where no ridge lowers the residual.
-    Cost: for every ridge and part what `ridge_step` pays for a ridge. Memory: the parts' sums, and two more.
-    """
-    whole = parts[0].summed(parts[1:])
-    scale = whole.scale
-    best: tuple[list[Tensor], float, float] | None = None
-    for ridge in ridges if scale > 0 else ():
-        changes = [whole.without(part).solve(ridge * scale * (1 - 1 / len(parts))) for part in parts]
-        found = [change_CD for change_CD in changes if change_CD is not None]
-        if len(found) < len(parts):
-            continue  # too small a ridge for inputs that nearly depend on each other
-        error = sum(part.error(change_CD) for part, change_CD in zip(parts, found, strict=True))
-        if error < (whole.rr if best is None else best[2]):
-            best = found, ridge, error
-    if best is None or (change_CD := whole.solve(best[1] * scale)) is None:
-        return None
-    return CrossFit(change_CD, *best)
 
 
 def eliminated(xx_CC: Tensor, map_CD: Tensor, step: int, least: int, ridge: float = 0.03

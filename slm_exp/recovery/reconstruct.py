@@ -32,8 +32,7 @@ class Reconstruct(Fitted):
     be forgotten by it.
 
     Cost: two passes over the calibration tokens (dense and compressed), 2 x passes + 1 more of every refitted layer,
-    and its normal equations, with layers=sublayers `folds` times. Memory: two states [N, T, D] in temporary files, and
-    16 C^2 bytes for C MLP channels, with layers=sublayers 8 (folds + 2) C^2.
+    and its normal equations. Memory: two states [N, T, D] in temporary files, and 16 C^2 bytes for C MLP channels.
     """
 
     through_norms: ClassVar[bool] = True
@@ -43,8 +42,8 @@ class Reconstruct(Fitted):
 
     layers: str = "cuts"
     """cuts: the layer beside every cut. all: every layer from the first of these up. sublayers: likewise, and each
-    attention and MLP once, to the dense stream where the next one that is left begins; on all tokens at last, with the
-    stream cross-fitted (`folds`)."""
+    attention and MLP once, to the dense stream where the next one that is left begins; on all tokens, once the ridge is
+    chosen."""
     attention: bool = True
     """Refit o_proj too."""
     passes: int | None = None
@@ -55,13 +54,8 @@ class Reconstruct(Fitted):
     """relative: each token's error counts relative to its norm, as the next layer's norm sees it. class: likewise, and
     tokens of outlying norm together count as much as all others. equal: as it is."""
 
-    folds: int = 5
-    """With layers=sublayers: into how many parts the sequences are divided. Each part's stream goes up through refits
-    made without it, so that what is fitted next sees errors as large as new text's; ridges are chosen by them."""
-
     def check(self) -> None:
         super().check()
-        require(self.folds >= 2, "recovery.folds", self.folds, "a whole number >= 2")
         require(self.passes is None or self.passes >= 1, "recovery.passes", self.passes, "null or a whole number >= 1")
         require(self.layers != "sublayers" or self.passes in (None, 1), "recovery.passes", self.passes,
                 "null or 1 with recovery.layers=sublayers")
@@ -88,9 +82,8 @@ class Reconstruct(Fitted):
         cuts = max(1.0, sizes.n_layers - layers) if self.layers == "cuts" else layers
         refits = cuts * self.rounds * (2 if self.attention else 1)
         blocks = sizes.n_layers + layers + cuts * (2 * self.rounds + 1)
-        solved = self.folds + 1 if self.layers == "sublayers" else 1
         return Work(blocks=blocks * sizes.block_flops(total, self.seq_len),
-                    wide=refits * (2 * total * sizes.mlp**2 + solved * 20 * sizes.mlp**3)), []
+                    wide=refits * (2 * total * sizes.mlp**2 + 20 * sizes.mlp**3)), []
 
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         from slm_exp.recovery.refit import refit

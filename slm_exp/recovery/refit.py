@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from slm_exp.core.types import SUBLAYERS, CalibrationTokens, Group, Kind
 from slm_exp.engine.progress import ticking
-from slm_exp.engine.ridge import Moments, changed, crossfitted, held_out, moments, ridge_step, token_weights
+from slm_exp.engine.ridge import Moments, changed, held_out, moments, ridge_step, token_weights
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.merging.sizes import full_shape
 from slm_exp.recovery.base import RecoveryTask
@@ -31,7 +30,6 @@ class Settings(Protocol):
     attention: bool
     ridges: list[float]
     weighting: str
-    folds: int
 
     @property
     def rounds(self) -> int: ...
@@ -146,14 +144,6 @@ class _Refit:
 class _Upward(_Refit):
     """Sublayer by sublayer instead: each is fitted once, to the dense stream where the next one that is left begins."""
 
-    def __init__(self, settings: Settings, task: RecoveryTask, tokens: CalibrationTokens, where: Path) -> None:
-        n = len(tokens.tokens_NT)
-        folds = min(settings.folds, n)
-        order = [i for fold in range(folds) for i in range(fold, n, folds)]  # a fold's sequences side by side
-        super().__init__(settings, task, replace(tokens, tokens_NT=tokens.tokens_NT[order], sample_ids=()), where)
-        sizes = [len(range(fold, n, folds)) for fold in range(folds)]
-        self.folds = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(folds)]
-
     def run(self) -> tuple[dict[str, Tensor], list[Refitted]]:
         out: dict[str, Tensor] = {}
         steps: list[Refitted] = []
@@ -178,12 +168,10 @@ class _Upward(_Refit):
                     self._advance(self.dense, self.dense_NTD, _half(i))
                 reached = starts[j + 1]
                 (at, kind), above = left[j], left[min(j + 1, len(left) - 1)][0]
-                weights, without, step = self._fitted(at, kind, plan.scales[above])
+                weights, step = self._fitted(at, kind, plan.scales[above])
                 steps += [step] if step else []
                 out |= {f"{self.layout.layer_list}.{at}.{name}": t for name, t in weights.items()}
-                for fold, own in zip(self.folds, without, strict=True):
-                    part_NTD = self.short_NTD[fold]
-                    part_NTD.copy_(self.plain.block(Slot(at, own, without=_other(kind)), part_NTD))
+                self._advance(self.plain, self.short_NTD, Slot(at, weights, without=_other(kind)))
                 tick(f"layer {at}, {kind}: relative error {step.errors[0]:.4f}, {step.errors[1]:.4f}" if step else "")
         return out, steps
 
@@ -208,24 +196,17 @@ class _Upward(_Refit):
         shapes = list(zip(sizes.heads, sizes.kv_heads, sizes.channels, strict=True))
         return {at for at, shape in enumerate(shapes) if shape != full or width.order == "before"}
 
-    def _fitted(self, at: int, kind: Kind, scale: float
-                ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], Refitted | None]:
-        """New weights of a sublayer by name in its layer, those that each fold's stream goes on with, what was done."""
+    def _fitted(self, at: int, kind: Kind, scale: float) -> tuple[dict[str, Tensor], Refitted | None]:
         modules = self.layout.fitted[kind] if self.settings.attention or kind == "mlp" else ()
         if not modules:
-            return {}, [{}] * len(self.folds), None
+            return {}, None
         weight_NT = token_weights(self.dense_NTD, self.settings.weighting, self.short.rows)
-        slot, layer = Slot(at, without=_other(kind)), self.task.handle.layers[at]
-        parts = [moments(self.short, slot, modules[0], self.short_NTD[fold], self.dense_NTD[fold],
-                         torch.zeros(fold.stop - fold.start, dtype=torch.bool), weight_NT[fold], scale)[0]
-                 for fold in self.folds]
-        rr, tt = sum(part.rr for part in parts), sum(part.tt for part in parts)
-        step = crossfitted(parts, self.settings.ridges)
-        weights = [changed(self.layout, layer, modules[0], {}, change_CD) for change_CD in (
-            (step.whole, *step.without) if step else ())] or [{}] * (1 + len(parts))
-        return weights[0], weights[1:], Refitted(
-            at, list(self.task.plan.slots[at]), [rr / tt, (step.error if step else rr) / tt], [modules[0]],
-            [step.ridge if step else None])
+        fit, held = moments(self.short, Slot(at, without=_other(kind)), modules[0], self.short_NTD, self.dense_NTD,
+                            self.held_N, weight_NT, scale)
+        step = ridge_step(fit, held, self.settings.ridges, whole=True)
+        weights = changed(self.layout, self.task.handle.layers[at], modules[0], {}, step[0]) if step else {}
+        errors = [held.rr / held.tt, (step[2] if step else held.rr) / held.tt]
+        return weights, Refitted(at, list(self.task.plan.slots[at]), errors, [modules[0]], [step[1] if step else None])
 
 
 def _other(kind: Kind) -> frozenset[str]:
