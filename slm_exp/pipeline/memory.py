@@ -10,7 +10,7 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.core.format import human
 from slm_exp.core.runtime import available_memory
 from slm_exp.models.base import ModelHandle, dtype_name
-from slm_exp.models.sizes import BYTES
+from slm_exp.models.sizes import BYTES, Sizes
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,12 @@ class Choice(NamedTuple):
     streamed: bool
     why: str
     fits: bool = True
+
+
+def needed(cfg: RunConfig, weights: float, sizes: Sizes) -> float:
+    """Bytes that a resident run takes at most: FACTOR times its weights and a GiB, and what its recovery takes beside
+    both models."""
+    return FACTOR * weights + GIB + cfg.recovery.memory(sizes)
 
 
 def choose(cfg: RunConfig, weights: float, free: float, files: bool, where: str, put_off: int = 0) -> Choice:
