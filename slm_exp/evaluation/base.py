@@ -163,7 +163,7 @@ class Evaluation(Settings):
                       for name, corpus in corpora.items()}
             if loaded is not None and handle.tokenizer is not None:
                 results = run_tasks(handle.model, handle.tokenizer, loaded, self.limit, self.batch_size, self.add_bos,
-                                    self.backend, crew.divide if crew else None)
+                                    self.backend, crew.gather if crew else None)
         samples = results.samples if results else {}
         if self.text and handle.tokenizer is not None:
             from slm_exp.evaluation.backends.free_text import write_freely

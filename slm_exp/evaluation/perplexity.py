@@ -84,11 +84,11 @@ def chunk_losses(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int 
     import torch
     from torch.nn.functional import cross_entropy
 
-    n, t = tokens_NT.shape
+    n = len(tokens_NT)
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
-    batch = batch_size or max(1, CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"]) // t)
     losses = []
-    batches = torch.as_tensor(tokens_NT, dtype=torch.long, device=device).split(batch)
+    size = batch_rows(model, tokens_NT, batch_size)
+    batches = torch.as_tensor(tokens_NT, dtype=torch.long, device=device).split(size)
     with torch.inference_mode(), advancing(f"perplexity {name}".strip(), n, "chunk") as advance:
         for ids_BT, logits_BTV in zip(batches, _logits(model, batches), strict=True):
             for ids_T, logits_TV in zip(ids_BT, logits_BTV, strict=True):  # row by row: one float32 copy of [T, V]
@@ -99,6 +99,12 @@ def chunk_losses(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int 
                                 "perplexity. Try model.dtype=float32 or bfloat16 (float16 overflows easily).")
             advance(len(ids_BT))
     return np.array(losses)
+
+
+def batch_rows(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | None) -> int:
+    """Chunks that `chunk_losses` reads at once."""
+    kind: str = model.get_input_embeddings().weight.device.type  # type: ignore[union-attr, assignment]
+    return batch_size or max(1, CHUNK_TOKENS.get(kind, CHUNK_TOKENS["cpu"]) // tokens_NT.shape[1])
 
 
 def samples(corpora: Mapping[str, Corpus], losses: Mapping[str, np.ndarray]) -> dict[str, list[Row]]:

@@ -43,8 +43,8 @@ class Settings(Component):
     batch_size: int | None = knob(None)
     """Sequences per forward pass; null chooses."""
     processes: int = knob(1)
-    """Processes of this machine that evaluate one model together: a GPU each, or a share of the cores. Tasks and texts
-    are divided, equal numbers come out; `text` and speed are not divided."""
+    """Processes of this machine that evaluate one model together: a GPU each, or a share of the cores. Their batches
+    are those of one process, so are the numbers; `text`, speed and the tasks of backend=hflm are not divided."""
     backend: str = knob("fast")
     """`fast` computes what a document's choices share once; `hflm` is lm-eval's own model class. Same numbers."""
     add_bos: bool | None = None

@@ -309,7 +309,7 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch, outline:
             plan.seconds["recover"] -= sum(max(0, grid.machine.seconds(work, sizes.hidden) - 60 * limit)
                                            for part, work, _ in recoveries if (limit := part.wall_clock_limit))
     streamed = grid.device == "cpu" and choose(cfg, model.bytes, available_memory(), cfg.model.needs_resident() is None,
-                                               grid.device).streamed
+                                               grid.device, own=cfg.recovery.memory(sizes)).streamed
     if streamed or cfg.runtime.memory == "stream":
         streamed = True
         of = {"similarity": 1.0, "evaluate_dense": cfg.evaluation.file_passes, "evaluate": cfg.evaluation.file_passes,

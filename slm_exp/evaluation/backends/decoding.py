@@ -115,29 +115,32 @@ def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: s
     return out
 
 
-def together(model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[tuple[list[int], Start | None]]:
-    """Which prompts are continued together, and what they begin with where it is worth reading first.
+def starting(model: PreTrainedModel, tokens: tuple[int, ...]) -> Start:
+    """What some prompts begin with, read. Cost: one pass over it."""
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    with torch.inference_mode():
+        return Start(tokens, Shared.reading(model, torch.tensor([tokens], device=device)) if tokens else None)
+
+
+def together(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> list[tuple[list[int], int]]:
+    """Which prompts (their tokens) are continued together, and how many first tokens of theirs are worth reading once.
 
     Returns:
         places in `prompts`, longest first; all in one where a model's attention has a window, which padding between a
         beginning and its prompt would narrow.
-    Cost: one pass over each beginning.
     """
-    places = sorted(range(len(prompts)), key=lambda i: prompts[i].tokens)
-    pieces = alike([prompts[i].tokens for i in places]) if window_of(model) is None else []
-    alone, out = [], []
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    places = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    pieces = alike([prompts[i] for i in places]) if window_of(model) is None else [(slice(None), 0)]
+    alone: list[int] = []
+    out: list[tuple[list[int], int]] = []
     for place, shared in pieces:
         some = places[place]
-        length = min(shared, *(len(prompts[i].tokens) - 1 for i in some))
+        length = min(shared, *(len(prompts[i]) - 1 for i in some)) if some else 0
         if len(some) == 1 or length < TRUNK:
             alone += some
-            continue
-        tokens = prompts[some[0]].tokens[:length]
-        with torch.inference_mode():
-            out.append((some, Start(tokens, Shared.reading(model, torch.tensor([tokens], device=device)))))
-    groups: list[tuple[list[int], Start | None]] = [*out, (alone if pieces else places, None)]
-    return [(sorted(some, key=lambda i: -len(prompts[i].tokens)), start) for some, start in groups if some]
+        else:
+            out.append((some, length))
+    return [(sorted(some, key=lambda i: -len(prompts[i])), begun) for some, begun in (*out, (alone, 0)) if some]
 
 
 def agrees(model: PreTrainedModel, prompt: Prompt, answer: Sequence[int]) -> bool:
