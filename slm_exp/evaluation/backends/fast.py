@@ -198,7 +198,8 @@ class FastLM(CheckedHFLM):
             for left, start in together(self.model, [p.prompt for p in prompts]):
                 checked = False
                 while left:
-                    longest = max(len(prompts[i].prompt.tokens) + prompts[i].prompt.room for i in left[:most])
+                    begun = len(start.tokens) if start is not None else 0
+                    longest = max(len(prompts[i].prompt.tokens) + prompts[i].prompt.room for i in left[:most]) - begun
                     some = left[: max(1, min(most, CACHED_AT_ONCE.get(self.device.type, 8192) // longest))]
                     try:
                         answers = continue_greedily(self.model, [prompts[i].prompt for i in some], ends, start, advance)
