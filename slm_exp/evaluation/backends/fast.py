@@ -232,7 +232,7 @@ class FastLM(CheckedHFLM):
         for places, begun in together(self.model, [p.tokens for p in prompts]):
             left = places
             while left:
-                longest = max(len(prompts[i].tokens) + prompts[i].room for i in left[:most])
+                longest = max(len(prompts[i].tokens) - begun + prompts[i].room for i in left[:most])
                 at = max(1, min(most, cached // longest))
                 some, left = left[:at], left[at:]
                 rows.append(_Rows(some, [prompts[i] for i in some], begun, some[0] == places[0]))
