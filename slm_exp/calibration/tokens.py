@@ -50,8 +50,11 @@ class Tokens(Calibration):
 
 
 def load_ids(file: Path, where: str) -> np.ndarray:
-    """The [N, T] token ids of a .npy file, N >= 1, T >= 2, none below 0, as they are. Raises ConfigError: anything
-    else; names `where`."""
+    """The [N, T] token ids of a .npy file, N >= 1, T >= 2, none below 0, as they are.
+
+    Raises:
+        ConfigError: anything else; names `where`.
+    """
     wanted = "expected a .npy file with an int array [N, T]"
     if not file.is_file():
         raise ConfigError(f"{where}; expected an existing .npy file. There is no such file.")

@@ -238,8 +238,13 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]], 
 
 
 def check_model(cfg: RunConfig, dense: ModelHandle, passed: set[str] | None = None) -> None:
-    """Refuse what this model cannot do, before weights load. `passed`: checks that other jobs with this model have
-    passed, by the settings they look at; more are added. Raises ConfigError / DataError: names the field."""
+    """Refuse what this model cannot do, before weights load.
+
+    Args:
+        passed: checks that other jobs with this model have passed, by the settings they look at; more are added.
+    Raises:
+        ConfigError / DataError: names the field.
+    """
     passed = set() if passed is None else passed
     for i, (groups, check) in enumerate(CHECKS):
         if (looked := repr([i, *(getattr(cfg, group) for group in groups)])) not in passed:
