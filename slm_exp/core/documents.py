@@ -47,15 +47,18 @@ class StrictValue:
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's where PyYAML was built with it: the other takes ten times as long."""
 T = TypeVar("T")
 D = TypeVar("D", bound=BaseModel)
 
 
 def parse(kind: type[T], data: Any, at: str = "") -> T:
-    """Data as a pydantic model or a `StrictValue`. `at`: where the data stands, for messages. Raises ValueError:
-    `eval.dense.average = 'x'; expected a number.`"""
+    """Data as a pydantic model or a `StrictValue`.
+
+    Args:
+        at: where the data stands, for messages.
+    Raises:
+        ValueError: `eval.dense.average = 'x'; expected a number.`
+    """
     reader: TypeAdapter[T] = _reader(kind)  # type: ignore[arg-type]
     try:
         # from JSON a list is a tuple too
@@ -74,7 +77,7 @@ def _reader(kind: Any) -> TypeAdapter[Any]:
 def read_yaml(path: Path) -> JsonObject:
     """A mapping from a YAML file. Raises ConfigError: not YAML, or no mapping."""
     try:
-        found = yaml.load(path.read_text(encoding="utf-8-sig"), LOADER)
+        found = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {printable(' '.join(str(error).split()))}") from None
     if not isinstance(found, dict):
