@@ -52,8 +52,13 @@ D = TypeVar("D", bound=BaseModel)
 
 
 def parse(kind: type[T], data: Any, at: str = "") -> T:
-    """Data as a pydantic model or a `StrictValue`. `at`: where the data stands, for messages. Raises ValueError:
-    `eval.dense.average = 'x'; expected a number.`"""
+    """Data as a pydantic model or a `StrictValue`.
+
+    Args:
+        at: where the data stands, for messages.
+    Raises:
+        ValueError: `eval.dense.average = 'x'; expected a number.`
+    """
     reader: TypeAdapter[T] = _reader(kind)  # type: ignore[arg-type]
     try:
         # from JSON a list is a tuple too

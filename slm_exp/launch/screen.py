@@ -18,11 +18,17 @@ LINE_EVERY_S = 60.0
 
 
 class Screen:
-    """Shows where the sweep's `jobs` of now stand, from what the pool reports. `out`: a terminal is redrawn in place;
-    anything else gets a line per event and one a minute."""
+    """Shows where the sweep stands, from what the pool reports.
 
-    def __init__(self, name: str, jobs: Sequence[Job], out: TextIO | None = None) -> None:
-        self.name, self.total = name, len(jobs)
+    Args:
+        name: of the sweep.
+        jobs: every job that is to run now.
+        already: how many were finished before.
+        out: a terminal is redrawn in place; anything else gets a line per event and one a minute.
+    """
+
+    def __init__(self, name: str, jobs: Sequence[Job], already: int = 0, out: TextIO | None = None) -> None:
+        self.name, self.already, self.total = name, already, already + len(jobs)
         self.apart = differing(jobs) if jobs else {}
         self.out = out or sys.stdout
         self.live = self.out.isatty()
@@ -64,8 +70,9 @@ class Screen:
             self._redraw(self._lines(time.monotonic()))
 
     def _headline(self, now: float) -> str:
-        finished = sum(c.state == FINISHED for c in self.done)
-        failed, left = len(self.done) - finished, self.total - len(self.done)
+        finished = self.already + sum(c.state == FINISHED for c in self.done)
+        failed = len(self.done) - (finished - self.already)
+        left = self.total - self.already - len(self.done)
         wrong = f", {failed} failed" if failed else ""
         rest = f", about {duration((now - self.begun) / len(self.done) * left)} left" if self.done and left else ""
         return (f"{self.name}: {finished} of {self.total} finished{wrong}, {len(self.running)} running, "
@@ -96,7 +103,7 @@ class Screen:
 
     def _say(self, line: str) -> None:
         if not self.live:
-            self._print(f"[{len(self.done)}/{self.total}] {line}")
+            self._print(f"[{self.already + len(self.done)}/{self.total}] {line}")
 
     def _print(self, text: str) -> None:
         with contextlib.suppress(OSError):  # the reader of a pipe is gone, or its disk is full: the jobs matter more
