@@ -21,10 +21,10 @@ from pathlib import Path
 from slm_exp import load
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan, hosts
+from slm_exp.recovery import gain
 from slm_exp.recovery.base import RecoveryResult, RecoveryTask, with_tensors
 from slm_exp.recovery.families import Relative
 from slm_exp.recovery.family import Family
-from slm_exp.recovery.gain import held_out_loss
 
 
 def main() -> None:
@@ -33,8 +33,10 @@ def main() -> None:
     parser.add_argument("--sizes", required=True)
     parser.add_argument("--lr", default="3e-4,1e-3,3e-3")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=gain.ROWS, help="held-out sequences of each of the three domains")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
+    gain.ROWS = args.rows
     path = json.loads((args.folder / "path.json").read_text())
     study = load(f"model={path['config']['model']['name']}", "evaluation=none", "tracking=none", "calibration=tokens",
                  f"calibration.path={args.folder / 'calibration_tokens.npy'}", "recovery=family",
@@ -54,7 +56,7 @@ def main() -> None:
 
         def perplexity(one: Relative, tensors: RecoveryResult) -> str:
             model = with_tensors(one.task.handle, tensors, {"recovery": {"name": "family"}})
-            return f"{math.exp(held_out_loss(model, dense, study.tokens).loss or math.inf):.2f}"
+            return f"{math.exp(gain.held_out_loss(model, dense, study.tokens).loss or math.inf):.2f}"
 
         print("| training | lr | steps | " + " | ".join(f"{n} layers" for n in sizes) + " |")
         print("|---|---:|---:|" + "---:|" * len(sizes))

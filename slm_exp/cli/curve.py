@@ -45,11 +45,11 @@ def sizes_of(task: PlanTask, best: Mapping[int, PathPlan]) -> dict[int, Size]:
     return out
 
 
-def recovered(x: Experiment, sizes: Mapping[int, Size], losses: dict[str, JsonObject]) -> Iterator[tuple[int, Size]]:
+def recovered(x: Experiment, sizes: Mapping[int, Size], about: JsonObject) -> Iterator[tuple[int, Size]]:
     """Every size after the one training of `recovery=family`, one in memory at a time.
 
-    `losses` takes the loss on held-out passages of every size before and after. A size that the training leaves worse
-    stays as it was. The adapters are kept in the stage cache.
+    `about` takes the training's report, and the loss on held-out passages of the dense model and of every size before
+    and after. A size that the training leaves worse stays as it was. The adapters are kept in the stage cache.
     Cost: the training, and two forward passes over 3,072 tokens for each size.
     """
     recipe, rule = x.cfg.recovery, x.cfg.merge_rule
@@ -61,6 +61,7 @@ def recovered(x: Experiment, sizes: Mapping[int, Size], losses: dict[str, JsonOb
     compute = lambda: recipe.adapters(family)  # noqa: E731
     adapters = (x.store.cached("recover", inputs, RecoveryResult, compute, TRAINED_BY)[0] if recipe.stored()
                 else compute())
+    about |= {"name": recipe.name, "report": adapters.report, "dense": held_out(x, x.dense), "sizes": {}}
     for (n, size), one in zip(sizes.items(), family, strict=True):
         model = with_tensors(size.model, RecoveryResult(recipe.recovered(one, adapters)), {
             "recovery": {**recipe.identity(), "of": [*sizes]}})
@@ -68,7 +69,7 @@ def recovered(x: Experiment, sizes: Mapping[int, Size], losses: dict[str, JsonOb
         kept = after is not None and (before is None or after <= before)
         if not kept:
             log.warning("%d layers: the held-out loss went from %s to %s; this size stays as it was.", n, before, after)
-        losses[str(n)] = {"before": before, "after": after, "kept": kept}
+        about["sizes"][str(n)] = {"before": before, "after": after, "kept": kept}
         yield n, replace(size, model=model) if kept else size
 
 

@@ -70,14 +70,14 @@ def follow_and_write(cfg: RunConfig, out: Path, wanted: Sequence[int] = ()) -> i
     x = Experiment(cfg, out, store)
     x.dense, x.tokens = dense, tokens
     folders = []
-    if family:
-        losses = result["recovery"] = {"name": cfg.recovery.name, "dense": curve.held_out(x, dense), "sizes": {}}
     if unknown := [n for n in wanted if n not in models]:
         raise ConfigError(f"--save {unknown[0]}; expected sizes of this path: {', '.join(map(str, models))}. "
                           "method.threshold_range or another rule reaches others.")
-    for n, size in curve.recovered(x, models, losses["sizes"]) if family else models.items():
+    about: dict[str, Any] = {}
+    for n, size in curve.recovered(x, models, about) if family and models else models.items():
         if n in wanted:
             folders.append(curve.save(x, n, size))
+    result |= {"recovery": about} if about else {}
     write_json(out / "path.json", result)
     draw_staircase(result, out / "path.png")
     draw_budgets(result, out / "budgets.png")
@@ -89,6 +89,10 @@ def follow_and_write(cfg: RunConfig, out: Path, wanted: Sequence[int] = ()) -> i
               + ", ".join(f"[{a:.4f}, {b:.4f})" for a, b in path.unknown)
               + ". The same command with a larger one goes on from here.", file=sys.stderr)
     return int(bool(path.unknown))
+
+
+def shown(perplexity: float) -> str:
+    return f"{perplexity:.2f}" if perplexity < 1e5 else f"{perplexity:.3g}"
 
 
 @contextlib.contextmanager
@@ -121,7 +125,7 @@ def table(result: dict[str, Any]) -> str:
         f"the median of a prefill over {result['seq_len']} tokens "
         f"({result['device']['name'] or result['device']['type']}, {result['device']['threads']} threads)."
         + (f" Perplexities are of passages that nothing was fitted on, before and after the one training of "
-           f"recovery={curve['name']} (dense {exponential(curve['dense']):.2f})." if curve else ""),
+           f"recovery={curve['name']} (dense {shown(exponential(curve['dense']))})." if curve else ""),
         "",
         "| layers | parameters removed | GFLOP per token | latency, ms | weights, MB | best final score | threshold | "
         f"beaten by |{' perplexity | recovered |' if curve else ''}",
@@ -131,7 +135,7 @@ def table(result: dict[str, Any]) -> str:
     for at, size in reversed([*enumerate(qualities(result))]):
         beaten = [BUDGETS[budget].name for budget, front in best.items() if not front[at]]
         of = f"{size['n_layers']} of {dense}"
-        more = f" {size[MERGED]:.2f} | {size[RECOVERED]:.2f} |" if MERGED in size else " | |" if curve else ""
+        more = f" {shown(size[MERGED])} | {shown(size[RECOVERED])} |" if MERGED in size else " | |" if curve else ""
         lines.append(f"| {of} | {size['ratio_removed']:.1%} | {size['flops_per_token'] / 1e9:.3g} "
                      f"| {1e3 * size['latency_s']:.1f} | {size['bytes'] / 1e6:.1f} | {size['best_final_score']:.4f} "
                      f"| [{size['threshold'][0]:.5f}, {size['threshold'][1]:.5f}) | {'; '.join(beaten)} |{more}")

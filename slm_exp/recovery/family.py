@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.cost import Work
-from slm_exp.core.errors import ConfigError, require
+from slm_exp.core.errors import require
 from slm_exp.core.registry import register
 from slm_exp.core.runtime import world
 from slm_exp.core.together import Together
@@ -76,8 +76,6 @@ class Family(Lora):
         the class says; estimated and logged before the first step."""
         from slm_exp.recovery.families import Students, family_loss
 
-        if not family:
-            raise ConfigError("recovery = family; expected a path with plans that merge something.")
         task = family[0].task
         return self.train(
             task, lambda: Students(self, self.middle, family, task.seed),

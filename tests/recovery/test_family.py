@@ -12,6 +12,7 @@ import torch
 from builders.runs import QUICK
 from transformers import AutoModelForCausalLM
 
+from slm_exp.cli.follow import shown
 from slm_exp.cli.path import main
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import available
@@ -108,8 +109,8 @@ def test_the_command_writes_the_curve(tmp_path: Path) -> None:
         assert of["kept"] == (of["after"] <= of["before"])
     page = (tmp_path / "out" / "path.md").read_text()
     some = path["recovery"]["sizes"][str(min(sizes))]
-    assert f"| {math.exp(some['before']):.2f} | " in page
-    assert f"dense {math.exp(path['recovery']['dense']):.2f}" in page
+    assert f"| {shown(math.exp(some['before']))} | " in page
+    assert f"dense {shown(math.exp(path['recovery']['dense']))}" in page
     assert (tmp_path / "out" / "budgets.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "out" / "models").exists()
 
