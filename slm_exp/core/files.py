@@ -90,10 +90,15 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, 16 hex digits."""
+def sha256(path: Path) -> str:
+    """Of a file's bytes, 64 hex digits."""
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The first 16 hex digits of a file's sha256."""
+    return sha256(path)[:16]
 
 
 def honour_umask(folder: Path) -> None:

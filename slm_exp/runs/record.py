@@ -179,10 +179,10 @@ class Run:
         return ", ".join(out)
 
 
-def read_run(folder: Path) -> Run | None:
+def read_run(folder: Path, verify: bool = False) -> Run | None:
     """The run in a folder; None where there is none or its record cannot be read."""
     try:
-        return Run.read(folder)
+        return Run.read(folder, verify)
     except SlmError:
         return None
 
