@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,17 +111,32 @@ def honour_umask(folder: Path) -> None:
             path.chmod(0o666 & ~mask)
 
 
+def plain_file(path: Path) -> Path:
+    """The path of a file, or of a folder, which refuses itself. Raises OSError: there is none; ValueError: a pipe or a
+    device, where reading waits for ever or finds no end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError("it is a pipe or a device; expected a file")
+    return path
+
+
+def read_text(path: Path) -> str:
+    """UTF-8, with or without a byte order mark. Raises OSError / ValueError: as `plain_file`; not UTF-8, or over
+    MAX_BYTES."""
+    if plain_file(path).stat().st_size > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
+    return path.read_text(encoding="utf-8-sig")
+
+
 def read_json(path: Path) -> Any:
-    """The value in a JSON file, with or without a byte order mark.
+    """The value in a JSON file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: no JSON, a key twice, NaN or an infinity, half a surrogate pair (no text that can be written),
-            nested deeper than MAX_DEPTH, or over MAX_BYTES.
+        ValueError: as `read_text`; no JSON, a key twice, NaN or an infinity, half a surrogate pair (no text that can
+            be written), nested deeper than MAX_DEPTH.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_finite)
     except RecursionError:
