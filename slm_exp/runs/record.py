@@ -15,7 +15,7 @@ from typing import Self
 from slm_exp.core.cache.code import PACKAGE, package_digest
 from slm_exp.core.cache.store import library_versions
 from slm_exp.core.errors import ConfigError, PlanError, SlmError, StageError
-from slm_exp.core.files import JsonObject, digest, probing, read_json, write_json
+from slm_exp.core.files import JsonObject, digest, probing, read_json, read_text, write_json
 from slm_exp.core.format import override, printable
 from slm_exp.core.secrets import masked
 from slm_exp.core.types import LayerSimilarity, MergePlan
@@ -155,7 +155,7 @@ class Run:
     def config_yaml(self) -> str | None:
         """config.yaml; None where it cannot be read."""
         try:
-            return (self.folder / "config.yaml").read_text(encoding="utf-8")
+            return read_text(self.folder / "config.yaml")
         except (OSError, ValueError):
             return None
 
@@ -179,10 +179,10 @@ class Run:
         return ", ".join(out)
 
 
-def read_run(folder: Path) -> Run | None:
+def read_run(folder: Path, verify: bool = False) -> Run | None:
     """The run in a folder; None where there is none or its record cannot be read."""
     try:
-        return Run.read(folder)
+        return Run.read(folder, verify)
     except SlmError:
         return None
 
