@@ -41,6 +41,7 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("compare outputs/single/record.json", "is a file; give the folder of a run: outputs/single"),
     ("import nothing.json", "there is no file nothing.json"),
     ("merge model=tiny plan.json out", "MODEL is a name alone.*: tiny"),
+    ("plan method.treshold=0.9", r"there is no method.treshold\. Did you mean threshold\? Known here: batch, "),
     ("plan shortgpt", "shortgpt: a setting is GROUP=MEMBER.*Meant, perhaps: method=shortgpt"),
     ("plan angular", "kernel=angular or .*similarity=angular or .*method=angular"),
     ("plan owner/name", "Meant, perhaps: model=hf model.path=owner/name"),
@@ -60,6 +61,11 @@ def test_the_fact_that_matters_comes_first(there, words, said, capsys):
 def test_a_page_of_what_is_no_run_says_so(there, capsys):
     assert slm(["report", "nothing"]) == 2
     assert "slm report: there is no nothing; give the folder of a run" in capsys.readouterr().err
+
+
+def test_a_folder_of_presets_that_is_not_there_is_named(there, capsys):
+    assert run(["--config-dir", "nothing", "+experiment=mine"]) == 2
+    assert capsys.readouterr().err.startswith("ConfigError: --config-dir = nothing; expected an existing folder. Presets")
 
 
 def test_a_bare_word_on_the_command_line_of_a_run(there, capsys):

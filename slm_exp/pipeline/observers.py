@@ -49,8 +49,6 @@ log = logging.getLogger(__name__)
 PICTURE = "similarity.png"
 LATENCY_ERROR = 0.05
 """Of a prediction for a whole model, beyond which a run says so."""
-NOTHING_S = 0.05
-"""A stage that takes less did nothing: no width to prune, nothing to recover."""
 CONFIG, BEFORE = "config.yaml", "record.before.json"
 
 
@@ -172,8 +170,12 @@ class Recorder:
 
     def step(self, step: Step, x: Experiment) -> None:
         """Carry out the stages of a step, timed under its name."""
+        stages = [stage for stage in step.stages if stage.when(x)]
         with self.stage(step.name) as cached:
-            cached += [self.carry_out(stage, x) for stage in step.stages if stage.when(x)]
+            cached += [self.carry_out(stage, x) for stage in stages]
+        done = self.record["stages"][-1]
+        if any(stage.works(x) for stage in stages):  # nothing is said of no width to prune, and the like
+            log.info("%-14s %8s%s", step.name, duration(done["seconds"]), "  from the cache" if done["cached"] else "")
 
     def watch(self, observer: Observer) -> None:
         """Have an observer hear of the run from here on, and of what the record says so far."""
@@ -260,8 +262,6 @@ class Recorder:
             raise
         entry = {"seconds": round(time.perf_counter() - started, 3), "cached": bool(parts) and all(parts)}
         self.record["stages"].append({"name": name, **entry})
-        if entry["cached"] or entry["seconds"] >= NOTHING_S:
-            log.info("%-14s %8s%s", name, duration(entry["seconds"]), "  from the cache" if entry["cached"] else "")
         self.write()
         self._pass_on(stages={name: entry})
 

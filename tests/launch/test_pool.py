@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -343,6 +344,12 @@ def test_states_read_from_folders(job: Callable[[str], Job]) -> None:
 def test_died_of() -> None:
     assert died_of(-9) == "killed by SIGKILL"
     assert died_of(3) == "ended with exit status 3"
+
+
+def test_a_job_alone_is_shown_by_what_sets_it_apart_in_its_sweep(job: Callable[[str], Job]) -> None:
+    out, (first, second) = io.StringIO(), (replace(job(x), overrides=("model=tiny", f"seed={x}")) for x in "12")
+    Screen("s", [second], out=out, others=[first, second]).started(second, "cpu0")
+    assert out.getvalue() == f"[0/1] started  {second.run_id} on cpu0: seed=2\n"
 
 
 class Terminal(io.StringIO):

@@ -242,7 +242,7 @@ def test_marks_at_one_place_stand_beside_each_other() -> None:
     assert (out[1], out[4]) == (0, 0)
     together = sorted((out[0], out[2], out[3]))
     assert sum(together) == pytest.approx(0)
-    assert min(b - a for a, b in itertools.pairwise(together)) >= sweep_charts.TOUCH
+    assert {b - a for a, b in itertools.pairwise(together)} == {sweep_charts.TOUCH}  # as wide as a mark
     assert max(map(abs, sweep_charts.apart([(0, 0.0)] * 50))) <= sweep_charts.WIDE / 2
 
 
