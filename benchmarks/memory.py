@@ -6,7 +6,7 @@
 Every line is a whole run, without evaluation or checkpoint (but for those that measure these), in a process of its own
 that is forked when all is imported and no weights are there. `times` is what the peak takes above the imports, over the
 weights: states of the calibration set and what a member holds are in it. A resident run may take FACTOR times the
-weights and a GiB (`pipeline/memory.py`), imports included, and what its recovery says that it takes besides.
+weights and a GiB, imports included, and what a narrower model or a training holds besides (`pipeline/memory.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from slm_exp.core.registry import available
 GIB = 2**30
 TRAINED = ["recovery.data=bundled", "recovery.max_steps=1", "recovery.batch_size=4", "recovery.micro_batch_size=1"]
 FITTED = ["recovery.n_samples=8", "recovery.seq_len=64"]
+SHORT = {"evopress": ["method.starts=4", "method.children=4", "method.generations=1"], "laco": ["method.window=2"],
+         "joint": ["method.steps=4", "method.fit_samples=8", "method.fit_seq_len=64"],
+         "regression": ["merge_rule.n_samples=8", "merge_rule.seq_len=64"]}
+"""What takes long by its defaults, in fewer steps and tokens."""
 
 
 def cases() -> Iterator[tuple[str, str, list[str]]]:
@@ -32,11 +36,11 @@ def cases() -> Iterator[tuple[str, str, list[str]]]:
     for name, method in available("method").items():
         targets: tuple[str, ...] = getattr(method, "targets", ())
         size = "target_layers=28" if "target_layers" in targets else "target_sublayers=2"
-        few = ["method.starts=4", "method.children=4", "method.generations=1"] if name == "evopress" else []
         if targets:
-            yield "method", name, [f"method={name}", f"method.{size}", *few]
+            yield "method", name, [f"method={name}", f"method.{size}", *SHORT.get(name, [])]
     for name in available("merge_rule"):
-        yield "merge_rule", name, [f"merge_rule={name}", "method.threshold=0.8"]
+        yield "merge_rule", name, ["method=angular", "method.target_layers=27", "method.merge=true",
+                                   f"merge_rule={name}", *SHORT.get(name, [])]
     for name in available("width"):
         if name != "none":
             ratio = [] if name == "nm" else ["width.ratio=0.2"]
@@ -58,20 +62,20 @@ def child(folder: Path, overrides: list[str], result: Any) -> None:
     from slm_exp.launch.compose import compose_run
     from slm_exp.models.base import dtype_name
     from slm_exp.models.sizes import BYTES
-    from slm_exp.pipeline.memory import needed
+    from slm_exp.pipeline.memory import held, needed
     from slm_exp.pipeline.run import run
     from slm_exp.runs import checkpoint
     from slm_exp.runs.reload import peak_bytes
 
     cfg = compose_run(["tracking=none", "evaluation=none", "save_model=false", "calibration.n_samples=2",
-                       "calibration.seq_len=32", "runtime.memory=resident", f"cache.dir={folder}/cache", *overrides])
+                       "calibration.seq_len=16", "runtime.memory=resident", f"cache.dir={folder}/cache", *overrides])
     verify, verified = checkpoint.verify_checkpoint, {}
     checkpoint.verify_checkpoint = lambda *args: verified.update(verify(*args)) or verified
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     run(cfg, folder / cfg.run_id)
     peak, dense = peak_bytes(), cfg.model.open(torch.device("cpu"), folder / "cache")
     weights = dense.n_params * BYTES[dtype_name(dense.config, cfg.model.dtype)]
-    result.send((peak, weights, verified.get("peak_bytes"), needed(weights, cfg.recovery.memory(dense.sizes))))
+    result.send((peak, weights, verified.get("peak_bytes"), needed(weights, held(cfg, weights, dense.sizes))))
     shutil.rmtree(folder / cfg.run_id)
 
 
@@ -93,7 +97,7 @@ def main() -> None:
     context, base = multiprocessing.get_context("fork"), psutil.Process().memory_info().rss
     print(f"imports {base / GIB:.2f} GiB\n{'group':<12}{'member':<22}{'peak GiB':>9}{'times':>7}{'allowed':>9}")
     with tempfile.TemporaryDirectory(prefix="slm_exp-memory-") as folder:  # stages that are no member's are shared
-        for group, name, more in [("", "load", ["method=last", "method.target_layers=27"]), *cases()]:
+        for group, name, more in [("", "conversion", ["method=last", "method.target_layers=27"]), *cases()]:
             if args.only and group and not {group, name} & set(args.only):
                 continue
             gc.collect()

@@ -20,7 +20,7 @@ from slm_exp.models.sizes import Sizes
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.inspection import Inspection
-from slm_exp.pipeline.memory import choose
+from slm_exp.pipeline.memory import choose, held
 from slm_exp.recovery.gain import loss_cost
 from slm_exp.runs.sweep import FINISHED, Job, differing, read_cell
 from slm_exp.tables.build import split_words
@@ -309,7 +309,7 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch, outline:
             plan.seconds["recover"] -= sum(max(0, grid.machine.seconds(work, sizes.hidden) - 60 * limit)
                                            for part, work, _ in recoveries if (limit := part.wall_clock_limit))
     streamed = grid.device == "cpu" and choose(cfg, model.bytes, available_memory(), cfg.model.needs_resident() is None,
-                                               grid.device, own=cfg.recovery.memory(sizes)).streamed
+                                               grid.device, own=held(cfg, model.bytes, sizes)).streamed
     if streamed or cfg.runtime.memory == "stream":
         streamed = True
         of = {"similarity": 1.0, "evaluate_dense": cfg.evaluation.file_passes, "evaluate": cfg.evaluation.file_passes,
@@ -326,7 +326,7 @@ def _memory(grid: GridPlan, cfg: RunConfig, model: Sketch, sizes: Sizes, tokens:
     imports = grid.machine.resident if grid.machine else 1e9
     states = (sizes.n_layers + 3) * tokens.total * sizes.hidden * 4
     stages = {"plan": states, "similarity": cfg.similarity.matrix_bytes(sizes, tokens),
-              "recover": cfg.recovery.memory(sizes)}
+              "recover": held(cfg, model.bytes, sizes), "width": held(cfg, model.bytes, sizes)}
     work = max([1e8, *(bytes_ for name, bytes_ in stages.items() if name in doing)])
     weights = float(model.bytes)
     if streamed:

@@ -10,7 +10,7 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.core.format import human
 from slm_exp.core.runtime import available_memory
 from slm_exp.models.base import ModelHandle, dtype_name
-from slm_exp.models.sizes import BYTES
+from slm_exp.models.sizes import BYTES, Sizes
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,14 @@ class Choice(NamedTuple):
     why: str
     fits: bool = True
     may_fit: bool = True
-    """Whether the weights and what members hold are less than what is free, if nothing else is needed."""
+    """Whether the weights and what is held beside them are less than what is free."""
+
+
+def held(cfg: RunConfig, weights: float, sizes: Sizes) -> float:
+    """Bytes that a resident run holds beside the dense weights, for long: a narrower model's own, since hardly a tensor
+    of it is the dense one's, and what a recovery says."""
+    narrows = cfg.width.prunes or cfg.method.narrows or bool(cfg.method.replays and cfg.method.replays.width)
+    return weights * narrows + (cfg.recovery.memory(sizes) if cfg.recovery.changes_weights else 0)
 
 
 def needed(weights: float, own: float = 0) -> float:
@@ -51,7 +58,7 @@ def choose(cfg: RunConfig, weights: float, free: float, files: bool, where: str,
         free: bytes on the device, which is called `where`.
         files: whether the weights lie in safetensors files.
         put_off: how many parts `model.device_map` finds no device for.
-        own: bytes that the config's members say they hold beside the models.
+        own: what `held` gives.
     """
     if cfg.runtime.memory != "auto":
         return Choice(cfg.runtime.memory == "stream", "as requested")
@@ -86,9 +93,10 @@ def opened(cfg: RunConfig, device: torch.device) -> ModelHandle:
         from slm_exp.models.loading import off_devices, put_off
 
         away = put_off(dense.config, dtype)
-    own = cfg.recovery.memory(dense.sizes) if cfg.recovery.changes_weights else 0
-    choice = choose(cfg, dense.n_params * BYTES[dtype], free_on(device, spread), dense.load_streamed is not None,
-                    f"all {device.type} devices" if spread else str(device), len(away), own)
+    weights = dense.n_params * BYTES[dtype]
+    choice = choose(cfg, weights, free_on(device, spread), dense.load_streamed is not None,
+                    f"all {device.type} devices" if spread else str(device), len(away),
+                    held(cfg, weights, dense.sizes))
     if not choice.may_fit and not away:
         raise ConfigError(f"runtime.memory = auto: there is no room: {choice.why}. Use a smaller model.dtype or a "
                           "larger machine, or runtime.memory=resident to try it all the same.")
