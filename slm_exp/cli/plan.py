@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import click
 
-from slm_exp.cli.command import command
-from slm_exp.cli.overrides import overrides_argument
+from slm_exp.cli.command import command, overrides_argument
 from slm_exp.core.errors import ConfigError
 from slm_exp.forecast.plan import jobs_of, make_plan, show
 from slm_exp.runs.record import check_writable

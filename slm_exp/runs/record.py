@@ -182,8 +182,11 @@ def read_run(folder: Path) -> Run | None:
 
 def finished_run(folder: Path, run_id: str, with_model: bool = False, exact: bool = False) -> Run | None:
     """The finished, whole result of a run in its folder; None where it has to be computed. Says why it does not count.
-    `exact`: also the source, and the versions of torch, transformers and lm-eval, must be those here
-    (`cache.accept=exact`); else a difference is said in one line."""
+
+    Args:
+        exact: also the source, and the versions of torch, transformers and lm-eval, must be those here
+            (`cache.accept=exact`); else a difference is said in one line.
+    """
     run = read_run(folder)
     if run and run.state == DAMAGED:
         log.warning("the result in %s is damaged and is computed again: %s", folder,
@@ -254,8 +257,11 @@ def git_state() -> dict[str, str | bool] | None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse an output folder that cannot be created or written, before anything loads. Raises ConfigError: naming the
-    folder and the reason."""
+    """Refuse an output folder that cannot be created or written, before anything loads.
+
+    Raises:
+        ConfigError: naming the folder and the reason.
+    """
     try:
         with probing(folder):
             pass
