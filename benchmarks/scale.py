@@ -111,7 +111,7 @@ def work(folder: Path, how: str, tokens: tuple[int, int], stages: list[str], thr
     matrix, rule = member("similarity", "cka", batch=32), member("merge_rule", "top_layer")
     n = handle.n_layers
     task = PlanTask(handle, calibration, score, kernel, rule, None, StageStore(None), 0)
-    plan = MergePlan(n, ((n // 2, n // 2 + n // 4),), rule="top_layer")  # type: ignore[arg-type]
+    plan = MergePlan(n, ((n // 2, n // 2 + max(2, n // 4)),), rule="top_layer")  # type: ignore[arg-type]
     about: dict[str, Any] = {}
 
     def plan_of(name: str, **fields: Any) -> None:
@@ -235,9 +235,10 @@ def main() -> None:
         need = 2 * sum(p.numel() for p in empty_model(config).parameters())
         with tempfile.TemporaryDirectory(prefix="slm_exp-scale-", dir=args.folder) as where:
             free = shutil.disk_usage(where).free
-            print(f"{name}: {need / 1e9:.1f} GB of weights and as much again for what is saved, in {where} "
-                  f"({free / 1e9:.0f} GB free); removed afterwards", flush=True)
-            if free < 2.2 * need:
+            copies = 2 if "save" in args.stages else 1
+            print(f"{name}: {copies * need / 1e9:.1f} GB in {where} ({free / 1e9:.0f} GB free): the weights"
+                  f"{' and as much again for what is saved' * (copies - 1)}; removed afterwards", flush=True)
+            if free < 1.1 * copies * need:
                 raise SystemExit("there is not enough room; give another --folder.")
             folder = Path(where) / "dense"
             folder.mkdir()

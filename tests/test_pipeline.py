@@ -1,6 +1,7 @@
 """One run, from config to record, on a random tiny model."""
 
 import json
+import logging
 import multiprocessing
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def test_a_run_leaves_what_the_contract_says(run, tmp_path):
         assert {"kernel", "estimator", "skip_first_token", "batch"} <= set(z.files)
     assert np.load(folder / "calibration_tokens.npy").shape == (4, 32)
     assert not list(folder.rglob("*.tmp"))
+
+
+def test_stages_that_do_nothing_have_no_line(run, caplog):
+    """However long a busy machine takes for nothing; the record has the time of all."""
+    with caplog.at_level(logging.INFO, logger="slm_exp"):
+        run()
+    said = [words[0] for words in (message.split() for message in caplog.messages) if words[0] in STAGES]
+    assert said == ["load", "calibrate", "similarity", "plan", "merge", "report"]
 
 
 def test_a_finished_run_returns_at_once(run, tmp_path, monkeypatch):

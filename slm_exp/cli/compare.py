@@ -23,14 +23,15 @@ another question (sweep=calibration_seeds)."""
     examples={"slm compare outputs/RUN_ID": "a run with its own dense model",
               "slm compare outputs/RUN_ID outputs/OTHER_ID": "two runs"},
     exits={0: "compared, also where nothing differs", 2: "a wrong call, or runs that cannot be compared"},
-    notes="RUN is a run's folder; FOLDER:dense is its dense model. The first is what the others are compared with; a "
-          "single run is compared with its own dense model. " + ABOUT)
+    notes="RUN is a run's folder; FOLDER:dense is its dense model, FOLDER:compressed its other. The first is what the "
+          "others are compared with; a single run is compared with its own dense model. " + ABOUT)
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="for programs")
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
 def main(runs: Sequence[str], as_json: bool, verify: bool) -> int:
     if len(runs) == 1:
-        runs = [f"{runs[0].removesuffix(':dense')}:dense", runs[0]]
+        alone = runs[0].removesuffix(":dense").removesuffix(":compressed")
+        runs = [f"{alone}:dense", alone]
     models = [open_run(name, verify) for name in runs]
     rows = compare(models)
     print(json.dumps([row.to_json() for row in rows], indent=1) if as_json else shown(rows, models))

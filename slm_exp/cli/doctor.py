@@ -37,9 +37,9 @@ from slm_exp.core.errors import SlmError
 from slm_exp.core.files import installed, probing
 from slm_exp.core.format import human
 from slm_exp.core.locks import Lock
-from slm_exp.core.runtime import available_memory
+from slm_exp.core.runtime import available_memory, cores
 from slm_exp.launch.compose import compose_run, conf_dir
-from slm_exp.launch.workers import cores, visible_gpus
+from slm_exp.launch.workers import visible_gpus
 from slm_exp.models.smollm2_135m import GGUF
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.inspection import Inspection

@@ -15,7 +15,7 @@ from slm_exp.cli.command import FOLDER, command
 from slm_exp.core.errors import CheckpointError, ConfigError
 from slm_exp.core.format import override
 from slm_exp.launch.compose import compose_run, model_words
-from slm_exp.runs.record import check_writable, read_run
+from slm_exp.runs.record import check_writable, record_beside
 
 
 @command(
@@ -39,8 +39,8 @@ def main(model: str, plan: str, out: Path, overrides: Sequence[str]) -> int:
     if out.exists() and not (out / "plan.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"OUT = {out}; expected a new folder, or a checkpoint of slm_exp, which is replaced.")
     check_writable(out.absolute().parent)
-    if (run := read_run(Path(plan))) and run.record.member("recovery").get("name", "none") != "none":
-        print(f"{plan}: what recovery={run.record.member('recovery')['name']} did is not in the plan.", file=sys.stderr)
+    if (recovery := record_beside(Path(plan).expanduser()).member("recovery").get("name", "none")) != "none":
+        print(f"{plan}: what recovery={recovery} did is not in the plan.", file=sys.stderr)
     from slm_exp.launch import api  # torch: a wrong call is refused without
     from slm_exp.runs.checkpoint import save_checkpoint
 

@@ -13,7 +13,8 @@ from slm_exp.reporting.sweep import write_reports
 
 @command("report", __doc__, examples={"slm report outputs/RUN_ID": "a run",
                                       "slm report outputs/multirun/threshold_rule": "a whole sweep"},
-         exits={0: "every folder has its page; paths are on stdout", 1: "one has not; says why", 2: "a wrong call"},
+         exits={0: "every folder has its page; paths are on stdout", 1: "they have, and a run is damaged; says how",
+                2: "a wrong call, or a folder that holds no run; the others have their pages"},
          notes="DIR is a run's folder (outputs/<run_id>) or a sweep's (outputs/multirun/<name>).")
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=FOLDER)
 @click.option("--mixed-protocols", is_flag=True,

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from slm_exp.cli.command import run_command
 from slm_exp.cli.shown import config_text
-from slm_exp.core.errors import ConfigError, SlmError, StageError, did_you_mean
+from slm_exp.core.errors import ConfigError, SlmError, StageError, did_you_mean, require
 from slm_exp.core.format import override
 from slm_exp.core.logs import mask_logs, print_anything, silence_bars
 from slm_exp.core.plugins import take
@@ -160,7 +160,10 @@ def _as_override(name: str, value: str) -> list[str]:
 def _search(argv: Sequence[str]) -> list[str]:
     """The override that --config-dir stands for."""
     folder = parse_arguments(argv)[0].config_dir
-    return [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
+    if not folder:
+        return []
+    require(Path(folder).is_dir(), "--config-dir", folder, "an existing folder", "Presets lie in FOLDER/experiment.")
+    return [f"hydra.searchpath=[file://{Path(folder).resolve()}]"]
 
 
 def _start_ranks(ranks: int, cfg: RunConfig, folder: Path, multirun: bool) -> None:

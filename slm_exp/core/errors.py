@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 NOT_FINITE = "Use model.dtype=float32 or bfloat16; if it is float32 already, the weights are damaged."
@@ -82,3 +82,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`Did you mean X?`, or an empty string when nothing is close."""
     close = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
     return f"Did you mean {close[0]}?" if close else ""
+
+
+def no_field(name: str, known: Sequence[str]) -> str:
+    """`there is no method.treshold. Did you mean threshold? Known here: ...`: the nearest first, for lists are long."""
+    here = f"Known here: {', '.join(known)}." if known else ""
+    return " ".join(filter(None, (f"there is no {name}.", did_you_mean(name.rpartition(".")[2], known), here)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,24 @@ from slm_exp.core.errors import SlmError
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 5.0
+
+
+def offline() -> bool:
+    """Whether Hugging Face is switched offline."""
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+               for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))  # fmt: skip
+
+
+@functools.cache
+def no_answer() -> Exception | None:
+    """What comes instead of an answer when the hub is asked, once a process and for PROBE_SECONDS; None: it answers."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception as error:  # no route, no name server, a proxy, a timeout, switched offline
+        return error
+    return None
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,17 @@ class Repo:
             about = get_hf_file_metadata(hf_hub_url(self.name, name, **self._which), timeout=PROBE_SECONDS)
         with self._downloading(about.commit_hash):
             return Path(hf_hub_download(self.name, name, **self._which))
+
+    def require(self, name: str) -> None:
+        """Refuse a file that is neither in the cache nor on a hub that answers; fetches nothing. Raises as `folder`."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+        if isinstance(try_to_load_from_cache(self.name, name, **self._which), str):
+            return
+        with self._probing():
+            if failure := no_answer():
+                raise failure
+            get_hf_file_metadata(hf_hub_url(self.name, name, **self._which), timeout=PROBE_SECONDS)
 
     @property
     def _which(self) -> dict[str, Any]:

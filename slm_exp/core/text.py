@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from slm_exp.core.errors import DataError, did_you_mean
+from slm_exp.core.files import plain_file
 
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 SUFFIXES = (*KINDS, *(f"{kind}.gz" for kind in KINDS))
@@ -142,11 +143,12 @@ def _raw_lines(file: Path) -> Iterator[bytes]:
                     if lines[-1].endswith((b"\r", b"\r\n")):
                         lines[-1] = lines[-1].rstrip(b"\r\n") + b"\n"
                     yield lines.pop()  # this frame must not hold on to it
-    except (OSError, EOFError, zlib.error) as cause:
+    except (OSError, EOFError, ValueError, zlib.error) as cause:
         raise DataError(f"{file}: cannot be read to its end ({cause}).") from cause
 
 
 def _opened(file: Path) -> IO[bytes]:
+    plain_file(file)
     return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
 
 

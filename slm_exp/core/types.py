@@ -20,7 +20,7 @@ import numpy as np
 
 from slm_exp.core.documents import StrictValue, parse
 from slm_exp.core.errors import PlanError
-from slm_exp.core.files import MAX_BYTES, plain, write_json, writing
+from slm_exp.core.files import MAX_BYTES, plain, plain_file, write_json, writing
 from slm_exp.core.widths import WidthDecision
 
 MAX_LAYERS = 10_000
@@ -413,7 +413,7 @@ class LayerSimilarity:
     @classmethod
     def load(cls, folder: Path) -> LayerSimilarity:
         path = folder / "similarity.npz"
-        with zipfile.ZipFile(path) as packed:
+        with zipfile.ZipFile(plain_file(path)) as packed:
             if (size := sum(part.file_size for part in packed.infolist())) > MAX_BYTES:
                 raise ValueError(f"it would unpack to {size:,} bytes")
         with np.load(path, allow_pickle=False) as z:

@@ -23,6 +23,7 @@ from slm_exp.core.cost import ADAM_BYTES
 from slm_exp.core.errors import SlmError
 from slm_exp.core.runtime import rank, world
 from slm_exp.core.together import SectionLog
+from slm_exp.engine.batches import Row
 from slm_exp.engine.head_loss import LOGITS
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,6 @@ DAY = 86_400
 EAGER = 512  # tokens up to which plain attention, there and back, is faster on a CPU than the fused one
 KEPT = 2  # checkpoints: the best and the last
 
-Row = dict[str, list[int]]
 Batch = dict[str, Tensor]
 
 
@@ -180,7 +180,7 @@ class Training:
             load_best_model_at_end=held, metric_for_best_model="eval_loss" if held else None,
             greater_is_better=False if held else None, prediction_loss_only=True, logging_steps=1,
             bf16=half, use_cpu=self.device.type == "cpu", **saving, seed=self.seed, data_seed=self.seed,
-            remove_unused_columns=False, report_to="none", disable_tqdm=True,
+            remove_unused_columns=False, label_names=["labels"], report_to="none", disable_tqdm=True,
             ddp_timeout=DAY,  # the others wait while the first measures the dense model
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher: DataParallel would hide the model
@@ -268,10 +268,10 @@ def optimiser_seconds(n: int, device: torch.device) -> float:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices in hardware: tensor cores, or AMX tiles of a CPU."""
+    """Whether a device multiplies bfloat16 matrices in hardware: tensor cores, AMX tiles or AVX-512 of a CPU."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from slm_exp.core.conf import conf_dir as conf_dir
-from slm_exp.core.errors import ConfigError, did_you_mean
+from slm_exp.core.errors import ConfigError, did_you_mean, no_field
 from slm_exp.core.files import digest
 from slm_exp.core.format import override
 from slm_exp.core.registry import GROUPS, available, load_all
@@ -154,16 +154,11 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         key = found.group(1).lstrip("+~")
         given = next((o for o in overrides if o.lstrip("+~").startswith(key)), key)
         if "not in '" in text or "Key '" in text or "Could not override" in text:
-            return f"{given}: {_no_field(key, _fields_beside(key))}"
+            return f"{given}: {no_field(key, _fields_beside(key))}"
         known = r"(Value '.*?' of type .*? could not be converted to \w+|Invalid value .*|Cannot convert .*)"
         reason = re.search(known, text)
         return f"{given}: {reason.group(1) if reason else text.splitlines()[0]}."
     return " ".join(line.strip() for line in text.splitlines()[:3] if line.strip())
-
-
-def _no_field(name: str, known: Sequence[str]) -> str:
-    nearest = did_you_mean(name.rpartition(".")[2], known)
-    return f"there is no {name}. Known here: {', '.join(known)}. {nearest}".rstrip()
 
 
 def no_member(group: str, name: str, there: Sequence[str]) -> str:
@@ -240,7 +235,7 @@ def check_key(given: str) -> None:
     name = f"{group}.{tail.partition('.')[0]}" if tail else group
     known = _fields_beside(name)
     if name.partition(".")[2] not in known and (tail or name not in known):
-        raise ConfigError(f"{given}: {_no_field(name, known)}")
+        raise ConfigError(f"{given}: {no_field(name, known)}")
     if not tail and group in GROUPS and value not in (there := choices(group)):
         raise ConfigError(no_member(group, value, there))
 

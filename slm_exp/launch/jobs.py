@@ -19,6 +19,7 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.core.format import override
 from slm_exp.core.plugins import words as plugin_words
 from slm_exp.core.registry import GROUPS
+from slm_exp.core.runtime import cores
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import Composer, compose_raw, conf_dir, explain, one_list, open_mappings, prepare_hydra
 from slm_exp.launch.hydra_compat import (
@@ -35,7 +36,7 @@ from slm_exp.launch.hydra_compat import (
 )
 from slm_exp.launch.objectives import check_search, require_optuna
 from slm_exp.launch.settings import check_launcher
-from slm_exp.launch.workers import Worker, cores, make_workers, visible_gpus
+from slm_exp.launch.workers import Worker, make_workers, visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.runs.record import check_writable
 from slm_exp.runs.sweep import LOG, Job, SweepFolder

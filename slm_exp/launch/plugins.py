@@ -217,8 +217,10 @@ class ProcessLauncher(Launcher):
         jobs, cfgs = [job for job, _ in made], {job.run_id: cfg for job, cfg in made}
         pool = Pool(pool_workers([cfg for _, cfg in made], self.workers, self.threads), self._command,
                     lambda job: cfgs[job.run_id].evaluation.batch_size, self.retries, {SWEEP: path.name})
-        print(f"{len(jobs)} jobs on {len(pool.workers)} workers in {path}")
-        with contextlib.closing(Screen(path.name, jobs)) as screen:
+        counts = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(jobs), "job"), (len(pool.workers), "worker"))]
+        print(f"{' on '.join(counts)} in {path}")
+        others = SweepFolder.read(path).jobs if (path / "sweep.json").exists() else []
+        with contextlib.closing(Screen(path.name, jobs, others=others)) as screen:
             return [_job_return(cell) for cell in pool.run(jobs, screen)]
 
     def _command(self, job: Job, batch_size: int | None) -> list[str]:

@@ -35,7 +35,8 @@ class ModelSource(Component, ABC):
     device: str | None = knob(None)
     """cpu, cuda, cuda:1, ...; null follows runtime.device."""
     device_map: str | None = knob(None)
-    """`auto` spreads a model over several devices (accelerate); null keeps it on one."""
+    """`auto` spreads a model over several devices (accelerate); null keeps it on one. What would be put off to the CPU
+    or to disk stays in its files instead (runtime.memory)."""
     trust_remote_code: bool = False
     """Run code that comes with the repo. Off unless you say so."""
 
@@ -44,9 +45,6 @@ class ModelSource(Component, ABC):
         require(self.device is None or bool(DEVICE.fullmatch(self.device)), "model.device", self.device,
                 "null, auto, cpu, cuda or cuda:N")
         require(self.device_map in (None, "auto"), "model.device_map", self.device_map, "null or auto")
-
-    def needs_resident(self) -> str | None:
-        return f"model.device_map={self.device_map} spreads the weights over devices" if self.device_map else None
 
     def refuse_elsewhere(self, why: str) -> None:
         """Refuse fields that say where a model comes from and how it is spread, for a source that would ignore them."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from slm_exp.core.cache.digests import files_digest, must_be_read
 from slm_exp.core.errors import CheckpointError, ConfigError
+from slm_exp.core.files import read_text
 from slm_exp.models.config_file import read_config_file
 from slm_exp.models.layouts import FAMILIES
 
@@ -68,7 +69,7 @@ def weight_files(folder: Path) -> list[str]:
     where = f"model.path = {folder}: {INDEX}"
     again = "Copy the checkpoint again."
     try:
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        names = json.loads(read_text(folder / INDEX))["weight_map"].values()
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as cause:
         raise ConfigError(f"{where} is no weights index ({type(cause).__name__}: {cause}). {again}") from cause
     for name in names:
@@ -143,7 +144,7 @@ def _tokenizer(folder: Path, vocab: int | None) -> None:
     """
     path = folder / "tokenizer.json"
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(read_text(path))
         words, steps = about["model"]["vocab"], about.get("post_processor") or {}
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return  # the tokenizer's own reader says what is wrong

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import infer_auto_device_map
+from accelerate.utils import get_balanced_memory
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -174,9 +176,25 @@ def load_weights(folder: Path, config: PretrainedConfig, layout: LayerLayout, dt
     ):
         if keys:
             raise _misfit(folder, problem, keys)
-    if any(p.device.type == "meta" for p in model.parameters()):
-        raise ConfigError(f"model.device_map = {device_map}: the model does not fit the visible devices, and weights "
-                          "put off to the CPU or to disk cannot be merged. Use more devices or a smaller model.dtype; "
-                          "or runtime.memory=stream without model.device_map, which moves the layers itself.")
+    if put_off := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ConfigError(off_devices(put_off))
     layout.check(model)
     return model
+
+
+def put_off(config: PretrainedConfig, dtype: str) -> list[str]:
+    """The modules that `device_map=auto` would leave to the CPU beside GPUs, or to the disk. Loads nothing."""
+    model, kind = empty_model(config), getattr(torch, dtype)
+    whole: Any = getattr(model, "_no_split_modules", None)
+    room = get_balanced_memory(model, no_split_module_classes=whole, dtype=kind)
+    placed = infer_auto_device_map(model, room, no_split_module_classes=whole, dtype=kind)
+    away = ("disk", "cpu") if torch.cuda.is_available() else ("disk",)
+    return [name for name, where in placed.items() if where in away]
+
+
+def off_devices(names: Collection[str]) -> str:
+    """Why a run with these parts put off is refused."""
+    first = ", ".join(list(names)[:2])
+    return (f"model.device_map = auto: the model does not fit the visible devices; {first} ({len(names)} in all) would "
+            "be put off to the CPU or to disk, where weights cannot be merged. Use runtime.memory=stream, which reads "
+            "the layers as they run, more devices, or a smaller model.dtype.")

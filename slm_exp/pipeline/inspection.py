@@ -8,7 +8,7 @@ from pathlib import Path
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
-from slm_exp.pipeline.stages import check_lengths, check_model
+from slm_exp.pipeline.stages import LIGHT_CHECKS, check_model
 
 
 class Inspection:
@@ -43,10 +43,16 @@ class Inspection:
         name = repr(cfg.model)
         if name not in self._seen:
             self._seen[name] = cfg.model.look()
+        passed = self._passed.setdefault(name, set())
         if (handle := self._seen[name]) is not None:
-            check_model(cfg, handle, self._passed.setdefault(name, set()))
-        elif (handle := self.sketch(cfg).handle) is not None:
-            check_lengths(cfg, handle)
+            check_model(cfg, handle, passed)
+            return handle
+        if self.here:  # what else `check_model` looks at needs the tokenizer
+            cfg.calibration.check_source()
+            cfg.recovery.check_source()
+            cfg.evaluation.check_data(self.sketch(cfg).random)
+        if (handle := self.sketch(cfg).handle) is not None:
+            check_model(cfg, handle, passed, LIGHT_CHECKS)
             if not cfg.width.prunes and not (cfg.method.removes_sublayers and cfg.method.target_ratio):
                 cfg.method.check_model(handle)  # the others look at modules, which takes torch
         return handle

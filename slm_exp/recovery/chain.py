@@ -62,6 +62,9 @@ class Chain(Recovery):
         refused = (part.refuses(replace(others, recovery=part.name)) for part in self.parts())
         return next(filter(None, refused), None)
 
+    def check_source(self) -> None:
+        self._each(lambda part: part.check_source())
+
     def check_data(self, dense: ModelHandle) -> None:
         self._each(lambda part: part.check_data(dense))
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from slm_exp.engine.batches import left_padded
 from slm_exp.engine.head_loss import next_token_loss
 from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, copy_with
-from slm_exp.recovery.examples import left_padded
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 from slm_exp.core.cost import Work
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Fields, register
+from slm_exp.engine.batches import Row
 from slm_exp.models.sizes import Sizes
-from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, Row
+from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask
 from slm_exp.recovery.fitted import Fitted
 
 LAYERS = ("cuts", "all", "sublayers")

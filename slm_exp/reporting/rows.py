@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from slm_exp.core.errors import ConfigError, SlmError
+from slm_exp.core.format import printable
 from slm_exp.core.types import MergePlan
 from slm_exp.reporting import results
 from slm_exp.reporting.results import Comparison
@@ -109,11 +111,19 @@ def setting(path: str) -> str:
 
 
 def read_rows(folder: Path, verify: bool = False) -> tuple[SweepFolder | None, list[Row]]:
-    """Every cell of the definition, where there is one, and every run in a subfolder; nothing is left out."""
-    try:
-        sweep = SweepFolder.read(folder)
-    except ConfigError:
-        sweep = None
+    """Every cell of the definition, where there is one, and every run in a subfolder; nothing is left out.
+
+    Raises:
+        ConfigError: neither a definition that can be read nor a run; beside runs a damaged one is named on stderr.
+    """
+    sweep = None
+    if (folder / "sweep.json").exists():
+        try:
+            sweep = SweepFolder.read(folder)
+        except ConfigError as error:
+            if not any(folder.glob("*/record.json")):
+                raise
+            print(printable(f"left out: {error}"), file=sys.stderr)
     cells = {cell.job.folder.resolve(): cell for cell in (sweep.cells() if sweep else ())}
     folders = {where: cell.job.folder for where, cell in cells.items()}
     folders |= {path.parent.resolve(): path.parent for path in folder.glob("*/record.json")}
@@ -129,7 +139,7 @@ def _row(folder: Path, address: str, cell: Cell | None, verify: bool) -> Row:
     try:
         run = Run.read(folder, verify)
     except SlmError as unreadable:
-        return Row(folder.name, address, DIED, folder, overrides=overrides, error=str(unreadable))
+        return Row(folder.name, address, DAMAGED, folder, overrides=overrides, error=str(unreadable))
     error = {FAILED: run.record.error.line, DAMAGED: "; ".join(map(str, run.problems)),
              DIED: f"It {UNEXPECTED}: killed, out of memory, or power."}.get(run.state, "")
     stage = run.record.error.stage or run.record.stage

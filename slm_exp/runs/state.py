@@ -17,7 +17,7 @@ STATES = {
     DIED: "it started, and terminated unexpectedly (killed, out of memory, power)",
     RUNNING: "a process is at work on it",
     WAITING: "not started",
-    DAMAGED: "its record says finished, and it or a file of the result is not as it was written",
+    DAMAGED: "its record cannot be read, or says finished, and it or a file of the result is not as it was written",
 }
 UNEXPECTED = "terminated unexpectedly"
 

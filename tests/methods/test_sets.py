@@ -157,6 +157,8 @@ def test_the_forecast_counts_generations_and_widths(tmp_path: Path) -> None:
 
     evo = ["method=evopress", "method.target_layers=22"]
     assert blocks(*evo, "method.generations=10") < blocks(*evo, "method.generations=20") < blocks(*evo)
+    gates = ["method=gates", "method.target_flops=0.7"]
+    assert 1.9 * blocks(*gates, "method.steps=100") < blocks(*gates, "method.steps=200")
     grown = ["method=beam", "method.target_layers=22"]
     assert 3 * blocks(*grown, "method.width=1") < blocks(*grown, "method.width=4")
 

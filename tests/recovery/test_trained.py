@@ -20,13 +20,14 @@ from slm_exp.core.errors import ConfigError, DataError, SlmError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, MergePlan, Sublayer
 from slm_exp.engine import head_loss as losses
+from slm_exp.engine.batches import IGNORED, left_padded
 from slm_exp.engine.head_loss import head_loss
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.engine.training import last_checkpoint
 from slm_exp.merging.sharing import shared_copy
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.recovery.base import RecoveryTask, with_tensors
-from slm_exp.recovery.examples import IGNORED, checked, left_padded, make_examples, packed, read_rows
+from slm_exp.recovery.examples import checked, make_examples, packed, read_rows
 
 QUICK: dict[str, Any] = {"data": "bundled", "seq_len": 32, "max_steps": 6, "batch_size": 4, "micro_batch_size": 2,
                          "warmup_steps": 1, "checkpoint_every": 3, "held_out": 8}  # fmt: skip

@@ -36,6 +36,7 @@ def test_every_plot_of_a_runs_page_is_a_figure(
         assert names(folder) == wanted
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # what matplotlib says where a legend leaves the axes no room
 def test_every_plot_of_a_sweeps_page_is_a_figure(tmp_path: Path) -> None:
     folder = make_sweep(tmp_path / "grid", 10)
     assert report.main(["--figures", str(folder)]) == 0

@@ -337,7 +337,7 @@ def test_without_evaluation_there_is_still_a_page(tmp_path: Path) -> None:
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = page_run(tmp_path / "good"), tmp_path / "bad"
     bad.mkdir()
-    assert report.main([str(bad), str(good)]) == 1
+    assert report.main([str(bad), str(good)]) == 2
     captured = capsys.readouterr()
     assert captured.out.strip() == str(good / "report.html")
     assert "holds no record.json" in captured.err

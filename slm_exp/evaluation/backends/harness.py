@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slm_exp.core.errors import DataError
 from slm_exp.core.files import digest
 from slm_exp.evaluation import task_index
-from slm_exp.evaluation.backends.fast import FastLM
+from slm_exp.evaluation.backends.fast import FastLM, Gather
 from slm_exp.evaluation.backends.hflm import CheckedHFLM
 from slm_exp.evaluation.documents import (
     HUB,
@@ -67,19 +67,19 @@ class TaskResults(NamedTuple):
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedTasks, limit: int | None = None,
     batch_size: int | None = None, add_bos: bool | None = None, backend: str = "fast",
-    divide: Callable[[Any], None] | None = None,
+    gather: Gather | None = None,
 ) -> TaskResults:
     """Evaluate a model in memory on the first `limit` documents of each task; model and tokenizer are left as they are.
 
     Args:
-        divide: lets further processes answer their share of the requests, see `crew.Crew.divide`.
+        gather: lets further processes run some of the batches (`crew.Crew.gather`); backend=hflm has no use for it.
     Raises:
         DataError: a model that gives NaN or infinite logits.
     Cost: on two CPU cores about as long as the requests' tokens take forwards; building them is milliseconds.
     """
     lm = language_model(model, tokenizer, batch_size, add_bos, backend)
-    if divide is not None:
-        divide(lm)
+    if isinstance(lm, FastLM):
+        lm.gather = gather
     tasks = loaded.objects["tasks"].values()
     questions = sum(min(limit or len(task.eval_docs), len(task.eval_docs)) for task in tasks)
     log.info("%d tasks, %d questions", len(tasks), questions)

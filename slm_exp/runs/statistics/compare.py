@@ -55,6 +55,10 @@ def open_run(name: str, verify: bool = False) -> Measured:
     try:
         run = Run.read(Path(path), verify)
     except SlmError as error:
+        folder, colon, word = path.rpartition(":")
+        if colon and Path(folder).is_dir():
+            raise ConfigError(f"RUN = {path}: a run has no model {printable(word)}; expected {folder}:dense or "
+                              f"{folder}:compressed.") from None
         raise ConfigError(f"RUN = {path}: {error}") from None
     if run.problems:
         raise ConfigError(f"RUN = {name}; expected a run as it was written, and {run.damage}")
