@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
-from slm_exp.cli.command import FOLDER, command
+from slm_exp.cli.command import FOLDER, command, require_tflops
 from slm_exp.core.errors import ConfigError
 
 
@@ -80,6 +80,7 @@ def _paper(words: tuple[str, ...], out: Path | None, tflops: float | None, verif
     from slm_exp.tables.paper import tables_of, write_paper
     from slm_exp.tables.records import find_runs
 
+    require_tflops(tflops)
     params, folders = split_words(words)
     there = folders or ([OUTPUTS] if OUTPUTS.is_dir() else [])
     runs = find_runs(there, may_be_empty=not folders, verify=verify) if there else []

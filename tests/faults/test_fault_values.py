@@ -92,6 +92,15 @@ def test_a_token_file_is_read_once_for_its_ids(tmp_path: Path, monkeypatch: pyte
     assert len(looked) == 2
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1", "x"])
+@pytest.mark.parametrize("words", [("plan", *TINY), ("tables", "paper", "model=tiny")], ids=["plan", "tables"])
+def test_a_speed_that_cannot_be(value: str, words: tuple[str, ...], server: Server, tmp_path: Path) -> None:
+    ended = server.call("slm", *words, "--tflops", value, cwd=tmp_path)
+    assert ended.status == 2, ended.output
+    assert "--tflops" in ended.output
+    assert list(tmp_path.iterdir()) == []
+
+
 YAML = ("!!python/object/apply:os.mkdir [PLACE]", "a: !!python/name:os.system", "a: &a [*a]", "a: [" * 3000, "\x00",
         "a: b: c", "defaults: [{/hydra/callbacks: x}]",
         "# @package _global_\nhydra: {callbacks: {x: {_target_: os.mkdir}}}\n\t",
