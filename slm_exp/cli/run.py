@@ -161,6 +161,8 @@ def _as_override(name: str, value: str) -> list[str]:
 def _search(argv: Sequence[str]) -> list[str]:
     """The override that --config-dir stands for."""
     folder = parse_arguments(argv)[0].config_dir
+    if folder and not Path(folder).is_dir():
+        raise ConfigError(f"--config-dir = {folder}; expected a folder of configs (GROUP/NAME.yaml).")
     return [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
 
 

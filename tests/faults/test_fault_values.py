@@ -26,7 +26,8 @@ VALUES = (
     "runtime.device=mars", "cache.dir=", "cache.dir=' '", "cache.accept=all", "similarity.batch=0",
     "evaluation.limit=-5",     "hydra.run.dir=/dev/null", "hydra.run.dir=/proc/x",
     "method.threshold=${oc.env:NOT_SET}", "seed=${oc.create:[1]}",
-    "kernel=nothing", "nothing=1", "model.nothing=1", "+model.nothing=1", "seed", "seed=", "--nothing",
+    "kernel=nothing", "model=null", "method=null", "evaluation.protocol=/etc/passwd", "--config-dir=/etc/passwd",
+    "nothing=1", "model.nothing=1", "+model.nothing=1", "seed", "seed=", "--nothing",
 )  # fmt: skip
 
 
