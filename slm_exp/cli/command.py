@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 import textwrap
@@ -14,7 +15,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from slm_exp.core.errors import SlmError, did_you_mean
+from slm_exp.core.errors import SlmError, did_you_mean, require
 from slm_exp.core.files import write_text
 from slm_exp.core.logs import print_anything
 from slm_exp.core.registry import GROUPS, available
@@ -94,6 +95,11 @@ def command(name: str, doc: str | None, *, group: bool = False, **kwargs: Any) -
     if group:
         kwargs |= {"invoke_without_command": True, "subcommand_metavar": "[SUBCOMMAND] ..."}
     return click.command(name, cls=Group if group else Command, doc=doc or "", context_settings=settings, **kwargs)
+
+
+def require_tflops(tflops: float | None) -> None:
+    """Raise ConfigError where an option --tflops is no speed."""
+    require(tflops is None or 0 < tflops < math.inf, "--tflops", tflops, "a number > 0")
 
 
 def overrides_argument() -> Callable[[Callable[..., Any]], Any]:

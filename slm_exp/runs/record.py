@@ -273,7 +273,8 @@ def git_state() -> dict[str, str | bool] | None:
         return None
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, setting: str = "hydra.run.dir / hydra.sweep.dir", remedy: str = (
+        "Choose another with hydra.run.dir=FOLDER (single run) or hydra.sweep.dir=FOLDER (multirun).")) -> None:
     """Refuse an output folder that cannot be created or written, before anything loads.
 
     Raises:
@@ -283,6 +284,5 @@ def check_writable(folder: Path) -> None:
         with probing(folder):
             pass
     except OSError as error:
-        raise ConfigError(f"hydra.run.dir / hydra.sweep.dir = {folder}; expected a folder that can be written "
-                          f"({error.strerror}). Choose another with hydra.run.dir=FOLDER (single run) or "
-                          "hydra.sweep.dir=FOLDER (multirun).") from None
+        raise ConfigError(f"{setting} = {folder}; expected a folder that can be written ({error.strerror}). {remedy}"
+                          ) from None
