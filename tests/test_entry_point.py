@@ -18,7 +18,7 @@ from slm_exp.cli import run as entry_point
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import GROUPS, available
 from slm_exp.launch import jobs
-from slm_exp.launch.compose import compose_raw, compose_run, conf_dir
+from slm_exp.launch.compose import Composer, compose_raw, compose_run, conf_dir
 from slm_exp.launch.hydra_compat import probes
 from slm_exp.models.packaged import Packaged
 
@@ -67,7 +67,8 @@ def test_every_sweep_composes_job_by_job(name):
     sweeper = compose_raw([f"sweep={name}"], with_hydra=True).hydra.sweeper
     given = [f"sweep={name}"], dict(sweeper.params)
     cells = jobs.split_sweep(*given) if sweeper.search is None else probes(jobs.search_axes(*given))
-    ids = [compose_run([o for o in job if not o.startswith("hydra")]).run_id for job in cells]
+    composer = Composer()
+    ids = [composer.run_config([o for o in job if not o.startswith("hydra")]).run_id for job in cells]
     assert len(ids) > 1
     assert len(set(ids)) == len(ids)
 

@@ -31,8 +31,7 @@ from filelock import Timeout
 from packaging.requirements import Requirement
 
 from slm_exp.calibration.bundled import STORIES
-from slm_exp.cli.command import FOLDER, command
-from slm_exp.cli.overrides import overrides_argument
+from slm_exp.cli.command import FOLDER, command, overrides_argument
 from slm_exp.core.cache.folder import default_cache_dir, find_entries, find_stale, problem
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import installed, probing

@@ -13,8 +13,7 @@ from pathlib import Path
 import click
 from hydra.errors import HydraException
 
-from slm_exp.cli.command import command
-from slm_exp.cli.overrides import overrides_argument
+from slm_exp.cli.command import command, overrides_argument
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import digest
 from slm_exp.launch.compose import choices, compose_run

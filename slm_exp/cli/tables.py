@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
-from slm_exp.cli.command import FOLDER, command
+from slm_exp.cli.command import FOLDER, command, require_tflops
 from slm_exp.core.errors import ConfigError
 from slm_exp.forecast.plan import cell_jobs, plan_jobs
 from slm_exp.tables.build import OUTPUTS, draw, split_words, with_model
@@ -74,6 +74,7 @@ def main(name: str, words: tuple[str, ...], formats: str, out: Path | None, colu
 
 def _paper(words: tuple[str, ...], out: Path | None, tflops: float | None, verify: bool) -> int:
     """List every table of a model with its cost; write those that have runs."""
+    require_tflops(tflops)
     params, folders = split_words(words)
     there = folders or ([OUTPUTS] if OUTPUTS.is_dir() else [])
     runs = find_runs(there, may_be_empty=not folders, verify=verify) if there else []

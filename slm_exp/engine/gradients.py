@@ -27,7 +27,8 @@ def layer_gradients(
         states: entering layers 0..L-1, then the last layer's output: L + 1 of [N, T, D].
     Yields:
         (layer, {name: (parameter, gradient)}), both float32, only good until the next one is requested.
-    Raises DataError: the loss is not finite.
+    Raises:
+        DataError: the loss is not finite.
     Cost: a forward and a backward pass of every layer and of the head; memory for one layer's parameters in float32
         three times over, one sample's activations of it, and [N, T, D].
     """

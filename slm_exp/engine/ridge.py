@@ -221,7 +221,9 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = F
 
     Minimises the squared residual over `fit` plus ridge x the mean diagonal of its xx x the squared change, for every
     ridge; the change is thereby pulled to zero, the map to what it was.
-    `whole`: fit once more by the chosen ridge, on the tokens held out as well.
+
+    Args:
+        whole: fit once more by the chosen ridge, on the tokens held out as well.
     Returns:
         (change, ridge, squared residual left over `held`), or None where no ridge lowers it.
     Cost: one Cholesky factor of [C, C] and one product with [C, D] for every ridge.

@@ -43,6 +43,11 @@ class Evaluation(Settings):
                 return f"evaluation.corpora.{name} = {where}: {reason}"
         if self.protocol is not None and not Path(self.protocol).is_file():
             return f"evaluation.protocol = {self.protocol}: there is no such file; give the protocol.json of a run."
+        if self.protocol is not None:
+            try:
+                read_protocol(Path(self.protocol))
+            except ProtocolError as error:
+                return f"evaluation.protocol: {error}"
         return self._unknown_task() or missing_examples(self.fewshot)
 
     def needs_resident(self) -> str | None:

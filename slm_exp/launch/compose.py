@@ -70,7 +70,7 @@ def compose_raw(overrides: Sequence[str], with_hydra: bool = False) -> DictConfi
     try:
         with session(str(conf_dir())):
             return compose("config", overrides=open_mappings(overrides), return_hydra_config=with_hydra)
-    except (HydraException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (HydraException, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a group that is null
         raise ConfigError(explain(error, overrides)) from None
 
 
@@ -134,6 +134,9 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     if isinstance(error, (yaml.YAMLError, UnicodeDecodeError, RecursionError)):
         why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(text.split())
         return f"a config file among {' '.join(overrides)}: {why}; expected plain YAML in UTF-8."
+    if isinstance(error, ValueError) and (null := next((o for o in overrides if o.endswith("=null")), "")):
+        group = null.lstrip("+").removesuffix("=null")
+        return no_member(group, "null", choices(group))
     if (unread := unreadable(overrides)) and "=" not in unread:
         return f"{unread}: a setting is GROUP=MEMBER or GROUP.FIELD=VALUE.{_of_a_word(unread)}"
     if "=" in unread:

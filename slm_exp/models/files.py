@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +80,17 @@ def weight_files(folder: Path) -> list[str]:
     if not names:
         raise ConfigError(f"{where} names no files. {again}")
     return sorted(set(names))
+
+
+def no_checkpoint(folder: Path) -> str | None:
+    """Why a folder is no checkpoint that this package wrote, and nothing besides; None where it is one."""
+    written = ("config.json", "plan.json", "README.md", "*.safetensors", INDEX, *OPENED, "*.py",
+               *(f"{name}*" for name in LICENCES))
+    if lacking := [name for name in ("config.json", "plan.json") if not (folder / name).is_file()]:
+        return f"it has no {lacking[0]}"
+    other = [path.name for path in sorted(folder.rglob("*")) if not path.is_dir()
+             and not any(fnmatch(path.relative_to(folder).as_posix(), name) for name in written)]
+    return f"it holds {other[0]}" if other else None
 
 
 def licence_files(folder: Path) -> tuple[Path, ...]:

@@ -12,11 +12,11 @@ from slm_exp.core.documents import Section, parse
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import JsonObject, read_json
 from slm_exp.core.format import printable
-from slm_exp.reporting.budgets import BUDGETS, Budget, on_front
+from slm_exp.reporting.budgets import BUDGETS, Budget
 from slm_exp.reporting.page import size_change
 from slm_exp.reporting.rows import Row
 from slm_exp.runs.schema import Calibration, Model
-from slm_exp.runs.statistics.scores import Z95, Estimate
+from slm_exp.runs.statistics.scores import Z95, Estimate, on_front
 
 OVER = {**BUDGETS, "latency_s": Budget("latency, both models in turns", "% of dense", 0.01)}
 """What qualities are drawn over. Latencies of runs are of other hours, so only their ratios compare."""
@@ -150,7 +150,7 @@ def _measure(key: str, name: str, unit: str, digits: int, higher: bool,
 
 def _with_front(points: Sequence[Point], higher: bool) -> tuple[Point, ...]:
     """Points with their `front`."""
-    front = on_front([(p.cost, p.value if higher else -p.value) for p in points])
+    front = on_front([(p.cost, -p.value if higher else p.value) for p in points])
     return tuple(replace(p, front=on) for p, on in zip(points, front, strict=True))
 
 

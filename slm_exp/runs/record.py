@@ -199,8 +199,11 @@ def record_beside(plan: Path) -> Record:
 
 def finished_run(folder: Path, run_id: str, with_model: bool = False, exact: bool = False) -> Run | None:
     """The finished, whole result of a run in its folder; None where it has to be computed. Says why it does not count.
-    `exact`: also the source, and the versions of torch, transformers and lm-eval, must be those here
-    (`cache.accept=exact`); else a difference is said in one line."""
+
+    Args:
+        exact: also the source, and the versions of torch, transformers and lm-eval, must be those here
+            (`cache.accept=exact`); else a difference is said in one line.
+    """
     run = read_run(folder)
     if run and run.state == DAMAGED:
         log.warning("the result in %s is damaged and is computed again: %s", folder,
@@ -270,13 +273,16 @@ def git_state() -> dict[str, str | bool] | None:
         return None
 
 
-def check_writable(folder: Path) -> None:
-    """Refuse an output folder that cannot be created or written, before anything loads. Raises ConfigError: naming the
-    folder and the reason."""
+def check_writable(folder: Path, setting: str = "hydra.run.dir / hydra.sweep.dir", remedy: str = (
+        "Choose another with hydra.run.dir=FOLDER (single run) or hydra.sweep.dir=FOLDER (multirun).")) -> None:
+    """Refuse an output folder that cannot be created or written, before anything loads.
+
+    Raises:
+        ConfigError: naming the folder and the reason.
+    """
     try:
         with probing(folder):
             pass
     except OSError as error:
-        raise ConfigError(f"hydra.run.dir / hydra.sweep.dir = {folder}; expected a folder that can be written "
-                          f"({error.strerror}). Choose another with hydra.run.dir=FOLDER (single run) or "
-                          "hydra.sweep.dir=FOLDER (multirun).") from None
+        raise ConfigError(f"{setting} = {folder}; expected a folder that can be written ({error.strerror}). {remedy}"
+                          ) from None

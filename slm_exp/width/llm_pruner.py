@@ -39,6 +39,7 @@ class LLMPruner(Pruner):
     param_first sums |w g|, param_second |w^2 h|, param_mix |w g - w^2 h / 2| over elements; vectorize sums w g with
     signs along each row or column and takes absolute values of those sums. With uniform=false the first 4 and last
     2 layers are left as they are unless `layers` says otherwise. Source: arXiv:2305.11627 and its released code.
+
     Cost: a forward and a backward pass per sample, streamed; memory for one float32 gradient of every projection
     (two for param_second and param_mix). Float32 whatever the model's dtype.
     """

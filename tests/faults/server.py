@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+UNTOLD = 97
+"""Exit status where the output could not be written: the disk of this machine, not the command."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -83,10 +85,12 @@ def _carry_out(request: dict[str, Any]) -> Ended:
                 os.dup2(out.fileno(), fd)
             os.chdir(request["cwd"])
             os.environ.update(request["env"])
-            status = _child(request["program"], request["argv"])
-            with contextlib.suppress(OSError, ValueError):
+            try:
+                status = _child(request["program"], request["argv"])
                 sys.stdout.flush()
                 sys.stderr.flush()
+            except (OSError, ValueError):
+                status = UNTOLD
             os._exit(status & 255)
         until = started + (request["kill_after"] if request["kill_after"] is not None else request["limit"])
         done = 0

@@ -26,7 +26,8 @@ VALUES = (
     "runtime.device=mars", "cache.dir=", "cache.dir=' '", "cache.accept=all", "similarity.batch=0",
     "evaluation.limit=-5",     "hydra.run.dir=/dev/null", "hydra.run.dir=/proc/x",
     "method.threshold=${oc.env:NOT_SET}", "seed=${oc.create:[1]}",
-    "kernel=nothing", "nothing=1", "model.nothing=1", "+model.nothing=1", "seed", "seed=", "--nothing",
+    "kernel=nothing", "model=null", "method=null", "evaluation.protocol=/etc/passwd", "--config-dir=/etc/passwd",
+    "nothing=1", "model.nothing=1", "+model.nothing=1", "seed", "seed=", "--nothing",
 )  # fmt: skip
 
 
@@ -90,6 +91,15 @@ def test_a_token_file_is_read_once_for_its_ids(tmp_path: Path, monkeypatch: pyte
     np.save(path, np.arange(12).reshape(3, 4))
     assert source.shape() == (3, 4)
     assert len(looked) == 2
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1", "x"])
+@pytest.mark.parametrize("words", [("plan", *TINY), ("tables", "paper", "model=tiny")], ids=["plan", "tables"])
+def test_a_speed_that_cannot_be(value: str, words: tuple[str, ...], server: Server, tmp_path: Path) -> None:
+    ended = server.call("slm", *words, "--tflops", value, cwd=tmp_path)
+    assert ended.status == 2, ended.output
+    assert "--tflops" in ended.output
+    assert list(tmp_path.iterdir()) == []
 
 
 YAML = ("!!python/object/apply:os.mkdir [PLACE]", "a: !!python/name:os.system", "a: &a [*a]", "a: [" * 3000, "\x00",

@@ -71,9 +71,13 @@ def stderr_of_mean(parts: Iterable[Estimate | None]) -> float | None:
 
 
 def on_front(costs_and_losses: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which pairs no other beats: none that costs as little and loses less, or costs less and loses as little."""
-    return [not any(other != own and other[0] <= own[0] and other[1] <= own[1] for other in costs_and_losses)
-            for own in costs_and_losses]
+    """Which pairs no other beats: none costs as little and loses less, or costs less and loses as little."""
+    least, good = math.inf, set[tuple[float, float]]()
+    for cost, loss in sorted(costs_and_losses):
+        if loss < least:
+            least = loss
+            good.add((cost, loss))
+    return [pair in good for pair in costs_and_losses]
 
 
 def by_document(path: Path, metric: str) -> dict[tuple[object, object], float]:
