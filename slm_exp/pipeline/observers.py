@@ -40,7 +40,7 @@ from slm_exp.runs.files import result_files
 from slm_exp.runs.record import FILE as RECORD
 from slm_exp.runs.record import Run, failure, finished_run, git_state, read_run, versions, write_record
 from slm_exp.runs.schema import Record
-from slm_exp.runs.state import LOCK, remove_stale
+from slm_exp.runs.state import LOCK, remove_stale_below
 from slm_exp.runs.statistics.verdict import judge_run
 from slm_exp.runs.tracking.base import Tracker
 
@@ -132,7 +132,7 @@ class Recorder:
         except Timeout:
             log.warning("another process is computing run %s in %s; waiting for it.", run_id, self.folder)
             self._lock.acquire()
-        remove_stale(self.folder / RECORD, own_too=True)
+        remove_stale_below(self.folder)
         if done := finished_run(self.folder, run_id, bool(self.cfg.save_model), self.cfg.cache.accept == "exact"):
             self.finished, self.record = True, done.record.raw
             return self
