@@ -65,7 +65,7 @@ def test_a_page_of_what_is_no_run_says_so(there, capsys):
 
 def test_a_folder_of_presets_that_is_not_there_is_named(there, capsys):
     assert run(["--config-dir", "nothing", "+experiment=mine"]) == 2
-    assert capsys.readouterr().err.startswith("ConfigError: --config-dir = nothing; expected an existing folder. Presets")
+    assert capsys.readouterr().err.startswith("ConfigError: --config-dir = nothing; expected an existing folder.")
 
 
 def test_a_bare_word_on_the_command_line_of_a_run(there, capsys):
