@@ -170,11 +170,14 @@ class Recorder:
 
     def step(self, step: Step, x: Experiment) -> None:
         """Carry out the stages of a step, timed under its name."""
-        stages = [stage for stage in step.stages if stage.when(x)]
+        worked = False
         with self.stage(step.name) as cached:
-            cached += [self.carry_out(stage, x) for stage in stages]
+            for stage in step.stages:
+                if stage.when(x):  # asked in turn: one may hang on what the one before it found
+                    cached.append(self.carry_out(stage, x))
+                    worked |= stage.works(x)
         done = self.record["stages"][-1]
-        if any(stage.works(x) for stage in stages):  # nothing is said of no width to prune, and the like
+        if worked:  # nothing is said of no width to prune, and the like
             log.info("%-14s %8s%s", step.name, duration(done["seconds"]), "  from the cache" if done["cached"] else "")
 
     def watch(self, observer: Observer) -> None:
