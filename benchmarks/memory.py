@@ -23,7 +23,8 @@ from typing import Any
 from slm_exp.core.registry import available
 
 GIB = 2**30
-TRAINED = ["recovery.data=bundled", "recovery.max_steps=1", "recovery.batch_size=4", "recovery.micro_batch_size=1"]
+TRAINED = ["recovery.data=bundled", "recovery.max_steps=1", "recovery.batch_size=4", "recovery.micro_batch_size=1",
+           "recovery.seq_len=64", "recovery.held_out=2"]
 FITTED = ["recovery.n_samples=8", "recovery.seq_len=64"]
 SHORT = {"evopress": ["method.starts=4", "method.children=4", "method.generations=1"], "laco": ["method.window=2"],
          "joint": ["method.steps=4", "method.fit_samples=8", "method.fit_seq_len=64"],
