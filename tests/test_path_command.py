@@ -23,7 +23,8 @@ from slm_exp.core.errors import ConfigError, PlanError, StageError
 from slm_exp.core.registry import available
 from slm_exp.methods.slm import SLM
 from slm_exp.pipeline import run as pipeline
-from slm_exp.reporting.staircase import BUDGETS, on_front
+from slm_exp.reporting.budgets import BUDGETS
+from slm_exp.reporting.staircase import fronts
 from slm_exp.search.path import Path as ThresholdPath
 from slm_exp.search.path import PathPlan, follow
 from slm_exp.search.scoring import ScoringEngine
@@ -93,7 +94,7 @@ def test_the_command_writes_what_the_contract_says(tmp_path: Path, capsys: pytes
     assert flops == sorted(flops)
     assert all(size["bytes"] == 4 * size["params"] for size in path["sizes"])
     for budget in BUDGETS:
-        front = [s for s, best in zip(path["sizes"], on_front(path["sizes"], budget), strict=True) if best]
+        front = [s for s, best in zip(path["sizes"], fronts(path["sizes"])[budget], strict=True) if best]
         scores = [s["best_final_score"] for s in sorted(front, key=lambda s: s[budget])]
         assert scores == sorted(set(scores))  # what costs more is better
         for size in path["sizes"]:  # and every size is matched by one on the front that costs no more
@@ -114,9 +115,9 @@ def test_the_command_writes_what_the_contract_says(tmp_path: Path, capsys: pytes
 def test_a_budget_ends_it_and_the_same_command_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute, computed = ScoringEngine._compute, []
+    compute, computed = ScoringEngine.compute, []
     monkeypatch.setattr(
-        ScoringEngine, "_compute", lambda self, slots, *more: computed.append(slots) or compute(self, slots, *more)
+        ScoringEngine, "compute", lambda self, slots, *more: computed.append(slots) or compute(self, slots, *more)
     )
     call = [*QUICK, WIDE, f"cache.dir={tmp_path / 'c'}", f"hydra.run.dir={tmp_path / 'out'}"]
     assert main([*call, "method.max_evaluations=5"]) == 1
@@ -183,7 +184,7 @@ def test_the_folder_is_the_one_that_hydra_reads(
 ) -> None:
     asked = list[Path]()
     monkeypatch.setattr("slm_exp.cli.path.check_writable", asked.append)
-    monkeypatch.setattr("slm_exp.cli.follow.follow_and_write", lambda cfg, out: 0)
+    monkeypatch.setattr("slm_exp.cli.follow.follow_and_write", lambda cfg, out, wanted: 0)
     assert main([*QUICK, *(word.replace("TMP", str(tmp_path)) for word in words)]) == 0
     assert asked == [tmp_path / name]
     with pytest.raises(ConfigError, match=r"hydra\.run\.dir='open"):

@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from slm_exp.cli import curve
 from slm_exp.core.cache.store import StageStore
+from slm_exp.core.errors import ConfigError
 from slm_exp.core.files import write_json, write_text
 from slm_exp.core.secrets import masked
 from slm_exp.engine.progress import ticking
@@ -19,8 +21,11 @@ from slm_exp.models.base import dtype_name
 from slm_exp.models.sizes import BYTES
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.memory import opened
-from slm_exp.reporting.staircase import BUDGETS, draw_budgets, draw_staircase, on_front
-from slm_exp.search.cost import sizes
+from slm_exp.pipeline.stages import Experiment
+from slm_exp.recovery.family import Family
+from slm_exp.reporting.budgets import BUDGETS
+from slm_exp.reporting.staircase import MERGED, RECOVERED, draw_budgets, draw_staircase, exponential, fronts, qualities
+from slm_exp.search.cost import best_of_each, sizes
 from slm_exp.search.path import Branch, follow
 from slm_exp.search.scoring import ScoringEngine
 from slm_exp.search.task import PlanTask
@@ -28,13 +33,19 @@ from slm_exp.search.task import PlanTask
 log = logging.getLogger(__name__)
 
 
-def follow_and_write(cfg: RunConfig, out: Path) -> int:
-    """Follow the path of a config's model and write it into a folder. Returns main's exit status."""
+def follow_and_write(cfg: RunConfig, out: Path, wanted: Sequence[int] = ()) -> int:
+    """Follow the path of a config's model and write it into a folder, with checkpoints of the `wanted` sizes. Returns
+    main's exit status. Raises ConfigError: the path has none of such a size; names those it has."""
     method = cfg.method
     assert isinstance(method, SLM)
     low, high = map(float, method.threshold_range)
     device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
     dense = opened(cfg, device)
+    family = isinstance(cfg.recovery, Family)
+    if family:
+        cfg.recovery.check_data(dense)
+        for name, n in cfg.recovery.lengths().items():
+            dense.require_room(name, n)
     tokens = cfg.calibration.draw(dense, cfg.seed)
     store = StageStore(cfg.cache_folder)
     task = PlanTask(dense, tokens, cfg.similarity, cfg.kernel, cfg.merge_rule, None, store, cfg.seed)
@@ -54,18 +65,34 @@ def follow_and_write(cfg: RunConfig, out: Path) -> int:
         "seq_len": seq_len,
         "model": {"name": dense.name, "note": dense.note, "digest": dense.digest, "n_layers": dense.n_layers},
         "calibration": tokens.describe(), "config": masked(cfg.resolved()), "device": cfg.runtime.describe(device)}
-    write_json(out / "path.json", result)
     tokens.save(out)
+    models = curve.sizes_of(task, best_of_each(path.plans)) if family or wanted else {}
+    x = Experiment(cfg, out, store)
+    x.dense, x.tokens = dense, tokens
+    folders = []
+    if unknown := [n for n in wanted if n not in models]:
+        raise ConfigError(f"--save {unknown[0]}; expected sizes of this path: {', '.join(map(str, models))}. "
+                          "method.threshold_range or another rule reaches others.")
+    about: dict[str, Any] = {}
+    for n, size in curve.recovered(x, models, about) if family and models else models.items():
+        if n in wanted:
+            folders.append(curve.save(x, n, size))
+    result |= {"recovery": about} if about else {}
+    write_json(out / "path.json", result)
     draw_staircase(result, out / "path.png")
     draw_budgets(result, out / "budgets.png")
     page = table(result)
     write_text(out / "path.md", page)
-    print(f"{page}\n{out / 'path.json'}\n{out / 'path.png'}\n{out / 'budgets.png'}")
+    print(page, *(out / name for name in ("path.json", "path.png", "budgets.png")), *folders, sep="\n")
     if path.unknown:
         print(f"method.max_evaluations = {method.max_evaluations} ended the path; unknown: "
               + ", ".join(f"[{a:.4f}, {b:.4f})" for a, b in path.unknown)
               + ". The same command with a larger one goes on from here.", file=sys.stderr)
     return int(bool(path.unknown))
+
+
+def shown(perplexity: float) -> str:
+    return f"{perplexity:.2f}" if perplexity < 1e5 else f"{perplexity:.3g}"
 
 
 @contextlib.contextmanager
@@ -78,7 +105,7 @@ def watching(low: float, high: float) -> Iterator[Callable[[Branch, int], None]]
 
 def table(result: dict[str, Any]) -> str:
     """The path as Markdown: every plan, then every size."""
-    dense = result["model"]["n_layers"]
+    dense, curve = result["model"]["n_layers"], result.get("recovery")
     lines = [
         f"{result['model']['name']}: {len(result['plans'])} plans for thresholds {result['range'][0]:g} to "
         f"{result['range'][1]:g}; {result['evaluations']} candidates scored, "
@@ -96,17 +123,20 @@ def table(result: dict[str, Any]) -> str:
         "",
         "The best plan of every size, and by which budgets another is as small and better (budgets.png). Latency is "
         f"the median of a prefill over {result['seq_len']} tokens "
-        f"({result['device']['name'] or result['device']['type']}, {result['device']['threads']} threads).",
+        f"({result['device']['name'] or result['device']['type']}, {result['device']['threads']} threads)."
+        + (f" Perplexities are of passages that nothing was fitted on, before and after the one training of "
+           f"recovery={curve['name']} (dense {shown(exponential(curve['dense']))})." if curve else ""),
         "",
         "| layers | parameters removed | GFLOP per token | latency, ms | weights, MB | best final score | threshold | "
-        "beaten by |",
-        "|---:|---:|---:|---:|---:|---:|---|---|",
+        f"beaten by |{' perplexity | recovered |' if curve else ''}",
+        f"|---:|---:|---:|---:|---:|---:|---|---|{'---:|---:|' if curve else ''}",
     ]
-    fronts = {budget: on_front(result["sizes"], budget) for budget in BUDGETS}
-    for at, size in reversed([*enumerate(result["sizes"])]):
-        beaten = [BUDGETS[budget][0].partition(",")[0] for budget, front in fronts.items() if not front[at]]
+    best = fronts(result["sizes"])
+    for at, size in reversed([*enumerate(qualities(result))]):
+        beaten = [BUDGETS[budget].name for budget, front in best.items() if not front[at]]
         of = f"{size['n_layers']} of {dense}"
+        more = f" {shown(size[MERGED])} | {shown(size[RECOVERED])} |" if MERGED in size else " | |" if curve else ""
         lines.append(f"| {of} | {size['ratio_removed']:.1%} | {size['flops_per_token'] / 1e9:.3g} "
                      f"| {1e3 * size['latency_s']:.1f} | {size['bytes'] / 1e6:.1f} | {size['best_final_score']:.4f} "
-                     f"| [{size['threshold'][0]:.5f}, {size['threshold'][1]:.5f}) | {'; '.join(beaten)} |")
+                     f"| [{size['threshold'][0]:.5f}, {size['threshold'][1]:.5f}) | {'; '.join(beaten)} |{more}")
     return "\n".join(lines) + "\n"

@@ -47,6 +47,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if world() > 1 else 0
 
 
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -93,12 +98,14 @@ class Runtime(Component):
 
         require_one_of("runtime.memory", self.memory, ("auto", "resident", "stream"))
 
-    def prepare(self, seed: int, device: str | None = None) -> torch.device:
-        """Set threads, determinism and every seed; return the device (`device` overrides this config's).
+    def cpu_threads(self) -> int:
+        """That this process computes with, as far as settings and environment say: a name for what is timed."""
+        requested = os.environ.get("OMP_NUM_THREADS", "")
+        return self.threads or (int(requested) if requested.isdigit() else 0) or cores()
 
-        Raises:
-            ConfigError: cuda is requested and not there.
-        """
+    def prepare(self, seed: int, device: str | None = None) -> torch.device:
+        """Set threads, determinism and every seed; return the device (`device` overrides this config's). Raises
+        ConfigError: cuda is requested and not there."""
         import torch
 
         if self.threads:
@@ -118,10 +125,7 @@ class Runtime(Component):
 
     def require_device(self, device: str | None = None) -> None:
         """Refuse a GPU that is not there (`device` overrides this config's). Imports torch where one is asked for.
-
-        Raises:
-            ConfigError: no GPU is visible, or none of that number.
-        """
+        Raises ConfigError: no GPU is visible, or none of that number."""
         wanted = device or self.device
         if not wanted.startswith("cuda"):
             return

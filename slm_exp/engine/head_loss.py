@@ -18,21 +18,25 @@ LOGITS = 1 << 24
 
 def next_token_loss(model: Any, batch: dict[str, Tensor], ce: float = 1.0, teacher: Any = None,
                     temperature: float = 1.0) -> Tensor:
-    """Mean over the tokens to come of ce x their loss, plus KL(teacher || model) where there is a teacher (a model).
+    """Mean over the tokens to come of ce x their loss, plus KL(teacher || model) where there is a teacher.
 
     Args:
+        teacher: a model, or what `taught` gives of one.
         batch: `input_ids`, `attention_mask` and `labels`, each [B, T]; a label below 0 is not trained on.
         temperature: both logits are divided by it for the divergence.
     """
-    of_teacher = None
-    if teacher is not None:
-        with torch.no_grad():
-            wanted_MD, _ = counted_states(teacher, batch)
-        of_teacher = wanted_MD, teacher.get_output_embeddings().weight
+    of_teacher = teacher if teacher is None or isinstance(teacher, tuple) else taught(teacher, batch)
     given_MD, labels_M = counted_states(model, batch)
     cap, head_VD = layout_for(model.config).cap(model.config), model.get_output_embeddings().weight
     given_MD, labels_M = given_MD.to(head_VD.device), labels_M.to(head_VD.device)  # a model may lie on several
     return head_loss(given_MD, head_VD, labels_M, ce, of_teacher, temperature, cap)
+
+
+def taught(teacher: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A teacher's last states [M, D'] of a batch and its head [V, D'], for several students."""
+    with torch.no_grad():
+        wanted_MD, _ = counted_states(teacher, batch)
+    return wanted_MD, teacher.get_output_embeddings().weight
 
 
 def counted_states(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -57,7 +61,6 @@ def head_loss(given_MD: Tensor, head_VD: Tensor, labels_M: Tensor, ce: float = 1
     The gradients are computed together with the loss, part by part of the tokens, so that no part is computed twice
     (in parts of the vocabulary it would be: its normaliser is known at the end only). Matrix products run in the
     dtype of autocast where that is on, sums over the vocabulary in float32.
-
     Args:
         teacher: last states [M, D'] and head [V, D'] of another model.
         temperature: both logits are divided by it for the divergence.

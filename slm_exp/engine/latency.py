@@ -139,7 +139,7 @@ def measure(handle: ModelHandle, dtype: str, batch: int, length: int, phase: str
     hosts = list(range(n)) if n == handle.n_layers else [list(kinds)[i % len(kinds)] for i in range(n)]
     of = {i: host for host, layers in kinds.items() for i in layers}
     clock = Clock(handle.device)
-    models = {channels: Model(handle, _random(handle, hosts, channels, as_type), clock, batch, length, decode)
+    models = {channels: Model(handle, random_model(handle, hosts, channels, as_type), clock, batch, length, decode)
               for channels in _widths(handle)}
     wide = max(models)
     full = models[wide]
@@ -199,7 +199,7 @@ def _widths(handle: ModelHandle) -> list[int]:
     return sorted({wide, *(max(MULTIPLE, int(share * wide) // MULTIPLE * MULTIPLE) for share in SHARES[:-1])})
 
 
-def _random(handle: ModelHandle, hosts: Sequence[int], channels: int, dtype: torch.dtype) -> PreTrainedModel:
+def random_model(handle: ModelHandle, hosts: Sequence[int], channels: int, dtype: torch.dtype) -> PreTrainedModel:
     """A model of these layers with MLPs of so many channels and random weights, on the handle's device."""
     config = handle.layout.config_of(handle.config, hosts)
     if channels != handle.sizes.mlp:

@@ -31,7 +31,6 @@ def token_weights(states_NTD: Tensor, weighting: str = "class", rows: int = 8) -
     tokens of outlying norm together count as much as all others together. Most decoders have a layer that makes one
     state in a sequence, usually the first token's, a hundred times larger than the others, and later heads attend to
     it: one token in 256, which a mean over tokens forgets.
-
     Args:
         states_NTD: those that the errors are errors of.
         rows: sequences in float64 at once.
@@ -127,7 +126,6 @@ def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: T
     change found is that of gain x W, which `changed` divides by the gain. The norm then turns the size of the new W x
     back into s, so that only its direction comes as found; sizes by channel are the gain's, which is fitted exactly.
     Either change is judged by the layer's true output.
-
     Args:
         module: the projection, or such a norm for its gain; None for errors alone.
         wanted_NTD: the stream behind the layer as it should be, up to `scale`.
@@ -171,11 +169,8 @@ def _size(norm: Any, y_NTD: Tensor) -> Tensor:
 
 def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor,
                weight_NT: Tensor, factor: float | Tensor = 1.0) -> None:
-    """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence.
-
-    Args:
-        factor: what the projection's output is multiplied by on its way into the stream, one number or [N, T, 1].
-    """
+    """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence. `factor`:
+    what the projection's output is multiplied by on its way into the stream, one number or [N, T, 1]."""
     x_NTC = x_NTC.reshape(*out_NTD.shape[:2], x_NTC.shape[-1])  # OPT's MLP sees all tokens in one row
     if len(fit.xx_CC) == x_NTC.shape[-1] + 1:  # a bias is the weight of ones
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
@@ -190,10 +185,7 @@ def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, targ
 def changed(layout: LayerLayout, layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: Tensor
             ) -> dict[str, Tensor]:
     """Parameters of a projection, or of a norm behind one, by name in the layer, with a change added, float32.
-
-    Args:
-        weights: parameters that replace the layer's own.
-    """
+    `weights`: parameters that replace the layer's own."""
     linear = layer.get_submodule(module)
     if module in layout.output_norms:
         name = f"{module}.weight"
@@ -265,7 +257,6 @@ def eliminated(xx_CC: Tensor, map_CD: Tensor, step: int, least: int, ridge: floa
 
     Backward elimination: the inputs go whose loss costs the refitted map least, |map of c|^2 / (xx^-1)_cc each (Optimal
     Brain Surgeon, Hassibi and Stork 1993), `step` at a time. The ridge pulls to the map as it was.
-
     Yields:
         (inputs that stay, ascending, [K], their map [K, D]) with C - step, C - 2 step, ... of them, `least` at last.
     Cost: one inverse of [K, K] for every step.

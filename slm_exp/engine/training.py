@@ -23,6 +23,7 @@ from slm_exp.core.cost import ADAM_BYTES
 from slm_exp.core.errors import SlmError
 from slm_exp.core.runtime import rank, world
 from slm_exp.core.together import SectionLog
+from slm_exp.engine.batches import Row
 from slm_exp.engine.head_loss import LOGITS
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,6 @@ DAY = 86_400
 EAGER = 512  # tokens up to which plain attention, there and back, is faster on a CPU than the fused one
 KEPT = 2  # checkpoints: the best and the last
 
-Row = dict[str, list[int]]
 Batch = dict[str, Tensor]
 
 
@@ -120,9 +120,7 @@ class Training:
 
         Time is measured: the second of two micro-batches there and back, a forward pass being a third of it, and the
         optimiser on a part of the parameters. Memory and disk are computed.
-
-        Raises:
-            SlmError: the disk has no room for the checkpoints.
+        Raises SlmError: the disk has no room for the checkpoints.
         """
         r = self.recipe
         steps = r.max_steps or max(1, int(r.epochs * len(self.train) / r.batch_size))
@@ -182,7 +180,7 @@ class Training:
             load_best_model_at_end=held, metric_for_best_model="eval_loss" if held else None,
             greater_is_better=False if held else None, prediction_loss_only=True, logging_steps=1,
             bf16=half, use_cpu=self.device.type == "cpu", **saving, seed=self.seed, data_seed=self.seed,
-            remove_unused_columns=False, report_to="none", disable_tqdm=True,
+            remove_unused_columns=False, label_names=["labels"], report_to="none", disable_tqdm=True,
             ddp_timeout=DAY,  # the others wait while the first measures the dense model
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher: DataParallel would hide the model

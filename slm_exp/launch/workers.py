@@ -7,7 +7,7 @@ import re
 import subprocess
 from dataclasses import dataclass, field
 
-from slm_exp.core.runtime import available_memory
+from slm_exp.core.runtime import available_memory, cores
 
 GIB = 2**30
 
@@ -18,11 +18,6 @@ class Worker:
 
     name: str
     env: dict[str, str] = field(default_factory=dict)
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:

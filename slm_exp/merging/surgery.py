@@ -23,11 +23,8 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
     Kept layers, embeddings and head are the dense model's own tensors, not copies; only combined projections are
     new. A removed sublayer keeps its place with its output projection at zero, so that the checkpoint is an ordinary
     one; a layer without both is gone. So do not train the result without cloning what you train.
-
-    Args:
-        rule: what a merged layer is made of; needed when the plan has groups.
-    Raises:
-        PlanError: the plan is for another number of layers or another rule, or asks for what is not done here.
+    `rule`: what a merged layer is made of; needed when the plan has groups.
+    Raises PlanError: the plan is for another number of layers or another rule, or asks for what is not done here.
     Cost: the combined projections' memory and one pass over the merged layers' weights.
     """
     if plan.n_layers != handle.n_layers:
@@ -47,14 +44,14 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
     effect = {**plan.effect(), "rule": rule.name if plan.groups and rule is not None else None}
     unchanged = plan.n_layers_out == plan.n_layers and not plan.sublayers and "compensation" not in effect
     return ModelHandle(
-        handle.name, handle.layout.config_of(handle.config, _hosts(plan, rule)), handle.layout,
+        handle.name, handle.layout.config_of(handle.config, hosts(plan, rule)), handle.layout,
         digest=handle.digest if unchanged else digest({"model": handle.digest, "plan": effect}), device=handle.device,
         load_model=lambda: _built(handle, plan, rule), load_tokenizer=lambda: handle.tokenizer, note=handle.note,
         random=handle.random, licences=handle.licences, origin=handle.origin, streamed=handle.streamed,
         lineage={"base": handle.name, "base_digest": handle.digest, "plan": effect})
 
 
-def _hosts(plan: MergePlan, rule: MergeRule | None) -> list[int]:
+def hosts(plan: MergePlan, rule: MergeRule | None) -> list[int]:
     """For every layer of the result, the original layer whose module and config entries it has."""
     top = rule is not None and rule.attention_from == "top"
     return [slot.stop - 1 if top else slot.start for slot in plan.slots]
@@ -63,8 +60,8 @@ def _hosts(plan: MergePlan, rule: MergeRule | None) -> list[int]:
 def _built(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None) -> PreTrainedModel:
     from slm_exp.merging.build import build
 
-    hosts = _hosts(plan, rule)
-    return build(handle, plan, rule, hosts, handle.layout.config_of(handle.model.config, hosts))
+    own = hosts(plan, rule)
+    return build(handle, plan, rule, own, handle.layout.config_of(handle.model.config, own))
 
 
 def zeroed(compressed: ModelHandle, plan: MergePlan) -> int:
@@ -77,6 +74,12 @@ def zeroed(compressed: ModelHandle, plan: MergePlan) -> int:
     mask, products = plan.width.mask, compressed.sizes.products
     left = len(plan.slots) * sum(products.values()) - sum(products[s.kind] for s in plan.sublayers)
     return gone + left * (mask.m - mask.n) // mask.m
+
+
+def flops_per_token(compressed: ModelHandle, plan: MergePlan, length: int) -> float:
+    """Operations of a token in a prompt of so many, head included, for an engine that skips removed sublayers."""
+    of = compressed.sizes.sublayer_flops((length + 1) / 2)
+    return compressed.sizes.flops_per_token(length) - sum(of[s.kind] for s in plan.sublayers)
 
 
 def zeroed_note(handle: ModelHandle, plan: MergePlan) -> tuple[str, ...]:

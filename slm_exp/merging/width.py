@@ -24,9 +24,7 @@ def apply_width(handle: ModelHandle, width: WidthDecision) -> ModelHandle:
 
     Needs what is stored in `width` and nothing else: no tokens, no scores. Embeddings, norms and projections of
     layers that lose nothing are the same tensors, the rest are new; the input model stays as it is.
-
-    Raises:
-        PlanError: the decision is for a model of other sizes.
+    Raises PlanError: the decision is for a model of other sizes.
     Cost: the memory of the narrowed projections.
     """
     check_width(handle, width)

@@ -1,5 +1,3 @@
-"""The set of parts whose removal, one part at a time, moves the output least in sum: an exact knapsack."""
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -10,9 +8,8 @@ from slm_exp.core.cost import Count
 from slm_exp.core.registry import register
 from slm_exp.methods.base import Selection
 from slm_exp.methods.objectives import OBJECTIVES, SetSearch
-from slm_exp.models.base import ModelHandle
 from slm_exp.search.evolution import Found, plan_without
-from slm_exp.search.greedy import Unit, each_alone, refuse_infinite, traced
+from slm_exp.search.greedy import each_alone, refuse_infinite, traced
 from slm_exp.search.task import PlanTask
 
 if TYPE_CHECKING:
@@ -46,22 +43,9 @@ class Additive(SetSearch):
         above = sum(n_layers - u.layer - (0 if u.kind == "attention" else 0.5) for u in units)
         return Count(above + 2 * n_layers - (removed or 0), OBJECTIVES[self.objective] * len(units), reads=3 * n_layers)
 
-    def _gains(self, handle: ModelHandle, units: list[Unit], n_remove: int) -> tuple[list[float], float]:
-        """What each part takes away, and how much has to go: layers, sublayers, parameters, operations or seconds."""
-        if (budget := self.budget(handle)) is not None:
-            costs = budget.costs
-            gains = [costs.part(u.layer, u.kind) if u.kind else costs.layer(u.layer) for u in units]
-            return gains, costs.dense - budget.limit
-        if self.target_ratio is not None and not self._tied:
-            sizes = handle.sublayer_params
-            return [float(sizes[u.layer][str(u.kind)]) for u in units], self.target_ratio * handle.n_params
-        return [1.0] * len(units), float(self.target_sublayers or n_remove)
-
     def choose(self, task: PlanTask, n_remove: int) -> Selection:
-        from slm_exp.search.knapsack import Option, cheapest
-
-        engine, units = task.engine, self.units(task.handle.n_layers)
-        gains, need = self._gains(task.handle, units, n_remove)
+        engine = task.engine
+        gains, need = self.gains(task.handle, n_remove)
         if need <= 0:
             return Selection()
 
@@ -73,10 +57,8 @@ class Additive(SetSearch):
             engine.foresee(models)
             return (-engine.score(model) for model in models)
 
-        costs = each_alone(engine.dense, units, scores, self.name)
+        costs = each_alone(engine.dense, [*gains], scores, self.name)
         refuse_infinite(costs)
-        options = [[Option(0.0, 0.0), Option(costs[u], gain)] for u, gain in zip(units, gains, strict=True)]
-        taken = cheapest(options, min(need, sum(gains)))
-        parts = frozenset(u for u, goes in zip(units, taken, strict=True) if goes)
+        parts = self.cheapest(costs, gains, need)
         engine.commit(plan_without(engine.n_layers, parts))
         return self.selected(Found(parts, tuple(traced(costs, parts, engine.dense))))

@@ -29,7 +29,9 @@ from slm_exp.core.types import MergePlan
 from slm_exp.engine.progress import Work, showing
 from slm_exp.evaluation.base import EvalReport
 from slm_exp.evaluation.protocol import FILE as PROTOCOL
-from slm_exp.merging.surgery import zeroed
+from slm_exp.merging.surgery import flops_per_token, zeroed
+from slm_exp.models.base import ModelHandle, dtype_name
+from slm_exp.models.sizes import BYTES
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.stages import Experiment, Stage, Step
 from slm_exp.reporting.heatmap import draw_heatmap
@@ -38,7 +40,7 @@ from slm_exp.runs.files import result_files
 from slm_exp.runs.record import FILE as RECORD
 from slm_exp.runs.record import Run, failure, finished_run, git_state, read_run, versions, write_record
 from slm_exp.runs.schema import Record
-from slm_exp.runs.state import LOCK, remove_stale
+from slm_exp.runs.state import LOCK, remove_stale_below
 from slm_exp.runs.statistics.verdict import judge_run
 from slm_exp.runs.tracking.base import Tracker
 
@@ -47,8 +49,6 @@ log = logging.getLogger(__name__)
 PICTURE = "similarity.png"
 LATENCY_ERROR = 0.05
 """Of a prediction for a whole model, beyond which a run says so."""
-NOTHING_S = 0.05
-"""A stage that takes less did nothing: no width to prune, nothing to recover."""
 CONFIG, BEFORE = "config.yaml", "record.before.json"
 
 
@@ -132,7 +132,7 @@ class Recorder:
         except Timeout:
             log.warning("another process is computing run %s in %s; waiting for it.", run_id, self.folder)
             self._lock.acquire()
-        remove_stale(self.folder / RECORD, own_too=True)
+        remove_stale_below(self.folder)
         if done := finished_run(self.folder, run_id, bool(self.cfg.save_model), self.cfg.cache.accept == "exact"):
             self.finished, self.record = True, done.record.raw
             return self
@@ -170,8 +170,15 @@ class Recorder:
 
     def step(self, step: Step, x: Experiment) -> None:
         """Carry out the stages of a step, timed under its name."""
+        worked = False
         with self.stage(step.name) as cached:
-            cached += [self.carry_out(stage, x) for stage in step.stages if stage.when(x)]
+            for stage in step.stages:
+                if stage.when(x):  # asked in turn: one may hang on what the one before it found
+                    cached.append(self.carry_out(stage, x))
+                    worked |= stage.works(x)
+        done = self.record["stages"][-1]
+        if worked:  # nothing is said of no width to prune, and the like
+            log.info("%-14s %8s%s", step.name, duration(done["seconds"]), "  from the cache" if done["cached"] else "")
 
     def watch(self, observer: Observer) -> None:
         """Have an observer hear of the run from here on, and of what the record says so far."""
@@ -216,7 +223,8 @@ class Recorder:
                 self.note(recovery=x.recovery_report, layers={"before": x.dense.n_layers, "after": x.model.n_layers},
                           params={"before": x.dense.n_params, "after": x.model.n_params,
                                   "ratio_removed": 1 - x.model.n_params / x.dense.n_params,
-                                  "zeroed": zeroed(x.model, x.plan)})
+                                  "zeroed": zeroed(x.model, x.plan)},
+                          costs=self._costs(x))
             case "evaluate":
                 self.keep_evaluation("compressed", x.report)
                 run = Run(self.folder, Record.of(plain(self.record)), on_disk=False)
@@ -227,6 +235,15 @@ class Recorder:
         for observer in self.observers:
             observer.kept(stage.name, x)
         return cached
+
+    def _costs(self, x: Experiment) -> JsonObject:
+        """`costs` of the record: what both models take to run and to keep. Loads no weights."""
+        length, size = int(x.tokens.tokens_NT.shape[1]), BYTES[dtype_name(x.dense.config, self.cfg.model.dtype)]
+
+        def of(model: ModelHandle, plan: MergePlan) -> JsonObject:
+            return {"flops_per_token": flops_per_token(model, plan, length), "bytes": model.n_params * size}
+
+        return {"length": length, "dense": of(x.dense, MergePlan(x.dense.n_layers)), "compressed": of(x.model, x.plan)}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[list[bool]]:
@@ -248,8 +265,6 @@ class Recorder:
             raise
         entry = {"seconds": round(time.perf_counter() - started, 3), "cached": bool(parts) and all(parts)}
         self.record["stages"].append({"name": name, **entry})
-        if entry["cached"] or entry["seconds"] >= NOTHING_S:
-            log.info("%-14s %8s%s", name, duration(entry["seconds"]), "  from the cache" if entry["cached"] else "")
         self.write()
         self._pass_on(stages={name: entry})
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_t
 from slm_exp.recovery.gain import HeldOutLoss, chain_report, held_out_loss
 from slm_exp.runs.tracking.base import Tracker
 from slm_exp.search.task import PlanTask
+from slm_exp.similarity.layers import layer_similarity
 from slm_exp.width.base import NarrowedScore, WidthTask
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ def _load(x: Experiment) -> ModelHandle:
     return dense
 
 
-def check_lengths(cfg: RunConfig, dense: ModelHandle) -> None:
+def _check_lengths(cfg: RunConfig, dense: ModelHandle) -> None:
     """Refuse sequences longer than the model has positions. Raises ConfigError, which names the field."""
     merges = cfg.method.uses_merge_rule() and cfg.method.replays is None
     read = {**cfg.calibration.lengths(), **cfg.evaluation.lengths(), **cfg.recovery.lengths(),
@@ -223,8 +223,19 @@ def _check_rule(cfg: RunConfig, dense: ModelHandle) -> None:
         cfg.merge_rule.check_data(dense)
 
 
-CHECKS: tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]], ...] = (
-    (("calibration", "evaluation", "recovery", "similarity", "merge_rule", "method"), check_lengths),
+Checks = tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]], ...]
+"""(groups, check of their settings against a model)."""
+
+LIGHT_CHECKS: Checks = (
+    (("calibration", "evaluation", "recovery", "similarity", "merge_rule", "method"), _check_lengths),
+    (("calibration",), lambda cfg, dense: cfg.calibration.check_data(dense)),
+    (("evaluation",), lambda cfg, dense: cfg.evaluation.check_files(dense)),
+)
+"""That look at the model's config alone: also where nothing but a sketch of it is here."""
+CHECKS: Checks = (
+    *LIGHT_CHECKS,
+    (("calibration",), lambda cfg, dense: cfg.calibration.check_source()),
+    (("calibration",), lambda cfg, dense: cfg.calibration.check_model(dense)),
     (("width", "method"), _check_width),
     (("evaluation",), lambda cfg, dense: cfg.evaluation.check_data(dense.random)),
     (("evaluation",), lambda cfg, dense: cfg.evaluation.check_model(dense)),
@@ -233,10 +244,9 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]], 
     (("merge_rule", "method"), _check_rule),
     (("method",), lambda cfg, dense: cfg.method.check_data(dense)),
 )
-"""(groups, check of their settings against a model)."""
 
 
-def check_model(cfg: RunConfig, dense: ModelHandle, passed: set[str] | None = None) -> None:
+def check_model(cfg: RunConfig, dense: ModelHandle, passed: set[str] | None = None, checks: Checks = CHECKS) -> None:
     """Refuse what this model cannot do, before weights load.
 
     Args:
@@ -245,7 +255,7 @@ def check_model(cfg: RunConfig, dense: ModelHandle, passed: set[str] | None = No
         ConfigError / DataError: names the field.
     """
     passed = set() if passed is None else passed
-    for i, (groups, check) in enumerate(CHECKS):
+    for i, (groups, check) in enumerate(checks):
         if (looked := repr([i, *(getattr(cfg, group) for group in groups)])) not in passed:
             check(cfg, dense)
             passed.add(looked)
@@ -265,7 +275,7 @@ def _measure(x: Experiment) -> LatencyTable:
 
 
 def _latency_inputs(x: Experiment) -> Inputs:
-    device, threads = x.dense.device, x.cfg.runtime.threads or os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    device, threads = x.dense.device, x.cfg.runtime.cpu_threads() if x.dense.device.type == "cpu" else None
     seen = device.type == "cpu" or hasattr(device, "index")  # the forecast opens no GPU
     name = device_name(device) if seen else Unknown(device.type)
     return {**x.on(x.dense), "name": name, "threads": threads, **(x.cfg.method.timed_by() or {})}
@@ -298,14 +308,9 @@ CALIBRATE = Stage(
     code=lambda x: (*READ, "core/types.py", "models"), libraries=("transformers",), small=True)
 
 
-def _similarity(x: Experiment) -> LayerSimilarity:
-    from slm_exp.similarity.layers import layer_similarity
-
-    return layer_similarity(x.dense, x.tokens, x.cfg.kernel, x.cfg.similarity)
-
-
 SIMILARITY = Stage(
-    "similarity", "similarity", _similarity, LayerSimilarity,
+    "similarity", "similarity", lambda x: layer_similarity(x.dense, x.tokens, x.cfg.kernel, x.cfg.similarity),
+    LayerSimilarity,
     lambda x: {**x.on(x.dense), "tokens": x.tokens.digest, **x.cfg.matrix_identity()},
     code=lambda x: ("core/types.py", "similarity", "kernels", "engine", "models"))
 

@@ -18,6 +18,7 @@ from slm_exp.core.files import digest, write_json
 from slm_exp.core.registry import Component, Fields
 from slm_exp.core.together import SectionLog, Together
 from slm_exp.core.types import CalibrationTokens, MergePlan
+from slm_exp.engine.batches import Row
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 JUDGED = 8192
 """Tokens at most that decide whether a recovery is kept."""
-Row = dict[str, list[int]]
-"""`input_ids` and `labels` of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,9 @@ class Recovery(Component, ABC):
 
     def needs_resident(self) -> str | None:
         return None if self.streams else f"recovery={self.name} takes all weights at once"
+
+    def check_source(self) -> None:
+        """Raise where the data can only be had from a hub that does not answer. Called before a model is looked at."""
 
     def check_data(self, dense: ModelHandle) -> None:
         """Raise ConfigError or DataError where the recipe's data is absent or malformed. Called before weights load."""

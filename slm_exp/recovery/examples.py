@@ -13,10 +13,10 @@ from slm_exp.calibration.mixture import SOURCES as KINDS
 from slm_exp.core import text as reader
 from slm_exp.core.errors import ConfigError, DataError, did_you_mean
 from slm_exp.core.hub import Repo
+from slm_exp.engine.batches import IGNORED, Row
 from slm_exp.models.base import ModelHandle
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 SOURCES = ("hub", "jsonl", "bundled", "mixture")
@@ -26,7 +26,6 @@ ALPACA, ALPACA_ROWS = "yahma/alpaca-cleaned", 51_760
 OWN_TOKENS = {"bundled": 165_000, "mixture": len(KINDS) * SOURCE_CHARS / 4.7}
 """In each, about."""
 HUB_FILES = {ALPACA: "alpaca_data_cleaned.json"}
-IGNORED = -100  # the label of a token that is not trained on
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -42,8 +41,8 @@ WITHOUT_INPUT = (
 class Examples(NamedTuple):
     """Rows for training and the held-out ones, each `{input_ids, labels}`, and how many had nothing to learn from."""
 
-    train: list[dict[str, list[int]]]
-    held_out: list[dict[str, list[int]]]
+    train: list[Row]
+    held_out: list[Row]
     dropped: int
 
 
@@ -53,12 +52,8 @@ def read_rows(data: str, path: str | None, dense: ModelHandle) -> list[dict[str,
     if data in OWN:
         return [{"text": d.text} for d in OWN[data](seq_len=512).documents(dense)[1]]
     if data == "hub":
-        name = path or ALPACA
-        repo, _, file = name.partition(":")
-        if not file and repo not in HUB_FILES:
-            raise ConfigError(f"recovery.path = {name}; expected OWNER/NAME:FILE for a data set other than {ALPACA}, "
-                              f"FILE ending in {', '.join(reader.SUFFIXES)}.")
-        where = Repo(repo, None, "dataset", "recovery.path", DataError).file(file or HUB_FILES[repo])
+        repo, file = hub_file(path)
+        where = repo.file(file)
     else:
         where = Path(path or "").expanduser()
         if not where.is_file():
@@ -68,6 +63,16 @@ def read_rows(data: str, path: str | None, dense: ModelHandle) -> list[dict[str,
         return [{"text": "".join(reader.read_lines(where))}]
     rows = reader.read_rows(where, lists=True)
     return [checked(row.value, f"{where}, row {n}") for n, row in enumerate(rows, 1)]
+
+
+def hub_file(path: str | None) -> tuple[Repo, str]:
+    """The data set and its file that `recovery.path` names, with `recovery.data=hub`. Raises ConfigError: no file."""
+    name = path or ALPACA
+    repo, _, file = name.partition(":")
+    if not file and repo not in HUB_FILES:
+        raise ConfigError(f"recovery.path = {name}; expected OWNER/NAME:FILE for a data set other than {ALPACA}, "
+                          f"FILE ending in {', '.join(reader.SUFFIXES)}.")
+    return Repo(repo, None, "dataset", "recovery.path", DataError), file or HUB_FILES[repo]
 
 
 def expected_rows(data: str, path: str | None, seq_len: int, held_out: int) -> float | None:
@@ -114,7 +119,7 @@ def make_examples(rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizer
     return Examples(good[held:], good[:held], len(made) - len(good))
 
 
-def instruction_example(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> dict[str, list[int]]:
+def instruction_example(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Row:
     """Prompt and answer, cut to `seq_len`; the prompt is not trained on. EOS follows where there is room. Source:
     prompter and tokenisation of Alpaca-LoRA, as in lora_retrain.py of Shortened-LLaMA."""
     prompt = (WITH_INPUT if row.get("input") else WITHOUT_INPUT).format(**row)
@@ -129,7 +134,7 @@ def instruction_example(row: dict[str, str], tokenizer: PreTrainedTokenizerBase,
     return {"input_ids": ids, "labels": [IGNORED] * masked + ids[masked:]}
 
 
-def packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> list[dict[str, list[int]]]:
+def packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> list[Row]:
     """Texts one behind the other, EOS after each, cut into windows of `seq_len`; a shorter rest is left out."""
     stream: list[int] = []
     for text in texts:
@@ -139,17 +144,3 @@ def packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: in
             stream.append(tokenizer.eos_token_id)
     windows = [stream[at : at + seq_len] for at in range(0, len(stream) - seq_len + 1, seq_len)]
     return [{"input_ids": window, "labels": list(window)} for window in windows]
-
-
-def left_padded(examples: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
-    """A batch: rows filled on the left to a multiple of eight, what was filled neither attended to nor trained on. Nor
-    is a row's first token, which only padding comes before."""
-    import torch
-
-    longest = -(-max(len(e["input_ids"]) for e in examples) // 8) * 8
-    whole = [{**e, "attention_mask": [1] * len(e["input_ids"])} for e in examples]
-    filled = {"input_ids": pad, "labels": IGNORED, "attention_mask": 0}
-    batch = {name: torch.tensor([[value] * (longest - len(e[name])) + e[name] for e in whole])
-             for name, value in filled.items()}
-    batch["labels"][batch["attention_mask"].cumsum(1) <= 1] = IGNORED
-    return batch

@@ -10,8 +10,9 @@ from slm_exp.core.errors import ConfigError, DataError, require
 from slm_exp.core.registry import Fields
 from slm_exp.core.together import Together
 from slm_exp.core.types import CalibrationTokens
+from slm_exp.engine.batches import Row
 from slm_exp.models.base import ModelHandle
-from slm_exp.recovery.base import Recovery, RecoveryTask, Row, token_rows
+from slm_exp.recovery.base import Recovery, RecoveryTask, token_rows
 from slm_exp.recovery.cuts import needs_dense_stream
 
 CALLED = (("calibration.", "recovery."), ("calibration=", "recovery, as in calibration="))

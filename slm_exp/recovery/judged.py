@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from slm_exp.engine.batches import left_padded
 from slm_exp.engine.head_loss import next_token_loss
 from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, copy_with
-from slm_exp.recovery.examples import left_padded
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,6 @@ def judged(recovery: Recovery, task: RecoveryTask) -> RecoveryResult:
     A refit whose own errors fall can still destroy a model, e.g. by losing the one state that all later heads attend
     to. So `loss` of the report holds the next-token loss before and after; with a rise, or no number, every tensor is
     taken back.
-
     Cost: two forward passes over `Recovery.judged_on`.
     """
     found = recovery.recover(task)

@@ -1,5 +1,3 @@
-"""LoRA as Shortened-LLaMA and SLM retrain: rank 8 on q, k, v, o, gate, up, down, on alpaca-cleaned."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -27,7 +25,6 @@ class Lora(Trained):
     The adapter is saved in `lora/` of the folder of the run that trains it (for peft, on the compressed model without
     recovery) and merged in float32; the merged weights take the model's dtype. Prompts are not trained on. Which
     projections there are is the family's; routed experts stay as they are unless `experts` is set.
-
     Source: lora_retrain.py of github.com/Nota-NetsPresso/shortened-llm with the settings of its scripts. Differences:
     the rows held out are sampled by the run's seed; examples whose answer was cut away are left out and counted.
     """
@@ -81,15 +78,19 @@ class Lora(Trained):
         return model
 
     def result(self, task: RecoveryTask, model: nn.Module) -> dict[str, Tensor]:
-        import torch
-
-        peft, merged = cast(Any, model), {}
         if rank() == 0:
-            peft.save_pretrained(task.folder / "lora")
+            cast(Any, model).save_pretrained(task.folder / "lora")
             about = task.folder / "lora" / "adapter_config.json"
             # it fits the compressed model alone, which has no place yet; peft would load it on the dense one
             write_json(about, {**read_json(about), "base_model_name_or_path": None})
-        for name, module in peft.get_base_model().named_modules():
+        return self.merged(task, model)
+
+    def merged(self, task: RecoveryTask, model: nn.Module) -> dict[str, Tensor]:
+        """The adapted weights."""
+        import torch
+
+        merged = {}
+        for name, module in cast(Any, model).get_base_model().named_modules():
             if hasattr(module, "parameter_name"):  # of an expert's parameter; several of one module are nested
                 weight = module.get_param()
                 with torch.no_grad():

@@ -9,8 +9,9 @@ from typing import ClassVar
 from slm_exp.core.cost import Work
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Fields, register
+from slm_exp.engine.batches import Row
 from slm_exp.models.sizes import Sizes
-from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, Row
+from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask
 from slm_exp.recovery.fitted import Fitted
 
 LAYERS = ("cuts", "all", "sublayers")
@@ -31,7 +32,6 @@ class Reconstruct(Fitted):
     Where a norm stands behind a projection, its gain is fitted too, after it (see `engine.ridge.moments`).
     How tokens are weighted matters (`engine.ridge.token_weights`): the few of huge norm must not dominate the fit, nor
     be forgotten by it.
-
     Cost: two passes over the calibration tokens (dense and compressed), 2 x passes + 1 more of every refitted layer,
     and its normal equations. Memory: two states [N, T, D] in temporary files, and 16 C^2 bytes for C MLP channels.
     """

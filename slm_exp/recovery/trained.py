@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,12 @@ from slm_exp.core.files import digest
 from slm_exp.core.registry import Fields, knob
 from slm_exp.core.runtime import world
 from slm_exp.core.together import Together
+from slm_exp.engine.batches import Row, left_padded
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
-from slm_exp.recovery.base import JUDGED, Recovery, RecoveryResult, RecoveryTask, Row, copy_with, tensors_digest
-from slm_exp.recovery.examples import OWN, SOURCES, Examples, expected_rows, left_padded, make_examples, read_rows
+from slm_exp.recovery import examples as sources
+from slm_exp.recovery.base import JUDGED, Recovery, RecoveryResult, RecoveryTask, copy_with, tensors_digest
+from slm_exp.recovery.examples import OWN, SOURCES, Examples, expected_rows, make_examples, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -127,6 +129,11 @@ class Trained(Recovery):
                     "whose frozen weights and dense states have no more.")
         return None
 
+    def check_source(self) -> None:
+        if self.data == "hub":
+            repo, file = sources.hub_file(self.path)
+            repo.require(file)
+
     def check_data(self, dense: ModelHandle) -> None:
         if dense.tokenizer is None:
             raise DataError(f"recovery={self.name} reads text, and {dense.name} has no tokenizer.")
@@ -199,6 +206,19 @@ class Trained(Recovery):
 
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         """Train. Cost: estimated, logged and reported before the first step."""
+        return self.train(task, lambda: self.student(task), partial(self.loss, task), partial(self.result, task),
+                          task.handle.digest)
+
+    def train(self, task: RecoveryTask, student: Callable[[], nn.Module],
+              loss: Callable[[nn.Module, dict[str, Tensor]], Tensor], result: Callable[[nn.Module], dict[str, Tensor]],
+              of: object) -> RecoveryResult:
+        """The tensors that a training gives, and its report.
+
+        Args:
+            student, loss: see `engine.training.Training`.
+            result: the tensors, of the trained model.
+            of: what distinguishes the student, in JSON: its checkpoints are those of no other.
+        """
         from slm_exp.engine.training import Training, checkpoints_in
 
         self._check_ranks(world())
@@ -208,10 +228,10 @@ class Trained(Recovery):
                         examples.dropped, self.seq_len)
         assert tokenizer is not None
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        key = digest({**self.identity(), "model": task.handle.digest, "seed": task.seed})
+        key = digest({**self.identity(), "model": of, "seed": task.seed})
         training = Training(
-            f"recovery={self.name}", self, lambda: self.student(task), partial(self.loss, task), examples.train,
-            examples.held_out, collate=partial(left_padded, pad=pad), device=task.handle.device,
+            f"recovery={self.name}", self, student, loss, examples.train, examples.held_out,
+            collate=partial(left_padded, pad=pad), device=task.handle.device,
             half=str(task.handle.model.dtype) != "torch.float32", folder=task.folder / "recovery" / key, seed=task.seed,
             track=task.track, at=self.at)
         with checkpoints_in(training.folder):
@@ -219,6 +239,6 @@ class Trained(Recovery):
             if done is None:
                 return RecoveryResult({}, {"steps": 0})
             model, report = done
-            tensors = {name: t.detach() for name, t in self.result(task, model).items()}
+            tensors = {name: t.detach() for name, t in result(model).items()}
         counts = {"train": len(examples.train), "held_out": len(examples.held_out), "dropped": examples.dropped}
         return RecoveryResult(tensors, {"examples": counts, **report, "digest": tensors_digest(tensors)})

@@ -7,7 +7,7 @@ numbers are the page's own: nothing is computed here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ WIDTH = 3.3
 """Inches: a column of a two-column paper."""
 PLOT = (200, 130)
 """Points within the axes, roughly: by them marks at one place are set apart."""
+CHARACTER = 3.7
+"""Points: the width of a character of a legend, about."""
 STYLE: Any = {
          "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
          "legend.fontsize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.0, "lines.markersize": 4,
@@ -72,8 +74,10 @@ def sweep_figures(folder: Path, rows: Sequence[Row], paths: Sequence[measures.Th
     """The plots of a sweep's page, in its folder. Returns the files."""
     shades = sweep_charts.shades(rows)
     out: dict[str, tuple[float, Draw]] = {}
-    for measure in measures.measure(rows):
-        out[measure.key] = (2.5, partial(_scatter, measure=measure, shades=shades))
+    for budget, found in measures.over_budgets(rows).items():
+        for measure in found:
+            name = measure.key if budget == "params" else f"{measure.key}-over-{budget}"
+            out[name] = (2.5, partial(_scatter, measure=measure, shades=shades))
     stairs = sweep_charts.staircase(rows, paths, shades)
     if stairs:
         out["staircase"] = (2.3, partial(_staircase, stairs=stairs, shades=shades))
@@ -178,26 +182,26 @@ def _losses(axes: Axes, recovery: OneRecovery) -> None:
 
 
 def _scatter(axes: Axes, measure: Measure, shades: sweep_charts.Shades) -> None:
-    unit, factor = sweep_charts.unit_of(measure.points)
+    of, factor = sweep_charts.unit_of(measure)
     up = svg.Axis([p.value for p in measure.points], log=not measure.higher_is_better)
-    across = svg.Axis([p.params for p in measure.points])
-    aside = sweep_charts.apart([(p.params, up.down(p.value, PLOT[1])) for p in measure.points])
+    across = svg.Axis([p.cost for p in measure.points])
+    aside = sweep_charts.apart([(p.cost, up.down(p.value, PLOT[1])) for p in measure.points])
     for point, dx in zip(measure.points, aside, strict=True):
         k = shades.of(point.row) if point.row else None
         half = None if point.interval is None else point.interval[1] - point.value
-        x = point.params + dx / 2 * (across.high - across.low) / PLOT[0]
+        x = point.cost + dx / 2 * (across.high - across.low) / PLOT[0]
         axes.errorbar(x / factor, point.value, yerr=half, elinewidth=0.7, markersize=4,
                       fmt="o" if k is None else MARKS[k], color=GREY if k is None else SHADES[k],
                       markerfacecolor="white" if k is None else SHADES[k])
     if front := measure.front:
-        axes.step([p.params / factor for p in front], [p.value for p in front], where="post", color=GREY, linewidth=0.7)
+        axes.step([p.cost / factor for p in front], [p.value for p in front], where="post", color=GREY, linewidth=0.7)
     if measure.chance is not None:
         axes.axhline(measure.chance, color=RUST, linestyle=":", label="chance")
     if up.log:
         axes.set_yscale("log")
     axes.plot([], [], "o", color=GREY, markerfacecolor="white", label="dense")
     _key(axes, shades)
-    axes.set(xlabel=f"parameters{unit}", ylabel=f"{measure.name}\n({measure.unit})")
+    axes.set(xlabel=of, ylabel=f"{measure.name}\n({measure.unit})")
     axes.grid(alpha=0.4)
     _legend(axes)
 
@@ -208,12 +212,14 @@ def _staircase(axes: Axes, stairs: sweep_charts.Staircase, shades: sweep_charts.
         axes.plot([x for p in path.plans for x in (p.threshold_low, p.threshold_high)],
                   [p.n_layers for p in path.plans for _ in "ab"], color="black", linewidth=0.7, label=path.source)
     limits = axes.get_xlim() if stairs.paths else (min(s.threshold for s in steps), max(s.threshold for s in steps))
-    for step in steps:
+    across, up = svg.Axis([*limits]), svg.Axis([s.n_layers for s in steps] or [0, 1])
+    aside = sweep_charts.apart([(s.threshold, up.down(s.n_layers + 0.12 * s.series, PLOT[1])) for s in steps])
+    for step, dx in zip(steps, aside, strict=True):
         k = shades.of(step.row)
         ends = max(step.low, limits[0]), min(step.high, limits[1])
         y = step.n_layers + 0.12 * step.series  # runs of other settings a little apart, as on the page
         axes.plot(ends, [y] * 2, color=SHADES[k], alpha=0.6)
-        axes.plot(step.threshold, y, MARKS[k], color=SHADES[k])
+        axes.plot(step.threshold + dx / 2 * (across.high - across.low) / PLOT[0], y, MARKS[k], color=SHADES[k])
     _key(axes, shades)
     axes.set(xlabel="threshold", ylabel="layers left")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -222,13 +228,16 @@ def _staircase(axes: Axes, stairs: sweep_charts.Staircase, shades: sweep_charts.
 
 
 def _key(axes: Axes, shades: sweep_charts.Shades) -> None:
+    """What the marks mean: a word says of which setting it is, a number does not."""
     for k, value in enumerate(shades.values):
-        axes.plot([], [], MARKS[k], color=SHADES[k], label=f"{setting(shades.path or '')} {value}")
+        name = "" if isinstance(value, str) else f"{setting(shades.path or '')} "
+        axes.plot([], [], MARKS[k], color=SHADES[k], label=f"{name}{value}")
 
 
 def _legend(axes: Axes) -> None:
-    """Above the plot, where it covers no mark."""
-    handles: Iterable[object] = axes.get_legend_handles_labels()[0]
+    """Above the plot, where it covers no mark, in as many columns as the figure's width has room for."""
+    handles, labels = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handlelength=1.4,
-                    columnspacing=1)
+        column = max(map(len, labels)) * CHARACTER + 26  # with the mark and the blanks
+        axes.get_figure().legend(handles, labels, loc="outside upper left", ncols=max(1, int(72 * WIDTH / column)),  # type: ignore[union-attr]
+                                 borderaxespad=0.2, handlelength=1.4, columnspacing=1)

@@ -1,8 +1,9 @@
-"""What the runs of a sweep are compared by: a quality over the number of parameters, and which runs no other beats."""
+"""What the runs of a sweep are compared by: a quality over what models cost, and which runs no other beats."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,15 @@ from pathlib import Path
 from slm_exp.core.documents import Section, parse
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import JsonObject, read_json
+from slm_exp.core.format import printable
+from slm_exp.reporting.budgets import BUDGETS, Budget
+from slm_exp.reporting.page import size_change
 from slm_exp.reporting.rows import Row
 from slm_exp.runs.schema import Calibration, Model
-from slm_exp.runs.statistics.scores import Z95, Estimate
+from slm_exp.runs.statistics.scores import Z95, Estimate, on_front
+
+OVER = {**BUDGETS, "latency_s": Budget("latency, both models in turns", "% of dense", 0.01)}
+"""What qualities are drawn over. Latencies of runs are of other hours, so only their ratios compare."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +27,14 @@ class Point:
     """One model: a run's compressed one, or the dense one, which belongs to no run."""
 
     row: Row | None
-    params: int
-    """Those that have an effect: without the ones that removed sublayers leave behind as zeros."""
+    cost: float
+    """By the measure's budget. Parameters: those that have an effect, without the ones that removed sublayers leave
+    behind as zeros."""
     value: float
     """In the unit of the measure."""
     stderr: float | None = None
     front: bool = False
-    """No other model has as few parameters and is as good."""
+    """No other model costs as little and is as good."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -50,40 +58,70 @@ class Measure:
     """What guessing gives, in the measure's unit."""
     criterion: bool = False
     """Whether searches select by it: it is no measure of what came of them, and has no front."""
+    budget: Budget = OVER["params"]
 
     def show(self, value: float) -> str:
         return f"{value:.{self.digits}f}" if abs(value) < 1e5 else f"{value:.3g}"
 
     @property
+    def of_params(self) -> bool:
+        return self.budget is OVER["params"]
+
+    def show_cost(self, point: Point) -> str:
+        """`123.9 M parameters`, `0.21 GFLOP a token`."""
+        if self.of_params:
+            return f"{size_change(int(point.cost), int(point.cost))[1]} parameters"
+        return f"{point.cost / self.budget.one:.3g} {self.budget.unit}"
+
+    @property
     def front(self) -> list[Point]:
         """From the smallest model up."""
-        return sorted((p for p in self.points if p.front), key=lambda p: p.params)
+        return sorted((p for p in self.points if p.front), key=lambda p: p.cost)
 
 
-def measure(rows: Sequence[Row]) -> list[Measure]:
+def over_budgets(rows: Sequence[Row]) -> dict[str, list[Measure]]:
+    """Every measure over every budget that runs have, parameters first; what searches select by over those alone."""
+    found = {name: measure(rows, name) for name in OVER}
+    return {name: some if name == "params" else [m for m in some if not m.criterion]
+            for name, some in found.items() if any(p.row for m in some for p in m.points)}
+
+
+def costs(row: Row, budget: str) -> tuple[float | None, float | None]:
+    """Of the dense model and of a run's, by a budget."""
+    if budget == "params":
+        before, after = row.params.before, row.params.after
+        return before, None if after is None else after - row.params.zeroed
+    if budget == "latency_s":
+        for cell in row.record.speed.cells:
+            if cell.dense.latency_s and cell.compressed.latency_s:
+                return 1.0, cell.compressed.latency_s.median / cell.dense.latency_s.median
+        return None, None
+    both = row.record.costs.dense, row.record.costs.compressed
+    dense, compressed = (side.bytes if budget == "bytes" else side.flops_per_token for side in both)
+    return dense, compressed
+
+
+def measure(rows: Sequence[Row], budget: str = "params") -> list[Measure]:
     """Every measure that the finished runs allow: the seven-task average (else each task), perplexities, similarity."""
     done = [row for row in rows if row.finished and row.params]
     tasks = {task: (f"task-{task}", task) for row in done for task in (c.task for c in row.tasks)}
     if any(row.average for row in done):
         tasks = {"average": ("average", "Seven-task average")}
     out = [_measure(key, name, "per cent", 1, True, [
-        (row, _percent(c.dense if c else None), _percent(c.compressed if c else None))
+        (row, c.dense.times(100) if c and c.dense else None, c.compressed.times(100) if c and c.compressed else None)
         for row in done for c in [row.compared(task)]],
+        budget,
         chance=next((100 * c.chance for row in done if (c := row.compared(task)) and c.chance is not None), None))
         for task, (key, name) in tasks.items()]
     texts = dict.fromkeys(c for row in done for c in row.measured.compressed.perplexity)
     out += [_measure(f"perplexity-{corpus}", f"Perplexity, {corpus}", "lower is better", 2, False, [
-        (row, _exact(row.perplexity(corpus, "dense")), _perplexity(row, corpus)) for row in done])
+        (row, _exact(row.perplexity(corpus, "dense")), _perplexity(row, corpus)) for row in done], budget)
         for corpus in texts]
     for kind in sorted({row.record.plan.similarity for row in done if row.score is not None}):
         out.append(_measure(f"score-{kind}", f"Similarity to dense, {kind}", "1 is identical", 4, True, [
             (row, _exact(1.0), _exact(row.score)) for row in done
-            if row.score is not None and row.record.plan.similarity == kind], criterion=True))
+            if row.score is not None and row.record.plan.similarity == kind], budget, criterion=True))
     return [m for m in out if m.points]
-
-
-def _percent(e: Estimate | None) -> Estimate | None:
-    return None if e is None else Estimate(100 * e.value, None if e.stderr is None else 100 * e.stderr)
 
 
 def _exact(value: float | None) -> Estimate | None:
@@ -98,28 +136,22 @@ def _perplexity(row: Row, corpus: str) -> Estimate | None:
 
 
 def _measure(key: str, name: str, unit: str, digits: int, higher: bool,
-             found: Sequence[tuple[Row, Estimate | None, Estimate | None]], chance: float | None = None,
+             found: Sequence[tuple[Row, Estimate | None, Estimate | None]], budget: str, chance: float | None = None,
              criterion: bool = False) -> Measure:
     """From every run's dense and compressed model."""
-    dense = {(row.params.before, side.value, side.stderr) for row, side, _ in found if side and row.params.before}
-    runs = [Point(row, row.params.after - row.params.zeroed, side.value, side.stderr) for row, _, side in found
-            if side and math.isfinite(side.value) and row.params.after is not None]
+    dense = {(cost, side.value, side.stderr) for row, side, _ in found if side and (cost := costs(row, budget)[0])}
+    runs = [Point(row, cost, side.value, side.stderr) for row, _, side in found
+            if side and math.isfinite(side.value) and (cost := costs(row, budget)[1]) is not None]
     points = [*(Point(None, *values) for values in sorted(dense, key=lambda d: (d[0], d[1], d[2] or 0.0))), *runs]
     shown = tuple(points if runs else ())
     return Measure(key, name, unit, digits, higher, shown if criterion else _with_front(shown, higher),
-                   len(found) - len(runs), chance, criterion)
+                   len(found) - len(runs), chance, criterion, OVER[budget])
 
 
 def _with_front(points: Sequence[Point], higher: bool) -> tuple[Point, ...]:
-    """Points with their `front`: for every size upwards, those better than all smaller ones."""
-    best, sign = -math.inf, 1 if higher else -1
-    good: set[tuple[int, float]] = set()
-    for params in sorted({p.params for p in points}):
-        value = max(sign * p.value for p in points if p.params == params)
-        if value > best:
-            best = value
-            good.add((params, sign * value))
-    return tuple(replace(p, front=(p.params, p.value) in good) for p in points)
+    """Points with their `front`."""
+    front = on_front([(p.cost, -p.value if higher else p.value) for p in points])
+    return tuple(replace(p, front=on) for p, on in zip(points, front, strict=True))
 
 
 class PathPlan(Section):
@@ -150,8 +182,8 @@ class ThresholdPath(Section):
 
 
 def read_paths(folder: Path, given: Sequence[Path] = ()) -> list[ThresholdPath]:
-    """The path.json files that lie in a folder or in its subfolders (those that cannot be read are no paths), and
-    those given.
+    """The path.json files that lie in a folder or in its subfolders, and those given. One that lies there and cannot be
+    read is named on stderr.
 
     Raises:
         SlmError: a given one is not there or is no path.
@@ -167,7 +199,9 @@ def read_paths(folder: Path, given: Sequence[Path] = ()) -> list[ThresholdPath]:
                 raise ValueError("it has no plans")
             out.append(read)
         except (OSError, ValueError, TypeError) as error:
+            none = (f"{path} is no threshold path ({type(error).__name__}: {error}); expected the path.json that "
+                    "`slm path` writes, or its folder.")
             if path in wanted:
-                raise SlmError(f"{path} is no threshold path ({type(error).__name__}: {error}); expected the path.json "
-                               "that `slm path` writes, or its folder.") from None
+                raise SlmError(none) from None
+            print(printable(f"left out: {none}"), file=sys.stderr)
     return out

@@ -2,47 +2,81 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slm_exp.core.files import JsonObject, writing
+from slm_exp.reporting.budgets import BUDGETS
+from slm_exp.runs.statistics.scores import on_front
 
-BUDGETS = {"params": ("parameters, M", 1e6), "flops_per_token": ("GFLOP a token", 1e9),
-           "latency_s": ("latency of a prefill, ms", 1e-3), "bytes": ("weights file, MB", 1e6)}
-"""Of a size in path.json: what it is, and one of it on the axis."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SCORE, MERGED, RECOVERED = "best_final_score", "perplexity", "recovered_perplexity"
+"""Qualities of a size in path.json."""
 
 
-def on_front(sizes: list[JsonObject], budget: str) -> list[bool]:
-    """Which sizes no other beats by a budget: none costs as little and scores higher, or less and as high."""
-    return [not any(b[budget] <= a[budget] and b["best_final_score"] >= a["best_final_score"]
-                    and (b[budget], -b["best_final_score"]) != (a[budget], -a["best_final_score"]) for b in sizes)
-            for a in sizes]
+def qualities(result: JsonObject) -> list[JsonObject]:
+    """The sizes of path.json, with the perplexities on held-out passages where one training recovered them all."""
+    curve = result.get("recovery", {"sizes": {}})
+    found = {n: {MERGED: exponential(of["before"]), RECOVERED: exponential(of["after" if of["kept"] else "before"])}
+             for n, of in curve["sizes"].items()}
+    return [{**size, **found.get(str(size["n_layers"]), {})} for size in result["sizes"]]
+
+
+def exponential(loss: float | None) -> float:
+    return math.inf if loss is None else math.exp(min(loss, 700.0))
+
+
+def fronts(sizes: Sequence[JsonObject], quality: str = SCORE) -> dict[str, list[bool]]:
+    """By every budget, which sizes no other beats."""
+    sign = -1 if quality == SCORE else 1
+    return {budget: on_front([(size[budget], sign * size[quality]) for size in sizes]) for budget in BUDGETS}
 
 
 def draw_budgets(result: JsonObject, path: Path) -> None:
-    """Draw the best final score of every size in path.json over each budget, with the front. Writes a PNG."""
+    """Draw the best final score of every size in path.json over each budget, with the front; and below, where one
+    training recovered all sizes, their perplexities before and after it. Writes a PNG."""
     from matplotlib.figure import Figure
 
-    sizes = result["sizes"]
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    for axes, (budget, (label, one)) in zip(figure.subplots(1, len(BUDGETS), sharey=True), BUDGETS.items(),
-                                            strict=True):
-        points = sorted((s[budget] / one, s["best_final_score"], best)
-                        for s, best in zip(sizes, on_front(sizes, budget), strict=True))
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", color="0.6", markersize=4,
-                  label="beaten by another")
-        front = [(x, y) for x, y, best in points if best]
-        axes.step([x for x, _ in front], [y for _, y in front], "o-", where="post", color="#3b528b", markersize=4,
-                  linewidth=1.2, label="front")
-        axes.set_xlabel(label)
+    sizes = qualities(result)
+    curve = [size for size in sizes if RECOVERED in size]
+    figure = Figure(figsize=(11, 6 if curve else 3.2), layout="constrained")
+    rows = figure.subplots(1 + bool(curve), len(BUDGETS), sharey="row", sharex="col", squeeze=False)
+    _over_budgets(rows[0], sizes, SCORE, "beaten by another", "0.6", "front", "#3b528b")
+    rows[0][0].set_ylabel("best final score")
+    if curve:
+        _over_budgets(rows[1], curve, MERGED, "", "0.6", "merged", "0.6")
+        _over_budgets(rows[1], curve, RECOVERED, "", "#b5367a", "after the one training", "#b5367a")
+        rows[1][0].set_ylabel("perplexity, held-out passages")
+        rows[1][0].set_yscale("log")
+        for axes in rows[1]:
+            axes.axhline(exponential(result["recovery"]["dense"]), color="0.6", linewidth=0.8, linestyle=":")
+    for axes, budget in zip(rows[-1], BUDGETS.values(), strict=True):
+        axes.set_xlabel(budget.label)
+    for axes in figure.axes:
         axes.locator_params(axis="x", nbins=4)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("best final score")
-    figure.axes[0].legend(fontsize=8, frameon=False)
+    for row in rows:
+        row[0].legend(fontsize=8, frameon=False)
     figure.suptitle(f"{result['model']['name']}: the best plan of every size, over what it costs", x=0.01, ha="left",
                     fontsize=11)
     with writing(path) as tmp:
         figure.savefig(tmp, format="png", dpi=150)
+
+
+def _over_budgets(row: Sequence[Axes], sizes: Sequence[JsonObject], quality: str, all_are: str, grey: str, front: str,
+                  colour: str) -> None:
+    """Every size as a mark, and a staircase through those that no other beats."""
+    for axes, (name, budget), best in zip(row, BUDGETS.items(), fronts(sizes, quality).values(), strict=True):
+        points = sorted((size[name] / budget.one, size[quality], on) for size, on in zip(sizes, best, strict=True))
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", color=grey, markersize=4, label=all_are)
+        joined = [(x, y) for x, y, on in points if on]
+        axes.step([x for x, _ in joined], [y for _, y in joined], "o-", where="post", color=colour, markersize=4,
+                  linewidth=1.2, label=front)
 
 
 def draw_staircase(result: JsonObject, path: Path) -> None:

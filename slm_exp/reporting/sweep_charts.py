@@ -17,7 +17,6 @@ from markupsafe import Markup
 
 from slm_exp.reporting import svg
 from slm_exp.reporting.measures import Measure, PathPlan, Point, ThresholdPath
-from slm_exp.reporting.page import size_change
 from slm_exp.reporting.results import Comparison
 from slm_exp.reporting.rows import Row, facets
 from slm_exp.reporting.svg import Axis, tag
@@ -29,8 +28,8 @@ SHAPES = ('<circle r="5"/>', *(f'<path d="{d}"/>' for d in (
 """So many values of a setting have marks of their own, told apart by shape as well as by colour."""
 FEW = 24
 """Up to so many marks show their intervals all the time; of more, only the one pointed at."""
-TOUCH, WIDE = 6.0, 54.0
-"""Pixels: marks nearer to each other than one are set apart, over the other at most."""
+TOUCH, WIDE = 12.0, 60.0
+"""Pixels: marks nearer to each other than one are set apart, by as much, over the other at most."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,10 @@ def shape(k: int) -> Markup:
 
 
 def scatter(measure: Measure, shades: Shades) -> Markup:
-    """A quality over the number of parameters, one linked mark a run, the front of those that no other beats."""
+    """A quality over a budget, one linked mark a run, the front of those that no other beats."""
     points = measure.points
-    unit, factor = unit_of(points)
-    across = Axis([p.params / factor for p in points])
+    of, factor = unit_of(measure)
+    across = Axis([p.cost / factor for p in points])
     shown = [p.value for p in points] + ([] if measure.chance is None else [measure.chance])
     log = Axis(shown, log=not measure.higher_is_better).log
     if len(points) <= FEW:
@@ -82,13 +81,13 @@ def scatter(measure: Measure, shades: Shades) -> Markup:
 
     y = partial(up.down, height=HEIGHT)
 
-    def x(params: float) -> str:
-        return across.across(params / factor)
+    def x(cost: float) -> str:
+        return across.across(cost / factor)
 
-    dense = {p.params for p in points if p.row is None}
+    dense = {p.cost for p in points if p.row is None and measure.of_params}
     close = across.high - across.low < 0.15 * across.high
-    of = f"parameters{unit}; share removed" if len(dense) == 1 else f"parameters{unit}"
-    parts = svg.axes(across, up, HEIGHT, (of, f"{measure.name}, {measure.unit}{', logarithmic' if up.log else ''}"),
+    title = f"{of}; share removed" if len(dense) == 1 else of
+    parts = svg.axes(across, up, HEIGHT, (title, f"{measure.name}, {measure.unit}{', logarithmic' if up.log else ''}"),
                      below=51.0 if len(dense) == 1 else 38.0)
     for tick in across.ticks:
         at = across.across(tick)
@@ -101,18 +100,18 @@ def scatter(measure: Measure, shades: Shades) -> Markup:
                   tag("text", f"chance {measure.chance:.1f}", x="100%", y=y(measure.chance) - 6, class_="end clear")]
     front = measure.front
     for here, after in itertools.pairwise(front):  # a staircase: the smaller model is the best up to there
-        x1, x2, y1, y2 = x(here.params), x(after.params), y(here.value), y(after.value)
+        x1, x2, y1, y2 = x(here.cost), x(after.cost), y(here.value), y(after.value)
         parts.append(tag("line", x1=x1, x2=x2, y1=y1, y2=y1, class_="front"))
         parts.append(tag("line", x1=x2, x2=x2, y1=y1, y2=y2, class_="front"))
-    ordered = sorted(points, key=lambda p: (p.row is not None, p.params, p.value))
-    parts += [_aside(_mark(point, measure, shades, x(point.params), y, few=len(points) <= FEW), dx)
-              for point, dx in zip(ordered, apart([(p.params, y(p.value)) for p in ordered]), strict=True)]
-    label = f"{measure.name} ({measure.unit}) over parameters: {sum(p.row is not None for p in points)} runs"
+    ordered = sorted(points, key=lambda p: (p.row is not None, p.cost, p.value))
+    parts += [_aside(_mark(point, measure, shades, x(point.cost), y, few=len(points) <= FEW), dx)
+              for point, dx in zip(ordered, apart([(p.cost, y(p.value)) for p in ordered]), strict=True)]
+    label = f"{measure.name} ({measure.unit}) over {measure.budget.name}: {sum(p.row is not None for p in points)} runs"
     label += "." if measure.criterion else (f", {len(front)} models on the front. The front stands below as a table.")
     return tag("svg", *parts, width="100%", height=HEIGHT, role="group", class_="chart points", aria_label=label)
 
 
-def apart(places: Sequence[tuple[int, float]]) -> list[float]:
+def apart(places: Sequence[tuple[float, float]]) -> list[float]:
     """How far to the side each mark is drawn so that those at one place stand beside each other; pixels.
 
     Args:
@@ -128,7 +127,7 @@ def apart(places: Sequence[tuple[int, float]]) -> list[float]:
             else:
                 together.append([k])
         for some in together:
-            step = min(9.0, WIDE / len(some))
+            step = min(TOUCH, WIDE / len(some))
             for number, k in enumerate(some):
                 out[k] = step * (number - (len(some) - 1) / 2)
     return out
@@ -138,11 +137,14 @@ def _aside(mark: Markup, dx: float) -> Markup:
     return tag("g", mark, transform=f"translate({dx:g} 0)") if dx else mark
 
 
-def unit_of(points: Sequence[Point]) -> tuple[str, float]:
-    """What parameters are counted in: a word for the axis, and how many make one."""
-    most = max(p.params for p in points)
+def unit_of(measure: Measure) -> tuple[str, float]:
+    """What the lower axis is called, and how many make one on it: parameters by their size."""
+    if not measure.of_params:
+        return measure.budget.label, measure.budget.one
+    most = max(p.cost for p in measure.points)
     units = ((", billions", 1e9), (", millions", 1e6), (", thousands", 1e3))
-    return next(((unit, factor) for unit, factor in units if most >= factor), ("", 1.0))
+    unit, factor = next(((unit, factor) for unit, factor in units if most >= factor), ("", 1.0))
+    return f"parameters{unit}", factor
 
 
 def _mark(point: Point, measure: Measure, shades: Shades, x: str, y: Callable[[float], float], few: bool) -> Markup:
@@ -152,14 +154,14 @@ def _mark(point: Point, measure: Measure, shades: Shades, x: str, y: Callable[[f
         spread = f" (95 % interval {' to '.join(measure.show(v) for v in point.interval)})"
         parts.append(tag("line", x1=x, x2=x, y1=y(point.interval[0]), y2=y(point.interval[1]),
                          class_="whisker" if few else "whisker rare"))
-    value, (_, size) = f"{measure.name} {measure.show(point.value)}{spread}", size_change(point.params, point.params)
+    value, cost = f"{measure.name} {measure.show(point.value)}{spread}", measure.show_cost(point)
     if point.row is None:
-        title = f"dense model: {value}; {size} parameters"
+        title = f"dense model: {value}; {cost}"
         mark = tag("circle", cx=x, cy=y(point.value), r=5.5, class_="dense")
         return tag("g", tag("title", title), *parts, mark, class_="point", role="img", aria_label=title)
     row = point.row
     layers = row.record.layers.after
-    title = (f"{row.title}: {value}; {size} parameters, {100 * (row.removed or 0):.1f} % removed"
+    title = (f"{row.title}: {value}; {cost}, {100 * (row.removed or 0):.1f} % of the parameters removed"
             f"{f', {layers} layers' if layers else ''}{'; on the front' if point.front else ''}")
     k = shades.of(row)
     if point.front:
@@ -197,7 +199,7 @@ class Staircase:
 
 def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shades) -> Staircase | None:
     """Layers over the threshold; None where no run was decided by one and there is no path of the runs' model."""
-    steps = _steps(rows)
+    steps = decided_steps(rows)
     models, drawn, notes = {row.record.model.digest for row in rows}, [], []
     tokens = {row.record.calibration.digest for row in rows}
     for path in paths:
@@ -232,19 +234,20 @@ def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shade
                          *_stairs(path.plans, x, y), class_="exact"))
         parts += [tag("rect", x=x(a), y=0, height=HEIGHT, class_="unknown",
                       width=f"{100 * (across.at(b) - across.at(a)):.2f}%") for a, b in path.unknown]
-    for step in steps:
+    aside = apart([(step.threshold, y(step.n_layers, step.series)) for step in steps])
+    for step, dx in zip(steps, aside, strict=True):
         k, at = shades.of(step.row), y(step.n_layers, step.series)
         title = (f"{step.row.title}: {step.n_layers} layers; the same for every threshold from {bound(step.low)} to "
                 f"{bound(step.high)}")
         marks = (tag("line", x1=x(step.low), x2=x(step.high), y1=at, y2=at, class_="tread"),
-                 tag("use", href=f"#shape-{k}", x=x(step.threshold), y=at, class_="mark"))
+                 _aside(tag("use", href=f"#shape-{k}", x=x(step.threshold), y=at, class_="mark"), dx))
         parts.append(_link(step.row, title, marks, k))
     label = f"Layers over threshold: {len(steps)} runs" + (f" and {len(drawn)} exact paths." if drawn else ".")
     chart = tag("svg", *parts, width="100%", height=HEIGHT, role="group", class_="chart points", aria_label=label)
     return Staircase(chart, steps, drawn, notes)
 
 
-def _steps(rows: Sequence[Row]) -> list[Step]:
+def decided_steps(rows: Sequence[Row]) -> list[Step]:
     series: dict[Any, int] = {}
     out = []
     for row in rows:

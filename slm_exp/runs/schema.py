@@ -83,6 +83,22 @@ class Parameters(Section):
         return bool(self.before) and self.after is not None
 
 
+class Cost(Section):
+    """Of one model."""
+
+    flops_per_token: float | None = None
+    """Of a prompt; removed sublayers are not counted."""
+    bytes: float | None = None
+    """Of its weights in a checkpoint, where removed sublayers stand as zeros."""
+
+
+class Costs(Section):
+    length: int | None = None
+    """Tokens of the prompt."""
+    dense: Cost = Cost()
+    compressed: Cost = Cost()
+
+
 class WidthSizes(Section):
     """What is left of every layer."""
 
@@ -399,6 +415,7 @@ class Record(Section):
     calibration: Calibration = Calibration()
     layers: Layers = Layers()
     params: Parameters = Parameters()
+    costs: Costs = Costs()
     plan: Plan = Plan()
     eval: Measurements = Measurements()
     verdict: Verdict = Verdict()
@@ -436,11 +453,7 @@ class Record(Section):
 
     @classmethod
     def of(cls, data: Any) -> Self:
-        """A record from its JSON.
-
-        Raises:
-            ValueError: where, what came, what was wanted.
-        """
+        """A record from its JSON. Raises ValueError: where, what came, what was wanted."""
         return parse(cls, data)
 
     @property

@@ -22,17 +22,23 @@ ROUNDS = 5
 def sizes(dense: ModelHandle, rule: MergeRule, plans: Iterable[PathPlan], seq_len: int) -> tuple[SizeCost, ...]:
     """What every size among plans of a threshold path costs to run, by its best plan; the smallest first. Cost: the
     models of all sizes, which share what they do not merge, and ROUNDS + 1 prefills of each."""
-    best: dict[int, PathPlan] = {}
-    for plan in plans:
-        if plan.n_layers not in best or plan.final_score > best[plan.n_layers].final_score:
-            best[plan.n_layers] = plan
+    best = best_of_each(plans)
     rule = KeepLow() if rule.fits else rule  # what a layer costs to run does not depend on its weights
     models = {n: apply_plan(dense, MergePlan(dense.n_layers, plan.groups, rule=rule.name), rule)
-              for n, plan in sorted(best.items())}
+              for n, plan in best.items()}
     seconds = latencies(models, seq_len)
     return tuple(SizeCost(n, handle.n_params, 1 - handle.n_params / dense.n_params,
                           dense.sizes.with_layers(n).flops_per_token(seq_len), seconds[n], best[n].final_score,
                           (best[n].low, best[n].high)) for n, handle in models.items())
+
+
+def best_of_each(plans: Iterable[PathPlan]) -> dict[int, PathPlan]:
+    """The plan of the best final score by number of layers left, the fewest first."""
+    best: dict[int, PathPlan] = {}
+    for plan in plans:
+        if plan.n_layers not in best or plan.final_score > best[plan.n_layers].final_score:
+            best[plan.n_layers] = plan
+    return dict(sorted(best.items()))
 
 
 def latencies(models: Mapping[int, ModelHandle], seq_len: int) -> dict[int, float]:

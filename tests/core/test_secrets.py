@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders.runs import QUICK
 
 from slm_exp.core import secrets
-from slm_exp.core.errors import StageError
+from slm_exp.core.errors import DataError, StageError
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import compose_run
 from slm_exp.pipeline import run as pipeline
@@ -68,7 +69,12 @@ def test_no_file_of_a_run_holds_the_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MY_TOKEN", "opensesame")
-    (tmp_path / "opensesame.jsonl").write_text('{"text": "too short"}\n')
+    (tmp_path / "opensesame.jsonl").write_text('{"text": "long enough to be read, as one sees"}\n' * 40)
+
+    def no_luck(source: Any, *_: Any) -> None:
+        raise DataError(f"{source.path} has too few texts")
+
+    monkeypatch.setattr("slm_exp.calibration.text.TextCalibration.draw", no_luck)
     overrides = [*QUICK, "calibration=jsonl", f"calibration.path={tmp_path}/${{oc.env:MY_TOKEN}}.jsonl"]
     cfg = compose_run([*overrides, f"cache.dir={tmp_path}/cache"])
     with pytest.raises(StageError), caplog.at_level(logging.INFO):

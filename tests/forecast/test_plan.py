@@ -268,3 +268,20 @@ def test_scores_of_another_similarity_do_not_tell_a_plan(call):
     assert forecast.stages["plan"] == "compute"
     assert forecast.layers is None
     assert forecast.known == ""
+
+
+def test_a_table_of_times_is_found_however_the_threads_are_set(call, monkeypatch):
+    """By the setting, the environment, or the share of a pool's worker: the threads of the process that will run it."""
+    timed = ["method=shortgpt", "method.target_latency=80%"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run(call, *timed)
+
+    def latency(*more, **kwargs):
+        return {job.stages["latency"] for job in planned(call, *timed, *more, **kwargs).jobs}
+
+    assert latency() == {"cached"}
+    assert latency("runtime.threads=1") == {"cached"}
+    assert latency("runtime.threads=2") == {"compute"}
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert latency("runtime.threads=1") == {"cached"}
+    assert latency("method.protect_last=0,1", "hydra.launcher.threads=1", multirun=True) == {"cached"}

@@ -336,6 +336,9 @@ def test_a_run_states_what_is_removed_and_what_is_only_zeroed(run: Any, tmp_path
     assert record["layers"] == {"before": 8, "after": 8}
     assert params["before"] == params["after"]
     assert 0 < params["zeroed"] < params["before"]
+    dense, small = record["costs"]["dense"], record["costs"]["compressed"]
+    assert small["bytes"] == dense["bytes"] == 4 * params["before"]  # the file keeps the zeros, which take no operation
+    assert dense["flops_per_token"] - small["flops_per_token"] >= 2 * params["zeroed"]
     assert any("3 attention sublayers are zeroed" in warning for warning in record["warnings"])
     assert not any("removes nothing" in warning for warning in record["warnings"])
     page = (tmp_path / "run" / "report.html").read_text()

@@ -20,13 +20,14 @@ from slm_exp.core.errors import ConfigError, DataError, SlmError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, MergePlan, Sublayer
 from slm_exp.engine import head_loss as losses
+from slm_exp.engine.batches import IGNORED, left_padded
 from slm_exp.engine.head_loss import head_loss
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.engine.training import last_checkpoint
 from slm_exp.merging.sharing import shared_copy
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.recovery.base import RecoveryTask, with_tensors
-from slm_exp.recovery.examples import IGNORED, checked, left_padded, make_examples, packed, read_rows
+from slm_exp.recovery.examples import checked, make_examples, packed, read_rows
 
 QUICK: dict[str, Any] = {"data": "bundled", "seq_len": 32, "max_steps": 6, "batch_size": 4, "micro_batch_size": 2,
                          "warmup_steps": 1, "checkpoint_every": 3, "held_out": 8}  # fmt: skip
@@ -175,19 +176,17 @@ def test_overlapping_windows_are_windows_one_by_one(layers: str, make_tiny: Any,
 def test_a_killed_training_goes_on_to_the_same_loss_curve(tmp_path: Path) -> None:
     script = str(Path(__file__).with_name("killed_training.py"))
 
-    def go(folder: str, step: int) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, script, str(tmp_path / folder), str(step)], capture_output=True,
-                              text=True, check=False)
+    def go(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True,
+                              check=False)
 
-    whole = go("whole", 0)
-    assert whole.returncode == 0, whole.stderr
-    killed = go("killed", 5)
-    assert killed.returncode == -signal.SIGKILL
+    first = go("whole", "0", "killed", "5")
+    assert first.returncode == -signal.SIGKILL, first.stderr
     assert list((tmp_path / "killed" / "recovery").glob("*/checkpoint-4"))
-    again = go("killed", 0)
+    again = go("killed", "0")
     assert again.returncode == 0, again.stderr
-    reports = [json.loads(ran.stdout.splitlines()[-1]) for ran in (whole, again)]
-    assert reports[0] == reports[1]  # every loss, and the digest of the trained tensors
+    whole, resumed = (json.loads(ran.stdout.splitlines()[-1]) for ran in (first, again))
+    assert whole == resumed  # every loss, and the digest of the trained tensors
 
 
 def test_a_checkpoint_cut_off_while_it_was_written_is_not_gone_on_from(tmp_path: Path) -> None:

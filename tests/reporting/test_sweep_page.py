@@ -197,9 +197,35 @@ def test_the_front_is_what_no_other_model_beats() -> None:
         for point in _with_front(points, higher):
             def beats(other: Point, point: Point = point, higher: bool = higher) -> bool:
                 better = other.value > point.value if higher else other.value < point.value
-                return (better and other.params <= point.params) or (
-                    other.value == point.value and other.params < point.params)
+                return (better and other.cost <= point.cost) or (
+                    other.value == point.value and other.cost < point.cost)
             assert point.front == (not any(beats(other) for other in points))
+
+
+def test_quality_is_drawn_over_every_budget_that_runs_have(tmp_path: Path) -> None:
+    """Each with a front of its own: here the run that is faster is the one whose file is larger."""
+    folder = sweep(tmp_path)
+    for name, flops, size, perplexity in (("aaa", 0.2e9, 500e6, 40.0), ("ccc", 0.25e9, 400e6, 50.0)):
+        edit(folder / name, lambda record, flops=flops, size=size, perplexity=perplexity: record.update(
+            costs={"length": 128, "dense": {"flops_per_token": 0.3e9, "bytes": 540e6},
+                   "compressed": {"flops_per_token": flops, "bytes": size}},
+            eval={**record["eval"], "compressed": {**record["eval"]["compressed"],
+                                                   "perplexity": {"wikitext2": perplexity}}}))
+    found = measures.over_budgets([with_results(row) for row in read_rows(folder)[1]])
+    assert list(found) == ["params", "flops_per_token", "bytes"]  # nothing was timed
+    fronts = {budget: {p.row.name for m in some if m.key == "perplexity-wikitext2" for p in m.front if p.row}
+              for budget, some in found.items()}
+    assert fronts["flops_per_token"] == {"aaa"}
+    assert fronts["bytes"] == {"aaa", "ccc"}
+    assert not any(m.criterion for m in found["bytes"])
+    timed = {side: {"latency_s": {"median": seconds, "q1": seconds, "q3": seconds}}
+             for side, seconds in (("dense", 2.0), ("compressed", 1.5))}
+    edit(folder / "aaa", lambda record: record.update(speed={"cells": [{"name": "1x12x128", **timed}]}))
+    page = Page(write_sweep_report(folder, figures=True).read_text())
+    headings = [text for text in page.text("h3") if text.startswith("Over ")]
+    assert headings == ["Over parameters", "Over operations", "Over latency, both models in turns", "Over weights file"]
+    assert any("75 % of dense" in text for text in page.text("title"))
+    assert (folder / "figures" / "perplexity-wikitext2-over-bytes.pdf").is_file()
 
 
 def test_no_front_is_drawn_on_what_searches_select_by(grid: Path, page: Page) -> None:
@@ -216,7 +242,7 @@ def test_marks_at_one_place_stand_beside_each_other() -> None:
     assert (out[1], out[4]) == (0, 0)
     together = sorted((out[0], out[2], out[3]))
     assert sum(together) == pytest.approx(0)
-    assert min(b - a for a, b in itertools.pairwise(together)) >= sweep_charts.TOUCH
+    assert {b - a for a, b in itertools.pairwise(together)} == {sweep_charts.TOUCH}  # as wide as a mark
     assert max(map(abs, sweep_charts.apart([(0, 0.0)] * 50))) <= sweep_charts.WIDE / 2
 
 
@@ -256,7 +282,7 @@ def test_a_sweep_over_sizes_has_no_staircase_and_one_without_averages_no_such_co
 
 def test_a_step_covers_exactly_the_thresholds_that_decide_alike(grid: Path) -> None:
     _, rows = read_rows(grid)
-    found = {step.row.name: step for step in sweep_charts._steps(rows)}
+    found = {step.row.name: step for step in sweep_charts.decided_steps(rows)}
     assert found
     for step in found.values():
         plan = step.row.plan
