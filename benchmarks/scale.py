@@ -111,7 +111,7 @@ def work(folder: Path, how: str, tokens: tuple[int, int], stages: list[str], thr
     matrix, rule = member("similarity", "cka", batch=32), member("merge_rule", "top_layer")
     n = handle.n_layers
     task = PlanTask(handle, calibration, score, kernel, rule, None, StageStore(None), 0)
-    plan = MergePlan(n, ((n // 2, n // 2 + n // 4),), rule="top_layer")  # type: ignore[arg-type]
+    plan = MergePlan(n, ((n // 2, n // 2 + max(2, n // 4)),), rule="top_layer")  # type: ignore[arg-type]
     about: dict[str, Any] = {}
 
     def plan_of(name: str, **fields: Any) -> None:
@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=["narrow"], choices=list(SHAPES))
     parser.add_argument("--memory", nargs="+", default=["stream", "resident"], choices=["stream", "resident"])
     parser.add_argument("--tokens", default="2x64", help="sequences x length")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has, where disk or time are short")
     parser.add_argument("--threshold", type=float, default=0.8, help="of the search")
     parser.add_argument("--stages", nargs="+", default=["similarity", "shortgpt", "slm", "refit", "save"])
     parser.add_argument("--limit", type=float, default=4.0, help="GiB for the streamed run; 0 is none")
@@ -230,19 +231,21 @@ def main() -> None:
     for name in args.shape:
         from transformers import AutoConfig
 
-        about = dict(SHAPES[name])
+        shape = SHAPES[name] | ({"num_hidden_layers": args.layers} if args.layers else {})
+        about = dict(shape)
         config = AutoConfig.for_model(about.pop("model_type"), **about)
         need = 2 * sum(p.numel() for p in empty_model(config).parameters())
         with tempfile.TemporaryDirectory(prefix="slm_exp-scale-", dir=args.folder) as where:
             free = shutil.disk_usage(where).free
-            print(f"{name}: {need / 1e9:.1f} GB of weights and as much again for what is saved, in {where} "
-                  f"({free / 1e9:.0f} GB free); removed afterwards", flush=True)
-            if free < 2.2 * need:
+            copies = 2 if "save" in args.stages else 1
+            print(f"{name}: {copies * need / 1e9:.1f} GB in {where} ({free / 1e9:.0f} GB free): the weights"
+                  f"{' and as much again for what is saved' * (copies - 1)}; removed afterwards", flush=True)
+            if free < 1.1 * copies * need:
                 raise SystemExit("there is not enough room; give another --folder.")
             folder = Path(where) / "dense"
             folder.mkdir()
             started = time.perf_counter()
-            make(folder, SHAPES[name])
+            make(folder, shape)
             print(f"made in {time.perf_counter() - started:.0f} s", flush=True)
             for how in args.memory:
                 room, wanted = available_memory(), 1.15 * need + GIB

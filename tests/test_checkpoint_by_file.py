@@ -49,9 +49,12 @@ print("PEAK", before, peak_bytes(), verified["peak_bytes"])
 def test_the_same_tensors_as_a_resident_save(tmp_path: Path, tokens, monkeypatch, family: str) -> None:
     monkeypatch.setattr(shards, "SHARD", 40_000)
     resident, streamed = both(saved(tmp_path / "dense", family))
-    for handle, name in ((resident, "whole"), (streamed, "layers")):
+    for handle, name in ((resident, "whole"), (streamed, "layers"), (resident, "large")):
+        monkeypatch.setattr(checkpoint, "RELOADED_WHOLE", 0 if name == "large" else 2**30)
         verified = save_checkpoint(apply_plan(handle, PLAN, MEAN), tmp_path / name, PLAN, tokens)
         assert verified["logits_off"] == 0.0
+    large, layers = (sorted((tmp_path / name).iterdir()) for name in ("large", "layers"))
+    assert [(p.name, p.read_bytes()) for p in large] == [(p.name, p.read_bytes()) for p in layers]
     whole, layers = ({key: t for path in sorted((tmp_path / name).glob("*.safetensors"))
                       for key, t in load_file(path).items()} for name in ("whole", "layers"))
     assert whole.keys() == layers.keys()

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.shell_completion import get_completion_class
 
+from slm_exp.cli import completion
 from slm_exp.cli import main as cli
 from slm_exp.launch.compose import conf_dir
 
@@ -89,12 +91,22 @@ def test_bash_completes_commands_options_members_and_fields(slm, tmp_path, capsy
                               env={**os.environ, "PATH": f"{slm}:{os.environ['PATH']}"}).stdout.split()
 
     assert complete("slm do") == ["doctor"]
-    assert set(complete("slm ")) == set(cli.COMMANDS)
-    assert complete("slm cache p") == ["prune"]
     assert complete("slm cache prune --old") == ["--older-than"]
-    assert "linear" in complete("slm plan kernel=")
     assert complete("slm plan kernel=rb") == ["rbf"]
     assert complete("slm plan model=tiny method.thresh") == ["method.threshold=", "method.threshold_range="]
+
+
+def test_every_kind_of_word_is_completed(monkeypatch):
+    def complete(line: str) -> list[str]:
+        words = line.split(" ")
+        monkeypatch.setenv("COMP_WORDS", shlex.join(words))
+        monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+        found = get_completion_class("bash")(cli.slm, {}, "slm", completion.VARIABLE).complete()
+        return [item.partition(",")[2] for item in found.splitlines()]
+
+    assert set(complete("slm ")) == set(cli.COMMANDS)
+    assert complete("slm cache p") == ["prune"]
+    assert "linear" in complete("slm plan kernel=")
     assert complete("slm path sweep=threshold_r") == ["threshold_rule"]
     assert complete("slm completion f") == ["fish"]
     assert complete("slm tables dep") == ["depth_width"]
@@ -124,3 +136,12 @@ def test_a_reader_that_has_enough_ends_a_command_with_status_1():
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() in ("0", "1")  # 0 where everything was written before the reader left
     assert "Traceback" not in done.stderr
+
+
+def test_bars_of_other_packages_are_silent_in_every_command(monkeypatch, capsys):
+    """They read it as they are imported, which no command has done by then."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    assert cli.main(["plan", "--help"]) == 0
+    assert os.environ["TQDM_DISABLE"] == "1"
+    shown = "from tqdm import tqdm; list(tqdm(range(3)))"
+    assert subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True).stderr == ""

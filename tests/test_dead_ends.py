@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ from builders.records import make_run
 
 from slm_exp.cli.main import main as slm
 from slm_exp.cli.run import main as run
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -36,6 +41,7 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("compare outputs/single/record.json", "is a file; give the folder of a run: outputs/single"),
     ("import nothing.json", "there is no file nothing.json"),
     ("merge model=tiny plan.json out", "MODEL is a name alone.*: tiny"),
+    ("plan method.treshold=0.9", r"there is no method.treshold\. Did you mean threshold\? Known here: batch, "),
     ("plan shortgpt", "shortgpt: a setting is GROUP=MEMBER.*Meant, perhaps: method=shortgpt"),
     ("plan angular", "kernel=angular or .*similarity=angular or .*method=angular"),
     ("plan owner/name", "Meant, perhaps: model=hf model.path=owner/name"),
@@ -53,10 +59,31 @@ def test_the_fact_that_matters_comes_first(there, words, said, capsys):
 
 
 def test_a_page_of_what_is_no_run_says_so(there, capsys):
-    assert slm(["report", "nothing"]) == 1
+    assert slm(["report", "nothing"]) == 2
     assert "slm report: there is no nothing; give the folder of a run" in capsys.readouterr().err
+
+
+def test_a_folder_of_presets_that_is_not_there_is_named(there, capsys):
+    assert run(["--config-dir", "nothing", "+experiment=mine"]) == 2
+    assert capsys.readouterr().err.startswith("ConfigError: --config-dir = nothing; expected an existing folder.")
 
 
 def test_a_bare_word_on_the_command_line_of_a_run(there, capsys):
     assert run(["rbf"]) == 2
     assert "rbf: a setting is GROUP=MEMBER or GROUP.FIELD=VALUE. Meant, perhaps: kernel=rbf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["evaluation=perplexity"], "evaluation.corpora.wikitext2 = wikitext2: not on this machine, and the hub does not"),
+    (["calibration=c4", "evaluation=none"], "calibration.path = allenai/c4: not in the local Hugging Face cache"),
+    (["recovery=lora", "evaluation=none"], "recovery.path = yahma/alpaca-cleaned: not in the local"),
+])  # fmt: skip
+def test_data_that_cannot_be_had_are_refused_before_any_stage(words, said, tmp_path):
+    """The hub is asked once, at a port of this machine where nobody listens."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"),
+           "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "slm_exp", "model=tiny", "tracking=none", *words], cwd=tmp_path,
+                          capture_output=True, text=True, env=env)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert not (tmp_path / "outputs").exists()

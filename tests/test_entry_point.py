@@ -2,19 +2,23 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from slm_exp.cli import run as entry_point
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import GROUPS, available
 from slm_exp.launch import jobs
-from slm_exp.launch.compose import compose_raw, compose_run, conf_dir
+from slm_exp.launch.compose import Composer, compose_raw, compose_run, conf_dir
 from slm_exp.launch.hydra_compat import probes
 from slm_exp.models.packaged import Packaged
 
@@ -63,7 +67,8 @@ def test_every_sweep_composes_job_by_job(name):
     sweeper = compose_raw([f"sweep={name}"], with_hydra=True).hydra.sweeper
     given = [f"sweep={name}"], dict(sweeper.params)
     cells = jobs.split_sweep(*given) if sweeper.search is None else probes(jobs.search_axes(*given))
-    ids = [compose_run([o for o in job if not o.startswith("hydra")]).run_id for job in cells]
+    composer = Composer()
+    ids = [composer.run_config([o for o in job if not o.startswith("hydra")]).run_id for job in cells]
     assert len(ids) > 1
     assert len(set(ids)) == len(ids)
 
@@ -271,3 +276,15 @@ def test_a_field_of_swept_members_need_not_be_one_of_the_default_member(override
     assert field in given
     assert jobs.fields_of_swept_groups(given) == given
     assert jobs.fields_of_swept_groups(["method.threshold=0.8"]) == ["method.threshold=0.8"]
+
+
+def test_every_requirement_of_every_extra_has_a_tested_version_that_it_allows():
+    """What they require in turn only an installer can tell: `pip install --dry-run -c constraints.txt '.[EXTRAS]'`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    tested = {canonicalize_name(name): version for name, version in pins.items()}
+    extras = project["optional-dependencies"]
+    assert {"trackio", "tensorboard", "search"} <= extras.keys()
+    for line in (*project["dependencies"], *itertools.chain(*extras.values())):
+        wanted = Requirement(line)
+        assert wanted.specifier.contains(tested[canonicalize_name(wanted.name)]), line

@@ -8,11 +8,12 @@ import yaml
 from builders.models import keeps_first
 
 from slm_exp.cli import export
-from slm_exp.core.errors import ConfigError, PlanError
+from slm_exp.core.errors import ConfigError, PlanError, SlmError
 from slm_exp.core.registry import available
 from slm_exp.core.types import Compensation, Cut, MergePlan, Sublayer
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.runs.mergekit import mergekit
+from slm_exp.runs.record import write_record
 
 PLANS = {
     "removal": MergePlan(8, dropped=(2, 3, 6)),
@@ -29,6 +30,11 @@ def setting(value, name):
     if not isinstance(value, list):
         return value
     return next(c["value"] for c in value if c.get("filter") is None or c["filter"] in name)
+
+
+def record_of(folder, config):
+    """The record of a finished run of these settings."""
+    write_record(folder, {"run_id": "a", "status": "finished", "config": config})
 
 
 def layers_of(state):
@@ -91,8 +97,7 @@ def test_removal_is_one_document_and_merging_several(tmp_path, capsys):
 
 def test_a_runs_record_names_model_and_dtype(tmp_path, capsys):
     PLANS["removal"].save(tmp_path)
-    about = {"config": {"model": {"name": "hf", "path": "owner/name", "dtype": "bfloat16"}}}
-    (tmp_path / "record.json").write_text(json.dumps(about))
+    record_of(tmp_path, {"model": {"name": "hf", "path": "owner/name", "dtype": "bfloat16"}})
     assert export.main([str(tmp_path)]) == 0
     document = yaml.safe_load(capsys.readouterr().out)
     assert document["dtype"] == "bfloat16"
@@ -103,8 +108,7 @@ def test_a_runs_record_names_model_and_dtype(tmp_path, capsys):
 def test_a_run_of_a_converted_model_names_that_models_copy(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     PLANS["removal"].save(tmp_path)
-    record = {"config": {"model": {"name": name}, "cache": {"dir": str(tmp_path)}}}
-    (tmp_path / "record.json").write_text(json.dumps(record))
+    record_of(tmp_path, {"model": {"name": name}, "cache": {"dir": str(tmp_path)}})
     own = available("model")[name]().converted(tmp_path)
     for other in ("0" * 16, "f" * 16):
         (tmp_path / "model" / other).mkdir(parents=True)
@@ -115,8 +119,7 @@ def test_a_run_of_a_converted_model_names_that_models_copy(name, tmp_path, capsy
     (own / "config.json").write_text("{}")
     assert export.main([str(tmp_path)]) == 0
     assert f"model: {own}" in capsys.readouterr().out
-    record["config"].pop("cache")
-    (tmp_path / "record.json").write_text(json.dumps(record))
+    record_of(tmp_path, {"model": {"name": name}})
     with pytest.raises(ConfigError, match="--model is missing"):
         export.main([str(tmp_path)])
 
@@ -148,11 +151,14 @@ def test_a_recovered_run_and_a_plan_without_a_model_are_refused(tmp_path, capsys
     PLANS["removal"].save(tmp_path)
     with pytest.raises(ConfigError, match="--model is missing"):
         export.main([str(tmp_path)])
-    (tmp_path / "record.json").write_text(json.dumps({"config": {"recovery": {"name": "lora"}}}))
+    record_of(tmp_path, {"recovery": {"name": "lora"}})
     assert export.main([str(tmp_path), "--model", "x"]) == 1
     assert "recovery=lora" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="there is no"):
         export.main([str(tmp_path / "nowhere.json"), "--model", "x"])
+    (tmp_path / "record.json").write_text('{"a": 1}')  # whether a recovery followed is not known
+    with pytest.raises(SlmError, match=r"record\.json cannot be read"):
+        export.main([str(tmp_path), "--model", "x"])
 
 
 def test_every_registered_rule_is_either_expressed_or_refused_by_name(tmp_path):

@@ -115,9 +115,9 @@ def test_the_command_writes_what_the_contract_says(tmp_path: Path, capsys: pytes
 def test_a_budget_ends_it_and_the_same_command_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute, computed = ScoringEngine._compute, []
+    compute, computed = ScoringEngine.compute, []
     monkeypatch.setattr(
-        ScoringEngine, "_compute", lambda self, slots, *more: computed.append(slots) or compute(self, slots, *more)
+        ScoringEngine, "compute", lambda self, slots, *more: computed.append(slots) or compute(self, slots, *more)
     )
     call = [*QUICK, WIDE, f"cache.dir={tmp_path / 'c'}", f"hydra.run.dir={tmp_path / 'out'}"]
     assert main([*call, "method.max_evaluations=5"]) == 1

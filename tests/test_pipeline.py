@@ -1,6 +1,7 @@
 """One run, from config to record, on a random tiny model."""
 
 import json
+import logging
 import multiprocessing
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def test_a_run_leaves_what_the_contract_says(run, tmp_path):
     assert not list(folder.rglob("*.tmp"))
 
 
+def test_stages_that_do_nothing_have_no_line(run, caplog):
+    """However long a busy machine takes for nothing; the record has the time of all."""
+    with caplog.at_level(logging.INFO, logger="slm_exp"):
+        run()
+    said = [words[0] for words in (message.split() for message in caplog.messages) if words[0] in STAGES]
+    assert said == ["load", "calibrate", "similarity", "plan", "merge", "report"]
+
+
 def test_a_finished_run_returns_at_once(run, tmp_path, monkeypatch):
     first = run()
     monkeypatch.setattr("slm_exp.pipeline.stages.apply_plan", lambda *a: pytest.fail("computed again"))
@@ -85,7 +94,7 @@ def test_calibration_can_be_repeated_from_its_own_file(run, tmp_path):
 PATCHES = {
     "load": "slm_exp.models.tiny.Tiny.open",
     "calibrate": "slm_exp.calibration.base.Calibration.draw",
-    "similarity": "slm_exp.similarity.layers.layer_similarity",
+    "similarity": "slm_exp.pipeline.stages.layer_similarity",
     "plan": "slm_exp.methods.slm.SLM.plan",
     "merge": "slm_exp.pipeline.stages.apply_plan",
     "width": "slm_exp.width.none.NoWidth.decide",

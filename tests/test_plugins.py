@@ -196,7 +196,7 @@ def test_a_sweep_has_it_in_every_job_and_asks_for_it_again(middle, launcher):
     work = middle.parent
     if launcher:
         pytest.importorskip(f"hydra_plugins.hydra_{launcher[0].partition('=')[2].partition('_')[0]}_launcher")
-    cells = ("-m", "seed=0,1", "method=middle", *QUICK, *launcher, "hydra.sweep.dir=sweep")
+    cells = ("-m", "seed=0,1", "method=middle", *QUICK, "save_model=false", *launcher, "hydra.sweep.dir=sweep")
     done = python("-m", "slm_exp", "--plugin", "mine.py", *cells, cwd=work)
     assert done.returncode == 0, done.stderr
     records = [json.loads(path.read_text()) for path in sorted(work.glob("sweep/*/record.json"))]
@@ -206,9 +206,8 @@ def test_a_sweep_has_it_in_every_job_and_asks_for_it_again(middle, launcher):
 
     again = shlex.split(records[0]["command"])
     assert again[:5] == ["python", "-m", "slm_exp", "--plugin", str(middle)]
-    folder = work / "sweep" / records[0]["run_id"]
-    finished = python(*again[1:], f"hydra.run.dir={folder}", "save_model=false", cwd=work)
-    assert "finished" in finished.stdout, finished.stderr
+    composed = python(*again[1:], "--cfg", "job", cwd=work)  # which no command without the plug-in does
+    assert "middle" in composed.stdout, composed.stderr
 
     for path in work.glob("sweep/*/record.json"):
         path.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from slm_exp import apply, compose, evaluate, find_plan, load, read_run, read_ru
 from slm_exp.cli.main import main as slm
 from slm_exp.core.errors import ConfigError, DataError, PlanError, SlmError
 from slm_exp.core.types import MergePlan
+from slm_exp.models.files import no_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
@@ -61,11 +63,12 @@ def cells(notebook: Path) -> list[str]:
     return ["".join(c["source"]) for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_runs_on_the_tiny_model(notebook, tmp_path):
-    """In a process of its own, as a kernel is: one declares a method."""
-    program = "\n".join(map(on_the_tiny_model, cells(notebook)))
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+def test_the_notebooks_run_on_the_tiny_model(tmp_path):
+    """In a process of their own, since one declares a method; each with names of its own, as in a kernel."""
+    programs = {path.name: "\n".join(map(on_the_tiny_model, cells(path))) for path in NOTEBOOKS}
+    code = "import json, sys\nfor name, text in json.load(sys.stdin).items(): exec(compile(text, name, 'exec'), {})"
+    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(programs), cwd=tmp_path, capture_output=True,
+                          text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -171,6 +174,25 @@ def test_slm_merge_writes_the_checkpoint_of_the_run(finished_run, tmp_path, caps
     assert MergePlan.load(tmp_path / "out").effect() == MergePlan.load(finished_run).effect()
     assert slm(["merge", str(finished_run / "model"), str(finished_run), str(tmp_path / "no")]) == 2
     assert "a plan for the" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("out", "said"), [
+    ("run", "it has no config.json"), ("notes", "it holds notes.txt"), ("both", "it holds record.json"),
+    ("a link", "it is no folder"), ("a file", "it is no folder"),
+])  # fmt: skip
+def test_slm_merge_replaces_a_checkpoint_and_nothing_else(out, said, finished_run, tmp_path, capsys):
+    """A run's folder has a plan.json too: its record and samples were lost."""
+    for name, source in (("run", "."), ("notes", "model"), ("both", "model")):
+        shutil.copytree(finished_run / source, tmp_path / name)
+    (tmp_path / "notes" / "notes.txt").write_text("mine")
+    shutil.copy(finished_run / "record.json", tmp_path / "both")
+    (tmp_path / "a link").symlink_to(finished_run / "model")
+    (tmp_path / "a file").write_text("mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert slm(["merge", "tiny", str(finished_run), str(tmp_path / out)]) == 2
+    assert said in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert no_checkpoint(finished_run / "model") is None
 
 
 @pytest.mark.parametrize(("words", "said"), [

@@ -50,10 +50,21 @@ class Calibration(Component, ABC):
         """The longest sequence, by the setting that says so."""
         return {f"calibration.{'path' if self.reads_ids else 'seq_len'}": self.shape().t}
 
-    @abstractmethod
-    def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
-        """Draw the tokens; `seed` is the run's and yields to the source's own.
+    def check_source(self) -> None:
+        """Raise where the texts can only be had from a hub that does not answer; call before weights load."""
+
+    def check_data(self, dense: ModelHandle) -> None:
+        """Refuse what is known to lack tokens, or to have others than this model's, by the model's config and a look
+        at local files. Called before weights load, and with no tokenizer to ask.
 
         Raises:
-            DataError: too few or too short texts, ids outside the vocabulary, file or network missing.
+            ConfigError / DataError: as `draw`.
         """
+
+    def check_model(self, dense: ModelHandle) -> None:
+        """Likewise, by the model's tokenizer where that is cheap."""
+
+    @abstractmethod
+    def draw(self, handle: ModelHandle, seed: int) -> CalibrationTokens:
+        """Draw the tokens; `seed` is the run's and yields to the source's own. Raises DataError: too few or too short
+        texts, ids outside the vocabulary, file or network missing."""

@@ -1,5 +1,3 @@
-"""BookCorpus, lower-case and tokenised, one sentence a row; only rows of at least `seq_len` tokens count."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -88,10 +88,7 @@ def assets_folder() -> Path | None:
 
 
 def asset(name: str) -> Path:
-    """A file of DIGESTS.
-
-    Raises:
-        DataError: the package is not installed, or is of another version; names the command.
+    """A file of DIGESTS. Raises DataError: the package is not installed, or is of another version; names the command.
     """
     file = (assets_folder() or Path()) / name
     if not file.is_file():

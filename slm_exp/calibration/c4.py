@@ -1,5 +1,3 @@
-"""The first validation shard of C4 (en): about 45,000 documents, a download of 40 MB."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

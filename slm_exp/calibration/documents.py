@@ -18,20 +18,18 @@ class Document(NamedTuple):
     text: str
 
 
-def local_files(path: str, setting: str = "calibration.path") -> list[Path]:
-    """The file, or the readable files of the folder in order of name.
-
-    Raises:
-        ConfigError: neither is there, or the folder holds nothing readable.
-    """
+def local_files(path: str) -> list[Path]:
+    """The file, or the readable files of the folder in order of name. Raises ConfigError: neither is there, or the
+    folder holds nothing readable."""
     at = Path(path).expanduser()
     if at.is_file():
         return [at]
     if not at.is_dir():
-        raise ConfigError(f"{setting} = {path}; expected an existing file or folder. There is no such file.")
+        raise ConfigError(f"calibration.path = {path}; expected an existing file or folder. There is no such file.")
     files = sorted(p for p in at.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
     if not files:
-        raise ConfigError(f"{setting} = {path}; expected a folder with files ending in {', '.join(SUFFIXES)}.")
+        raise ConfigError(f"calibration.path = {path}; expected a folder with files ending in "
+                          f"{', '.join(SUFFIXES)}.")
     return files
 
 
@@ -39,8 +37,7 @@ def read_documents(file: Path, field: str, name: str, piece_chars: int, rows: in
     """The texts of one file: a JSON line's or parquet row's `field`, or pieces of a plain text.
 
     Names count lines from 1 and rows and pieces from 0. At most the first `rows` rows are read.
-    Raises:
-        DataError: see `core.text`; names the line.
+    Raises DataError: see `core.text`; names the line.
     """
     plain = kind_of(file) == ".txt"
     texts = enumerate(pieces(read_lines(file), piece_chars)) if plain else read_field(file, field, "calibration.field")

@@ -49,11 +49,8 @@ class FitSource:
         return {self._ours(name): n for name, n in self._source().lengths().items()}
 
     def draw(self, dense: ModelHandle, seed: int, avoid: CalibrationTokens) -> CalibrationTokens:
-        """The tokens: none from a document of `avoid`, where documents are known.
-
-        Raises:
-            DataError: too few or too short texts.
-        """
+        """The tokens: none from a document of `avoid`, where documents are known. Raises DataError: too few or too
+        short texts."""
         with self._named():
             source = self._source()
             if isinstance(source, TextCalibration):

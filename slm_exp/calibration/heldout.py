@@ -27,11 +27,8 @@ def passage_digest(text: str) -> str:
 
 
 def held_out(passages: Mapping[str, str]) -> dict[str, list[str]]:
-    """Domain -> its held-out passages: those of lowest digest, until there are CHARACTERS.
-
-    Args:
-        passages: text -> source, as CoQA names it. The order does not matter.
-    """
+    """Domain -> its held-out passages: those of lowest digest, until there are CHARACTERS. `passages`: text -> source,
+    as CoQA names it. The order does not matter."""
     out: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
     for domain, source in DOMAINS.items():
         for text in sorted((text for text, of in passages.items() if of == source), key=passage_digest):

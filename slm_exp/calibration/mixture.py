@@ -60,6 +60,9 @@ class Mixture(TextCalibration):
         kept = {k: v for k, v in super().identity().items() if k not in ("path", "field")}
         return {**kept, "files": dict(DIGESTS), "without": [RULE, *sorted(SHARED)], "prose": file_digest(PROSE)}
 
+    def check_data(self, dense: ModelHandle) -> None:
+        """Several crops are taken of a text, so how many there are only a tokenizer knows."""
+
     def documents(self, handle: ModelHandle) -> tuple[str, Iterable[Document]]:
         if handle.random:
             return Bundled(seq_len=self.seq_len).documents(handle)

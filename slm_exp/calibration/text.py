@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +21,9 @@ from slm_exp.core.registry import Fields
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.models.base import ModelHandle
 
+CHECKED_BYTES = 4_000_000
+"""Texts up to this size are drawn, or cut into chunks, before weights load, to see that there are enough."""
+
 
 @dataclass
 class TextCalibration(Calibration):
@@ -30,11 +35,8 @@ class TextCalibration(Calibration):
 
     @abstractmethod
     def documents(self, handle: ModelHandle) -> tuple[str, Iterable[Document]]:
-        """Where the texts come from, in words for the record, and the texts.
-
-        Raises:
-            DataError / ConfigError: they cannot be had; names the remedy.
-        """
+        """Where the texts come from, in words for the record, and the texts. Raises DataError / ConfigError: they
+        cannot be had; names the remedy."""
 
     def identity(self) -> Fields:
         fields = super().identity()
@@ -42,13 +44,36 @@ class TextCalibration(Calibration):
             fields["path"] = paths_digest(self.path)
         return fields
 
+    def check_data(self, dense: ModelHandle) -> None:
+        """Cost: texts are read until enough are found that may be long enough; of a file of the hub none."""
+        if not self.reads_local:
+            return
+        source, documents = self.documents(dense)
+        need = self.seq_len - self.add_bos
+        found = sum(1 for _ in itertools.islice(filter(partial(_may_have, need), documents), self.n_samples))
+        self._require_texts(found, f"may have {need} tokens", source)
+
+    def check_model(self, dense: ModelHandle) -> None:
+        """Cost: files up to CHECKED_BYTES are read, and as many of their texts tokenised as are wanted."""
+        if self.path is not None and sum(file.stat().st_size for file in local_files(self.path)) <= CHECKED_BYTES:
+            self.draw(dense, 0)
+
+    @property
+    def reads_local(self) -> bool:
+        """Whether the texts lie here."""
+        return True
+
+    def _require_texts(self, found: int, which: str, source: str) -> None:
+        if found < self.n_samples:
+            raise DataError(f"calibration={self.name} ({source}): {found} texts {which}; {self.n_samples} are "
+                            "wanted. Lower calibration.n_samples or calibration.seq_len, or give longer texts.")
+
     def draw(self, handle: ModelHandle, seed: int, without: Collection[str] = ()) -> CalibrationTokens:
         """As in `Calibration`, of no document named in `without`; the others and their crops stay the same."""
         start, need = self.beginning(handle)
         tokenizer: Any = handle.tokenizer
         source, documents = self.documents(handle)
-        # A text has no more tokens than bytes (plus a leading blank): a cheap look before tokenising.
-        long_enough = [d for d in documents if len(d.text.encode("utf-8", "replace")) + 1 >= need]
+        long_enough = [d for d in documents if _may_have(need, d)]  # a cheap look before tokenising
         rng = np.random.default_rng(self.seed if self.seed is not None else seed)
         rows: list[list[int]] = []
         names: list[str] = []
@@ -64,11 +89,8 @@ class TextCalibration(Calibration):
             names.append(f"{document.name}@{offset}")
             if len(rows) == self.n_samples:
                 break
-        if len(rows) < self.n_samples:
-            free = " and are not calibrated on" if without else ""
-            raise DataError(f"calibration={self.name} ({source}): {len(rows)} texts have at least {need} tokens{free}; "
-                            f"{self.n_samples} are wanted. Lower calibration.n_samples or calibration.seq_len, or give "
-                            "longer texts.")
+        free = " and are not calibrated on" if without else ""
+        self._require_texts(len(rows), f"have at least {need} tokens{free}", source)
         tokens_NT = np.asarray(rows, dtype=np.int32)
         check_ids(tokens_NT, handle, f"the tokenizer of {handle.name}")
         return CalibrationTokens(tokens_NT, source, tuple(names))
@@ -102,10 +124,18 @@ class HubText(TextCalibration):
     rows: ClassVar[int | None] = None
     """Read at most so many rows of the file."""
 
+    @property
+    def reads_local(self) -> bool:
+        return self.path is not None
+
     def documents(self, handle: ModelHandle) -> tuple[str, Iterable[Document]]:
         if self.path is not None:
             return self.path, self.read_local(self.path)
         return f"{self.repo}/{self.file}", self.read_hub()
+
+    def check_source(self) -> None:
+        if self.path is None:
+            self._on_hub().require(self.file)
 
     def read_hub(self) -> Iterator[Document]:
         """The rows of the hub's file, fetched unless it is in the local Hugging Face cache."""
@@ -113,15 +143,20 @@ class HubText(TextCalibration):
 
     def fetch(self) -> Path:
         """The file's place in the local Hugging Face cache."""
-        return Repo(self.repo, self.revision, "dataset", "calibration.path", DataError).file(self.file)
+        return self._on_hub().file(self.file)
+
+    def _on_hub(self) -> Repo:
+        return Repo(self.repo, self.revision, "dataset", "calibration.path", DataError)
+
+
+def _may_have(need: int, document: Document) -> bool:
+    """Whether a text can have so many tokens: no more than bytes, and a leading blank."""
+    return len(document.text) * 4 + 1 >= need and len(document.text.encode("utf-8", "replace")) + 1 >= need
 
 
 def paths_digest(path: str) -> str:
-    """Digest of a file's contents, or of the names and contents of a folder's readable files.
-
-    Raises:
-        ConfigError: there is no such file.
-    """
+    """Digest of a file's contents, or of the names and contents of a folder's readable files. Raises ConfigError: there
+    is no such file."""
     files = local_files(path)
     return content_digest(files[0]) if Path(path).expanduser().is_file() else files_digest(files, files[0].parent)
 

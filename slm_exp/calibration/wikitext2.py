@@ -1,5 +1,3 @@
-"""WikiText-2 (raw), training part. Its rows are lines, so they are joined and cut anew, as a .txt file is."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator

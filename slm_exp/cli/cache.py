@@ -13,9 +13,11 @@ from slm_exp.cli.command import FOLDER, command
 from slm_exp.core.cache import folder as cache_folder
 from slm_exp.core.cache.folder import Entry, default_cache_dir, find_entries, find_stale
 from slm_exp.core.errors import ConfigError
-from slm_exp.core.format import human
+from slm_exp.core.format import human, printable
 
-UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+SIZES = {"": 1.0, "b": 1.0} | {f"{letter}{form}": base**n for n, letter in enumerate("kmgt", 1)
+                               for form, base in (("", 1e3), ("b", 1e3), ("ib", 2.0**10))}
+"""20G and 20GB are 20 10^9 bytes, 20GiB is 20 2^30."""
 AGES = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
@@ -27,18 +29,16 @@ def age(when: float) -> str:
 
 
 def _quantity(text: str, units: dict[str, float], field: str, example: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z])?i?b?", text.strip().lower())
-    if not found or (found.group(2) or "") not in {"", *units}:
-        raise ConfigError(f"{field} = {text}; expected a number with a unit, like {example}.")
-    return float(found.group(1)) * (units[found.group(2)] if found.group(2) else 1)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    if not found or found[2] not in (units if float(found[1]) else {"", *units}):
+        raise ConfigError(f"{field} = {printable(text)}; expected a number and one of "
+                          f"{', '.join(filter(None, units))}, like {example}.")
+    return float(found[1]) * units.get(found[2], 0.0)
 
 
 def folder_of(where: Path | None) -> Path:
-    """The cache's folder; the command ends here where it is the default one and no run has used it yet.
-
-    Raises:
-        ConfigError: the folder that was named is not there, or is no cache.
-    """
+    """The cache's folder; the command ends here where it is the default one and no run has used it yet. Raises
+    ConfigError: the folder that was named is not there, or is no cache."""
     folder = Path(where or default_cache_dir()).expanduser()
     if folder.is_dir():
         cache_folder.require_cache(folder, "--dir" if where else "$SLM_EXP_CACHE")
@@ -97,13 +97,14 @@ def show(where: Path | None) -> int:
 @click.pass_obj
 def _prune(where: Path | None, older_than: str | None, max_size: str | None, dry_run: bool) -> int:
     folder = folder_of(where)
-    older = _quantity(older_than, AGES, "--older-than", "30d") if older_than else None
-    size = _quantity(max_size, UNITS, "--max-size", "20GB") if max_size else None
+    older = _quantity(older_than, AGES, "--older-than", "30d") if older_than is not None else None
+    size = _quantity(max_size, SIZES, "--max-size", "20GB") if max_size is not None else None
     if older is None and size is None and not find_stale(folder):
         raise ConfigError("slm cache prune needs --older-than, --max-size or both.")
     done = cache_folder.prune(folder, older, size, dry_run)
     what = f"{done.entries} entries and {done.stale} stale temporary files, {human(done.bytes)}"
-    left = f"; {done.left} entries are left" + (f" ({done.in_use} in use)" if done.in_use else "")
+    stay = f" ({done.in_use} in use, or the folder cannot be written)" if done.in_use else ""
+    left = f"; {done.left} entries are left{stay}"
     print(f"would remove {what}" if dry_run else f"removed {what}{left}")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 import textwrap
@@ -14,8 +15,10 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from slm_exp.core.errors import SlmError, did_you_mean
+from slm_exp.core.errors import SlmError, did_you_mean, require
+from slm_exp.core.files import write_text
 from slm_exp.core.logs import print_anything
+from slm_exp.core.registry import GROUPS, available
 from slm_exp.core.secrets import masked
 
 FOLDER = click.Path(path_type=Path)  # type: ignore[type-var]  # click's stubs want bytes or str
@@ -94,6 +97,11 @@ def command(name: str, doc: str | None, *, group: bool = False, **kwargs: Any) -
     return click.command(name, cls=Group if group else Command, doc=doc or "", context_settings=settings, **kwargs)
 
 
+def require_tflops(tflops: float | None) -> None:
+    """Raise ConfigError where an option --tflops is no speed."""
+    require(tflops is None or 0 < tflops < math.inf, "--tflops", tflops, "a number > 0")
+
+
 def overrides_argument() -> Callable[[Callable[..., Any]], Any]:
     """The argument `OVERRIDE ...` of commands that take a run's overrides."""
     return click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
@@ -101,7 +109,6 @@ def overrides_argument() -> Callable[[Callable[..., Any]], Any]:
 
 def complete_override(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """`group=member`, presets included, `table=NAME`, and fields (`method.threshold=`) of every member."""
-    from slm_exp.core.registry import GROUPS, available
     from slm_exp.launch.compose import choices
     from slm_exp.tables.definition import table_names
 
@@ -110,6 +117,15 @@ def complete_override(ctx: click.Context, param: click.Parameter, incomplete: st
     words += sorted({f"{group}.{f.name}=" for group in GROUPS for member in available(group).values()
                      for f in dataclasses.fields(member)})
     return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+def print_or_write(text: str, out: Path | None) -> None:
+    """To stdout, or into a file, whose name is printed."""
+    if out is None:
+        print(text, end="")
+    else:
+        write_text(out, text)
+        print(out)
 
 
 def status_of(of: click.Command, argv: Sequence[str], called: str) -> int:

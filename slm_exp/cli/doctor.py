@@ -34,7 +34,7 @@ from slm_exp.calibration.bundled import STORIES
 from slm_exp.cli.command import FOLDER, command, overrides_argument
 from slm_exp.core.cache.folder import default_cache_dir, find_entries, find_stale, problem
 from slm_exp.core.errors import SlmError
-from slm_exp.core.files import probing
+from slm_exp.core.files import installed, probing
 from slm_exp.core.format import human
 from slm_exp.core.locks import Lock
 from slm_exp.core.runtime import available_memory, cores
@@ -199,16 +199,9 @@ def packages() -> Iterator[Finding]:
 
 def assets() -> Iterator[Finding]:
     """The embedded model and the benchmark documents."""
-    for name, (_, what) in ASSETS.items():
-        yield Finding("assets", OK, f"{name}: {what}") if asset(name) else Finding(
+    for name, (file, what) in ASSETS.items():
+        yield Finding("assets", OK, f"{name}: {what}") if installed(name, file) else Finding(
             "assets", OFF, f"{name} is not installed: {what} (model=tiny works without)", INSTALL)
-
-
-def asset(name: str) -> Path | None:
-    """Where an asset's package lies, with the file that is used; None where it is not there."""
-    spec = importlib.util.find_spec(name)
-    places = (spec.submodule_search_locations or []) if spec else []
-    return next((Path(p) for p in places if (Path(p) / ASSETS[name][0]).is_file()), None)
 
 
 def folder(name: str, path: Path, needed: float, remedy: str, otherwise: str = OFF) -> Iterator[Finding]:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import click
 
-from slm_exp.cli.command import FOLDER, OneOf, command
+from slm_exp.cli.command import FOLDER, OneOf, command, print_or_write
 from slm_exp.core.errors import PlanError
-from slm_exp.core.files import write_text
 from slm_exp.runs.mergekit import FORMATS, mergekit, read_plan
 
 
@@ -38,9 +37,5 @@ def main(source: str, format: str, model: str | None, out: Path | None) -> int:
     except PlanError as error:
         print(f"slm export: {error}", file=sys.stderr)
         return 1
-    if out is None:
-        print(text, end="")
-    else:
-        write_text(out, text)
-        print(out)
+    print_or_write(text, out)
     return 0

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import click
 
-from slm_exp.cli.command import FOLDER, command
-from slm_exp.core.files import write_text
+from slm_exp.cli.command import FOLDER, command, print_or_write
 from slm_exp.runs.foreign import read_foreign
 
 
@@ -30,9 +29,5 @@ from slm_exp.runs.foreign import read_foreign
 @click.option("--out", type=FOLDER, metavar="FILE", help="where to write (default: stdout)")
 def main(file: Path, layers: int | None, out: Path | None) -> int:
     text = json.dumps(read_foreign(file.expanduser(), layers).to_json(), indent=1) + "\n"
-    if out is None:
-        print(text, end="")
-    else:
-        write_text(out, text)
-        print(out)
+    print_or_write(text, out)
     return 0

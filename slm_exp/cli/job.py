@@ -8,6 +8,7 @@ import signal
 import sys
 from typing import Any
 
+from slm_exp.cli.run import main as run
 from slm_exp.core.runtime import die_with
 
 
@@ -30,8 +31,6 @@ def main(argv: list[str]) -> int:
     with contextlib.suppress(OSError):  # when memory runs out the kernel shall take a job, not the launcher
         with open("/proc/self/oom_score_adj", "w") as f:
             f.write("500")
-    from slm_exp.cli.run import main as run
-
     return run(argv[1:])
 
 

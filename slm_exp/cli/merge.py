@@ -5,6 +5,7 @@ No calibration, no search, no evaluation. Reloaded by plain transformers in a fr
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ import click
 
 from slm_exp.cli.command import FOLDER, command
 from slm_exp.core.errors import CheckpointError, ConfigError
-from slm_exp.core.format import override
+from slm_exp.core.format import override, printable
 from slm_exp.launch.compose import compose_run, model_words
-from slm_exp.runs.record import check_writable, read_run
+from slm_exp.models.files import no_checkpoint
+from slm_exp.runs.record import check_writable, record_beside
 
 
 @command(
@@ -36,11 +38,14 @@ def main(model: str, plan: str, out: Path, overrides: Sequence[str]) -> int:
     words = ["method=from_plan", override("method.path", plan), "evaluation=none", "tracking=none", *model_words(model),
              *overrides]
     compose_run(words)
-    if out.exists() and not (out / "plan.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"OUT = {out}; expected a new folder, or a checkpoint of slm_exp, which is replaced.")
-    check_writable(out.absolute().parent)
-    if (run := read_run(Path(plan))) and run.record.member("recovery").get("name", "none") != "none":
-        print(f"{plan}: what recovery={run.record.member('recovery')['name']} did is not in the plan.", file=sys.stderr)
+    whole = out.is_dir() and not out.is_symlink()
+    why = "it is no folder" if not whole else no_checkpoint(out) if any(out.iterdir()) else None
+    if os.path.lexists(out) and why:
+        raise ConfigError(f"OUT = {out}; expected a new folder, or a checkpoint of slm_exp, which is replaced: "
+                          f"{printable(why)}.")
+    check_writable(out.absolute().parent, "OUT", "Give another folder.")
+    if (recovery := record_beside(Path(plan).expanduser()).member("recovery").get("name", "none")) != "none":
+        print(f"{plan}: what recovery={recovery} did is not in the plan.", file=sys.stderr)
     from slm_exp.launch import api  # torch: a wrong call is refused without
     from slm_exp.runs.checkpoint import save_checkpoint
 

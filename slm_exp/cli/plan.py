@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import click
 
-from slm_exp.cli.command import command, overrides_argument
+from slm_exp.cli.command import command, overrides_argument, require_tflops
 from slm_exp.core.errors import ConfigError
 from slm_exp.forecast.plan import jobs_of, make_plan, show
 from slm_exp.runs.record import check_writable
@@ -35,8 +35,7 @@ from slm_exp.runs.record import check_writable
 @click.option("--commands", is_flag=True, help="only a command per job, for schedulers; notes the sweep in its folder")
 def main(overrides: Sequence[str], multirun: bool, as_json: bool, tflops: float | None, measure: bool,
          commands: bool) -> int:
-    if tflops is not None and tflops <= 0:
-        raise ConfigError(f"--tflops = {tflops}; expected a number > 0.")
+    require_tflops(tflops)
     if commands:
         found = jobs_of(overrides, multirun, reads_weights=True)  # which name the folders
         if found.searches:

@@ -8,11 +8,13 @@ from pathlib import Path
 import click
 
 from slm_exp.cli.command import FOLDER, command
+from slm_exp.reporting.sweep import write_reports
 
 
 @command("report", __doc__, examples={"slm report outputs/RUN_ID": "a run",
                                       "slm report outputs/multirun/threshold_rule": "a whole sweep"},
-         exits={0: "every folder has its page; paths are on stdout", 1: "one has not; says why", 2: "a wrong call"},
+         exits={0: "every folder has its page; paths are on stdout", 1: "they have, and a run is damaged; says how",
+                2: "a wrong call, or a folder that holds no run; the others have their pages"},
          notes="DIR is a run's folder (outputs/<run_id>) or a sweep's (outputs/multirun/<name>).")
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=FOLDER)
 @click.option("--mixed-protocols", is_flag=True,
@@ -24,6 +26,4 @@ from slm_exp.cli.command import FOLDER, command
               help="also every plot as figures/NAME.pdf and .svg beside the page, set for a column of a paper")
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
 def main(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], figures: bool, verify: bool) -> int:
-    from slm_exp.reporting.sweep import write_reports
-
     return write_reports(folders, mixed_protocols, list(paths), verify, figures)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from slm_exp.cli.command import run_command
 from slm_exp.cli.shown import config_text
-from slm_exp.core.errors import ConfigError, SlmError, StageError, did_you_mean
+from slm_exp.core.errors import ConfigError, SlmError, StageError, did_you_mean, require
 from slm_exp.core.format import override
 from slm_exp.core.logs import mask_logs, print_anything, silence_bars
 from slm_exp.core.plugins import take
@@ -38,6 +38,8 @@ from slm_exp.launch.search import register_plugins
 from slm_exp.launch.workers import visible_gpus
 from slm_exp.pipeline.config import RunConfig, to_run_config
 from slm_exp.pipeline.inspection import inspect_jobs
+from slm_exp.pipeline.run import run, take_part
+from slm_exp.reporting.summary import summary
 from slm_exp.runs.record import is_finished
 
 RANKS = "SLM_EXP_RANKS"
@@ -128,11 +130,8 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _check_words(argv: Sequence[str]) -> None:
     """Answer options that are none, fields without their group, and repo ids for members with the command that was
-    meant; other mistakes are found when the config is composed.
-
-    Raises:
-        ConfigError: with that command, or with the options there are.
-    """
+    meant; other mistakes are found when the config is composed. Raises ConfigError: with that command, or with the
+    options there are."""
     right, wrong, words = list[str](), list[str](), iter(_split(argv)[1])
     own_folder = bool(_search(argv)) or any("hydra.searchpath" in word for word in argv)
     for word in words:
@@ -161,7 +160,10 @@ def _as_override(name: str, value: str) -> list[str]:
 def _search(argv: Sequence[str]) -> list[str]:
     """The override that --config-dir stands for."""
     folder = parse_arguments(argv)[0].config_dir
-    return [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
+    if not folder:
+        return []
+    require(Path(folder).is_dir(), "--config-dir", folder, "an existing folder", "Presets lie in FOLDER/experiment.")
+    return [f"hydra.searchpath=[file://{Path(folder).resolve()}]"]
 
 
 def _start_ranks(ranks: int, cfg: RunConfig, folder: Path, multirun: bool) -> None:
@@ -188,8 +190,6 @@ def _start_ranks(ranks: int, cfg: RunConfig, folder: Path, multirun: bool) -> No
 
 
 def _job(cfg: DictConfig) -> None:
-    from slm_exp.pipeline.run import run, take_part  # torch; the command line above is checked without
-
     hydra_cfg = HydraConfig.get()
     multirun = hydra_cfg.mode == RunMode.MULTIRUN
     run_cfg = to_run_config(cfg)
@@ -218,6 +218,4 @@ def _job(cfg: DictConfig) -> None:
         if multirun:  # a plain message: other processes get to unpickle it
             raise SlmError(message) from None
         raise SystemExit(1) from None
-    from slm_exp.reporting.summary import summary
-
     print(summary(record, folder))

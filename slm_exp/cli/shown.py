@@ -17,11 +17,8 @@ from slm_exp.pipeline.config import to_run_config
 
 
 def config_text(overrides: Sequence[str], resolve: bool = False) -> str:
-    """YAML, with comments. A config that a run would refuse is shown all the same, and ends with the reason.
-
-    Raises:
-        ConfigError: it cannot be composed.
-    """
+    """YAML, with comments. A config that a run would refuse is shown all the same, and ends with the reason. Raises
+    ConfigError: it cannot be composed."""
     whole = compose_raw(overrides, with_hydra=True)
     cfg, chosen, lines = without_hydra(whole), whole.hydra.runtime.choices, list[str]()
     for key, node in cfg.items():

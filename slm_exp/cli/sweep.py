@@ -41,10 +41,8 @@ def launch(folder: Path, select: str, extra: Sequence[str], changed: bool = Fals
     Args:
         extra: overrides on top of the command's, e.g. hydra.launcher.workers=4; they must not change what a cell is.
         changed: a plug-in may be another than the cells were defined with.
-
-    Raises:
-        ConfigError: not a sweep's folder, an override in `extra` that belongs to the cells, or one in the folder's
-            sweep.json that only a command line may give; a plug-in of the cells is not there, or another.
+    Raises ConfigError: not a sweep's folder, an override in `extra` that belongs to the cells, or one in the folder's
+    sweep.json that only a command line may give; a plug-in of the cells is not there, or another.
     """
     sweep = SweepFolder.read(folder)
     _check_plugins(sweep, f"slm sweep {'resume' if select == 'missing' else 'rerun'} {folder}", changed)
@@ -65,11 +63,8 @@ def launch(folder: Path, select: str, extra: Sequence[str], changed: bool = Fals
 
 
 def taken_from(sweep: SweepFolder, extra: Sequence[str]) -> list[str]:
-    """The overrides of sweep.json that a file may give, without those that the command line gives anew.
-
-    Raises:
-        ConfigError: names the first that a file must not give. Nothing is ever executed because a file says so.
-    """
+    """The overrides of sweep.json that a file may give, without those that the command line gives anew. Raises
+    ConfigError: names the first that a file must not give. Nothing is ever executed because a file says so."""
     named = {o.partition("=")[0] for o in extra if not o.startswith(CODE)}
     argv = [o for o in sweep.argv if o.partition("=")[0].lstrip("+") not in named]
     for given in (*argv, *(o for job in sweep.jobs for o in job.overrides)):

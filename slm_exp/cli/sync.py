@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from slm_exp.cli.command import FOLDER, command
+from slm_exp.runs.offline import sync
 
 
 @command(
@@ -22,8 +23,6 @@ from slm_exp.cli.command import FOLDER, command
 @click.option("--dry-run", is_flag=True, help="list what would be sent, send nothing")
 @click.option("--verify", is_flag=True, help="check the digests of large files of the runs too")
 def main(folders: Sequence[Path], dry_run: bool, verify: bool) -> int:
-    from slm_exp.runs.offline import sync
-
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
         print(f"slm sync: no such folder: {', '.join(missing)}.", file=sys.stderr)

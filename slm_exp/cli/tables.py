@@ -13,21 +13,22 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
-from slm_exp.cli.command import FOLDER, command
+from slm_exp.cli.command import FOLDER, command, require_tflops
 from slm_exp.core.errors import ConfigError
+from slm_exp.forecast.plan import cell_jobs, plan_jobs
+from slm_exp.tables.build import OUTPUTS, draw, split_words, with_model
+from slm_exp.tables.definition import summaries
+from slm_exp.tables.paper import tables_of, write_paper
+from slm_exp.tables.records import find_runs
 
 
 def _notes() -> str:
-    from slm_exp.tables.definition import summaries
-
     lines = [f"  {name:<12} {title} (params: {', '.join(params)})" for name, title, params in summaries()]
     more = "Parameters of all: sizes, seeds, evaluation, calibration, extra; conf/table/_models.yaml has their values."
     return "\n".join(["tables:", *lines, "", more])
 
 
 def _complete_name(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from slm_exp.tables.definition import summaries
-
     names = [name for name, _, _ in summaries()]
     return [CompletionItem(name) for name in (*names, "sweep", "paper") if name.startswith(incomplete)]
 
@@ -58,8 +59,6 @@ def _complete_name(ctx: click.Context, param: click.Parameter, incomplete: str) 
 def main(name: str, words: tuple[str, ...], formats: str, out: Path | None, columns: str | None, missing: bool,
          reference: bool, mixed_protocols: bool, verify: bool, form: bool, reference_file: Path | None,
          tflops: float | None) -> int:
-    from slm_exp.tables.build import draw
-
     if name == "paper":
         others = {"--columns": columns, "--missing": missing, "--reference": reference, "--form": form,
                   "--reference-file": reference_file, "--mixed-protocols": mixed_protocols}
@@ -75,11 +74,7 @@ def main(name: str, words: tuple[str, ...], formats: str, out: Path | None, colu
 
 def _paper(words: tuple[str, ...], out: Path | None, tflops: float | None, verify: bool) -> int:
     """List every table of a model with its cost; write those that have runs."""
-    from slm_exp.forecast.plan import cell_jobs, plan_jobs
-    from slm_exp.tables.build import OUTPUTS, split_words, with_model
-    from slm_exp.tables.paper import tables_of, write_paper
-    from slm_exp.tables.records import find_runs
-
+    require_tflops(tflops)
     params, folders = split_words(words)
     there = folders or ([OUTPUTS] if OUTPUTS.is_dir() else [])
     runs = find_runs(there, may_be_empty=not folders, verify=verify) if there else []

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from slm_exp.core.errors import ConfigError, did_you_mean
-from slm_exp.core.files import JsonObject
+from slm_exp.core.files import JsonObject, read_text
 from slm_exp.core.format import printable
 
 
@@ -77,7 +77,7 @@ def _reader(kind: Any) -> TypeAdapter[Any]:
 def read_yaml(path: Path) -> JsonObject:
     """A mapping from a YAML file. Raises ConfigError: not YAML, or no mapping."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        found = yaml.safe_load(read_text(path))
     except (OSError, UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {printable(' '.join(str(error).split()))}") from None
     if not isinstance(found, dict):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from slm_exp.core.format import printable
 
 NOT_FINITE = "Use model.dtype=float32 or bfloat16; if it is float32 already, the weights are damaged."
 """The remedy where weights or states of a model are not finite."""
@@ -14,11 +16,12 @@ LONGEST = 4000
 class SlmError(Exception):
     """Base of every error this package raises on purpose; shown as one message, without a traceback.
 
-    What a file holds may be quoted in it: a message of more than LONGEST characters is cut.
+    What a file holds may be quoted in it: control characters are written out, and a message of more than LONGEST
+    characters is cut.
     """
 
     def __str__(self) -> str:
-        text = super().__str__()
+        text = printable(super().__str__())
         return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
@@ -82,3 +85,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`Did you mean X?`, or an empty string when nothing is close."""
     close = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
     return f"Did you mean {close[0]}?" if close else ""
+
+
+def no_field(name: str, known: Sequence[str]) -> str:
+    """`there is no method.treshold. Did you mean threshold? Known here: ...`: the nearest first, for lists are long."""
+    here = f"Known here: {', '.join(known)}." if known else ""
+    return " ".join(filter(None, (f"there is no {name}.", did_you_mean(name.rpartition(".")[2], known), here)))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,10 +38,7 @@ def writing(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def probing(folder: Path) -> Iterator[Path]:
     """Make a folder and yield a file written in it; afterwards both are gone, unless the folder was there or is used.
-
-    Raises:
-        OSError: it cannot be made or written.
-    """
+    Raises OSError: it cannot be made or written."""
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     probe = folder / f".probe.{os.getpid()}"
     try:
@@ -90,10 +89,22 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, 16 hex digits."""
+def sha256(path: Path) -> str:
+    """Of a file's bytes, 64 hex digits."""
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The first 16 hex digits of a file's sha256."""
+    return sha256(path)[:16]
+
+
+def installed(package: str, name: str) -> Path | None:
+    """A file of an installed package, found without importing it; None where it is not there."""
+    spec = importlib.util.find_spec(package)
+    places = (Path(folder) / name for folder in ((spec.submodule_search_locations or []) if spec else []))
+    return next((path for path in places if path.is_file()), None)
 
 
 def honour_umask(folder: Path) -> None:
@@ -105,17 +116,32 @@ def honour_umask(folder: Path) -> None:
             path.chmod(0o666 & ~mask)
 
 
+def plain_file(path: Path) -> Path:
+    """The path of a file, or of a folder, which refuses itself. Raises OSError: there is none; ValueError: a pipe or a
+    device, where reading waits for ever or finds no end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError("it is a pipe or a device; expected a file")
+    return path
+
+
+def read_text(path: Path) -> str:
+    """UTF-8, with or without a byte order mark. Raises OSError / ValueError: as `plain_file`; not UTF-8, or over
+    MAX_BYTES."""
+    if plain_file(path).stat().st_size > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
+    return path.read_text(encoding="utf-8-sig")
+
+
 def read_json(path: Path) -> Any:
-    """The value in a JSON file, with or without a byte order mark.
+    """The value in a JSON file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: no JSON, a key twice, NaN or an infinity, half a surrogate pair (no text that can be written),
-            nested deeper than MAX_DEPTH, or over MAX_BYTES.
+        ValueError: as `read_text`; no JSON, a key twice, NaN or an infinity, half a surrogate pair (no text that can
+            be written), nested deeper than MAX_DEPTH.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_finite)
     except RecursionError:

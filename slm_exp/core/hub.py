@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,24 @@ from slm_exp.core.errors import SlmError
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 5.0
+
+
+def offline() -> bool:
+    """Whether Hugging Face is switched offline."""
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+               for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))  # fmt: skip
+
+
+@functools.cache
+def no_answer() -> Exception | None:
+    """What comes instead of an answer when the hub is asked, once a process and for PROBE_SECONDS; None: it answers."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception as error:  # no route, no name server, a proxy, a timeout, switched offline
+        return error
+    return None
 
 
 @dataclass(frozen=True)
@@ -31,10 +51,8 @@ class Repo:
     error: type[SlmError]
     """What to raise."""
 
-    def folder(
-        self, patterns: Sequence[str], complete: Callable[[Path], bool],
-        vet: Callable[[list[str]], None] | None = None,
-    ) -> Path:
+    def folder(self, patterns: Sequence[str], complete: Callable[[Path], bool],
+               vet: Callable[[list[str]], None] | None = None) -> Path:
         """The snapshot folder with the files that match `patterns`; its name is the commit.
 
         A cached snapshot that is `complete` is taken as it is, without a look at the network: a branch stays where it
@@ -42,8 +60,7 @@ class Repo:
         Args:
             complete: whether a folder has all that is needed.
             vet: sees the repo's file names before a download and may refuse.
-        Raises:
-            `error`: gated, missing, offline or unreachable; names the remedy.
+        Raises `error`: gated, missing, offline or unreachable; names the remedy.
         """
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
@@ -74,6 +91,17 @@ class Repo:
             about = get_hf_file_metadata(hf_hub_url(self.name, name, **self._which), timeout=PROBE_SECONDS)
         with self._downloading(about.commit_hash):
             return Path(hf_hub_download(self.name, name, **self._which))
+
+    def require(self, name: str) -> None:
+        """Refuse a file that is neither in the cache nor on a hub that answers; fetches nothing. Raises as `folder`."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+        if isinstance(try_to_load_from_cache(self.name, name, **self._which), str):
+            return
+        with self._probing():
+            if failure := no_answer():
+                raise failure
+            get_hf_file_metadata(hf_hub_url(self.name, name, **self._which), timeout=PROBE_SECONDS)
 
     @property
     def _which(self) -> dict[str, Any]:

@@ -17,11 +17,8 @@ from slm_exp.core.secrets import masked
 
 
 def open_log(path: Path) -> io.FileIO:
-    """A log to append to: never through a link that somebody has put there.
-
-    Raises:
-        OSError: it is a link, or not a file, or cannot be written.
-    """
+    """A log to append to: never through a link that somebody has put there. Raises OSError: it is a link, or not a
+    file, or cannot be written."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0), 0o666)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

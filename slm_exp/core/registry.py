@@ -71,11 +71,8 @@ C = TypeVar("C", bound=Component)
 
 
 def register(group: str, name: str) -> Callable[[type[C]], type[C]]:
-    """Class decorator: make a dataclass the member `name` of a config group. Put it above `@dataclass`.
-
-    Raises:
-        ConfigError: there is no such group, or another file has a member of that name.
-    """
+    """Class decorator: make a dataclass the member `name` of a config group. Put it above `@dataclass`. Raises
+    ConfigError: there is no such group, or another file has a member of that name."""
 
     def add(cls: type[C]) -> type[C]:
         from hydra.core.config_store import ConfigStore

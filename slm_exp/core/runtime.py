@@ -104,11 +104,8 @@ class Runtime(Component):
         return self.threads or (int(requested) if requested.isdigit() else 0) or cores()
 
     def prepare(self, seed: int, device: str | None = None) -> torch.device:
-        """Set threads, determinism and every seed; return the device (`device` overrides this config's).
-
-        Raises:
-            ConfigError: cuda is requested and not there.
-        """
+        """Set threads, determinism and every seed; return the device (`device` overrides this config's). Raises
+        ConfigError: cuda is requested and not there."""
         import torch
 
         if self.threads:
@@ -128,10 +125,7 @@ class Runtime(Component):
 
     def require_device(self, device: str | None = None) -> None:
         """Refuse a GPU that is not there (`device` overrides this config's). Imports torch where one is asked for.
-
-        Raises:
-            ConfigError: no GPU is visible, or none of that number.
-        """
+        Raises ConfigError: no GPU is visible, or none of that number."""
         wanted = device or self.device
         if not wanted.startswith("cuda"):
             return

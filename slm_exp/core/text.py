@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from slm_exp.core.errors import DataError, did_you_mean
+from slm_exp.core.files import plain_file
 
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 SUFFIXES = (*KINDS, *(f"{kind}.gz" for kind in KINDS))
@@ -47,11 +48,8 @@ def kind_of(file: Path) -> str:
 
 
 def read_lines(file: Path) -> Iterator[str]:
-    """The lines of a text file, each with one "\\n" at its end if it had a line end.
-
-    Raises:
-        DataError: unreadable, not UTF-8, or a line of more than LIMIT bytes; names the line.
-    """
+    """The lines of a text file, each with one "\\n" at its end if it had a line end. Raises DataError: unreadable, not
+    UTF-8, or a line of more than LIMIT bytes; names the line."""
     for n, line in enumerate(_raw_lines(file), 1):
         yield _decoded(line, f"{file}, line {n}")
 
@@ -63,8 +61,7 @@ def read_rows(file: Path, field: str | None = None, setting: str = "", lists: bo
         field: the only column read of a parquet file; None reads all.
         setting: the config field that names `field`, for messages.
         lists: a .jsonl file may be one list too.
-    Raises:
-        DataError: unreadable, malformed, or beyond LIMIT; names the line or row.
+    Raises DataError: unreadable, malformed, or beyond LIMIT; names the line or row.
     """
     kind = kind_of(file)
     if kind == ".parquet":
@@ -146,11 +143,12 @@ def _raw_lines(file: Path) -> Iterator[bytes]:
                     if lines[-1].endswith((b"\r", b"\r\n")):
                         lines[-1] = lines[-1].rstrip(b"\r\n") + b"\n"
                     yield lines.pop()  # this frame must not hold on to it
-    except (OSError, EOFError, zlib.error) as cause:
+    except (OSError, EOFError, ValueError, zlib.error) as cause:
         raise DataError(f"{file}: cannot be read to its end ({cause}).") from cause
 
 
 def _opened(file: Path) -> IO[bytes]:
+    plain_file(file)
     return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from slm_exp.core.documents import StrictValue, parse
 from slm_exp.core.errors import PlanError
-from slm_exp.core.files import MAX_BYTES, plain, write_json, writing
+from slm_exp.core.files import MAX_BYTES, plain, plain_file, write_json, writing
 from slm_exp.core.widths import WidthDecision
 
 MAX_LAYERS = 10_000
@@ -191,8 +191,7 @@ class MergePlan(StrictValue):
     """Which layers of a model are merged or removed, and how that was decided. Touches no weights.
 
     A layer in no group and not dropped is kept as it is.
-    Raises:
-        PlanError: entries contradict each other or the number of layers.
+    Raises PlanError: entries contradict each other or the number of layers.
     """
 
     n_layers: int
@@ -328,8 +327,7 @@ class MergePlan(StrictValue):
         Args:
             data: the contents of a plan.json.
             bare: `n_layers` may be absent; the plan is then for the fewest layers it can be for.
-        Raises:
-            PlanError: names the field that is wrong or unknown, its value, and what was expected.
+        Raises PlanError: names the field that is wrong or unknown, its value, and what was expected.
         """
         fill = bare and isinstance(data, dict) and data.get("n_layers") is None
         if isinstance(data, dict):
@@ -415,7 +413,7 @@ class LayerSimilarity:
     @classmethod
     def load(cls, folder: Path) -> LayerSimilarity:
         path = folder / "similarity.npz"
-        with zipfile.ZipFile(path) as packed:
+        with zipfile.ZipFile(plain_file(path)) as packed:
             if (size := sum(part.file_size for part in packed.infolist())) > MAX_BYTES:
                 raise ValueError(f"it would unpack to {size:,} bytes")
         with np.load(path, allow_pickle=False) as z:

@@ -47,19 +47,12 @@ def supported(layer: Any, call: Mapping[str, Any], dtype: torch.dtype) -> bool:
     )
 
 
-def fused_layer(
-    layer: Any,
-    weights: Mapping[str, Tensor],
-    call: Mapping[str, Any],
-    h_BTD: Tensor,
-    dtype: torch.dtype,
-    without: Collection[str] = (),
-) -> Tensor:
+def fused_layer(layer: Any, weights: Mapping[str, Tensor], call: Mapping[str, Any], h_BTD: Tensor, dtype: torch.dtype,
+                without: Collection[str] = ()) -> Tensor:
     """One decoder layer: [B, T, D] -> [B, T, D] in the dtype of `h_BTD`.
 
     The residual stream and its norms keep that dtype, matrix products and attention run in `dtype`: a bfloat16
     screen of float32 states loses nothing in the sums over layers.
-
     Args:
         layer: for its shapes and constants; must be `supported`.
         weights: every parameter of the layer by name, already in `dtype`.

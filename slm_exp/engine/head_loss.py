@@ -61,7 +61,6 @@ def head_loss(given_MD: Tensor, head_VD: Tensor, labels_M: Tensor, ce: float = 1
     The gradients are computed together with the loss, part by part of the tokens, so that no part is computed twice
     (in parts of the vocabulary it would be: its normaliser is known at the end only). Matrix products run in the
     dtype of autocast where that is on, sums over the vocabulary in float32.
-
     Args:
         teacher: last states [M, D'] and head [V, D'] of another model.
         temperature: both logits are divided by it for the divergence.

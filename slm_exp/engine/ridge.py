@@ -18,6 +18,8 @@ HELD = 5
 QUIET = 0.1
 """Channels whose gain is below this share of the median are left alone by a refit of the projection before the norm:
 what they lack would take a change so large that it turned all others' direction."""
+QUIETEST = 1e-3
+"""Of the mean square of all inputs: an input below it is penalised as if it had so much."""
 OUTLYING = 10.0
 """Times the median norm, from which on a token's state is outlying."""
 
@@ -29,7 +31,6 @@ def token_weights(states_NTD: Tensor, weighting: str = "class", rows: int = 8) -
     tokens of outlying norm together count as much as all others together. Most decoders have a layer that makes one
     state in a sequence, usually the first token's, a hundred times larger than the others, and later heads attend to
     it: one token in 256, which a mean over tokens forgets.
-
     Args:
         states_NTD: those that the errors are errors of.
         rows: sequences in float64 at once.
@@ -75,10 +76,12 @@ class Moments:
         """What ridges are relative to: the mean weighted square of an input."""
         return float(self.xx_CC.diagonal().mean())
 
-    def solve(self, ridge: float) -> Tensor | None:
-        """The change that minimises the error plus ridge x its squares; None where inputs depend on each other."""
+    def solve(self, ridge: float, own_units: bool = False) -> Tensor | None:
+        """The change that minimises the error plus ridge x its squares, or those of what each input moves by it: a
+        quiet input is then pulled to zero no more than a loud one. None where inputs depend on each other."""
         damped_CC = self.xx_CC.clone()
-        damped_CC.diagonal().add_(ridge)
+        own_C = self.xx_CC.diagonal() / self.scale + QUIETEST if own_units else 1.0
+        damped_CC.diagonal().add_(ridge * own_C)
         factor_CC, failed = torch.linalg.cholesky_ex(damped_CC)
         return None if int(failed) else torch.cholesky_solve(self.xr_CD, factor_CC)
 
@@ -107,8 +110,8 @@ class GainMoments(Moments):
     def scale(self) -> float:
         return float(self.xx_CC.mean())
 
-    def solve(self, ridge: float) -> Tensor | None:
-        return self.xr_CD / (self.xx_CC + ridge)
+    def solve(self, ridge: float, own_units: bool = False) -> Tensor | None:
+        return self.xr_CD / (self.xx_CC + ridge * (self.xx_CC / self.scale + QUIETEST if own_units else 1.0))
 
     def error(self, change_CD: Tensor) -> float:
         return self.rr + float((change_CD.square() * self.xx_CC - 2 * change_CD * self.xr_CD).sum())
@@ -123,7 +126,6 @@ def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: T
     change found is that of gain x W, which `changed` divides by the gain. The norm then turns the size of the new W x
     back into s, so that only its direction comes as found; sizes by channel are the gain's, which is fitted exactly.
     Either change is judged by the layer's true output.
-
     Args:
         module: the projection, or such a norm for its gain; None for errors alone.
         wanted_NTD: the stream behind the layer as it should be, up to `scale`.
@@ -167,11 +169,8 @@ def _size(norm: Any, y_NTD: Tensor) -> Tensor:
 
 def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor,
                weight_NT: Tensor, factor: float | Tensor = 1.0) -> None:
-    """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence.
-
-    Args:
-        factor: what the projection's output is multiplied by on its way into the stream, one number or [N, T, 1].
-    """
+    """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence. `factor`:
+    what the projection's output is multiplied by on its way into the stream, one number or [N, T, 1]."""
     x_NTC = x_NTC.reshape(*out_NTD.shape[:2], x_NTC.shape[-1])  # OPT's MLP sees all tokens in one row
     if len(fit.xx_CC) == x_NTC.shape[-1] + 1:  # a bias is the weight of ones
         x_NTC = torch.cat([x_NTC, x_NTC.new_ones(*x_NTC.shape[:-1], 1)], dim=-1)
@@ -186,10 +185,7 @@ def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, targ
 def changed(layout: LayerLayout, layer: Any, module: str, weights: Mapping[str, Tensor], change_CD: Tensor
             ) -> dict[str, Tensor]:
     """Parameters of a projection, or of a norm behind one, by name in the layer, with a change added, float32.
-
-    Args:
-        weights: parameters that replace the layer's own.
-    """
+    `weights`: parameters that replace the layer's own."""
     linear = layer.get_submodule(module)
     if module in layout.output_norms:
         name = f"{module}.weight"
@@ -223,7 +219,7 @@ def held_out(n: int) -> Tensor:
     return held_N
 
 
-def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = False
+def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = False, own_units: bool = False
                ) -> tuple[Tensor, float, float] | None:
     """The change [C, D] of a linear map that takes most of the residual away on tokens it was not fitted on.
 
@@ -232,6 +228,7 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = F
 
     Args:
         whole: fit once more by the chosen ridge, on the tokens held out as well.
+        own_units: see `Moments.solve`.
     Returns:
         (change, ridge, squared residual left over `held`), or None where no ridge lowers it.
     Cost: one Cholesky factor of [C, C] and one product with [C, D] for every ridge.
@@ -241,7 +238,7 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = F
     if not scale > 0:
         return None
     for ridge in ridges:
-        change_CD = fit.solve(ridge * scale)
+        change_CD = fit.solve(ridge * scale, own_units)
         if change_CD is None:
             continue  # too small a ridge for inputs that nearly depend on each other
         error = held.error(change_CD)
@@ -249,7 +246,7 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = F
             best = change_CD, ridge, error
     if whole and best:
         both = type(fit)(fit.xx_CC + held.xx_CC, fit.xr_CD + held.xr_CD)
-        change_CD = both.solve(best[1] * both.scale)
+        change_CD = both.solve(best[1] * both.scale, own_units)
         return (best[0] if change_CD is None else change_CD, *best[1:])
     return best
 
@@ -260,7 +257,6 @@ def eliminated(xx_CC: Tensor, map_CD: Tensor, step: int, least: int, ridge: floa
 
     Backward elimination: the inputs go whose loss costs the refitted map least, |map of c|^2 / (xx^-1)_cc each (Optimal
     Brain Surgeon, Hassibi and Stork 1993), `step` at a time. The ridge pulls to the map as it was.
-
     Yields:
         (inputs that stay, ascending, [K], their map [K, D]) with C - step, C - 2 step, ... of them, `least` at last.
     Cost: one inverse of [K, K] for every step.

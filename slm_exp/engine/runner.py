@@ -61,7 +61,6 @@ class BlockRunner:
     Works for any Hugging Face decoder: what a layer is called with (mask, rotary tables, its attention type's
     variant of either) is taken from the decoder's own forward. Models spread over devices work too: states
     follow the layers. Every call runs without gradients.
-
     Args:
         handle: the model; its weights load here.
         tokens_NT: [N, T] token ids.
@@ -69,9 +68,8 @@ class BlockRunner:
         fuse: use the fused CPU block for layers it understands (see engine/fused.py), else the library's layer.
     """
 
-    def __init__(
-        self, handle: ModelHandle, tokens_NT: np.ndarray | Tensor, dtype: torch.dtype | None = None, fuse: bool = True
-    ) -> None:
+    def __init__(self, handle: ModelHandle, tokens_NT: np.ndarray | Tensor, dtype: torch.dtype | None = None,
+                 fuse: bool = True) -> None:
         self.handle = handle
         self.model = handle.model
         self.tokens_NT = torch.as_tensor(tokens_NT).long()
@@ -86,7 +84,8 @@ class BlockRunner:
                     "Use a machine whose devices hold the model, or a smaller model.dtype."
                 )
         self.fuse = fuse
-        self._fused: list[bool | None] = [None] * handle.n_layers
+        self.fused: list[bool | None] = [None] * handle.n_layers
+        """Which layers run by engine/fused.py; null: has not run yet."""
         _, calls = self._enter(self.tokens_NT[:1])
         self._calls = [self._cast(kwargs, self._device(i), self.dtype) for i, kwargs in enumerate(calls)]
 
@@ -100,9 +99,9 @@ class BlockRunner:
         self.forwards += 1
         host = slot.host
         with torch.inference_mode():
-            if self._fused[host] is None:
-                self._fused[host] = self._may_fuse(host, h_NTD)
-            if self._fused[host]:
+            if self.fused[host] is None:
+                self.fused[host] = self._may_fuse(host, h_NTD)
+            if self.fused[host]:
                 weights, call, layer = self._weights(slot, everything=True), self._calls[host], self.handle.layers[host]
                 run = lambda rows: fused_layer(layer, weights, call, rows, self.dtype, slot.without)  # noqa: E731
             else:

@@ -120,9 +120,7 @@ class Training:
 
         Time is measured: the second of two micro-batches there and back, a forward pass being a third of it, and the
         optimiser on a part of the parameters. Memory and disk are computed.
-
-        Raises:
-            SlmError: the disk has no room for the checkpoints.
+        Raises SlmError: the disk has no room for the checkpoints.
         """
         r = self.recipe
         steps = r.max_steps or max(1, int(r.epochs * len(self.train) / r.batch_size))
@@ -270,10 +268,10 @@ def optimiser_seconds(n: int, device: torch.device) -> float:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices in hardware: tensor cores, or AMX tiles of a CPU."""
+    """Whether a device multiplies bfloat16 matrices in hardware: tensor cores, AMX tiles or AVX-512 of a CPU."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def last_checkpoint(folder: Path) -> Path | None:

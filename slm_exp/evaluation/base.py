@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from slm_exp.calibration.text import CHECKED_BYTES
 from slm_exp.core.errors import ConfigError, DataError, ProtocolError, did_you_mean, require
 from slm_exp.core.registry import Fields, register
 from slm_exp.evaluation import free_text, task_index
@@ -20,9 +21,6 @@ from slm_exp.evaluation.settings import Settings
 from slm_exp.models.base import ModelHandle
 
 __all__ = ["SEVEN", "EvalReport", "Evaluation"]
-
-CHECKED_BYTES = 4_000_000
-"""Texts up to this size are cut into chunks before weights load, to see that there are any."""
 
 CHECK = ("Check the model (path, revision, dtype), BOS (evaluation.add_bos, evaluation.ppl_bos), the documents "
          "(evaluation.limit, the protocol's task versions) and the range itself; ~evaluation.dense_range.NAME takes "
@@ -45,6 +43,11 @@ class Evaluation(Settings):
                 return f"evaluation.corpora.{name} = {where}: {reason}"
         if self.protocol is not None and not Path(self.protocol).is_file():
             return f"evaluation.protocol = {self.protocol}: there is no such file; give the protocol.json of a run."
+        if self.protocol is not None:
+            try:
+                read_protocol(Path(self.protocol))
+            except ProtocolError as error:
+                return f"evaluation.protocol: {error}"
         return self._unknown_task() or missing_examples(self.fewshot)
 
     def needs_resident(self) -> str | None:
@@ -58,14 +61,21 @@ class Evaluation(Settings):
         return f"evaluation.tasks: {others[0]} may generate text; the seven tasks and mmlu do not" if others else None
 
     def check_data(self, random_model: bool = False) -> None:
-        """Raise DataError where documents or hub sets are known to be out of reach; call before weights load.
+        """Raise DataError where documents or hub sets are out of reach; call before weights load.
 
-        Looks at what is installed, at the offline switches and at folder names; opens nothing.
+        Looks at what is installed, at the offline switches and at folder names; what lies on the hub alone costs one
+        short request to it (5 s where it does not answer).
         """
-        corpora = self.wanted_corpora()
-        missing = missing_documents(self.tasks, random_model) or texts.missing_corpora(corpora, random_model)
+        missing = missing_documents(self.tasks, random_model)
+        missing = missing or texts.missing_corpora(self.wanted_corpora(), random_model, self.corpora_at_hand)
         if missing := missing or (free_text.missing_openings(random_model) if self.text else None):
             raise DataError(missing)
+
+    def check_files(self, handle: ModelHandle) -> None:
+        """Raise DataError where a token file is of another vocabulary, or a text has fewer bytes than a chunk has
+        tokens. Looks at the model's config alone; call before weights load."""
+        for name, where in self.corpora.items():
+            texts.check_file(where, handle, texts.chunk_tokens(name, self.ppl_seq_len))
 
     def check_model(self, handle: ModelHandle) -> None:
         """Raise where tasks find no special token or a file has no chunk; call before weights load.
@@ -140,12 +150,9 @@ class Evaluation(Settings):
     generation_cost = generating
 
     def run(self, handle: ModelHandle) -> EvalReport:
-        """Measure a model. The same settings give the same protocol whatever the batch size, backend or device.
-
-        Raises:
-            DataError: documents or texts that are missing or too short, a model without a tokenizer where text has to
-                be read, NaN or infinite logits.
-        """
+        """Measure a model. The same settings give the same protocol whatever the batch size, backend or device. Raises
+        DataError: documents or texts that are missing or too short, a model without a tokenizer where text has to be
+        read, NaN or infinite logits."""
         corpora = texts.load_corpora(self.wanted_corpora(), handle, self.ppl_seq_len, self.ppl_bos)
         loaded = results = text = None
         if (self.tasks or self.text) and handle.tokenizer is None:
@@ -161,7 +168,7 @@ class Evaluation(Settings):
                       for name, corpus in corpora.items()}
             if loaded is not None and handle.tokenizer is not None:
                 results = run_tasks(handle.model, handle.tokenizer, loaded, self.limit, self.batch_size, self.add_bos,
-                                    self.backend, crew.divide if crew else None)
+                                    self.backend, crew.gather if crew else None)
         samples = results.samples if results else {}
         if self.text and handle.tokenizer is not None:
             from slm_exp.evaluation.backends.free_text import write_freely
@@ -196,11 +203,8 @@ class Evaluation(Settings):
         return measure_speed(self, dense, compressed)
 
     def accept(self, report: EvalReport, dense: bool) -> None:
-        """Refuse a report of another protocol than `protocol`, or of a dense model outside `dense_range`.
-
-        Raises:
-            ProtocolError: what was expected, what came, and what to check.
-        """
+        """Refuse a report of another protocol than `protocol`, or of a dense model outside `dense_range`. Raises
+        ProtocolError: what was expected, what came, and what to check."""
         if self.protocol is not None:
             expected = read_protocol(Path(self.protocol)).to_json()
             require_same({f"evaluation.protocol={self.protocol}": expected, "this run": report.protocol.to_json()},

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_exp.calibration.bundled import assets_folder as assets_folder
+from slm_exp.core import hub
 from slm_exp.core.errors import DataError
 from slm_exp.evaluation import question_sets
 from slm_exp.evaluation.question_sets import EXAMPLES, OWN, request_rows, table
@@ -64,8 +65,7 @@ def local_documents(task: str, limit: int | None, random_model: bool = False) ->
 
     A random model without the assets gets the packaged made-up documents: its numbers mean nothing either way.
     Cost: milliseconds at a small limit; half a second for all of boolq or ARC.
-    Raises:
-        DataError: the installed assets do not hold the files.
+    Raises DataError: the installed assets do not hold the files.
     """
     folder = assets_folder()
     if folder is not None and task in SPLIT:
@@ -79,25 +79,27 @@ def local_documents(task: str, limit: int | None, random_model: bool = False) ->
 
 
 def missing_documents(tasks: Iterable[str], random_model: bool = False) -> str | None:
-    """Why the documents of some tasks cannot be had here, as far as that is known without network; or None.
+    """Why the documents of some tasks cannot be had here; or None.
 
-    Cost: microseconds for the tasks of SPLIT; for any other lm-eval's index of task files, which `refuses` has read.
+    Cost: microseconds for the tasks of SPLIT; for any other lm-eval's index of task files, which `refuses` has read,
+    and one short request to the hub.
     """
-    here, cut_off = assets_folder() is not None, offline()
-    missing = []
+    here = assets_folder() is not None
+    missing, cut_off = [], ""
     for task in tasks:
         if (random_model and task in SEVEN) or (here and task in (*SPLIT, *MMLU_GROUPS, *mmlu_subjects())):
             continue
         if task in OWN:
             missing.append(f"{task} (in the assets alone)")
-        elif cut_off:
-            repo = HUB.get(task, HUB["mmlu"]) if task in HUB or task in MMLU_GROUPS else data_set(task)
-            if repo and out_of_reach(repo):
-                missing.append(f"{task} (data set {repo})")
+            continue
+        repo = HUB.get(task, HUB["mmlu"]) if task in HUB or task in MMLU_GROUPS else data_set(task)
+        if repo and out_of_reach(repo):
+            missing.append(f"{task} (data set {repo})")
+            cut_off = f", {why_out_of_reach()}"
     if not missing:
         return None
     reasons = [f" Of {task}, {why}." for task, why in ELSEWHERE.items() if here and any(task in m for m in missing)]
-    return (f"evaluation.tasks: no documents of {', '.join(missing)} on this machine{', which is offline' * cut_off}."
+    return (f"evaluation.tasks: no documents of {', '.join(missing)} on this machine{cut_off}."
             f"{''.join(reasons)} {remedy(m.partition(' ')[0] for m in missing)}")
 
 
@@ -133,21 +135,23 @@ def documents_source() -> str:
         return "hub"
 
 
-def offline() -> bool:
-    """Whether Hugging Face is switched offline."""
-    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
-               for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))  # fmt: skip
-
-
 def out_of_reach(repo: str) -> bool:
-    """Whether a hub data set can only fail to load: Hugging Face is switched offline and its caches lack the set."""
-    if not offline():
-        return False
+    """Whether a hub data set can only fail to load: Hugging Face's caches lack it, and Hugging Face is switched offline
+    or the hub does not answer (`hub.no_answer`)."""
+    return not in_caches(repo) and (hub.offline() or hub.no_answer() is not None)
+
+
+def why_out_of_reach() -> str:
+    """`which is offline` and the like, of this machine."""
+    return "which is offline" if hub.offline() else f"and the hub does not answer ({type(hub.no_answer()).__name__})"
+
+
+def in_caches(repo: str) -> bool:
+    """Whether Hugging Face's caches on this machine have a folder of a data set."""
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     arrow = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
-    in_hub_cache = (hub / f"datasets--{repo.replace('/', '--')}").is_dir()
-    return not in_hub_cache and not any(arrow.glob(repo.replace("/", "___") + "*"))
+    return (cache / f"datasets--{repo.replace('/', '--')}").is_dir() or any(arrow.glob(repo.replace("/", "___") + "*"))
 
 
 def _from_assets(folder: Path, task: str, limit: int | None) -> list[Row]:

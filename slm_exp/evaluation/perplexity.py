@@ -11,7 +11,7 @@ import numpy as np
 
 from slm_exp.calibration.bundled import held_out_prose
 from slm_exp.calibration.heldout import DOMAINS, RULE, TOKENS
-from slm_exp.calibration.tokens import load_ids, read_ids
+from slm_exp.calibration.tokens import load_ids, require_ids
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, did_you_mean
 from slm_exp.core.files import digest
@@ -21,6 +21,7 @@ from slm_exp.evaluation import documents
 from slm_exp.evaluation.report import Row
 from slm_exp.evaluation.tiny_documents import made_up_prose
 from slm_exp.models.base import ModelHandle
+from slm_exp.models.layouts import layout_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,20 +77,18 @@ def chunk_losses(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int 
 
     Each of the N chunks is read alone, so the first of its T tokens only conditions. Log-probabilities are float32
     or wider, their sum is exact to double precision; logits of one batch are held at a time.
-    Args:
-        batch_size: chunks per forward pass; None chooses.
-    Raises:
-        DataError: the mean is NaN or infinite.
+    `batch_size`: chunks per forward pass; None chooses.
+    Raises DataError: the mean is NaN or infinite.
     Cost: one forward pass over N T tokens with all logits.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
-    n, t = tokens_NT.shape
+    n = len(tokens_NT)
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
-    batch = batch_size or max(1, CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"]) // t)
     losses = []
-    batches = torch.as_tensor(tokens_NT, dtype=torch.long, device=device).split(batch)
+    size = batch_rows(model, tokens_NT, batch_size)
+    batches = torch.as_tensor(tokens_NT, dtype=torch.long, device=device).split(size)
     with torch.inference_mode(), advancing(f"perplexity {name}".strip(), n, "chunk") as advance:
         for ids_BT, logits_BTV in zip(batches, _logits(model, batches), strict=True):
             for ids_T, logits_TV in zip(ids_BT, logits_BTV, strict=True):  # row by row: one float32 copy of [T, V]
@@ -102,6 +101,12 @@ def chunk_losses(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int 
     return np.array(losses)
 
 
+def batch_rows(model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | None) -> int:
+    """Chunks that `chunk_losses` reads at once."""
+    kind: str = model.get_input_embeddings().weight.device.type  # type: ignore[union-attr, assignment]
+    return batch_size or max(1, CHUNK_TOKENS.get(kind, CHUNK_TOKENS["cpu"]) // tokens_NT.shape[1])
+
+
 def samples(corpora: Mapping[str, Corpus], losses: Mapping[str, np.ndarray]) -> dict[str, list[Row]]:
     """What stays of every chunk, as of a task's documents: its number, a digest of its ids, its mean loss `nll`."""
     return {SAMPLES + name: [{"doc_id": i, "doc_hash": digest(ids_T.tolist()), "nll": float(loss)}
@@ -112,7 +117,6 @@ def samples(corpora: Mapping[str, Corpus], losses: Mapping[str, np.ndarray]) -> 
 def _logits(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[Tensor]:
     """[B, T, V] of every batch. A model whose layers stay in files is read once for as many as memory takes."""
     from slm_exp.engine.calls import STATES_BYTES, in_step, streams
-    from slm_exp.models.layouts import layout_for
 
     if not streams(model):
         yield from (model(input_ids=ids_BT, use_cache=False).logits for ids_BT in batches)
@@ -153,11 +157,10 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
         seq_len: tokens per chunk.
         bos: `once` puts BOS before the text, `every_chunk` before each chunk (then of seq_len + 1 tokens), or
             `never`. A tokenizer without BOS turns `once` into `never`.
-    Raises:
-        DataError: missing, malformed or shorter than a chunk; ids outside the vocabulary; no tokenizer or no BOS.
+    Raises DataError: missing, malformed or shorter than a chunk; ids outside the vocabulary; no tokenizer or no BOS.
     """
     if where.endswith(".npy"):
-        ids_NT = read_ids(Path(where), handle, where).astype(np.int64)
+        ids_NT = require_ids(Path(where), handle, where).astype(np.int64)
         about = {"source": content_digest(Path(where)), "seq_len": ids_NT.shape[1], "bos": "as given"}
         return Corpus(ids_NT, about | {"chunks": len(ids_NT)})
     tokenizer = handle.tokenizer
@@ -174,19 +177,33 @@ def load_corpus(where: str, handle: ModelHandle, seq_len: int = 128, bos: str = 
         ids = ids[:TOKENS]
     n = len(ids) // seq_len
     if n == 0:
-        raise DataError(f"{where} has {len(ids)} tokens; expected at least one chunk of {seq_len}. Use a longer text "
-                        "or a smaller evaluation.ppl_seq_len.")
+        raise _too_short(f"{where} has {len(ids)} tokens", seq_len)
     tokens_NT = ids[: n * seq_len].reshape(n, seq_len)
     if bos == "every_chunk":
         tokens_NT = np.insert(tokens_NT, 0, tokenizer.bos_token_id, axis=1)
     return Corpus(tokens_NT, {"source": corpus_identity(where), "seq_len": seq_len, "bos": bos, "chunks": n})
 
 
+def check_file(where: str, handle: ModelHandle, seq_len: int) -> None:
+    """Refuse a file that cannot be a corpus of chunks of `seq_len` tokens for a model, as far as its config and the
+    file's header or size say it. Raises DataError / ConfigError, as `load_corpus`."""
+    path = Path(where)
+    if where.endswith(".npy"):
+        require_ids(path, handle, where)
+    elif where.endswith((".txt", ".jsonl", ".json")) and (size := path.stat().st_size) + 2 < seq_len:  # BOS and a blank
+        raise _too_short(f"{where} has {size} bytes", seq_len)
+
+
+def _too_short(what: str, seq_len: int) -> DataError:
+    return DataError(f"{what}; expected at least one chunk of {seq_len} tokens. Use a longer text or a smaller "
+                     "evaluation.ppl_seq_len.")
+
+
 def row_length(where: str) -> int | None:
     """Tokens of a token file's rows, by its header; None of anything else."""
     try:
         return int(np.load(where, mmap_mode="r", allow_pickle=False).shape[1]) if where.endswith(".npy") else None
-    except Exception:  # what `read_ids` says in a line; numpy and zipfile raise a dozen kinds
+    except Exception:  # what `load_ids` says in a line; numpy and zipfile raise a dozen kinds
         return None
 
 
@@ -209,12 +226,13 @@ def unknown_corpus(where: str) -> str | None:
     return f"expected a file ending in {', '.join(FILES)}, or one of {', '.join(names)}. {did_you_mean(where, names)}"
 
 
-def missing_corpora(corpora: dict[str, str], random_model: bool = False) -> str | None:
-    """Which hub sets or bundled texts cannot be had here, as far as that is known without network; or None."""
+def missing_corpora(corpora: dict[str, str], random_model: bool = False, at_hand: bool = False) -> str | None:
+    """Which hub sets or bundled texts cannot be had here; or None. `at_hand`: see `Settings.corpora_at_hand`."""
+    leave_out = ", or set HF_HUB_OFFLINE=1, which leaves it out" * at_hand
     for name, where in corpora.items():
         if where in HUB_SETS and documents.out_of_reach(HUB_SETS[where]["load"]["path"]):
-            return (f"evaluation.corpora.{name} = {where}: not on this machine, which is offline. "
-                    f"Give a file instead: 'evaluation.corpora={{{name}: path/to/{where}.txt}}'")
+            return (f"evaluation.corpora.{name} = {where}: not on this machine, {documents.why_out_of_reach()}. "
+                    f"Give a file instead: 'evaluation.corpora={{{name}: path/to/{where}.txt}}'{leave_out}.")
         if where in HELD_OUT and documents.assets_folder() is None and not random_model:
             return (f"evaluation.corpora.{name} = {where}: its text comes with the assets. Install: {documents.ASSETS} "
                     f"(or leave it out: '~evaluation.corpora.{name}').")

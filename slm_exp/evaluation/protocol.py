@@ -59,11 +59,8 @@ class Protocol:
 
 
 def read_protocol(path: Path) -> Protocol:
-    """A protocol file, as a run leaves it.
-
-    Raises:
-        ProtocolError: not there, not readable, or changed since it was written.
-    """
+    """A protocol file, as a run leaves it. Raises ProtocolError: not there, not readable, or changed since it was
+    written."""
     try:
         stored = read_json(path)
         fields, stated = dict(stored["fields"]), str(stored["hash"])
@@ -85,21 +82,15 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 def require_same(protocols: Mapping[str, Stored], remedy: str = "") -> None:
-    """Refuse to compare results of different protocols (see `mixed`).
-
-    Raises:
-        ProtocolError: names two results, the fields in which they differ, and the remedy.
-    """
+    """Refuse to compare results of different protocols (see `mixed`). Raises ProtocolError: names two results, the
+    fields in which they differ, and the remedy."""
     if reason := mixed(protocols):
         raise ProtocolError(f"{reason}. Their numbers cannot be compared. {remedy}".rstrip())
 
 
 def mixed(protocols: Mapping[str, Stored] | Iterable[tuple[str, Stored]]) -> str | None:
-    """Which two results were measured by different protocols, and in what they differ; or None.
-
-    Args:
-        protocols: whose result -> its protocol, or pairs of them where names repeat; None and {} (nothing measured)
-            agree with everything.
+    """Which two results were measured by different protocols, and in what they differ; or None. `protocols`: whose
+    result -> its protocol, or pairs of them where names repeat; None and {} (nothing measured) agree with everything.
     """
     pairs = protocols.items() if isinstance(protocols, Mapping) else protocols
     measured = [(name, p) for name, p in pairs if p and p.get("hash") and _measures(p)]

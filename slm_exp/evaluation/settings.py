@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.hub import offline
 from slm_exp.core.registry import Component, knob
 from slm_exp.evaluation.perplexity import BOS_TOO, missing_corpora
 from slm_exp.evaluation.report import SEVEN
@@ -42,8 +43,8 @@ class Settings(Component):
     batch_size: int | None = knob(None)
     """Sequences per forward pass; null chooses."""
     processes: int = knob(1)
-    """Processes of this machine that evaluate one model together: a GPU each, or a share of the cores. Tasks and texts
-    are divided, equal numbers come out; `text` and speed are not divided."""
+    """Processes of this machine that evaluate one model together: a GPU each, or a share of the cores. Their batches
+    are those of one process, so are the numbers; `text`, speed and the tasks of backend=hflm are not divided."""
     backend: str = knob("fast")
     """`fast` computes what a document's choices share once; `hflm` is lm-eval's own model class. Same numbers."""
     add_bos: bool | None = None
@@ -134,9 +135,12 @@ class Settings(Component):
         return len(self.wanted_corpora()) + (4 if self.tasks else 0)
 
     def wanted_corpora(self) -> dict[str, str]:
-        """`corpora`, without those that may be left out and cannot be had here."""
-        return {name: where for name, where in self.corpora.items()
-                if not (self.corpora_at_hand and missing_corpora({name: where}))}  # fmt: skip
+        """`corpora`, without those that may be left out and cannot be had here.
+
+        A run_id hangs on it: so Hugging Face's switches decide, and no look at the network, which may fail once.
+        """
+        left_out = offline() and self.corpora_at_hand
+        return {n: w for n, w in self.corpora.items() if not (left_out and missing_corpora({n: w}))}
 
     def cases(self) -> list[Case]:
         """The generations to time: the papers' case first, then the grid of batches, prompts and lengths."""

@@ -78,6 +78,7 @@ def quiet() -> Iterator[None]:
     """
     import datasets
     import lm_eval.api.metrics
+    import lm_eval.api.model
     import lm_eval.api.task
 
     bars, level, tqdm = datasets.are_progress_bars_disabled(), logging.getLogger("lm_eval").level, lm_eval.api.task.tqdm
@@ -85,11 +86,11 @@ def quiet() -> Iterator[None]:
     lm_eval.api.metrics.bootstrap_stderr = _bootstrap
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = lambda items, **_: items
+    lm_eval.api.task.tqdm = lm_eval.api.model.tqdm = lambda items, **_: items
     try:
         yield
     finally:
-        lm_eval.api.task.tqdm = tqdm
+        lm_eval.api.task.tqdm = lm_eval.api.model.tqdm = tqdm
         lm_eval.api.metrics.bootstrap_stderr = bootstrap
         logging.getLogger("lm_eval").setLevel(level)
         if not bars:

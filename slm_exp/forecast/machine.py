@@ -81,11 +81,8 @@ def stated(tflops: float, device: str, dtype: str) -> Machine:
 
 
 def machine(cache_dir: Path, device: str, dtype: str, threads: int | None, anew: bool = False) -> Machine:
-    """This machine's speeds, from the cache or measured now (about ten seconds, most of it imports).
-
-    Raises:
-        SlmError: the measuring process failed; says how.
-    """
+    """This machine's speeds, from the cache or measured now (about ten seconds, most of it imports). Raises SlmError:
+    the measuring process failed; says how."""
     about = {"recipe": RECIPE, "device": device, "dtype": dtype, "threads": threads,
              "omp": os.environ.get("OMP_NUM_THREADS"), "host": platform.node(), "cores": os.cpu_count(),
              "cards": os.environ.get("CUDA_VISIBLE_DEVICES"), "versions": library_versions()}

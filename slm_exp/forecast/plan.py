@@ -20,7 +20,7 @@ from slm_exp.models.sizes import Sizes
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.inspection import Inspection
-from slm_exp.pipeline.memory import choose
+from slm_exp.pipeline.memory import choose, held
 from slm_exp.recovery.gain import loss_cost
 from slm_exp.runs.sweep import FINISHED, Job, differing, read_cell
 from slm_exp.tables.build import split_words
@@ -140,8 +140,7 @@ def make_plan(overrides: Sequence[str], multirun: bool = False, tflops: float | 
     Args:
         tflops: plan for a machine that sustains so many TFLOP/s; nothing is measured here then.
         anew: measure this machine's speed even where it is known.
-    Raises:
-        ConfigError: as the run itself would; names the job.
+    Raises ConfigError: as the run itself would; names the job.
     """
     return plan_jobs(jobs_of(overrides, multirun), tflops, anew)
 
@@ -182,10 +181,7 @@ def plan_jobs(command: CommandJobs, tflops: float | None = None, anew: bool = Fa
 
 def jobs_of(overrides: Sequence[str], multirun: bool, reads_weights: bool = False) -> CommandJobs:
     """The jobs of a command line as the run would make them; of `table=NAME [PARAM=VALUE]` those that fill it.
-
-    Args:
-        reads_weights: for their run_id, where this machine has never read them; else that is empty.
-    """
+    `reads_weights`: for their run_id, where this machine has never read them; else that is empty."""
     identify = (lambda cfg: cfg.run_id) if reads_weights else _known_run_id
     name = next((o.partition("=")[2] for o in overrides if o.startswith("table=")), None)
     if name is None:
@@ -200,9 +196,9 @@ def jobs_of(overrides: Sequence[str], multirun: bool, reads_weights: bool = Fals
     return command_jobs(hydra, True, cells=missing, name=Path(name).stem, identify=identify)
 
 
-def cell_jobs(name: str, runs: Sequence[Sequence[str]], hydra: Sequence[str] = ()) -> CommandJobs:
+def cell_jobs(name: str, runs: Sequence[Sequence[str]]) -> CommandJobs:
     """The jobs of a table's runs, by their overrides, in the folder where `slm tables NAME --missing` puts them."""
-    return command_jobs(hydra, True, cells=runs, name=name, identify=_known_run_id)
+    return command_jobs([], True, cells=runs, name=name, identify=_known_run_id)
 
 
 def _known_run_id(cfg: RunConfig) -> str:
@@ -313,7 +309,7 @@ def _cost(grid: GridPlan, plan: JobPlan, cfg: RunConfig, model: Sketch, outline:
             plan.seconds["recover"] -= sum(max(0, grid.machine.seconds(work, sizes.hidden) - 60 * limit)
                                            for part, work, _ in recoveries if (limit := part.wall_clock_limit))
     streamed = grid.device == "cpu" and choose(cfg, model.bytes, available_memory(), cfg.model.needs_resident() is None,
-                                               grid.device).streamed
+                                               grid.device, own=held(cfg, model.bytes, sizes)).streamed
     if streamed or cfg.runtime.memory == "stream":
         streamed = True
         of = {"similarity": 1.0, "evaluate_dense": cfg.evaluation.file_passes, "evaluate": cfg.evaluation.file_passes,
@@ -330,7 +326,7 @@ def _memory(grid: GridPlan, cfg: RunConfig, model: Sketch, sizes: Sizes, tokens:
     imports = grid.machine.resident if grid.machine else 1e9
     states = (sizes.n_layers + 3) * tokens.total * sizes.hidden * 4
     stages = {"plan": states, "similarity": cfg.similarity.matrix_bytes(sizes, tokens),
-              "recover": cfg.recovery.memory(sizes)}
+              "recover": held(cfg, model.bytes, sizes), "width": held(cfg, model.bytes, sizes)}
     work = max([1e8, *(bytes_ for name, bytes_ in stages.items() if name in doing)])
     weights = float(model.bytes)
     if streamed:

@@ -16,7 +16,7 @@ from slm_exp.core.cache import journal
 from slm_exp.core.cache.store import Inputs, StageStore
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import digest, plain
-from slm_exp.core.types import CalibrationTokens, MergePlan
+from slm_exp.core.types import MergePlan
 from slm_exp.core.widths import WidthDecision
 from slm_exp.merging.width import narrowed_digest
 from slm_exp.methods.base import Method
@@ -82,7 +82,6 @@ class Outline:
     """Where the cache, a plan file or known scores tell it."""
     plan_from: str = ""
     """How it is known."""
-    tokens: CalibrationTokens | None = None
     method: Method | None = None
     """As it is once the times of units are known that its target is met by."""
     parts: dict[str, list[str]] = field(default_factory=dict)
@@ -125,8 +124,6 @@ def _advance(stage: Stage[Any], x: Experiment, lookup: Lookup, out: Outline) -> 
     if inputs is not None:
         state, entry = lookup.state(stage, x, inputs)
     value = _value(stage, x, entry)
-    if stage is CALIBRATE and value is not None:
-        out.tokens = value
     if stage is PLAN:
         out.plan, out.plan_from = value, "in the cache"
         if value is None:

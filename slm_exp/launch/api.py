@@ -45,8 +45,7 @@ def compose(*overrides: str, plugin: Sequence[Where] = ()) -> RunConfig:
 
     Args:
         plugin: files that declare members of config groups, as `--plugin FILE` (docs/plugins.md).
-    Raises:
-        ConfigError: names the field, what came, what was wanted.
+    Raises ConfigError: names the field, what came, what was wanted.
     """
     for given in overrides:
         if given.lstrip("+~").startswith(("hydra.", "hydra/")):
@@ -64,8 +63,7 @@ def run(*overrides: str, folder: Where | None = None, plugin: Sequence[Where] = 
 
     Args:
         folder: where its files go; null is `outputs/<run_id>`.
-    Raises:
-        ConfigError: before anything loads. StageError: a stage failed; the record is on disk.
+    Raises ConfigError: before anything loads. StageError: a stage failed; the record is on disk.
     """
     cfg = compose(*overrides, plugin=plugin)
     if cell := next((p for p in cfg.plugins if not p.digest), None):
@@ -109,11 +107,8 @@ class Study:
         return Experiment(self.cfg, Path(), StageStore(self.cfg.cache_folder))
 
     def with_(self, *overrides: str) -> Study:
-        """The same model under further overrides, which win. Its weights are shared.
-
-        Raises:
-            ConfigError: as `compose`; or the overrides name another model, or what this one cannot do.
-        """
+        """The same model under further overrides, which win. Its weights are shared. Raises ConfigError: as `compose`;
+        or the overrides name another model, or what this one cannot do."""
         if not overrides:
             return self
         new = object.__new__(Study)
@@ -161,11 +156,8 @@ class Study:
 
 
 def load(*overrides: str, plugin: Sequence[Where] = ()) -> Study:
-    """Open a model: `load("model=tiny")`, `load("model=hf", "model.path=FOLDER", "method.target_layers=26")`.
-
-    Raises:
-        ConfigError, ArchitectureError, DataError: what cannot work with this model, before its weights load.
-    """
+    """Open a model: `load("model=tiny")`, `load("model=hf", "model.path=FOLDER", "method.target_layers=26")`. Raises
+    ConfigError, ArchitectureError, DataError: what cannot work with this model, before its weights load."""
     return Study(overrides, plugin)
 
 
@@ -190,9 +182,7 @@ def apply(study: Study, plan: Plan) -> ModelHandle:
     """The model that a plan makes of the study's, `.model` of which is transformers' own. Shares all weights that stay.
 
     A plan that names no merge rule is carried out by the study's.
-
-    Raises:
-        ConfigError, PlanError: the plan is for another model, or by a rule that is not there.
+    Raises ConfigError, PlanError: the plan is for another model, or by a rule that is not there.
     """
     made = study.plan(plan)
     rule = study.cfg.merge_rule
@@ -217,11 +207,8 @@ def recover(study: Study, plan: Plan, *overrides: str) -> ModelHandle:
 
 
 def evaluate(study: Study, model: ModelHandle | None = None, *overrides: str) -> EvalReport:
-    """Measure a model by these settings' evaluation; the study's dense one where none is given.
-
-    Raises:
-        DataError: documents or texts are missing. ProtocolError: see `evaluation.protocol` and `dense_range`.
-    """
+    """Measure a model by these settings' evaluation; the study's dense one where none is given. Raises DataError:
+    documents or texts are missing. ProtocolError: see `evaluation.protocol` and `dense_range`."""
     here = study.with_(*overrides)
     evaluation, x = here.cfg.evaluation, here._at()
     x.model = model or here.dense
@@ -231,11 +218,8 @@ def evaluate(study: Study, model: ModelHandle | None = None, *overrides: str) ->
 
 
 def read_run(folder: Where) -> Run:
-    """A run from its folder: `.record` is typed, `.plan` and `.similarity` are read when they are wanted.
-
-    Raises:
-        SlmError: there is no record, or it cannot be read.
-    """
+    """A run from its folder: `.record` is typed, `.plan` and `.similarity` are read when they are wanted. Raises
+    SlmError: there is no record, or it cannot be read."""
     return Run.read(Path(folder))
 
 
@@ -244,9 +228,7 @@ def read_runs(*folders: Where) -> pd.DataFrame:
 
     Columns are named by their place in record.json, as in the trackers (`config/method/threshold`, `layers/after`,
     `eval/compressed/perplexity/news`), besides `folder` and `state` (a damaged or killed run says so).
-
-    Raises:
-        SlmError: there is no run below a folder, or a record that cannot be read.
+    Raises SlmError: there is no run below a folder, or a record that cannot be read.
     """
     import pandas as pd
 

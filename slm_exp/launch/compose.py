@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from slm_exp.core.conf import conf_dir as conf_dir
-from slm_exp.core.errors import ConfigError, did_you_mean
+from slm_exp.core.errors import ConfigError, did_you_mean, no_field
 from slm_exp.core.files import digest
 from slm_exp.core.format import override
 from slm_exp.core.registry import GROUPS, available, load_all
@@ -70,7 +70,7 @@ def compose_raw(overrides: Sequence[str], with_hydra: bool = False) -> DictConfi
     try:
         with session(str(conf_dir())):
             return compose("config", overrides=open_mappings(overrides), return_hydra_config=with_hydra)
-    except (HydraException, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (HydraException, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a group that is null
         raise ConfigError(explain(error, overrides)) from None
 
 
@@ -84,9 +84,7 @@ class Composer:
 
     Every choice of a group is composed once, in place of the default's; values are set on a copy. A choice that changes
     more than its own group (a preset of the user's may) is composed with the other choices, as Hydra does.
-
-    Args:
-        always: overrides that every job has (`hydra.searchpath`).
+    `always`: overrides that every job has (`hydra.searchpath`).
     """
 
     def __init__(self, always: Sequence[str] = ()) -> None:
@@ -136,6 +134,9 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     if isinstance(error, (yaml.YAMLError, UnicodeDecodeError, RecursionError)):
         why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(text.split())
         return f"a config file among {' '.join(overrides)}: {why}; expected plain YAML in UTF-8."
+    if isinstance(error, ValueError) and (null := next((o for o in overrides if o.endswith("=null")), "")):
+        group = null.lstrip("+").removesuffix("=null")
+        return no_member(group, "null", choices(group))
     if (unread := unreadable(overrides)) and "=" not in unread:
         return f"{unread}: a setting is GROUP=MEMBER or GROUP.FIELD=VALUE.{_of_a_word(unread)}"
     if "=" in unread:
@@ -156,16 +157,11 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         key = found.group(1).lstrip("+~")
         given = next((o for o in overrides if o.lstrip("+~").startswith(key)), key)
         if "not in '" in text or "Key '" in text or "Could not override" in text:
-            return f"{given}: {_no_field(key, _fields_beside(key))}"
+            return f"{given}: {no_field(key, _fields_beside(key))}"
         known = r"(Value '.*?' of type .*? could not be converted to \w+|Invalid value .*|Cannot convert .*)"
         reason = re.search(known, text)
         return f"{given}: {reason.group(1) if reason else text.splitlines()[0]}."
     return " ".join(line.strip() for line in text.splitlines()[:3] if line.strip())
-
-
-def _no_field(name: str, known: Sequence[str]) -> str:
-    nearest = did_you_mean(name.rpartition(".")[2], known)
-    return f"there is no {name}. Known here: {', '.join(known)}. {nearest}".rstrip()
 
 
 def no_member(group: str, name: str, there: Sequence[str]) -> str:
@@ -213,11 +209,8 @@ def _is_list(group: str, field: str) -> bool:
 
 
 def model_words(name: str) -> list[str]:
-    """The overrides for a member of the `model` group, or for a folder or repo id.
-
-    Raises:
-        ConfigError: it is neither a member nor a folder, and nearly the name of a member.
-    """
+    """The overrides for a member of the `model` group, or for a folder or repo id. Raises ConfigError: it is neither a
+    member nor a folder, and nearly the name of a member."""
     there = choices("model")
     if name.startswith("model="):
         raise ConfigError(f"{name}: MODEL is a name alone, without model=: {name.partition('=')[2]}")
@@ -238,17 +231,14 @@ def _fields_beside(key: str) -> list[str]:
 
 
 def check_key(given: str) -> None:
-    """Refuse an override of a field or a member that no group has, without composing (0.1 s).
-
-    Raises:
-        ConfigError: with what there is, and the nearest name.
-    """
+    """Refuse an override of a field or a member that no group has, without composing (0.1 s). Raises ConfigError: with
+    what there is, and the nearest name."""
     key, _, value = given.partition("=")
     group, _, tail = key.lstrip("+~").partition(".")
     name = f"{group}.{tail.partition('.')[0]}" if tail else group
     known = _fields_beside(name)
     if name.partition(".")[2] not in known and (tail or name not in known):
-        raise ConfigError(f"{given}: {_no_field(name, known)}")
+        raise ConfigError(f"{given}: {no_field(name, known)}")
     if not tail and group in GROUPS and value not in (there := choices(group)):
         raise ConfigError(no_member(group, value, there))
 

@@ -48,11 +48,8 @@ def session(folder: str) -> Iterator[None]:
 
 
 def set_values(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Apply overrides of values (not of groups) to a composed config, as composing does. Cost: below 1 ms each.
-
-    Raises:
-        HydraException: as composing does.
-    """
+    """Apply overrides of values (not of groups) to a composed config, as composing does. Cost: below 1 ms each. Raises
+    HydraException: as composing does."""
     try:
         ConfigLoaderImpl._apply_overrides_to_config([parse(o) for o in overrides], cfg)
     except OmegaConfBaseException as error:
@@ -99,11 +96,8 @@ def quoted(override: str) -> str:
 
 
 def axes(overrides: Sequence[str], intervals: bool = False) -> dict[str, Override]:
-    """The overrides of a grid by key, the last of each key; `glob(...)` needs a `session`.
-
-    Args:
-        intervals: whether they may stand among the values, as in a search.
-    """
+    """The overrides of a grid by key, the last of each key; `glob(...)` needs a `session`. `intervals`: whether they
+    may stand among the values, as in a search."""
     loader = GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else None
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
     for override in parsed:

@@ -115,10 +115,8 @@ def command_jobs(overrides: Sequence[str], multirun: bool = False, *, cells: Seq
         cells: the jobs, given outright; `overrides` then holds Hydra's settings only.
         name: of the sweep's folder where `cells` are given.
         identify: a run's id; empty where it is not known without reading weights.
-
-    Raises:
-        ConfigError: names the first bad field, and in a grid the job; or the grid is larger than
-            `hydra.sweeper.max_jobs`; or there is nothing to run.
+    Raises ConfigError: names the first bad field, and in a grid the job; or the grid is larger than
+    `hydra.sweeper.max_jobs`; or there is nothing to run.
     """
     _composed.clear()
     overrides = fields_of_swept_groups(open_mappings(overrides))
@@ -178,11 +176,8 @@ class JobComposer:
         self.composer = Composer([o for o in self.settings if o.startswith(SEARCH)])
 
     def job(self, overrides: Sequence[str]) -> tuple[Job, RunConfig]:
-        """The job with its run_id and folder, and its checked config.
-
-        Raises:
-            ConfigError: names the job and the first bad field.
-        """
+        """The job with its run_id and folder, and its checked config. Raises ConfigError: names the job and the first
+        bad field."""
         task = tuple(overrides)
         try:
             cfg = _composed.get(task) or self.composer.run_config(task)
@@ -198,11 +193,8 @@ class JobComposer:
 
 
 def check_all(overrides: Sequence[str], multirun: bool) -> CommandJobs:
-    """Compose and check every job of the command, and the folder it writes, before the first one starts.
-
-    Raises:
-        ConfigError: names the first bad field; in a multirun, the job too.
-    """
+    """Compose and check every job of the command, and the folder it writes, before the first one starts. Raises
+    ConfigError: names the first bad field; in a multirun, the job too."""
     found = command_jobs(overrides, multirun)
     if found.multirun and not multirun and found.hydra.mode != RunMode.MULTIRUN:
         several = next(o for o in overrides if is_sweep(o))
@@ -217,11 +209,8 @@ def check_all(overrides: Sequence[str], multirun: bool) -> CommandJobs:
 
 
 def split_sweep(overrides: Sequence[str], params: dict[str, str], limit: int | None = None) -> list[list[str]]:
-    """The jobs of a grid: every combination of swept values, a preset's parameters first.
-
-    Raises:
-        ConfigError: an override that cannot be parsed; more than `limit` jobs, counted before any is made.
-    """
+    """The jobs of a grid: every combination of swept values, a preset's parameters first. Raises ConfigError: an
+    override that cannot be parsed; more than `limit` jobs, counted before any is made."""
     given = {o.partition("=")[0] for o in overrides}
     swept = [f"{k}={v}" for k, v in params.items() if k not in given] + list(overrides)
     prepare_hydra()
@@ -240,11 +229,8 @@ def split_sweep(overrides: Sequence[str], params: dict[str, str], limit: int | N
 
 
 def search_axes(overrides: Sequence[str], params: Mapping[str, str]) -> dict[str, Override]:
-    """The overrides of a search by key. A preset's parameters count where the command line names none.
-
-    Raises:
-        ConfigError: an override that cannot be parsed, or nothing to search.
-    """
+    """The overrides of a search by key. A preset's parameters count where the command line names none. Raises
+    ConfigError: an override that cannot be parsed, or nothing to search."""
     own = any(is_sweep(o) for o in overrides)
     prepare_hydra()
     try:
@@ -263,9 +249,7 @@ def fields_of_swept_groups(overrides: Sequence[str], search: Sequence[str] = ())
 
     Hydra composes a multirun's own config without what is swept, and would look for the field in the default member.
     A value written as a choice of one is swept too: it reaches every job and nothing else.
-
-    Args:
-        search: the override of the search path that a command's options stand for.
+    `search`: the override of the search path that a command's options stand for.
     """
     swept = {o.partition("=")[0] for o in overrides if is_sweep(o)}
     if preset := [o for o in overrides if o.startswith("sweep=")]:

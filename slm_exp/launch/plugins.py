@@ -64,11 +64,8 @@ class GridSweeper(Sweeper):
                                                                  task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run what is not finished, then say how every cell stands.
-
-        Raises:
-            SystemExit: 1 when a cell is not finished, 2 when the folder is in use, 128 + the signal when interrupted.
-        """
+        """Run what is not finished, then say how every cell stands. Raises SystemExit: 1 when a cell is not finished, 2
+        when the folder is in use, 128 + the signal when interrupted."""
         configure_log(self._config.hydra.hydra_logging, self._config.hydra.verbose)
         sweep, launcher, reasons = SweepFolder(self.path), self._launcher, dict[str, str]()
         try:
@@ -89,11 +86,8 @@ class GridSweeper(Sweeper):
         return []
 
     def _begin(self, sweep: SweepFolder, arguments: list[str]) -> tuple[dict[str, Cell], list[Job]]:
-        """How this call's jobs stand, and those to run.
-
-        Raises:
-            ConfigError: the queue does not say whether jobs that were submitted are alive.
-        """
+        """How this call's jobs stand, and those to run. Raises ConfigError: the queue does not say whether jobs that
+        were submitted are alive."""
         before: dict[str, Cell] = {}
         busy = list[str]()
         queue = Queue.of(self.path)
@@ -131,10 +125,7 @@ class GridSweeper(Sweeper):
 
     def _end(self, sweep: SweepFolder, before: Mapping[str, Cell], reasons: Mapping[str, str]) -> int:
         """Say how every cell of the folder stands, and leave the index: 1 where one of these jobs is not finished.
-
-        Args:
-            before: how this call's jobs stood when it began.
-        """
+        `before`: how this call's jobs stood when it began."""
         for cell in before.values():
             if cell.job.run_id in reasons:
                 note_death(cell.job, reasons[cell.job.run_id])
@@ -183,9 +174,7 @@ class GridSweeper(Sweeper):
         """Hand the jobs to the launcher: 0, or 128 + the signal that came.
 
         How they ended stands in their folders; `reasons` gets what the launcher knows of those that failed.
-
-        Args:
-            launcher: another than the sweep's own.
+        `launcher`: another than the sweep's own.
         """
         launcher = launcher or self._launcher
         size = self.max_batch_size or max(1, len(todo))
@@ -228,8 +217,10 @@ class ProcessLauncher(Launcher):
         jobs, cfgs = [job for job, _ in made], {job.run_id: cfg for job, cfg in made}
         pool = Pool(pool_workers([cfg for _, cfg in made], self.workers, self.threads), self._command,
                     lambda job: cfgs[job.run_id].evaluation.batch_size, self.retries, {SWEEP: path.name})
-        print(f"{len(jobs)} jobs on {len(pool.workers)} workers in {path}")
-        with contextlib.closing(Screen(path.name, jobs)) as screen:
+        counts = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(jobs), "job"), (len(pool.workers), "worker"))]
+        print(f"{' on '.join(counts)} in {path}")
+        others = SweepFolder.read(path).jobs if (path / "sweep.json").exists() else []
+        with contextlib.closing(Screen(path.name, jobs, others=others)) as screen:
             return [_job_return(cell) for cell in pool.run(jobs, screen)]
 
     def _command(self, job: Job, batch_size: int | None) -> list[str]:

@@ -83,11 +83,8 @@ class Pool:
     """Added to every job's environment."""
 
     def run(self, jobs: Sequence[Job], screen: Screen) -> list[Cell]:
-        """How each job ended, in the order given.
-
-        Raises:
-            Interrupted: SIGINT, SIGTERM or SIGHUP came; every job got SIGTERM and is gone.
-        """
+        """How each job ended, in the order given. Raises Interrupted: SIGINT, SIGTERM or SIGHUP came; every job got
+        SIGTERM and is gone."""
         waiting = deque(Attempt(job) for job in jobs)
         free, running = deque(self.workers), list[Attempt]()
         ended: dict[str, Cell] = {}

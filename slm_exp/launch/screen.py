@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from slm_exp.core.format import duration
@@ -25,11 +25,13 @@ class Screen:
         jobs: every job that is to run now.
         already: how many were finished before.
         out: a terminal is redrawn in place; anything else gets a line per event and one a minute.
+        others: of the sweep, known before: a search starts its jobs one by one.
     """
 
-    def __init__(self, name: str, jobs: Sequence[Job], already: int = 0, out: TextIO | None = None) -> None:
+    def __init__(self, name: str, jobs: Sequence[Job], already: int = 0, out: TextIO | None = None,
+                 others: Iterable[Job] = ()) -> None:
         self.name, self.already, self.total = name, already, already + len(jobs)
-        self.apart = differing(jobs) if jobs else {}
+        self.apart = differing(list({job.run_id: job for job in (*others, *jobs)}.values())) if jobs else {}
         self.out = out or sys.stdout
         self.live = self.out.isatty()
         self.running: dict[str, tuple[Job, str, float]] = {}

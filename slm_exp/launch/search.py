@@ -137,11 +137,7 @@ class SearchSweeper(GridSweeper):
         return worth, 0
 
     def _values(self, job: Job) -> list[float]:
-        """The objectives of a finished run.
-
-        Raises:
-            ConfigError: it has no such number.
-        """
+        """The objectives of a finished run. Raises ConfigError: it has no such number."""
         run = Run.read(job.folder)
         out = []
         for name in self.minimize:

@@ -103,11 +103,8 @@ COUNTS = {"retries", "signal_delay_s", "max_num_timeout"}
 
 
 def check_launcher(launcher: Mapping[str, Any], sweeper: Mapping[str, Any]) -> None:
-    """Refuse what the launchers of this package cannot work with, before anything starts.
-
-    Raises:
-        ConfigError: names the field; or there is no sbatch.
-    """
+    """Refuse what the launchers of this package cannot work with, before anything starts. Raises ConfigError: names the
+    field; or there is no sbatch."""
     if launcher["_target_"] not in (ProcessesConf._target_, SlurmConf._target_):
         return
     for name in (POSITIVE | COUNTS) & {*launcher}:

@@ -162,14 +162,9 @@ class SlurmLauncher(Launcher):
         raise ConfigError("hydra/launcher=slurm works with hydra/sweeper=grid.")
 
     def submit(self, jobs: Sequence[Job], argv: Sequence[str], failed: bool) -> None:
-        """Hand the cells to Slurm and note the jobs in slurm.json.
-
-        Args:
-            argv: the command's overrides, for a job that runs the folder's unfinished cells on its node; `failed`: only
-                those that failed or died.
-        Raises:
-            ConfigError: sbatch refuses; its own words.
-        """
+        """Hand the cells to Slurm and note the jobs in slurm.json. `argv`: the command's overrides, for a job that runs
+        the folder's unfinished cells on its node; `failed`: only those that failed or died. Raises ConfigError: sbatch
+        refuses; its own words."""
         if not jobs:
             return
         workers = self.settings["workers"]

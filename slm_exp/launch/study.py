@@ -40,9 +40,7 @@ class Study:
         axes: what is chosen from, by key.
         minimize: for each objective, whether less of it is better.
         about: what makes two searches the same; another one does not go on in this folder.
-
-    Raises:
-        ConfigError: the folder holds another search.
+    Raises ConfigError: the folder holds another search.
     """
 
     def __init__(self, folder: Path, axes: Mapping[str, Numbers | list[str]], minimize: Mapping[str, bool],
@@ -93,11 +91,8 @@ class Study:
             self._study.tell(tried.number, state=TrialState.FAIL)
 
     def beaten(self, tried: Tried, screened: Sequence[float]) -> int:
-        """How many earlier trials are as good in every number of the screening, and better in one.
-
-        Args:
-            screened: less is better.
-        """
+        """How many earlier trials are as good in every number of the screening, and better in one. `screened`: less is
+        better."""
         mine = list(screened)
         self._study.set_user_attr(f"screened {tried.number}", mine)
         known = self._study.user_attrs

@@ -30,8 +30,7 @@ def build(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None, hosts: l
     Args:
         hosts: for every layer of the result, the original layer whose module it has.
         config: of the result.
-    Raises:
-        PlanError: the rule puts a merged layer into another module than its `attention_from` says.
+    Raises PlanError: the rule puts a merged layer into another module than its `attention_from` says.
     """
     layout = handle.layout
     fitted = unpack(plan.fitted) if plan.fitted else {}

@@ -21,7 +21,6 @@ def shared_copy(model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = N
     """A copy of a model's modules that shares every tensor but those given; tied ones stay tied.
 
     The input stays as it is. What is changed in the copy afterwards must be replaced, not written into.
-
     Args:
         tensors: replacements by name as in `model.named_parameters()`, tied ones once. They take the device and dtype
             of the parameters they replace.

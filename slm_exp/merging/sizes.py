@@ -167,7 +167,6 @@ def allocate_by_score(scores: dict[int, LayerScores], full: Shape, costs: Costs,
 
     One group of heads and one block of 8 channels stay in every layer, so the removed parameters come within one
     unit of `remove` where that is possible.
-
     Args:
         scores: by layer.
         compare: `per_parameter` (score over cost, for scores that add up), `standardised` (z-score among the units

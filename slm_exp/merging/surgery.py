@@ -23,11 +23,8 @@ def apply_plan(handle: ModelHandle, plan: MergePlan, rule: MergeRule | None = No
     Kept layers, embeddings and head are the dense model's own tensors, not copies; only combined projections are
     new. A removed sublayer keeps its place with its output projection at zero, so that the checkpoint is an ordinary
     one; a layer without both is gone. So do not train the result without cloning what you train.
-
-    Args:
-        rule: what a merged layer is made of; needed when the plan has groups.
-    Raises:
-        PlanError: the plan is for another number of layers or another rule, or asks for what is not done here.
+    `rule`: what a merged layer is made of; needed when the plan has groups.
+    Raises PlanError: the plan is for another number of layers or another rule, or asks for what is not done here.
     Cost: the combined projections' memory and one pass over the merged layers' weights.
     """
     if plan.n_layers != handle.n_layers:

@@ -24,12 +24,10 @@ def apply_width(handle: ModelHandle, width: WidthDecision) -> ModelHandle:
 
     Needs what is stored in `width` and nothing else: no tokens, no scores. Embeddings, norms and projections of
     layers that lose nothing are the same tensors, the rest are new; the input model stays as it is.
-
-    Raises:
-        PlanError: the decision is for a model of other sizes.
+    Raises PlanError: the decision is for a model of other sizes.
     Cost: the memory of the narrowed projections.
     """
-    _check(handle, width)
+    check_width(handle, width)
     about = width.to_json()
     return ModelHandle(
         handle.name, handle.config if width.mask else narrower_config(
@@ -49,7 +47,7 @@ def narrowed_digest(model: str, width: WidthDecision) -> str:
     return digest({"model": model, "width": {name: about[name] for name in EFFECT if about.get(name)}})
 
 
-def _check(handle: ModelHandle, width: WidthDecision) -> None:
+def check_width(handle: ModelHandle, width: WidthDecision) -> None:
     """Raise PlanError where a decision is for a model of other sizes."""
     full, per, sizes, kept = full_shape(handle.config), head_dim(handle.config), width.sizes, width.kept
     if len(sizes.heads) != handle.n_layers:

@@ -1,5 +1,3 @@
-"""The set of parts whose removal, one part at a time, moves the output least in sum: an exact knapsack."""
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence

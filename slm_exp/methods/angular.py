@@ -1,5 +1,3 @@
-"""Drop layers l..l+n-1 for the l whose states in and out have the least angle at the last token. One-shot."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

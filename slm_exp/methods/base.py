@@ -402,11 +402,8 @@ def merged_runs(dropped: Iterable[int], n_layers: int, free: range | None = None
 
     As in LaCo (arXiv:2402.11187), where layers collapse into the one below them. A run at the very bottom, or above a
     protected layer, takes the kept layer above it, and the run that would have taken that one joins.
-
-    Args:
-        free: the layers that are not protected; null is all.
-    Raises:
-        PlanError: a run has protected layers, or none, on both sides.
+    `free`: the layers that are not protected; null is all. Raises PlanError: a run has protected layers, or none, on
+    both sides.
     """
     gone, free = set(dropped), range(n_layers) if free is None else free
     groups: list[Group] = []

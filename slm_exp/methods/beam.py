@@ -1,5 +1,3 @@
-"""Grow several sets of removed parts at once, by one part at a time, and keep the best."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

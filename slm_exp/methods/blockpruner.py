@@ -1,5 +1,3 @@
-"""Remove one sublayer at a time: the one without which perplexity of the model, as it is by then, is lowest."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,3 @@
-"""Evolve the set of removed parts: swap a few, look quickly at many, closely at few, keep the best."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

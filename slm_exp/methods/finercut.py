@@ -1,5 +1,3 @@
-"""Remove one sublayer at a time: the one without which the logits stay nearest to the dense model's."""
-
 from __future__ import annotations
 
 import math

@@ -1,5 +1,3 @@
-"""Drop the n lowest layers that are not protected; nothing is. A floor for comparisons."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -13,6 +13,7 @@ from slm_exp.core.registry import Fields, available, register
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.surgery import apply_plan
+from slm_exp.merging.width import check_width
 from slm_exp.methods.base import Method
 from slm_exp.models.base import ModelHandle
 from slm_exp.search.task import PlanTask
@@ -131,9 +132,11 @@ class FromPlan(Method):
                 raise ConfigError(f"method.path = {self.path}: {error}") from None
         if not self.given.width:
             return
-        rule = available("merge_rule").get(self.given.rule or DEFAULT_RULE)
+        rule, plan = available("merge_rule").get(self.given.rule or DEFAULT_RULE), self.plan_for(handle)
         try:
-            apply_plan(handle, self.plan_for(handle), rule() if rule else None)  # type: ignore[arg-type]
+            if self.given.width.order == "after":
+                handle = apply_plan(handle, replace(plan, width=None), rule() if rule else None)  # type: ignore[arg-type]
+            check_width(handle, self.given.width)  # the narrower config takes the model's own class, and torch
         except (PlanError, AttributeError, IndexError, TypeError, ValueError) as error:
             raise ConfigError(f"method.path = {self.path}; expected a plan whose width fits {handle.name}: {error}."
                               ) from None

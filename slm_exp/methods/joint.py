@@ -1,5 +1,3 @@
-"""Attention sublayers and MLP channels go together: the set of least KL divergence, each priced after its repair."""
-
 from __future__ import annotations
 
 import math

@@ -1,5 +1,3 @@
-"""Drop the parts with the highest mean over tokens of cos(state in, state out). One-shot, on dense states."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

@@ -1,5 +1,3 @@
-"""Drop n layers drawn without replacement by the run's `seed`; `contiguous` draws a run. Nothing protected."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,3 @@
-"""Drop the n layers of smallest sum of absolute weights (norm gains too, biases not). One-shot."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,3 @@
-"""Drop the n layers without which, one alone at a time, perplexity over the calibration is lowest. One-shot."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,3 @@
-"""Drop the n layers of smallest sum over weights of |w dL/dw|, L the mean next-token loss of all samples. One-shot."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -39,6 +37,6 @@ class ShortenedTaylor(Shortened):
         with ticking("gradients", n, "layer") as tick:
             for i, weights in task.engine.gradients():
                 salience[i] = sum(float((w * g).abs().sum(dtype=torch.float64))
-                                  for name, (w, g) in weights.items() if name.endswith("weight"))
+                                  for name, (w, g, _) in weights.items() if name.endswith("weight"))
                 tick(f"{salience[i]:.3g} of layer {i}")
         return lowest({i: salience[i] for i in self.removable(n)}, n_remove, block_forwards=n)

@@ -1,5 +1,3 @@
-"""Drop the n layers of lowest block influence, 1 - mean over tokens of cos(state in, state out). One-shot."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,3 @@
-"""Drop one layer at a time: the one without which the loss of the model, as it is by then, is lowest."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

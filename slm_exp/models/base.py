@@ -35,7 +35,8 @@ class ModelSource(Component, ABC):
     device: str | None = knob(None)
     """cpu, cuda, cuda:1, ...; null follows runtime.device."""
     device_map: str | None = knob(None)
-    """`auto` spreads a model over several devices (accelerate); null keeps it on one."""
+    """`auto` spreads a model over several devices (accelerate); null keeps it on one. What would be put off to the CPU
+    or to disk stays in its files instead (runtime.memory)."""
     trust_remote_code: bool = False
     """Run code that comes with the repo. Off unless you say so."""
 
@@ -44,9 +45,6 @@ class ModelSource(Component, ABC):
         require(self.device is None or bool(DEVICE.fullmatch(self.device)), "model.device", self.device,
                 "null, auto, cpu, cuda or cuda:N")
         require(self.device_map in (None, "auto"), "model.device_map", self.device_map, "null or auto")
-
-    def needs_resident(self) -> str | None:
-        return f"model.device_map={self.device_map} spreads the weights over devices" if self.device_map else None
 
     def refuse_elsewhere(self, why: str) -> None:
         """Refuse fields that say where a model comes from and how it is spread, for a source that would ignore them."""
@@ -64,26 +62,17 @@ class ModelSource(Component, ABC):
         return False
 
     def sketch(self, cache_dir: Path, device_type: str) -> Sketch:
-        """What is known of the model without opening it. Reads small files only, imports no torch.
-
-        Raises:
-            ConfigError: config.json cannot be that of a model.
-        """
+        """What is known of the model without opening it. Reads small files only, imports no torch. Raises ConfigError:
+        config.json cannot be that of a model."""
         return unknown(self.name)
 
     def look(self) -> ModelHandle | None:
         """What `open` would give, without its digest and with no weights to load, as far as nothing has to be fetched
         or converted for it; None where that is all there is to see. Imports transformers where there is something.
-
-        Raises:
-            ConfigError / ArchitectureError / CheckpointError: as `open` and the loading of weights would.
-        """
+        Raises ConfigError / ArchitectureError / CheckpointError: as `open` and the loading of weights would."""
         return None
 
     @abstractmethod
     def open(self, device: torch.device, cache_dir: Path) -> ModelHandle:
-        """Find the model and read its config and tokenizer; weights load on first use of `handle.model`.
-
-        Raises:
-            ConfigError / ArchitectureError: not there, or not understood; names the remedy.
-        """
+        """Find the model and read its config and tokenizer; weights load on first use of `handle.model`. Raises
+        ConfigError / ArchitectureError: not there, or not understood; names the remedy."""

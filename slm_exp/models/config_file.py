@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from slm_exp.core.errors import ConfigError, did_you_mean
+from slm_exp.core.files import read_text
 
 ACTIVATIONS = (  # of transformers 5.23
     "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
@@ -64,13 +65,10 @@ class ConfigFile(BaseModel):
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
-    """The fields of a folder's config.json. Reads nothing else.
-
-    Raises:
-        ConfigError: not there, no JSON object, or a field that no model can have; names it.
-    """
+    """The fields of a folder's config.json. Reads nothing else. Raises ConfigError: not there, no JSON object, or a
+    field that no model can have; names it."""
     try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        about = json.loads(read_text(folder / "config.json"))
     except (OSError, ValueError, RecursionError) as cause:
         raise ConfigError(f"model.path = {folder}: config.json cannot be read ({cause}).") from cause
     if not isinstance(about, dict):

@@ -10,26 +10,21 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from slm_exp.core.cache.digests import files_digest, must_be_read
 from slm_exp.core.errors import CheckpointError, ConfigError
+from slm_exp.core.files import read_text
 from slm_exp.models.config_file import read_config_file
 from slm_exp.models.layouts import FAMILIES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
 """Config, tokenizer, weight index, licence and what the card says of it."""
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json", "vocab.json", "merges.txt")
 OPENED = (*TOKENIZER, "generation_config.json", "chat_template.jinja", "chat_template.json",
           "additional_chat_templates/*.jinja")
 """What is opened besides config and weights, where it is there."""
@@ -68,17 +63,14 @@ def is_sharded(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that make up a model.
-
-    Raises:
-        ConfigError: the index is malformed, or names something other than safetensors files beside it.
-    """
+    """Names of the safetensors files that make up a model. Raises ConfigError: the index is malformed, or names
+    something other than safetensors files beside it."""
     if not is_sharded(folder):
         return [WEIGHTS]
     where = f"model.path = {folder}: {INDEX}"
     again = "Copy the checkpoint again."
     try:
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        names = json.loads(read_text(folder / INDEX))["weight_map"].values()
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as cause:
         raise ConfigError(f"{where} is no weights index ({type(cause).__name__}: {cause}). {again}") from cause
     for name in names:
@@ -88,6 +80,17 @@ def weight_files(folder: Path) -> list[str]:
     if not names:
         raise ConfigError(f"{where} names no files. {again}")
     return sorted(set(names))
+
+
+def no_checkpoint(folder: Path) -> str | None:
+    """Why a folder is no checkpoint that this package wrote, and nothing besides; None where it is one."""
+    written = ("config.json", "plan.json", "README.md", "*.safetensors", INDEX, *OPENED, "*.py",
+               *(f"{name}*" for name in LICENCES))
+    if lacking := [name for name in ("config.json", "plan.json") if not (folder / name).is_file()]:
+        return f"it has no {lacking[0]}"
+    other = [path.name for path in sorted(folder.rglob("*")) if not path.is_dir()
+             and not any(fnmatch(path.relative_to(folder).as_posix(), name) for name in written)]
+    return f"it holds {other[0]}" if other else None
 
 
 def licence_files(folder: Path) -> tuple[Path, ...]:
@@ -102,13 +105,9 @@ def has_weights(folder: Path) -> bool:
 
 
 def opened_files(folder: Path, code: bool = False) -> list[Path]:
-    """Every file that decides a model's results: weights, config, tokenizer, chat templates, generation config.
-
-    Args:
-        code: the folder's own code is run, so it counts.
-    Raises:
-        ConfigError: the folder holds no model, or a part of it is missing.
-    """
+    """Every file that decides a model's results: weights, config, tokenizer, chat templates, generation config. `code`:
+    the folder's own code is run, so it counts. Raises ConfigError: the folder holds no model, or a part of it is
+    missing."""
     needed = ["config.json", *([INDEX] if is_sharded(folder) else []), *weight_files(folder)]
     for name in needed:
         if not (folder / name).is_file():
@@ -129,20 +128,14 @@ def unread(folder: Path) -> list[Path]:
 
 
 def headers(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a model's weight files by name, from their headers.
-
-    Raises:
-        ConfigError: a file is not whole, or not safetensors.
-    """
+    """Every tensor of a model's weight files by name, from their headers. Raises ConfigError: a file is not whole, or
+    not safetensors."""
     return {name: tensor for file in weight_files(folder) for name, tensor in check_header(folder, file).items()}
 
 
 def inspect(folder: Path) -> None:
-    """Refuse a folder that cannot work, by config.json and the headers of the weights alone.
-
-    Raises:
-        ConfigError: names file, field and remedy.
-    """
+    """Refuse a folder that cannot work, by config.json and the headers of the weights alone. Raises ConfigError: names
+    file, field and remedy."""
     safetensors_only(sorted(p.name for p in folder.iterdir()), f"model.path = {folder}")
     names = weight_files(folder)
     about = read_config_file(folder) if (folder / "config.json").is_file() else {}  # `opened_files` says if missing
@@ -163,7 +156,7 @@ def _tokenizer(folder: Path, vocab: int | None) -> None:
     """
     path = folder / "tokenizer.json"
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(read_text(path))
         words, steps = about["model"]["vocab"], about.get("post_processor") or {}
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return  # the tokenizer's own reader says what is wrong
@@ -229,11 +222,8 @@ def _bytes(path: Path, name: str) -> Iterator[bytes]:
 
 
 def check_header(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a weight file; refuses one that is not whole.
-
-    Raises:
-        ConfigError: not safetensors, or cut off; says what it may be.
-    """
+    """The tensors of a weight file; refuses one that is not whole. Raises ConfigError: not safetensors, or cut off;
+    says what it may be."""
     path, where = folder / name, f"model.path = {folder}: {name}"
     size = path.stat().st_size
     with open(path, "rb") as f:
@@ -257,11 +247,8 @@ def check_header(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def safetensors_only(names: Sequence[str], where: str) -> None:
-    """Refuse a list of files that has no safetensors weights, saying what it has instead.
-
-    Raises:
-        ConfigError: pickled weights only, an adapter, GGUF, or no model at all.
-    """
+    """Refuse a list of files that has no safetensors weights, saying what it has instead. Raises ConfigError: pickled
+    weights only, an adapter, GGUF, or no model at all."""
     if "adapter_config.json" in names:
         if WEIGHTS in names or INDEX in names:
             raise ConfigError(f"{where}: a PEFT adapter (adapter_config.json) beside a whole model, which transformers "

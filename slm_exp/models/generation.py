@@ -37,11 +37,8 @@ def savable(generation: GenerationConfig | None) -> Iterator[None]:
 
 
 def dry_save(folder: Path, config: PretrainedConfig) -> None:
-    """Write config and generation config once, as a checkpoint would hold them, and forget them.
-
-    Raises:
-        ConfigError: transformers refuses one; names the file and the remedy. Else a run would end so, at its end.
-    """
+    """Write config and generation config once, as a checkpoint would hold them, and forget them. Raises ConfigError:
+    transformers refuses one; names the file and the remedy. Else a run would end so, at its end."""
     with tempfile.TemporaryDirectory(prefix="slm_exp-dry-") as where:
         name, remedy = "config.json", f"Move generation settings to {FILE}; take out what is no config's."
         try:

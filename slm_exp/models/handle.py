@@ -86,11 +86,7 @@ class ModelHandle:
         return getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
 
     def require_room(self, field: str, tokens: int) -> None:
-        """Refuse sequences longer than the model has positions.
-
-        Raises:
-            ConfigError: names the field.
-        """
+        """Refuse sequences longer than the model has positions. Raises ConfigError: names the field."""
         longest = self.positions
         require(longest is None or tokens <= longest, field, tokens,
                 f"at most {longest}, the positions of {self.name} (max_position_embeddings)")

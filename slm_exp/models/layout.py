@@ -208,9 +208,7 @@ class LayerLayout:
 
         Everything in a layer must be one of `matrices` or a vector (a norm gain or a bias), and all layers alike,
         unless the config gives widths per layer (see models/layerwise.py).
-
-        Raises:
-            ArchitectureError: names the layer and the tensor.
+        Raises ArchitectureError: names the layer and the tensor.
         """
         shapes = [{name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in self.layers(model)]
         matrices, own_code = set(self.matrices), has_own_code(model.config)

@@ -33,9 +33,7 @@ def layout_for(config: PretrainedConfig) -> LayerLayout:
     """The layout of a model's family, after refusing every config feature it does not account for.
 
     Reads the config only, so a model is refused before its weights load.
-
-    Raises:
-        ArchitectureError: the family or a feature is unknown; names it and, for a family, the known ones.
+    Raises ArchitectureError: the family or a feature is unknown; names it and, for a family, the known ones.
     """
     family = str(config.model_type).removeprefix(PREFIX)
     if getattr(config, "is_encoder_decoder", False):

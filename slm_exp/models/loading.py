@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import infer_auto_device_map
+from accelerate.utils import get_balanced_memory
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -86,9 +88,7 @@ def _check_shapes(folder: Path, model: PreTrainedModel) -> None:
     """Refuse weights whose headers lack a tensor of the model, or have one of another shape.
 
     Names are those that transformers gives them; what it puts together of several tensors has to be there.
-
-    Raises:
-        CheckpointError: names tensors and shapes.
+    Raises CheckpointError: names tensors and shapes.
     """
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # of tied ones, the embedding
     tensors = headers(folder)
@@ -112,11 +112,7 @@ def _first_line(error: Exception) -> str:
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer, or None where it has none.
-
-    Raises:
-        ConfigError: there is one, and it cannot be read.
-    """
+    """The folder's tokenizer, or None where it has none. Raises ConfigError: there is one, and it cannot be read."""
     if not any((folder / name).is_file() for name in TOKENIZER):
         return None
     try:
@@ -145,16 +141,8 @@ def load_streamed(folder: Path, config: PretrainedConfig, layout: LayerLayout, d
     return streamed(model, empty_model(config), layout.layer_list, folder, device)
 
 
-def load_weights(
-    folder: Path,
-    config: PretrainedConfig,
-    layout: LayerLayout,
-    dtype: str,
-    device: torch.device,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
-    some: bool = False,
-) -> PreTrainedModel:
+def load_weights(folder: Path, config: PretrainedConfig, layout: LayerLayout, dtype: str, device: torch.device,
+                 device_map: str | None = None, trust_remote_code: bool = False, some: bool = False) -> PreTrainedModel:
     """Load a folder's weights, every one of them and nothing else, as `dtype` on `device`. `some`: `config` counts
     fewer layers than there are.
 
@@ -188,9 +176,25 @@ def load_weights(
     ):
         if keys:
             raise _misfit(folder, problem, keys)
-    if any(p.device.type == "meta" for p in model.parameters()):
-        raise ConfigError(f"model.device_map = {device_map}: the model does not fit the visible devices, and weights "
-                          "put off to the CPU or to disk cannot be merged. Use more devices or a smaller model.dtype; "
-                          "or runtime.memory=stream without model.device_map, which moves the layers itself.")
+    if put_off := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ConfigError(off_devices(put_off))
     layout.check(model)
     return model
+
+
+def put_off(config: PretrainedConfig, dtype: str) -> list[str]:
+    """The modules that `device_map=auto` would leave to the CPU beside GPUs, or to the disk. Loads nothing."""
+    model, kind = empty_model(config), getattr(torch, dtype)
+    whole: Any = getattr(model, "_no_split_modules", None)
+    room = get_balanced_memory(model, no_split_module_classes=whole, dtype=kind)
+    placed = infer_auto_device_map(model, room, no_split_module_classes=whole, dtype=kind)
+    away = ("disk", "cpu") if torch.cuda.is_available() else ("disk",)
+    return [name for name, where in placed.items() if where in away]
+
+
+def off_devices(names: Collection[str]) -> str:
+    """Why a run with these parts put off is refused."""
+    first = ", ".join(list(names)[:2])
+    return (f"model.device_map = auto: the model does not fit the visible devices; {first} ({len(names)} in all) would "
+            "be put off to the CPU or to disk, where weights cannot be merged. Use runtime.memory=stream, which reads "
+            "the layers as they run, more devices, or a smaller model.dtype.")

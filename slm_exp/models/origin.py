@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from slm_exp.core.files import read_text
+
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -27,12 +29,9 @@ class Origin:
 
 def read_origin(folder: Path, repo: str = "") -> Origin:
     """From the header of a folder's README.md, as the hub and this package write them; anything malformed is left out.
-
-    Args:
-        repo: where the folder came from; else the card's own `base_model` is taken, which compressed models have.
-    """
+    `repo`: where the folder came from; else the card's own `base_model` is taken, which compressed models have."""
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8-sig")
+        text = read_text(folder / "README.md")
         about: Any = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else {}
     except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):
         about = {}

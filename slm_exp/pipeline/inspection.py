@@ -8,7 +8,7 @@ from pathlib import Path
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
-from slm_exp.pipeline.stages import check_lengths, check_model
+from slm_exp.pipeline.stages import LIGHT_CHECKS, check_model
 
 
 class Inspection:
@@ -17,7 +17,6 @@ class Inspection:
     A folder of a model is opened as the run will open it, without weights (transformers is imported, one to four
     seconds); what only exists after a download or a conversion is judged by the numbers that are known of it, and the
     rest in the run's first stage.
-
     Args:
         device_type: cpu or cuda, as the sketches have it.
         here: the jobs run on this machine: a device that is not there is refused.
@@ -37,20 +36,23 @@ class Inspection:
         return self.sketches[name]
 
     def look(self, cfg: RunConfig) -> ModelHandle | None:
-        """The job's model as far as it can be seen.
-
-        Raises:
-            SlmError: model, device or settings cannot work; names file or field, and the remedy.
-        """
+        """The job's model as far as it can be seen. Raises SlmError: model, device or settings cannot work; names file
+        or field, and the remedy."""
         if self.here:
             cfg.runtime.require_device(cfg.model.device)
         name = repr(cfg.model)
         if name not in self._seen:
             self._seen[name] = cfg.model.look()
+        passed = self._passed.setdefault(name, set())
         if (handle := self._seen[name]) is not None:
-            check_model(cfg, handle, self._passed.setdefault(name, set()))
-        elif (handle := self.sketch(cfg).handle) is not None:
-            check_lengths(cfg, handle)
+            check_model(cfg, handle, passed)
+            return handle
+        if self.here:  # what else `check_model` looks at needs the tokenizer
+            cfg.calibration.check_source()
+            cfg.recovery.check_source()
+            cfg.evaluation.check_data(self.sketch(cfg).random)
+        if (handle := self.sketch(cfg).handle) is not None:
+            check_model(cfg, handle, passed, LIGHT_CHECKS)
             if not cfg.width.prunes and not (cfg.method.removes_sublayers and cfg.method.target_ratio):
                 cfg.method.check_model(handle)  # the others look at modules, which takes torch
         return handle

@@ -40,7 +40,7 @@ from slm_exp.runs.files import result_files
 from slm_exp.runs.record import FILE as RECORD
 from slm_exp.runs.record import Run, failure, finished_run, git_state, read_run, versions, write_record
 from slm_exp.runs.schema import Record
-from slm_exp.runs.state import LOCK, remove_stale
+from slm_exp.runs.state import LOCK, remove_stale_below
 from slm_exp.runs.statistics.verdict import judge_run
 from slm_exp.runs.tracking.base import Tracker
 
@@ -49,8 +49,6 @@ log = logging.getLogger(__name__)
 PICTURE = "similarity.png"
 LATENCY_ERROR = 0.05
 """Of a prediction for a whole model, beyond which a run says so."""
-NOTHING_S = 0.05
-"""A stage that takes less did nothing: no width to prune, nothing to recover."""
 CONFIG, BEFORE = "config.yaml", "record.before.json"
 
 
@@ -134,7 +132,7 @@ class Recorder:
         except Timeout:
             log.warning("another process is computing run %s in %s; waiting for it.", run_id, self.folder)
             self._lock.acquire()
-        remove_stale(self.folder / RECORD, own_too=True)
+        remove_stale_below(self.folder)
         if done := finished_run(self.folder, run_id, bool(self.cfg.save_model), self.cfg.cache.accept == "exact"):
             self.finished, self.record = True, done.record.raw
             return self
@@ -172,8 +170,15 @@ class Recorder:
 
     def step(self, step: Step, x: Experiment) -> None:
         """Carry out the stages of a step, timed under its name."""
+        worked = False
         with self.stage(step.name) as cached:
-            cached += [self.carry_out(stage, x) for stage in step.stages if stage.when(x)]
+            for stage in step.stages:
+                if stage.when(x):  # asked in turn: one may hang on what the one before it found
+                    cached.append(self.carry_out(stage, x))
+                    worked |= stage.works(x)
+        done = self.record["stages"][-1]
+        if worked:  # nothing is said of no width to prune, and the like
+            log.info("%-14s %8s%s", step.name, duration(done["seconds"]), "  from the cache" if done["cached"] else "")
 
     def watch(self, observer: Observer) -> None:
         """Have an observer hear of the run from here on, and of what the record says so far."""
@@ -260,8 +265,6 @@ class Recorder:
             raise
         entry = {"seconds": round(time.perf_counter() - started, 3), "cached": bool(parts) and all(parts)}
         self.record["stages"].append({"name": name, **entry})
-        if entry["cached"] or entry["seconds"] >= NOTHING_S:
-            log.info("%-14s %8s%s", name, duration(entry["seconds"]), "  from the cache" if entry["cached"] else "")
         self.write()
         self._pass_on(stages={name: entry})
 

@@ -26,12 +26,9 @@ def run(cfg: RunConfig, folder: Path, overrides: Sequence[str] = (), group: str 
 
     Every stage takes its result from the stage cache when an earlier run had the same inputs; weights load only
     when a stage needs them.
-
-    Args:
-        training: where a training keeps its checkpoints, if not in `folder` (see `take_part`).
-    Raises:
-        StageError: names the stage and chains the cause; the failed record is on disk, or none where the first stage
-            of a run that belongs to no `group` refuses.
+    `training`: where a training keeps its checkpoints, if not in `folder` (see `take_part`). Raises StageError: names
+    the stage and chains the cause; the failed record is on disk, or none where the first stage of a run that belongs to
+    no `group` refuses.
     """
     with Recorder(cfg, folder, overrides, group, observers=[Pages(folder)]) as rec:
         if rec.finished:

@@ -33,6 +33,7 @@ from slm_exp.recovery.base import Recovery, RecoveryResult, RecoveryTask, with_t
 from slm_exp.recovery.gain import HeldOutLoss, chain_report, held_out_loss
 from slm_exp.runs.tracking.base import Tracker
 from slm_exp.search.task import PlanTask
+from slm_exp.similarity.layers import layer_similarity
 from slm_exp.width.base import NarrowedScore, WidthTask
 
 log = logging.getLogger(__name__)
@@ -203,7 +204,7 @@ def _load(x: Experiment) -> ModelHandle:
     return dense
 
 
-def check_lengths(cfg: RunConfig, dense: ModelHandle) -> None:
+def _check_lengths(cfg: RunConfig, dense: ModelHandle) -> None:
     """Refuse sequences longer than the model has positions. Raises ConfigError, which names the field."""
     merges = cfg.method.uses_merge_rule() and cfg.method.replays is None
     read = {**cfg.calibration.lengths(), **cfg.evaluation.lengths(), **cfg.recovery.lengths(),
@@ -222,8 +223,19 @@ def _check_rule(cfg: RunConfig, dense: ModelHandle) -> None:
         cfg.merge_rule.check_data(dense)
 
 
-CHECKS: tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]], ...] = (
-    (("calibration", "evaluation", "recovery", "similarity", "merge_rule", "method"), check_lengths),
+Checks = tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]], ...]
+"""(groups, check of their settings against a model)."""
+
+LIGHT_CHECKS: Checks = (
+    (("calibration", "evaluation", "recovery", "similarity", "merge_rule", "method"), _check_lengths),
+    (("calibration",), lambda cfg, dense: cfg.calibration.check_data(dense)),
+    (("evaluation",), lambda cfg, dense: cfg.evaluation.check_files(dense)),
+)
+"""That look at the model's config alone: also where nothing but a sketch of it is here."""
+CHECKS: Checks = (
+    *LIGHT_CHECKS,
+    (("calibration",), lambda cfg, dense: cfg.calibration.check_source()),
+    (("calibration",), lambda cfg, dense: cfg.calibration.check_model(dense)),
     (("width", "method"), _check_width),
     (("evaluation",), lambda cfg, dense: cfg.evaluation.check_data(dense.random)),
     (("evaluation",), lambda cfg, dense: cfg.evaluation.check_model(dense)),
@@ -232,10 +244,9 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[RunConfig, ModelHandle], None]], 
     (("merge_rule", "method"), _check_rule),
     (("method",), lambda cfg, dense: cfg.method.check_data(dense)),
 )
-"""(groups, check of their settings against a model)."""
 
 
-def check_model(cfg: RunConfig, dense: ModelHandle, passed: set[str] | None = None) -> None:
+def check_model(cfg: RunConfig, dense: ModelHandle, passed: set[str] | None = None, checks: Checks = CHECKS) -> None:
     """Refuse what this model cannot do, before weights load.
 
     Args:
@@ -244,7 +255,7 @@ def check_model(cfg: RunConfig, dense: ModelHandle, passed: set[str] | None = No
         ConfigError / DataError: names the field.
     """
     passed = set() if passed is None else passed
-    for i, (groups, check) in enumerate(CHECKS):
+    for i, (groups, check) in enumerate(checks):
         if (looked := repr([i, *(getattr(cfg, group) for group in groups)])) not in passed:
             check(cfg, dense)
             passed.add(looked)
@@ -297,14 +308,9 @@ CALIBRATE = Stage(
     code=lambda x: (*READ, "core/types.py", "models"), libraries=("transformers",), small=True)
 
 
-def _similarity(x: Experiment) -> LayerSimilarity:
-    from slm_exp.similarity.layers import layer_similarity
-
-    return layer_similarity(x.dense, x.tokens, x.cfg.kernel, x.cfg.similarity)
-
-
 SIMILARITY = Stage(
-    "similarity", "similarity", _similarity, LayerSimilarity,
+    "similarity", "similarity", lambda x: layer_similarity(x.dense, x.tokens, x.cfg.kernel, x.cfg.similarity),
+    LayerSimilarity,
     lambda x: {**x.on(x.dense), "tokens": x.tokens.digest, **x.cfg.matrix_identity()},
     code=lambda x: ("core/types.py", "similarity", "kernels", "engine", "models"))
 

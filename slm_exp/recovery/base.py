@@ -108,6 +108,9 @@ class Recovery(Component, ABC):
     def needs_resident(self) -> str | None:
         return None if self.streams else f"recovery={self.name} takes all weights at once"
 
+    def check_source(self) -> None:
+        """Raise where the data can only be had from a hub that does not answer. Called before a model is looked at."""
+
     def check_data(self, dense: ModelHandle) -> None:
         """Raise ConfigError or DataError where the recipe's data is absent or malformed. Called before weights load."""
 

@@ -1,5 +1,3 @@
-"""`recovery=bypass`: every removed sublayer gets a fitted map of low rank in its place."""
-
 from __future__ import annotations
 
 import dataclasses
@@ -30,7 +28,6 @@ class Bypass(Fitted):
 
     No linear layer of a stock checkpoint reads the whole stream there, so the checkpoint brings the small code that
     layers of unequal widths bring (Llama, Mistral, Qwen2 and Qwen3 alone).
-
     Source: SubFit, arXiv:2606.02559, by its abstract. Deviations: its bypasses of MLPs share an input basis, here each
     has its own; ranks by explained error.
     Cost: two dense passes over the tokens, a third of the layers in cuts, one of the compressed model; for every

@@ -1,5 +1,3 @@
-"""`recovery=chain`: several recoveries, one after the other."""
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -63,6 +61,9 @@ class Chain(Recovery):
     def refuses(self, others: Together) -> str | None:
         refused = (part.refuses(replace(others, recovery=part.name)) for part in self.parts())
         return next(filter(None, refused), None)
+
+    def check_source(self) -> None:
+        self._each(lambda part: part.check_source())
 
     def check_data(self, dense: ModelHandle) -> None:
         self._each(lambda part: part.check_data(dense))

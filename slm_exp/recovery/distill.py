@@ -1,5 +1,3 @@
-"""KL divergence of the student's distribution from the dense model's, per token, plus `ce` x the usual loss."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

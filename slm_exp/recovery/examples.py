@@ -52,12 +52,8 @@ def read_rows(data: str, path: str | None, dense: ModelHandle) -> list[dict[str,
     if data in OWN:
         return [{"text": d.text} for d in OWN[data](seq_len=512).documents(dense)[1]]
     if data == "hub":
-        name = path or ALPACA
-        repo, _, file = name.partition(":")
-        if not file and repo not in HUB_FILES:
-            raise ConfigError(f"recovery.path = {name}; expected OWNER/NAME:FILE for a data set other than {ALPACA}, "
-                              f"FILE ending in {', '.join(reader.SUFFIXES)}.")
-        where = Repo(repo, None, "dataset", "recovery.path", DataError).file(file or HUB_FILES[repo])
+        repo, file = hub_file(path)
+        where = repo.file(file)
     else:
         where = Path(path or "").expanduser()
         if not where.is_file():
@@ -67,6 +63,16 @@ def read_rows(data: str, path: str | None, dense: ModelHandle) -> list[dict[str,
         return [{"text": "".join(reader.read_lines(where))}]
     rows = reader.read_rows(where, lists=True)
     return [checked(row.value, f"{where}, row {n}") for n, row in enumerate(rows, 1)]
+
+
+def hub_file(path: str | None) -> tuple[Repo, str]:
+    """The data set and its file that `recovery.path` names, with `recovery.data=hub`. Raises ConfigError: no file."""
+    name = path or ALPACA
+    repo, _, file = name.partition(":")
+    if not file and repo not in HUB_FILES:
+        raise ConfigError(f"recovery.path = {name}; expected OWNER/NAME:FILE for a data set other than {ALPACA}, "
+                          f"FILE ending in {', '.join(reader.SUFFIXES)}.")
+    return Repo(repo, None, "dataset", "recovery.path", DataError), file or HUB_FILES[repo]
 
 
 def expected_rows(data: str, path: str | None, seq_len: int, held_out: int) -> float | None:

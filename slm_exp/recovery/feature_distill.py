@@ -1,5 +1,3 @@
-"""Mean over blocks of |student - dense|^2 / |dense|^2 of the stream after each block of each window."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,3 @@
-"""Next-token training of all parameters on packed windows of text. Tied embeddings stay tied, removed sublayers."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -23,7 +23,6 @@ def judged(recovery: Recovery, task: RecoveryTask) -> RecoveryResult:
     A refit whose own errors fall can still destroy a model, e.g. by losing the one state that all later heads attend
     to. So `loss` of the report holds the next-token loss before and after; with a rise, or no number, every tensor is
     taken back.
-
     Cost: two forward passes over `Recovery.judged_on`.
     """
     found = recovery.recover(task)

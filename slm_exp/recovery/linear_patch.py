@@ -1,5 +1,3 @@
-"""A published baseline: the stream after a cut rescaled, channel by channel, in a rotated basis."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,6 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.cost import Work
 from slm_exp.core.registry import register
+from slm_exp.engine.hadamard import hadamard
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
 from slm_exp.recovery.base import RecoveryResult, RecoveryTask
@@ -25,7 +24,6 @@ class LinearPatch(Fitted):
     cut: D_k = mean |Y Q|_k / mean |H Q|_k over tokens, and the stream is multiplied by Q diag(D) Q'. A norm reads the
     stream next, so this folds into no weight: the checkpoint has a matrix behind the layer, and brings the small code
     that layers of unequal widths bring (Llama, Mistral, Qwen2 and Qwen3 alone).
-
     Source: LinearPatch, arXiv:2505.24680, training-free. Deviations: its cuts are one run of layers, here each of
     several cuts has a matrix, fitted on the dense model's states; a merged layer takes the place of the layer below;
     every fifth sequence is left out, on which the whole model is judged.
@@ -40,8 +38,6 @@ class LinearPatch(Fitted):
         require_maps(self.name, dense)
         super().check_data(dense)
         if self.rotate:
-            from slm_exp.engine.hadamard import hadamard
-
             hadamard(int(dense.config.hidden_size), "recovery.rotate=false")
 
     def cost(self, sizes: Sizes, layers: float) -> tuple[Work, list[str]]:
@@ -52,7 +48,6 @@ class LinearPatch(Fitted):
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         import torch
 
-        from slm_exp.engine.hadamard import hadamard
         from slm_exp.merging.maps import map_names, ranks
         from slm_exp.recovery.cut_states import states_at_cuts
 

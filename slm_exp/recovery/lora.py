@@ -1,5 +1,3 @@
-"""LoRA as Shortened-LLaMA and SLM retrain: rank 8 on q, k, v, o, gate, up, down, on alpaca-cleaned."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -27,7 +25,6 @@ class Lora(Trained):
     The adapter is saved in `lora/` of the folder of the run that trains it (for peft, on the compressed model without
     recovery) and merged in float32; the merged weights take the model's dtype. Prompts are not trained on. Which
     projections there are is the family's; routed experts stay as they are unless `experts` is set.
-
     Source: lora_retrain.py of github.com/Nota-NetsPresso/shortened-llm with the settings of its scripts. Differences:
     the rows held out are sampled by the run's seed; examples whose answer was cut away are left out and counted.
     """

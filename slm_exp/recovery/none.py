@@ -1,5 +1,3 @@
-"""No recovery."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

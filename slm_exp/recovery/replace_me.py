@@ -1,5 +1,3 @@
-"""A published baseline: one linear map for a cut, by least squares, folded into the MLP below it."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -24,7 +22,6 @@ class ReplaceMe(Fitted):
     With H the stream after the layer below the cut, M what that layer's MLP adds to it, and Y the dense stream after
     the cut: T = (M'M + alpha I)^-1 M'(Y + M - H), and `down_proj` writes M T in place of M. What `reconstruct` fits
     contains this: T is a D x D map of what `down_proj` writes, not a map of what it reads.
-
     Source: ReplaceMe, arXiv:2505.02819, its least squares. Deviations: not its cosine objective (Adam, 10 epochs),
     which ended within .1 of perplexity of it here (docs/recovery.md); of several cuts each is fitted on the dense
     model's states; a merged layer takes the place of the layer below; a layer that lost its MLP is mapped behind its

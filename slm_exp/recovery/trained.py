@@ -20,6 +20,7 @@ from slm_exp.core.together import Together
 from slm_exp.engine.batches import Row, left_padded
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.sizes import Sizes
+from slm_exp.recovery import examples as sources
 from slm_exp.recovery.base import JUDGED, Recovery, RecoveryResult, RecoveryTask, copy_with, tensors_digest
 from slm_exp.recovery.examples import OWN, SOURCES, Examples, expected_rows, make_examples, read_rows
 
@@ -127,6 +128,11 @@ class Trained(Recovery):
             return (f"recovery.precision = float32; expected auto or bfloat16 with model.dtype = {others.model_dtype}, "
                     "whose frozen weights and dense states have no more.")
         return None
+
+    def check_source(self) -> None:
+        if self.data == "hub":
+            repo, file = sources.hub_file(self.path)
+            repo.require(file)
 
     def check_data(self, dense: ModelHandle) -> None:
         if dense.tokenizer is None:

@@ -131,11 +131,8 @@ def heatmap(matrix_LL: np.ndarray, plan: MergePlan | None) -> Markup:
 
 
 def candidates(plan: MergePlan, near: tuple[float, float] | None = None) -> Markup:
-    """Score of every candidate over the layers that it spans, accepted and rejected by shape and colour.
-
-    Args:
-        near: only those whose scores lie between; see `near_threshold`.
-    """
+    """Score of every candidate over the layers that it spans, accepted and rejected by shape and colour. `near`: only
+    those whose scores lie between; see `near_threshold`."""
     low, high = near or (-math.inf, math.inf)
     shown = [(number, t) for number, t in enumerate(plan.trace, start=1) if low <= t.most <= high]
     scores, taken = [t.most for _, t in shown], sum(t.accepted for _, t in shown)

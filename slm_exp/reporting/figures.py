@@ -7,7 +7,7 @@ numbers are the page's own: nothing is computed here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ WIDTH = 3.3
 """Inches: a column of a two-column paper."""
 PLOT = (200, 130)
 """Points within the axes, roughly: by them marks at one place are set apart."""
+CHARACTER = 3.7
+"""Points: the width of a character of a legend, about."""
 STYLE: Any = {
          "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
          "legend.fontsize": 7, "axes.linewidth": 0.6, "lines.linewidth": 1.0, "lines.markersize": 4,
@@ -210,12 +212,14 @@ def _staircase(axes: Axes, stairs: sweep_charts.Staircase, shades: sweep_charts.
         axes.plot([x for p in path.plans for x in (p.threshold_low, p.threshold_high)],
                   [p.n_layers for p in path.plans for _ in "ab"], color="black", linewidth=0.7, label=path.source)
     limits = axes.get_xlim() if stairs.paths else (min(s.threshold for s in steps), max(s.threshold for s in steps))
-    for step in steps:
+    across, up = svg.Axis([*limits]), svg.Axis([s.n_layers for s in steps] or [0, 1])
+    aside = sweep_charts.apart([(s.threshold, up.down(s.n_layers + 0.12 * s.series, PLOT[1])) for s in steps])
+    for step, dx in zip(steps, aside, strict=True):
         k = shades.of(step.row)
         ends = max(step.low, limits[0]), min(step.high, limits[1])
         y = step.n_layers + 0.12 * step.series  # runs of other settings a little apart, as on the page
         axes.plot(ends, [y] * 2, color=SHADES[k], alpha=0.6)
-        axes.plot(step.threshold, y, MARKS[k], color=SHADES[k])
+        axes.plot(step.threshold + dx / 2 * (across.high - across.low) / PLOT[0], y, MARKS[k], color=SHADES[k])
     _key(axes, shades)
     axes.set(xlabel="threshold", ylabel="layers left")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -224,13 +228,16 @@ def _staircase(axes: Axes, stairs: sweep_charts.Staircase, shades: sweep_charts.
 
 
 def _key(axes: Axes, shades: sweep_charts.Shades) -> None:
+    """What the marks mean: a word says of which setting it is, a number does not."""
     for k, value in enumerate(shades.values):
-        axes.plot([], [], MARKS[k], color=SHADES[k], label=f"{setting(shades.path or '')} {value}")
+        name = "" if isinstance(value, str) else f"{setting(shades.path or '')} "
+        axes.plot([], [], MARKS[k], color=SHADES[k], label=f"{name}{value}")
 
 
 def _legend(axes: Axes) -> None:
-    """Above the plot, where it covers no mark."""
-    handles: Iterable[object] = axes.get_legend_handles_labels()[0]
+    """Above the plot, where it covers no mark, in as many columns as the figure's width has room for."""
+    handles, labels = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handlelength=1.4,
-                    columnspacing=1)
+        column = max(map(len, labels)) * CHARACTER + 26  # with the mark and the blanks
+        axes.get_figure().legend(handles, labels, loc="outside upper left", ncols=max(1, int(72 * WIDTH / column)),  # type: ignore[union-attr]
+                                 borderaxespad=0.2, handlelength=1.4, columnspacing=1)

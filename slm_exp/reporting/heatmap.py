@@ -32,7 +32,6 @@ def heatmap(similarity: LayerSimilarity, plan: MergePlan | None, title: str, kin
     Merged windows are framed and named on the diagonal; removed layers are struck out, removed sublayers counted below
     the title. Scores below 0 (unbiased CKA of unlike layers scatters around 0) take the colour of 0, and the colour
     bar says so.
-
     Args:
         similarity: [L, L] and how it was estimated; both go into the subtitle.
         plan: what was decided, or None for the matrix alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 from slm_exp.core.documents import Section, parse
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import JsonObject, read_json
-from slm_exp.reporting.budgets import BUDGETS, Budget, on_front
+from slm_exp.core.format import printable
+from slm_exp.reporting.budgets import BUDGETS, Budget
 from slm_exp.reporting.page import size_change
 from slm_exp.reporting.rows import Row
 from slm_exp.runs.schema import Calibration, Model
-from slm_exp.runs.statistics.scores import Z95, Estimate
+from slm_exp.runs.statistics.scores import Z95, Estimate, on_front
 
 OVER = {**BUDGETS, "latency_s": Budget("latency, both models in turns", "% of dense", 0.01)}
 """What qualities are drawn over. Latencies of runs are of other hours, so only their ratios compare."""
@@ -106,7 +108,7 @@ def measure(rows: Sequence[Row], budget: str = "params") -> list[Measure]:
     if any(row.average for row in done):
         tasks = {"average": ("average", "Seven-task average")}
     out = [_measure(key, name, "per cent", 1, True, [
-        (row, _percent(c.dense if c else None), _percent(c.compressed if c else None))
+        (row, c.dense.times(100) if c and c.dense else None, c.compressed.times(100) if c and c.compressed else None)
         for row in done for c in [row.compared(task)]],
         budget,
         chance=next((100 * c.chance for row in done if (c := row.compared(task)) and c.chance is not None), None))
@@ -120,10 +122,6 @@ def measure(rows: Sequence[Row], budget: str = "params") -> list[Measure]:
             (row, _exact(1.0), _exact(row.score)) for row in done
             if row.score is not None and row.record.plan.similarity == kind], budget, criterion=True))
     return [m for m in out if m.points]
-
-
-def _percent(e: Estimate | None) -> Estimate | None:
-    return None if e is None else Estimate(100 * e.value, None if e.stderr is None else 100 * e.stderr)
 
 
 def _exact(value: float | None) -> Estimate | None:
@@ -152,7 +150,7 @@ def _measure(key: str, name: str, unit: str, digits: int, higher: bool,
 
 def _with_front(points: Sequence[Point], higher: bool) -> tuple[Point, ...]:
     """Points with their `front`."""
-    front = on_front([(p.cost, p.value if higher else -p.value) for p in points])
+    front = on_front([(p.cost, -p.value if higher else p.value) for p in points])
     return tuple(replace(p, front=on) for p, on in zip(points, front, strict=True))
 
 
@@ -184,8 +182,8 @@ class ThresholdPath(Section):
 
 
 def read_paths(folder: Path, given: Sequence[Path] = ()) -> list[ThresholdPath]:
-    """The path.json files that lie in a folder or in its subfolders (those that cannot be read are no paths), and
-    those given.
+    """The path.json files that lie in a folder or in its subfolders, and those given. One that lies there and cannot be
+    read is named on stderr.
 
     Raises:
         SlmError: a given one is not there or is no path.
@@ -201,7 +199,9 @@ def read_paths(folder: Path, given: Sequence[Path] = ()) -> list[ThresholdPath]:
                 raise ValueError("it has no plans")
             out.append(read)
         except (OSError, ValueError, TypeError) as error:
+            none = (f"{path} is no threshold path ({type(error).__name__}: {error}); expected the path.json that "
+                    "`slm path` writes, or its folder.")
             if path in wanted:
-                raise SlmError(f"{path} is no threshold path ({type(error).__name__}: {error}); expected the path.json "
-                               "that `slm path` writes, or its folder.") from None
+                raise SlmError(none) from None
+            print(printable(f"left out: {none}"), file=sys.stderr)
     return out

@@ -35,9 +35,7 @@ def write_report(folder: Path, record: JsonObject | None = None, verify: bool = 
             record makes a page too, of what there is.
         verify: check the digests of large files too.
         run: the run, if it was read already.
-
-    Raises:
-        SlmError: no readable record.json.
+    Raises SlmError: no readable record.json.
     """
     if run is None:
         run = Run.read(folder, verify) if record is None else Run(folder, Record.of(plain(record)), on_disk=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,13 +12,14 @@ from typing import Any
 from urllib.parse import quote
 
 from slm_exp.core.errors import ConfigError, SlmError
+from slm_exp.core.format import printable
 from slm_exp.core.types import MergePlan
 from slm_exp.reporting import results
 from slm_exp.reporting.results import Comparison
 from slm_exp.runs.record import Run
 from slm_exp.runs.schema import Measurements, Parameters, Record, Verdict
 from slm_exp.runs.state import DAMAGED, DIED, FAILED, FINISHED, UNEXPECTED, WAITING
-from slm_exp.runs.statistics.spread import UNINTERESTING, Spread, by_seed, is_seed, spread
+from slm_exp.runs.statistics.spread import Spread, by_seed, differing, is_seed, spread
 from slm_exp.runs.statistics.verdict import verdict_of
 from slm_exp.runs.sweep import Cell, SweepFolder
 from slm_exp.runs.tracking.base import flat
@@ -109,11 +111,19 @@ def setting(path: str) -> str:
 
 
 def read_rows(folder: Path, verify: bool = False) -> tuple[SweepFolder | None, list[Row]]:
-    """Every cell of the definition, where there is one, and every run in a subfolder; nothing is left out."""
-    try:
-        sweep = SweepFolder.read(folder)
-    except ConfigError:
-        sweep = None
+    """Every cell of the definition, where there is one, and every run in a subfolder; nothing is left out.
+
+    Raises:
+        ConfigError: neither a definition that can be read nor a run; beside runs a damaged one is named on stderr.
+    """
+    sweep = None
+    if (folder / "sweep.json").exists():
+        try:
+            sweep = SweepFolder.read(folder)
+        except ConfigError as error:
+            if not any(folder.glob("*/record.json")):
+                raise
+            print(printable(f"left out: {error}"), file=sys.stderr)
     cells = {cell.job.folder.resolve(): cell for cell in (sweep.cells() if sweep else ())}
     folders = {where: cell.job.folder for where, cell in cells.items()}
     folders |= {path.parent.resolve(): path.parent for path in folder.glob("*/record.json")}
@@ -129,7 +139,7 @@ def _row(folder: Path, address: str, cell: Cell | None, verify: bool) -> Row:
     try:
         run = Run.read(folder, verify)
     except SlmError as unreadable:
-        return Row(folder.name, address, DIED, folder, overrides=overrides, error=str(unreadable))
+        return Row(folder.name, address, DAMAGED, folder, overrides=overrides, error=str(unreadable))
     error = {FAILED: run.record.error.line, DAMAGED: "; ".join(map(str, run.problems)),
              DIED: f"It {UNEXPECTED}: killed, out of memory, or power."}.get(run.state, "")
     stage = run.record.error.stage or run.record.stage
@@ -146,22 +156,9 @@ def with_results(row: Row) -> Row:
 
 
 def in_order(rows: list[Row]) -> list[Row]:
-    """With what differs between the runs, ordered by it, numbers by size.
-
-    A setting that another member of its group implies (`method.protect_last` where only `method` differs) is no
-    column.
-    """
+    """With what differs between the runs, ordered by it, numbers by size."""
     configs = [flat(row.record.config) for row in rows]
-    known = [config for config in configs if config]
-    paths = [path for path in dict.fromkeys(p for config in configs for p in config)
-             if not path.startswith(UNINTERESTING) and len({repr(c.get(path)) for c in known}) > 1]
-
-    def implied(path: str) -> bool:
-        name = f"{path.partition('/')[0]}/name"
-        pairs = {(repr(c.get(name)), repr(c.get(path))) for c in known}
-        return path != name and name in paths and len({member for member, _ in pairs}) == len(pairs)
-
-    paths = [path for path in paths if not implied(path)]
+    paths = differing(configs)
     filled = [replace(row, settings={path: config.get(path) if config else _given(row.overrides, path)
                                      for path in paths}) for row, config in zip(rows, configs, strict=True)]
     return sorted(filled, key=lambda row: [order(value) for value in row.settings.values()])
@@ -169,7 +166,7 @@ def in_order(rows: list[Row]) -> list[Row]:
 
 def order(value: Any) -> tuple[bool, float, str]:
     """A sorting key for any setting: numbers first, by size."""
-    number = isinstance(value, (int, float))
+    number = isinstance(value, (int, float)) and abs(value) < 1e300  # more are no float
     return not number, float(value) if number else 0.0, str(value)
 
 

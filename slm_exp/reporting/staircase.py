@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slm_exp.core.files import JsonObject, writing
-from slm_exp.reporting.budgets import BUDGETS, on_front
+from slm_exp.reporting.budgets import BUDGETS
+from slm_exp.runs.statistics.scores import on_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ def exponential(loss: float | None) -> float:
 
 def fronts(sizes: Sequence[JsonObject], quality: str = SCORE) -> dict[str, list[bool]]:
     """By every budget, which sizes no other beats."""
-    sign = 1 if quality == SCORE else -1
+    sign = -1 if quality == SCORE else 1
     return {budget: on_front([(size[budget], sign * size[quality]) for size in sizes]) for budget in BUDGETS}
 
 

@@ -123,8 +123,8 @@ def _percent(found: Estimate | None) -> str:
     """Per cent with its standard error; what is no share as it is."""
     if found is None:
         return "-"
-    factor = 100 if 0 <= found.value <= 1 else 1
-    return with_error(factor * found.value, None if found.stderr is None else factor * found.stderr)
+    shown = found.times(100 if 0 <= found.value <= 1 else 1)
+    return with_error(shown.value, shown.stderr)
 
 
 def points(found: Difference | None) -> str:

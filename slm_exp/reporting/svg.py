@@ -8,15 +8,15 @@ their width, so that text and dots keep their size on a phone.
 from __future__ import annotations
 
 import base64
+import io
 import math
-import struct
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
+from PIL import Image
 
 from slm_exp.core.types import Group
 
@@ -104,6 +104,7 @@ def gridline(y: float, text: str) -> Markup:
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """Four to eight round numbers around [low, high]."""
+    low, high = max(low, -1e300), min(high, 1e300)  # an interval may have no end
     reach = (high - low) or 0.1
     step = 10 ** math.floor(math.log10(reach / 4))
     step *= next(m for m in (1, 2, 5, 10) if reach / (step * m) <= 7)
@@ -133,7 +134,6 @@ def heatmap(matrix_LL: np.ndarray, frames: Iterable[Frame], label: str, small: b
     """A layer similarity matrix, layer 0 in the lower left corner, what plans do framed on the diagonal.
 
     One pixel a layer pair, enlarged without smoothing: a few kilobytes at any depth.
-
     Args:
         label: what it shows, in words.
         small: as one of many pictures; with lines through the pair that is pointed at.
@@ -194,27 +194,16 @@ def pixels(matrix_LL: np.ndarray, x: float, y: float, size: float) -> Markup:
 
     Scores below 0 (the unbiased estimator goes there) and those that are not finite take the colour of 0.
     """
-    picture = base64.b64encode(_png(levels(matrix_LL[::-1]), _palette())).decode()
-    return tag("image", href=f"data:image/png;base64,{picture}", x=x, y=y, width=size, height=size,
-               preserveAspectRatio="none", class_="pixels")
+    picture, file = Image.fromarray(levels(matrix_LL[::-1])), io.BytesIO()
+    picture.putpalette(palette())
+    picture.save(file, "PNG", optimize=True)
+    return tag("image", href=f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}", x=x, y=y,
+               width=size, height=size, preserveAspectRatio="none", class_="pixels")
 
 
-def _palette() -> bytes:
+def palette() -> bytes:
     """256 colours from 0 to 1, RGB."""
     anchors = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in SCALE], dtype="float64")
     at, levels = np.linspace(0, 1, len(anchors)), shade(np.linspace(0, 1, 256))
     colours = np.stack([np.interp(levels, at, anchors[:, i]) for i in range(3)], axis=-1)
     return bytes(colours.round().astype("uint8").tobytes())
-
-
-def _png(levels_HW: np.ndarray, palette: bytes) -> bytes:
-    """8-bit indexed colour, one scanline filter (none)."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    height, width = levels_HW.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
-    lines = zlib.compress(b"".join(b"\0" + row.tobytes() for row in levels_HW), 9)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"PLTE", palette) + chunk(b"IDAT", lines)
-            + chunk(b"IEND", b""))

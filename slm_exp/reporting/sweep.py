@@ -59,7 +59,7 @@ def is_sweep(folder: Path) -> bool:
 
 def write_reports(folders: Sequence[Path], mixed_protocols: bool, paths: Sequence[Path], verify: bool,
                   figures: bool = False) -> int:
-    """`slm report`: a page for every folder, its path on stdout; 1 where one has none, or a run is damaged."""
+    """`slm report`: a page of every folder, its path on stdout. 2 where one can have none, 1 where a run is damaged."""
     status = 0
     for folder in folders:
         wrong = ""
@@ -73,14 +73,14 @@ def write_reports(folders: Sequence[Path], mixed_protocols: bool, paths: Sequenc
                     from slm_exp.reporting.figures import run_figures  # matplotlib
 
                     run_figures(run)
-                wrong = run.damage and f"{folder} is damaged: {run.damage}"
+                if run.damage:
+                    wrong, status = f"{folder} is damaged: {run.damage}", max(status, 1)
             if figures and (folder / svg.FIGURES).is_dir():
                 print(folder / svg.FIGURES)
         except SlmError as error:
-            wrong = str(error)
+            wrong, status = str(error), 2
         if wrong:
             print(printable(f"slm report: {wrong}"), file=sys.stderr)
-            status = 1
     return status
 
 
@@ -94,9 +94,7 @@ def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Seque
         verify: check the digests of large files too.
         figures: every plot as PDF and SVG in `folder/figures` too.
         paths: path.json files to draw beside the runs, besides those that lie in the folder.
-
-    Raises:
-        SlmError: a path.json that was given cannot be read.
+    Raises SlmError: a path.json that was given cannot be read.
     """
     sweep, rows = read_rows(folder, verify)
     refused = None if mixed_protocols else mixed(

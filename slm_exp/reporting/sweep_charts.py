@@ -28,8 +28,8 @@ SHAPES = ('<circle r="5"/>', *(f'<path d="{d}"/>' for d in (
 """So many values of a setting have marks of their own, told apart by shape as well as by colour."""
 FEW = 24
 """Up to so many marks show their intervals all the time; of more, only the one pointed at."""
-TOUCH, WIDE = 6.0, 54.0
-"""Pixels: marks nearer to each other than one are set apart, over the other at most."""
+TOUCH, WIDE = 12.0, 60.0
+"""Pixels: marks nearer to each other than one are set apart, by as much, over the other at most."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def apart(places: Sequence[tuple[float, float]]) -> list[float]:
             else:
                 together.append([k])
         for some in together:
-            step = min(9.0, WIDE / len(some))
+            step = min(TOUCH, WIDE / len(some))
             for number, k in enumerate(some):
                 out[k] = step * (number - (len(some) - 1) / 2)
     return out
@@ -199,7 +199,7 @@ class Staircase:
 
 def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shades) -> Staircase | None:
     """Layers over the threshold; None where no run was decided by one and there is no path of the runs' model."""
-    steps = _steps(rows)
+    steps = decided_steps(rows)
     models, drawn, notes = {row.record.model.digest for row in rows}, [], []
     tokens = {row.record.calibration.digest for row in rows}
     for path in paths:
@@ -234,19 +234,20 @@ def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shade
                          *_stairs(path.plans, x, y), class_="exact"))
         parts += [tag("rect", x=x(a), y=0, height=HEIGHT, class_="unknown",
                       width=f"{100 * (across.at(b) - across.at(a)):.2f}%") for a, b in path.unknown]
-    for step in steps:
+    aside = apart([(step.threshold, y(step.n_layers, step.series)) for step in steps])
+    for step, dx in zip(steps, aside, strict=True):
         k, at = shades.of(step.row), y(step.n_layers, step.series)
         title = (f"{step.row.title}: {step.n_layers} layers; the same for every threshold from {bound(step.low)} to "
                 f"{bound(step.high)}")
         marks = (tag("line", x1=x(step.low), x2=x(step.high), y1=at, y2=at, class_="tread"),
-                 tag("use", href=f"#shape-{k}", x=x(step.threshold), y=at, class_="mark"))
+                 _aside(tag("use", href=f"#shape-{k}", x=x(step.threshold), y=at, class_="mark"), dx))
         parts.append(_link(step.row, title, marks, k))
     label = f"Layers over threshold: {len(steps)} runs" + (f" and {len(drawn)} exact paths." if drawn else ".")
     chart = tag("svg", *parts, width="100%", height=HEIGHT, role="group", class_="chart points", aria_label=label)
     return Staircase(chart, steps, drawn, notes)
 
 
-def _steps(rows: Sequence[Row]) -> list[Step]:
+def decided_steps(rows: Sequence[Row]) -> list[Step]:
     series: dict[Any, int] = {}
     out = []
     for row in rows:

@@ -32,6 +32,8 @@ from slm_exp.runs.shards import write_by_layer
 from slm_exp.runs.state import remove_stale
 
 ROWS, LENGTH = 2, 32  # tokens whose logits are compared
+RELOADED_WHOLE = 1 << 30
+"""Bytes of weights on a CPU up to which the verifying process holds a second copy; larger ones it reads by file."""
 
 
 def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, tokens: CalibrationTokens | None = None,
@@ -52,8 +54,9 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
         What was verified: `{tensors, logits_off, kv_cache_off, tolerance, device}`.
     Raises:
         CheckpointError: the disk is full or not writable, or the reloaded model differs.
-    Cost: the weights' bytes on disk and again in a second process, and its start (about 10 s); of a model whose layers
-        stay in files, about three layers in either.
+    Cost: the weights' bytes on disk and again in a second process, and its start (about 10 s). A model on a CPU of more
+        than RELOADED_WHOLE, or whose layers stay in files, is written layer by layer, and about three layers of it are
+        in the second process.
     """
     tmp = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp")
     try:
@@ -61,7 +64,8 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
         tmp.mkdir(parents=True)
         model = compressed.model
         with savable(model.generation_config):
-            digests = write_by_layer(compressed, tmp) if compressed.streamed else None
+            size = 0 if model.device.type != "cpu" else sum(p.nbytes for p in model.parameters())
+            digests = write_by_layer(compressed, tmp) if compressed.streamed or size > RELOADED_WHOLE else None
             if digests is None:
                 model.save_pretrained(tmp, max_shard_size=max_shard_size)
         if not has_own_code(compressed.config):
@@ -94,9 +98,9 @@ def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: Calibration
     process uses the model's device; where the GPU has no room for a second copy it uses the CPU, whose arithmetic
     differs, and 5 % of the largest logit are allowed.
 
-    A model whose layers stay in files is verified by file: `digests` of the tensors as they were written, by their
-    names in the files, and logits with layers that the process reads as they run (transformers' disk offload). It
-    generates no text, for which every token would read all layers.
+    A model whose layers stay in files, or a large one on a CPU, is verified by file: `digests` of the tensors as they
+    were written, by their names in the files, and logits with layers that the process reads as they run (transformers'
+    disk offload). It generates no text, for which every token would read all layers.
 
     Returns:
         `{tensors, logits_off, kv_cache_off, peak_bytes, tolerance, device}`.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from slm_exp.core.files import sha256
 from slm_exp.core.types import FITTED
 from slm_exp.runs.schema import ResultFile
 
@@ -32,7 +32,7 @@ def result_files(folder: Path, with_model: bool) -> dict[str, dict[str, int | st
     parts = [folder / name for name in (*RESULT, *([CHECKPOINT] if with_model else []))]
     files = sorted(path for part in parts for path in ([part] if part.is_file() else part.rglob("*"))
                    if path.is_file() and not path.name.startswith("."))
-    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in files}
 
 
@@ -56,12 +56,7 @@ def problems(folder: Path, files: Mapping[str, ResultFile], verify: bool = False
                 yield Problem(name, "is missing")
             elif size != about.bytes:
                 yield Problem(name, f"has {size:,} bytes, not {about.bytes:,}")
-            elif (verify or size < SMALL) and _sha256(path) != about.sha256:
+            elif (verify or size < SMALL) and sha256(path) != about.sha256:
                 yield Problem(name, "has other contents than were written")
         except OSError as error:
             yield Problem(name, f"cannot be read ({error.strerror})")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -16,6 +16,7 @@ import yaml
 
 from slm_exp.core.documents import Document, parse
 from slm_exp.core.errors import ConfigError, PlanError, did_you_mean, require
+from slm_exp.core.files import read_text
 from slm_exp.core.format import printable
 from slm_exp.core.types import SUBLAYERS, Kind, MergePlan, Sublayer
 
@@ -58,20 +59,15 @@ class _Mergekit(Document):
 
 
 def read_foreign(path: Path, layers: int | None = None) -> MergePlan:
-    """The plan in a file of another program.
-
-    Args:
-        layers: of the dense model, where the file does not say how many.
-    Raises:
-        ConfigError: no such file, none of the forms, or something in it that a plan cannot say; names it.
-    """
+    """The plan in a file of another program. `layers`: of the dense model, where the file does not say how many. Raises
+    ConfigError: no such file, none of the forms, or something in it that a plan cannot say; names it."""
     try:
         if path.stat().st_size > LARGEST:
             raise ConfigError(f"{path}: {path.stat().st_size:,} bytes; expected {FORMS}.")
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}; expected {FORMS}.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}; expected {FORMS}: it cannot be read ({error}).") from None
     words = text.split()
     try:
@@ -185,7 +181,7 @@ def _scaled(scale: Iterable[_Value], where: str) -> list[Kind]:
 def _layers_of(model: Any) -> int | None:
     """Of a model in a local folder; None where that is not known."""
     try:
-        config = json.loads((Path(str(model)).expanduser() / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(Path(str(model)).expanduser() / "config.json"))
         return int(config["num_hidden_layers"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

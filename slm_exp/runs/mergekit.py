@@ -16,7 +16,7 @@ from slm_exp.core.version import __version__
 from slm_exp.models.config_file import read_config_file
 from slm_exp.models.layouts import FAMILIES
 from slm_exp.models.packaged import Packaged
-from slm_exp.runs.record import read_run
+from slm_exp.runs.record import record_beside
 from slm_exp.runs.schema import Record
 
 FORMATS = ("mergekit",)
@@ -37,7 +37,7 @@ def read_plan(source: Path, model: str | None) -> tuple[MergePlan, str, str | No
     """The plan, the dense model's place, and its dtype where a record says it.
 
     Raises:
-        ConfigError: no plan there, or nobody says of which model it is.
+        SlmError: no plan there, a record beside it that cannot be read, or nobody says of which model it is.
         PlanError: the run's model is more than its plan.
     """
     path = source / "plan.json" if source.is_dir() else source
@@ -46,8 +46,7 @@ def read_plan(source: Path, model: str | None) -> tuple[MergePlan, str, str | No
     except (OSError, ValueError, TypeError, KeyError, AttributeError, PlanError) as error:
         why = f"there is no {path}" if isinstance(error, FileNotFoundError) else f"{path} is none ({error})"
         raise ConfigError(f"{source}; expected a run's folder or a plan.json: {why}.") from None
-    run = read_run(path.parent)
-    record = run.record if run else Record()
+    record = record_beside(path)
     if (recipe := record.member("recovery").get("name", "none")) != "none":
         raise PlanError(f"{source}: recovery={recipe} changed weights after the plan, so the plan does not give that "
                         f"model. Take the checkpoint in {path.parent / 'model'}.")
@@ -73,11 +72,8 @@ def _place(record: Record) -> str | None:
 
 
 def mergekit(plan: MergePlan, model: str, dtype: str | None, source: str = "") -> str:
-    """YAML for mergekit 0.1.5: one document for mergekit-yaml, or several for mergekit-multi.
-
-    Raises:
-        PlanError: what cannot be expressed, by name.
-    """
+    """YAML for mergekit 0.1.5: one document for mergekit-yaml, or several for mergekit-multi. Raises PlanError: what
+    cannot be expressed, by name."""
     check(plan, model)
     head = {"dtype": dtype} if dtype else {}
     parts = {name: {"merge_method": "passthrough", **head, "slices": _slices(plan, model, place)}

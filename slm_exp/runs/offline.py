@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from slm_exp.core.errors import SlmError
 from slm_exp.core.format import printable
-from slm_exp.runs.record import Run, say_unverified
+from slm_exp.runs.record import read_run, say_unverified
 from slm_exp.runs.state import FINISHED, in_use
 
 
@@ -54,16 +54,13 @@ def find_offline_runs(folders: Sequence[Path]) -> list[OfflineRun]:
 
 
 def _finished(folder: Path) -> bool:
-    run = _read(folder)
+    run = read_run(folder)
     return run is not None and run.record.status == FINISHED
 
 
 def check_reachable(url: str, seconds: float = 10.0) -> None:
-    """Request anything from the server, through the configured proxies.
-
-    Raises:
-        SlmError: no answer. Without this check `wandb sync` would retry for hours.
-    """
+    """Request anything from the server, through the configured proxies. Raises SlmError: no answer. Without this check
+    `wandb sync` would retry for hours."""
     try:
         urllib.request.urlopen(url, timeout=seconds).close()
     except urllib.error.HTTPError:
@@ -75,11 +72,8 @@ def check_reachable(url: str, seconds: float = 10.0) -> None:
 
 
 def send(runs: Sequence[OfflineRun]) -> None:
-    """Send these runs with W&B's own sync, which leaves its marker beside each one it has sent.
-
-    Raises:
-        SlmError: wandb missing, server out of reach, no credentials, or a run that was not sent.
-    """
+    """Send these runs with W&B's own sync, which leaves its marker beside each one it has sent. Raises SlmError: wandb
+    missing, server out of reach, no credentials, or a run that was not sent."""
     try:
         import wandb
     except ImportError as error:
@@ -103,7 +97,7 @@ def sync(folders: Sequence[Path], dry_run: bool = False, verify: bool = False) -
     found = find_offline_runs(folders)
     waiting = [run for run in found if not run.sent]
     busy = [run for run in waiting if in_use(run.run_folder)]
-    reads = {run: _read(run.run_folder, verify) for run in waiting if run not in busy}
+    reads = {run: read_run(run.run_folder, verify) for run in waiting if run not in busy}
     damage = {run: read.damage for run, read in reads.items() if read and read.damage}
     due = [run for run in reads if run not in damage]
     for run in busy:
@@ -124,10 +118,3 @@ def sync(folders: Sequence[Path], dry_run: bool = False, verify: bool = False) -
     print(f"{len(due)} {'to send' if dry_run else 'sent'}, {len(found) - len(waiting)} sent before, {len(busy)} still "
           "running.")
     return int(bool(damage))
-
-
-def _read(folder: Path, verify: bool = False) -> Run | None:
-    try:
-        return Run.read(folder, verify)
-    except SlmError:  # killed before its first record: its log is all there is
-        return None

@@ -15,7 +15,7 @@ from typing import Self
 from slm_exp.core.cache.code import PACKAGE, package_digest
 from slm_exp.core.cache.store import library_versions
 from slm_exp.core.errors import ConfigError, PlanError, SlmError, StageError
-from slm_exp.core.files import JsonObject, digest, probing, read_json, write_json
+from slm_exp.core.files import JsonObject, digest, probing, read_json, read_text, write_json
 from slm_exp.core.format import override, printable
 from slm_exp.core.secrets import masked
 from slm_exp.core.types import LayerSimilarity, MergePlan
@@ -30,6 +30,8 @@ FILE = "record.json"
 VERSIONED = ("torch", "transformers", "lm_eval", "datasets", "peft", "wandb", "hydra-core", "omegaconf", "numpy")
 DECISIVE = ("slm_exp", "torch", "transformers", "lm_eval")
 """Versions that a finished record is compared by; others change no number that is known of."""
+STATUSES = (RUNNING, FAILED, FINISHED)
+"""What a record says of itself; the other states follow from it and the folder."""
 
 
 def no_run(folder: Path) -> str:
@@ -61,11 +63,16 @@ class Run:
         """The run in a folder.
 
         Raises:
-            SlmError: there is no record, or it cannot be read.
+            SlmError: there is no record, or it cannot be read, or is another document: of every version, a record has
+                a run_id and one of STATUSES.
         """
         path = folder / FILE
         try:
-            return cls(folder, Record.of(read_json(path)), verify)
+            record = Record.of(read_json(path))
+            if not record.run_id or record.status not in STATUSES:
+                has = printable(f"run_id = {record.run_id!r}, status = {record.status!r}"[:200])
+                raise ValueError(f"it is no run's record ({has}; expected one of {', '.join(STATUSES)})")
+            return cls(folder, record, verify)
         except (FileNotFoundError, NotADirectoryError):
             raise SlmError(no_run(folder)) from None
         except (OSError, ValueError) as error:
@@ -148,7 +155,7 @@ class Run:
     def config_yaml(self) -> str | None:
         """config.yaml; None where it cannot be read."""
         try:
-            return (self.folder / "config.yaml").read_text(encoding="utf-8")
+            return read_text(self.folder / "config.yaml")
         except (OSError, ValueError):
             return None
 
@@ -172,12 +179,22 @@ class Run:
         return ", ".join(out)
 
 
-def read_run(folder: Path) -> Run | None:
+def read_run(folder: Path, verify: bool = False) -> Run | None:
     """The run in a folder; None where there is none or its record cannot be read."""
     try:
-        return Run.read(folder)
+        return Run.read(folder, verify)
     except SlmError:
         return None
+
+
+def record_beside(plan: Path) -> Record:
+    """The record of the run that a plan.json, or a folder with one, is of; an empty one where there is none.
+
+    Raises:
+        SlmError: it cannot be read, so that nobody knows what was done besides the plan.
+    """
+    folder = plan if plan.is_dir() else plan.parent
+    return Run.read(folder).record if (folder / FILE).exists() else Record()
 
 
 def finished_run(folder: Path, run_id: str, with_model: bool = False, exact: bool = False) -> Run | None:
@@ -256,7 +273,8 @@ def git_state() -> dict[str, str | bool] | None:
         return None
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, setting: str = "hydra.run.dir / hydra.sweep.dir", remedy: str = (
+        "Choose another with hydra.run.dir=FOLDER (single run) or hydra.sweep.dir=FOLDER (multirun).")) -> None:
     """Refuse an output folder that cannot be created or written, before anything loads.
 
     Raises:
@@ -266,6 +284,5 @@ def check_writable(folder: Path) -> None:
         with probing(folder):
             pass
     except OSError as error:
-        raise ConfigError(f"hydra.run.dir / hydra.sweep.dir = {folder}; expected a folder that can be written "
-                          f"({error.strerror}). Choose another with hydra.run.dir=FOLDER (single run) or "
-                          "hydra.sweep.dir=FOLDER (multirun).") from None
+        raise ConfigError(f"{setting} = {folder}; expected a folder that can be written ({error.strerror}). {remedy}"
+                          ) from None

@@ -453,11 +453,7 @@ class Record(Section):
 
     @classmethod
     def of(cls, data: Any) -> Self:
-        """A record from its JSON.
-
-        Raises:
-            ValueError: where, what came, what was wanted.
-        """
+        """A record from its JSON. Raises ValueError: where, what came, what was wanted."""
         return parse(cls, data)
 
     @property

@@ -19,13 +19,14 @@ from filelock import Timeout
 from pydantic import Field, field_validator
 
 from slm_exp.core.documents import Section, parse
-from slm_exp.core.errors import ConfigError
+from slm_exp.core.errors import ConfigError, SlmError
 from slm_exp.core.files import JsonObject, read_json, write_json
 from slm_exp.core.format import printable
 from slm_exp.core.locks import Lock
 from slm_exp.core.plugins import Plugin
 from slm_exp.core.version import __version__
-from slm_exp.runs.record import read_run, write_record
+from slm_exp.runs.record import FILE as RECORD
+from slm_exp.runs.record import Run, read_run, write_record
 from slm_exp.runs.schema import UsedPlugin
 from slm_exp.runs.state import (
     DAMAGED,
@@ -92,10 +93,13 @@ class Cell:
 
 def read_cell(job: Job) -> Cell:
     """What the job's folder says. Cost: the record and small files; a lock for a moment where it is not finished."""
-    run = read_run(job.folder)
-    if run is None:
+    try:
+        run = Run.read(job.folder)
+    except SlmError as unreadable:
         if in_use(job.folder):
             return Cell(job, RUNNING)
+        if (job.folder / RECORD).exists():
+            return Cell(job, DAMAGED, error=str(unreadable))
         last = "".join(last_lines(job.folder / LOG, 1)).strip()
         return Cell(job, DIED if last else WAITING, error=last or None)
     record = run.record
@@ -171,11 +175,7 @@ class SweepFolder:
 
     @classmethod
     def read(cls, path: Path) -> SweepFolder:
-        """The definition in a sweep's folder.
-
-        Raises:
-            ConfigError: this is no sweep's folder.
-        """
+        """The definition in a sweep's folder. Raises ConfigError: this is no sweep's folder."""
         try:
             stored = parse(StoredSweep, read_json(path / "sweep.json"))
         except (FileNotFoundError, NotADirectoryError):
@@ -221,11 +221,8 @@ class SweepFolder:
 
     @contextlib.contextmanager
     def owned(self, wait: float = 0) -> Iterator[None]:
-        """Be the only launcher at work here; the kernel frees the lock with the process.
-
-        Raises:
-            ConfigError: another launcher is at work, for `wait` seconds; names its pid and host.
-        """
+        """Be the only launcher at work here; the kernel frees the lock with the process. Raises ConfigError: another
+        launcher is at work, for `wait` seconds; names its pid and host."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock, about = Lock(self.path / ".launcher.lock"), self.path / ".launcher.json"
         try:

@@ -56,8 +56,7 @@ class Evolution:
             counts: how many of each go.
             quick, close: scores on few tokens and on all.
             settle: is told of every new parent.
-        Raises:
-            PlanError: no set has a finite score.
+        Raises PlanError: no set has a finite score.
         """
         seen: dict[Parts, float] = {}
         trace: list[Trial] = []
@@ -109,12 +108,10 @@ def beam(units: Sequence[Unit], width: int, cost: Cost, wanted: Wanted, settle: 
     """Sets of parts grown by one part at a time: of all that the best `width` sets can become, the best `width` go on.
 
     A set is done when no further part is wanted; of those that are done the best is found. Width 1 is greedy.
-
     Args:
         units: what may go, from the bottom up; of two equal costs the lower part's comes first.
         settle: is told of a set before those that it can become are scored.
-    Raises:
-        PlanError: every set has a cost that is not finite.
+    Raises PlanError: every set has a cost that is not finite.
     """
     known: dict[Parts, float] = {frozenset(): 0.0}
     sets, done, trace = [*known], list[Parts](), list[Trial]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import cached_property
 
 import torch
@@ -41,14 +42,36 @@ def dense_states(runner: BlockRunner) -> list[Tensor]:
     return states
 
 
-class Windows:
-    """What windows become by a merge rule that fits, none fitted twice; or what the file beside a plan says.
+class Fits(ABC):
+    """What is fitted on tokens of its own, to the dense model's states.
 
-    Memory: the dense states of the fitting tokens, [N, T, D] float32 for every layer, and every window's layer.
+    Memory: those states, [N, T, D] float32 for every layer.
     """
 
     def __init__(self, task: SearchInputs) -> None:
         self.task = task
+
+    @property
+    @abstractmethod
+    def tokens(self) -> CalibrationTokens:
+        """Those to fit on. Raises DataError as `disjoint`."""
+
+    @cached_property
+    def runner(self) -> BlockRunner:
+        """Runs the library's layers, into which one can look."""
+        return BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32, fuse=False)
+
+    @cached_property
+    def states(self) -> list[Tensor]:
+        """Entering layers 0..L-1, and the last one's output."""
+        return dense_states(BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32))
+
+
+class Windows(Fits):
+    """What windows become by a merge rule that fits, none fitted twice; or what the file beside a plan says.
+
+    Memory: as `Fits`, and every window's layer.
+    """
 
     @property
     def _rule(self) -> FittingRule:
@@ -81,18 +104,9 @@ class Windows:
         if self.task.fitted and not fits:
             fits |= unpack(self.task.fitted)
         if group not in fits:
-            fits[group] = self._rule.fit(self._runner, group, self._states[group.start], self._states[group.stop])
+            fits[group] = self._rule.fit(self.runner, group, self.states[group.start], self.states[group.stop])
         return fits[group]
 
     def file(self, plan: MergePlan) -> FittedFile:
         """What lies beside a plan."""
         return self.task.fitted or pack({group: self.weights(group) for group in plan.groups})
-
-    @cached_property
-    def _runner(self) -> BlockRunner:
-        """Runs the library's layers, into which one can look."""
-        return BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32, fuse=False)
-
-    @cached_property
-    def _states(self) -> list[Tensor]:
-        return dense_states(BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32))

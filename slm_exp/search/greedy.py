@@ -66,14 +66,12 @@ def greedy(engine: ScoringEngine, units: Sequence[Unit], cost: Costs, wanted: Wa
     """Remove one part at a time, each time the one without which `cost` is lowest (the lower one at a tie).
 
     What was removed becomes the base of `engine`, so a candidate runs only the layers from its part upwards.
-
     Args:
         units: what may go, from the bottom up.
         cost: of models; lower is better.
         wanted: the search ends when no part is.
         last: parts that may go only when none of `units` may.
-    Raises:
-        PlanError: every candidate's cost is infinite.
+    Raises PlanError: every candidate's cost is infinite.
     Cost: for every removal, each part left is taken out once: about half the layers run for a model of its own.
     """
     slots = engine.dense

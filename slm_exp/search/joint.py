@@ -65,7 +65,6 @@ def prices(task: PlanTask, fit: CalibrationTokens, layers: range, step: int, lea
     """The price of every change of `layers`, scored on the task's tokens after fits on others.
 
     Every layer is kept in the store as soon as it is known.
-
     Args:
         fit: tokens of the fits, of no document that is scored on.
         step: channels that go at once.
@@ -159,8 +158,7 @@ def cheapest(found: Mapping[int, Price], need: float, gain: Callable[[Choice], f
     Args:
         gain: what a choice takes away, in the unit of `need`.
         step, wide: channels that go at once, and of a whole MLP.
-    Raises:
-        ValueError: all changes together take less away.
+    Raises ValueError: all changes together take less away.
     """
     half = wide - step * (wide // (2 * step))
     choices = [list(_choices(i, price, step, wide - half)) for i, price in found.items()]

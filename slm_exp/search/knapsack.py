@@ -22,11 +22,8 @@ def cheapest(parts: Sequence[Sequence[Option]], need: float) -> list[int]:
     """One option of every part, by number: those of least price together whose gains sum to `need` or more.
 
     The multiple-choice knapsack, solved as a mixed-integer program to a gap of zero (HiGHS, by scipy).
-
-    Args:
-        need: in the unit of the gains.
-    Raises:
-        ValueError: the largest gains together are less.
+    `need`: in the unit of the gains.
+    Raises ValueError: the largest gains together are less.
     Cost: a second for 60 parts of two options, or 30 of 25.
     """
     options = [option for part in parts for option in part]

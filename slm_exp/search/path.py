@@ -192,9 +192,7 @@ def best_of_size(scores: Scores, start: SearchState, n_layers: int, layers: int,
 
     A plan's final score is no lower than its thresholds, so they are followed from the highest down. Bisection comes
     first: a budget that ends before small models are met then still has a plan of that size.
-
-    Raises:
-        PlanError: no threshold in the range leaves that many layers (or the budget ended first); names the nearest.
+    Raises PlanError: no threshold in the range leaves that many layers (or the budget ended first); names the nearest.
     """
     scored: set[Candidate] = set()
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.engine.ridge import changed, held_out, inputs_of, moments, ridge_step
-from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.engine.runner import Slot
 from slm_exp.models.streaming import shells
-from slm_exp.search.fitting import dense_states, disjoint
+from slm_exp.search.fitting import Fits, disjoint
 from slm_exp.search.inputs import SearchInputs
 
 log = logging.getLogger(__name__)
@@ -49,14 +49,14 @@ def note(task: SearchInputs) -> tuple[str, ...]:
             "the plan itself refits nothing: recovery=reconstruct does.",)
 
 
-class Refits:
+class Refits(Fits):
     """Refitted weights by cut, none computed twice while there is room.
 
-    Memory: the dense states of the fitting tokens, [N, T, D] float32 for every layer; and KEPT_BYTES.
+    Memory: as `Fits`, and KEPT_BYTES.
     """
 
     def __init__(self, task: SearchInputs) -> None:
-        self.task = task
+        super().__init__(task)
         self._kept: OrderedDict[Slot, dict[str, Tensor]] = OrderedDict()
 
     @cached_property
@@ -87,36 +87,30 @@ class Refits:
                 room -= sum(t.numel() * t.element_size() for t in self._kept[old].values())
                 if room < 0:
                     del self._kept[old]
-            self._kept[slot] = self._refit(slot, weights)
+            self._kept[slot] = self.fit(slot, weights)
         self._kept.move_to_end(slot)
         return {**weights, **self._kept[slot]}
 
-    def _refit(self, slot: Slot, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fit(self, slot: Slot, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `weights` gives beyond those given, computed anew."""
         assert slot.refit is not None
-        (start, end), states, handle = slot.refit, self._states, self.task.handle
+        (start, end), states, handle = slot.refit, self.states, self.task.handle
         left = [m for kind in ("mlp", "attention") if kind not in slot.without for m in handle.layout.fitted[kind]]
         if not left:  # experts alone, which no regression changes
             return {}
         module = left[0]
         plain = Slot(slot.host, weights, without=slot.without)
-        fit, held = moments(self._runner, plain, module, states[start], states[end], held_out(len(states[0])))
+        fit, held = moments(self.runner, plain, module, states[start], states[end], held_out(len(states[0])))
         step = ridge_step(fit, held, RIDGES)
         with torch.inference_mode():
             return changed(handle.layout, handle.layers[slot.host], module, weights, step[0]) if step else {}
 
     @cached_property
-    def _runner(self) -> BlockRunner:
-        """Runs the library's layers, into which one can look."""
-        return BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32, fuse=False)
-
-    @cached_property
-    def _states(self) -> list[Tensor]:
-        """The dense states of the fitting tokens entering layers 0..L-1, and the last one's output."""
-        runner = BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32)
+    def states(self) -> list[Tensor]:
         layout = self.task.handle.layout
         (module,) = layout.fitted["mlp"] or layout.fitted["attention"]
         inputs = inputs_of(shells(self.task.handle.layers)[0].get_submodule(module))
         if self.tokens.tokens_NT.size < 2 * inputs:
             log.warning("similarity.after=reconstruct fits %d inputs on %d tokens; several times as many tokens are "
                         "better (similarity.fit_samples, similarity.fit_seq_len).", inputs, self.tokens.tokens_NT.size)
-        return dense_states(runner)
+        return super().states

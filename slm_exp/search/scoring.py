@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slm_exp.core.cache.journal import Journal
 from slm_exp.core.types import Group, MergePlan
-from slm_exp.engine.gradients import layer_gradients
+from slm_exp.engine.gradients import Gradient, layer_gradients
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.engine.vocabulary import mean_loss, prediction_distance, squared_distance
 from slm_exp.merging.rules.base import MergeRule
@@ -56,7 +56,6 @@ class ScoringEngine:
 
     Values are kept in the task's store as they come: a killed search goes on where it was, and other methods and runs
     find them. Weights load when the first value is missing.
-
     Memory: the dense states ([N, T, D] for every layer, or up to `top`), those of the base where they differ, one
     merged layer, and the states in work.
     """
@@ -150,7 +149,7 @@ class ScoringEngine:
                     return 0.0
 
                 found: list[float] = []
-                self._compute(slots, keep, dtype)
+                self.compute(slots, keep, dtype)
                 return found
             prefix, runner = shared(self._base, slots), self._runner(dtype)
             states = self._extended(prefix)
@@ -198,7 +197,7 @@ class ScoringEngine:
         """After the final norm."""
         return self.runner.finish(self.dense_states[-1])
 
-    def gradients(self) -> Iterator[tuple[int, dict[str, tuple[Tensor, Tensor]]]]:
+    def gradients(self) -> Iterator[tuple[int, dict[str, Gradient]]]:
         """See `engine.gradients.layer_gradients`. Not counted."""
         return layer_gradients(self.runner, self.dense_states)
 
@@ -206,7 +205,6 @@ class ScoringEngine:
         """Any value of the model's last hidden state (after the final norm, [N, T, D]).
 
         With `similarity.after` it is that of the model with the layer beside each cut refitted.
-
         Args:
             model: one of slots, bottom to top, with `Slot.weights` has no name to remember its value by (one with
                 `Slot.merged` has): it is computed at every call.
@@ -218,12 +216,12 @@ class ScoringEngine:
         if any(slot.weights for slot in slots):
             self._cost.ask(slots)
             self._unnamed += 1
-            return self._compute(slots, of, dtype)
+            return self.compute(slots, of, dtype)
         if (name, dtype, slots) not in self._values:
             self._cost.ask(slots)
             entries, key = self._entry(name, slots, dtype)
             if key not in entries.entries:
-                value = self._compute(slots, of, dtype)
+                value = self.compute(slots, of, dtype)
                 entries.append(key, value if math.isfinite(value) else None)
             kept = entries.entries[key]
             self._values[name, dtype, slots] = math.inf if kept is None else float(kept)
@@ -307,7 +305,8 @@ class ScoringEngine:
             slots = slots_of(model, self.task.rule) if isinstance(model, MergePlan) else tuple(model)
         return with_refits(slots, self.n_layers) if self.task.similarity.after else slots
 
-    def _compute(self, slots: Slots, of: Callable[[Tensor], float], dtype: str | None) -> float:
+    def compute(self, slots: Slots, of: Callable[[Tensor], float], dtype: str | None) -> float:
+        """Run a model for one value of its last hidden state: what is done where nothing has it yet. Not counted."""
         prefix = shared(self._base, slots)
         below = self._base[len(self._known_states()) - 1 : prefix]
         with in_order(self.task.handle.layers, [slot.host for slot in (*below, *slots[prefix:])]):

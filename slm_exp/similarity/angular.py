@@ -1,5 +1,3 @@
-"""1 - arccos(cos) / pi of every token's state, averaged over all tokens: 1 one direction, 1/2 a right angle."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

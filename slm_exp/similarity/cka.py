@@ -34,9 +34,7 @@ def minibatches(n_rows: int, batch: int) -> list[Tensor]:
 
     No row is left out, and sizes differ by at most one, because a minibatch counts the same whatever its size. Where
     cutting would leave fewer than 4 rows in one, there is one minibatch less and `batch` is exceeded.
-
-    Raises:
-        DataError: fewer than 4 rows.
+    Raises DataError: fewer than 4 rows.
     """
     import torch
 
@@ -102,8 +100,7 @@ def cka(x_ND: Tensor, y_ND: Tensor, kernel: Kernel, estimator: str = "unbiased",
         x_ND, y_ND: [N, D] and [N, E] states of any float dtype; computed in float64.
         estimator, batch: see `centred` and `minibatches`.
     Returns: a score in [-1, 1]; 1 is identical. 1 as well when neither side varies, 0 when one does not.
-    Raises:
-        DataError: fewer than 4 rows.
+    Raises DataError: fewer than 4 rows.
     """
     parts = minibatches(len(x_ND), batch)
     return alignment(fingerprint(x_ND, kernel, parts, estimator), fingerprint(y_ND, kernel, parts, estimator))

@@ -1,5 +1,3 @@
-"""Cosine of the flattened [T D] last hidden state, averaged over samples; first token included, as released."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

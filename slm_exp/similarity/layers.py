@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from slm_exp.core.errors import NOT_FINITE, DataError
 from slm_exp.core.types import CalibrationTokens, LayerSimilarity
+from slm_exp.engine.progress import ticking
 from slm_exp.kernels.base import Kernel
 from slm_exp.models.base import ModelHandle
 from slm_exp.similarity.base import GRAM_BYTES, Similarity
@@ -16,14 +17,11 @@ def layer_similarity(handle: ModelHandle, tokens: CalibrationTokens, kernel: Ker
 
     Only one layer's states are held at a time, and the Gram matrices of all layers for as many minibatches as fit
     into `GRAM_BYTES`; their pairs are then one matrix product. Of `similarity` only CKA's settings are used.
-
-    Raises:
-        DataError: fewer than 4 tokens, or a layer's states are not finite.
+    Raises DataError: fewer than 4 tokens, or a layer's states are not finite.
     Cost: L block forwards (a few times that beyond `GRAM_BYTES`); L N T b (D + L) multiplications in float64.
     """
     import torch
 
-    from slm_exp.engine.progress import ticking
     from slm_exp.engine.runner import BlockRunner, Slot
 
     n_samples, n_tokens = tokens.tokens_NT.shape

@@ -1,5 +1,3 @@
-"""Cosine of every token's state, averaged over all tokens; all tokens weigh the same."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

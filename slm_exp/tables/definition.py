@@ -126,9 +126,7 @@ def cells(table_name: str, params: Mapping[str, Any] | None = None) -> list[list
     Args:
         table_name: a file of conf/table without `.yaml`, or the path of a YAML file.
         params: values for the table's parameters, e.g. {"model": "llama2_7b"}.
-
-    Raises:
-        ConfigError: no such table, a wrong key in it, an unknown parameter; says where and what was wanted.
+    Raises ConfigError: no such table, a wrong key in it, an unknown parameter; says where and what was wanted.
     """
     return read_table(table_name, params).cells()
 

@@ -30,12 +30,8 @@ PAPERS = (6 / 32, 11 / 32)
 
 def model_facts(model: str, overrides: Sequence[str] = ()) -> tuple[Params, set[str]]:
     """What is known of a model, on top of what `_models.yaml` says of all; and the names it knows for any model.
-
-    Args:
-        overrides: of the model, e.g. model.path=FOLDER: a model that the file does not name is asked itself.
-    Raises:
-        ConfigError: the overrides make no model, or its config.json cannot be that of one.
-    """
+    `overrides`: of the model, e.g. model.path=FOLDER: a model that the file does not name is asked itself. Raises
+    ConfigError: the overrides make no model, or its config.json cannot be that of one."""
     models = read_yaml(conf_dir() / "table" / f"{MODELS}.yaml")
     known = {key for facts in models.values() for key in facts}
     own = models[model] if model in models else _computed(model, tuple(overrides)) if model else {}
@@ -97,12 +93,9 @@ def sizes_of_layers(layers: int, parameters: int, per_layer: int) -> Params:
 
 
 def model_of(runs: Sequence[Measured], default: str) -> Params:
-    """The table's parameters that name the model of the records, where it is not the one that the table has anyway;
-    its sizes too, as the records have them, where its config is not on this machine.
-
-    Raises:
-        ConfigError: the records are of several models, none of them the table's; names them.
-    """
+    """The table's parameters that name the model of the records, where it is not the one that the table has anyway; its
+    sizes too, as the records have them, where its config is not on this machine. Raises ConfigError: the records are of
+    several models, none of them the table's; names them."""
     found = Counter(tuple(overrides_of(m.record.config.get("model") or {})) for m in runs)
     found.pop((), None)
     if not found or (f"model={default}",) in found:

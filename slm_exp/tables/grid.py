@@ -97,15 +97,9 @@ def shown(value: float | str, digits: int, half: float | None = None) -> str:
 
 
 def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, marks: bool = True) -> Grid:
-    """Fill a table from runs. Reads records and, for the marks, `samples/`; computes nothing anew.
-
-    Args:
-        marks: whether to test rows against each other.
-
-    Raises:
-        ProtocolError: one column's numbers were measured by different protocols, and `mixed_protocols` is not set;
-            names two rows and the fields.
-    """
+    """Fill a table from runs. Reads records and, for the marks, `samples/`; computes nothing anew. `marks`: whether to
+    test rows against each other. Raises ProtocolError: one column's numbers were measured by different protocols, and
+    `mixed_protocols` is not set; names two rows and the fields."""
     finder = Finder(runs)
     kinds = [quantity(column.show) for column in table.columns]
     found = {(i, j, k): [finder.find(overrides) for overrides in table.cell(row, column)]
@@ -146,11 +140,8 @@ def _finished(m: Measured | None) -> bool:
 
 def _dense(found: Mapping[tuple[int, int, int], Sequence[Measured | None]], block: int, column: int,
            where: str) -> Measured | None:
-    """The dense model of a block's column, as its own runs measured it: other columns may have other protocols.
-
-    Raises:
-        ConfigError: they began with different models.
-    """
+    """The dense model of a block's column, as its own runs measured it: other columns may have other protocols. Raises
+    ConfigError: they began with different models."""
     there = [(at[0], m) for at, models in found.items() if at[2] == column for m in models if m and _finished(m)]
     here = [m for at, m in there if at == block]
     models = here or [m for _, m in there]
@@ -260,7 +251,6 @@ def marked(values: dict[int, float], p_value: Callable[[int, int], float | None]
 
     Every pair of rows is tested, and all tests together are corrected (Holm). `best` beats all others; `second` beats
     all others but the best; where there is no best, every row that the highest does not beat is `tied` with it.
-
     Returns:
         None where a pair cannot be tested.
     """
@@ -305,11 +295,8 @@ def _explanations(table: Table, grid: Grid, kinds: Sequence[Quantity]) -> list[s
 
 
 def provenance(runs: Sequence[Measured], n: int | None = None) -> list[str]:
-    """How many runs, by which commit, of which model, by which protocol; and whether they could be checked.
-
-    Args:
-        n: runs, where one that lies in two folders counts twice.
-    """
+    """How many runs, by which commit, of which model, by which protocol; and whether they could be checked. `n`: runs,
+    where one that lies in two folders counts twice."""
     out = []
     records = {m.record.run_id: m.record for m in runs}.values()
     if versions := sorted({f"slm_exp {r.versions.get('slm_exp')}{_commit(r)}" for r in records}):

@@ -17,11 +17,7 @@ SIZES = ("target_layers", "target_ratio", "target_sublayers", "target_flops", "t
 
 
 def check_any(table: Table, runs: Sequence[Measured]) -> None:
-    """Refuse runs of which none, finished or not, is a cell of the table.
-
-    Raises:
-        ConfigError: says why.
-    """
+    """Refuse runs of which none, finished or not, is a cell of the table. Raises ConfigError: says why."""
     finder = Finder(runs)
     if not any(finder.find(overrides) for overrides in table.cells()):
         raise ConfigError(f"table = {table.name}: of the {len(runs)} runs there none fills a cell. {why(table, runs)} "

@@ -41,11 +41,8 @@ class Drawn:
 
 
 def tables_of(params: Params) -> tuple[list[Table], list[str]]:
-    """Every table that can be made for the model, and why others cannot.
-
-    Raises:
-        ConfigError: a parameter that no table has, or a model that there is not.
-    """
+    """Every table that can be made for the model, and why others cannot. Raises ConfigError: a parameter that no table
+    has, or a model that there is not."""
     names = sorted(table_names(), key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
     known = {name: parameters(name) for name in names}
     every = sorted({key for own in known.values() for key in own})
@@ -67,11 +64,8 @@ def tables_of(params: Params) -> tuple[list[Table], list[str]]:
 
 def write_paper(tables: Sequence[Table], runs: Sequence[Measured], out: Path, costs: Mapping[str, str]) -> list[Drawn]:
     """Write the folder: NAME.md/.tex/.csv/.html and NAME*.pdf of every table that has a run, missing.sh with the
-    commands of all that is missing, paper.tex that sets the tables, index.html.
-
-    Args:
-        costs: by table, what its runs would cost, for the page.
-    """
+    commands of all that is missing, paper.tex that sets the tables, index.html. `costs`: by table, what its runs would
+    cost, for the page."""
     drawn, missing = [], ["# what is missing, table by table"]
     for table in tables:
         one = Drawn(table)

@@ -62,7 +62,11 @@ def _protocol(m: Measured) -> Stored:
     return m.evaluation.protocol or None
 
 
-def _speed(name: str, case: str = "1x12x128") -> Quantity:
+PAPERS_CASE = "1x12x128"
+"""Batch x prompt x new tokens of the papers' latency."""
+
+
+def _speed(name: str, case: str = PAPERS_CASE) -> Quantity:
     """Medians; the dense model's speedup over itself is left out."""
     label, factor, digits = TIMED[name]
 
@@ -115,8 +119,10 @@ def _target(m: Measured) -> str | None:
     method = m.record.config.get("method") or {}
     for key, value in method.items():
         if key.startswith("target_") and value is not None:
-            return f"{100 * value:.3g} %" if key == "target_ratio" else f"{value} {key.removeprefix('target_')}"
+            share = key == "target_ratio" and isinstance(value, float)
+            return f"{100 * value:.3g} %" if share else f"{value} {key.removeprefix('target_')}"
     return None
+
 
 def _kept(m: Measured) -> float | None:
     """Per cent of the dense model's average, as the same run measured it."""
@@ -153,8 +159,6 @@ NAMED = {
     "verdict": Quantity("verdict", _compressed(lambda m: verdict_of(m.run).outcome or None)),
     **{name: _task(name) for name in SEVEN},
 }
-PAPERS_CASE = "1x12x128"
-"""Batch x prompt x new tokens of the papers' latency."""
 TIMED = {  # field of a cell of the record's `speed` -> (heading, factor, decimals)
     "latency_s": ("latency (s)", 1.0, 2), "tokens_per_s": ("tokens/s", 1.0, 1),
     "first_token_s": ("first token (s)", 1.0, 3), "peak_bytes": ("memory (GB)", 1e-9, 2),
@@ -184,14 +188,8 @@ def quantity(name: str) -> Quantity:
 
 
 def check_quantity(name: str, where: str, more: Iterable[str] = ()) -> None:
-    """Refuse a column that does not exist.
-
-    Args:
-        more: other names that would do at this place.
-
-    Raises:
-        ConfigError: names it, where it was named, and the closest that exists.
-    """
+    """Refuse a column that does not exist. `more`: other names that would do at this place. Raises ConfigError: names
+    it, where it was named, and the closest that exists."""
     family, _, rest = name.partition(".")
     known = family in FAMILIES and bool(rest) and (family != "speed" or rest.partition(".")[0] in TIMED)
     if name not in NAMED and not known:

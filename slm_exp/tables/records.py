@@ -27,14 +27,8 @@ NO_RESULT = ("hydra", "cache", "save_model")
 
 def find_runs(folders: Sequence[Path], may_be_empty: bool = False, verify: bool = False) -> list[Measured]:
     """Every run in folders and below them, ordered by what it is, not by where it lies. A record that cannot be read is
-    named on stderr.
-
-    Args:
-        verify: check the digests of large files too.
-
-    Raises:
-        ConfigError: no such folder, or no record in any of them.
-    """
+    named on stderr. `verify`: check the digests of large files too. Raises ConfigError: no such folder, or no record in
+    any of them."""
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"DIR = {folder}; expected a folder with runs (outputs/multirun/NAME, outputs).")

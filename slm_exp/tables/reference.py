@@ -114,11 +114,7 @@ class Published(EntryText):
 
 
 def published() -> list[Published]:
-    """Every entry of every file of conf/reference.
-
-    Raises:
-        ConfigError: a wrong key or quantity, by file and entry.
-    """
+    """Every entry of every file of conf/reference. Raises ConfigError: a wrong key or quantity, by file and entry."""
     return [Published(file=file, source=one.source, protocol=one.protocol, tolerance=one.tolerance, **dict(entry))
             for file, one in _files().items() for entry in one.entries]
 
@@ -130,11 +126,8 @@ def claims(model: str) -> list[str]:
 
 
 def read_file(path: Path) -> list[Published]:
-    """A filled form.
-
-    Raises:
-        ConfigError: it cannot be read, no number is filled in, or numbers contradict each other; names every entry.
-    """
+    """A filled form. Raises ConfigError: it cannot be read, no number is filled in, or numbers contradict each other;
+    names every entry."""
     one = read_document(ReferenceText, path)
     entries = [e for e in one.entries if e.values]
     if not entries:
@@ -201,9 +194,7 @@ def reference_grid(table: Table, runs: Sequence[Measured], mixed_protocols: bool
 
     Every difference stands there twice: absolute, and of what each side loses against its own dense model (points of
     accuracy; a ratio for other numbers), since harnesses differ.
-
-    Args:
-        file: a filled form, in place of conf/reference.
+    `file`: a filled form, in place of conf/reference.
     Raises:
         ConfigError: nothing published matches a cell of the table; says what there is for its model.
         ProtocolError: as in `fill`.

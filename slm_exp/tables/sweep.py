@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,14 +13,15 @@ from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import mixed
 from slm_exp.runs.state import DAMAGED, FINISHED
 from slm_exp.runs.statistics.runs import Measured
-from slm_exp.runs.statistics.spread import UNINTERESTING, by_seed, is_seed
+from slm_exp.runs.statistics.scores import on_front
+from slm_exp.runs.statistics.spread import by_seed, differing, is_seed
 from slm_exp.runs.tracking.base import flat
 from slm_exp.tables.grid import Entry, Grid, dense_of, entry_of, provenance
 from slm_exp.tables.quantities import Quantity, check_quantity, perplexity_ratio, quantity
 
 SETTINGS = {"target": "target", "threshold": "threshold", "rule": "config.merge_rule.name",
             "similarity": "config.similarity.name", "kernel": "config.kernel.name"}
-NEVER = (*(path.replace("/", ".") for path in UNINTERESTING), "method.threshold", "method.target_")
+NEVER = ("method.threshold", "method.target_")
 """Settings that get no column of their own."""
 
 
@@ -27,10 +29,7 @@ def sweep_grid(runs: Sequence[Measured], mixed_protocols: bool = False, only: st
     """Threshold, rule, similarity, kernel, what else differs, layers, parameters, perplexity, average, verdict, tasks.
 
     Runs that differ in their seeds alone are one row.
-
-    Args:
-        only: columns, separated by commas: of these, or any quantity.
-
+    `only`: columns, separated by commas: of these, or any quantity.
     Raises:
         ProtocolError: runs were measured by different protocols, and `mixed_protocols` is not set.
         ConfigError: a column in `only` that does not exist.
@@ -95,8 +94,7 @@ def _front(runs: Sequence[Measured], called: Mapping[int, str]) -> list[str]:
     """What the table says of the runs that no other is smaller than and as good as, by the ratio of perplexities."""
     found = {called[id(m)]: (params, ratio.value) for m in runs if m.run.state == FINISHED
              and (params := m.record.params.after) is not None and (ratio := perplexity_ratio(m))}
-    best = [name for name, (params, ratio) in found.items()
-            if not any(p <= params and r <= ratio and (p, r) != (params, ratio) for p, r in found.values())]
+    best = list(itertools.compress(found, on_front([*found.values()])))
     if len(best) == len(found):
         return []
     return [f"No run beats {', '.join(best)} in both parameters and ppl ratio: the Pareto front."]
@@ -118,20 +116,15 @@ def _entry(kind: Quantity, m: Measured) -> Entry:
 
 
 def _others(runs: Sequence[Measured]) -> dict[str, str]:
-    """heading -> quantity of every setting in which the runs differ and that has no column yet.
-
-    A field that only some members of a group have counts where its values differ: the member's name tells the rest.
-    """
-    configs = [{path.replace("/", "."): value for path, value in flat(m.record.config).items()} for m in runs]
-    paths = dict.fromkeys(path for config in configs for path in config)
-    wanted = [path for path in paths if not path.startswith(NEVER) and f"config.{path}" not in SETTINGS.values()
-              and len({repr(config[path]) for config in configs if path in config}) > 1]
-    return {path.removesuffix(".name"): f"config.{path}" for path in wanted}
+    """heading -> quantity of every setting in which the runs differ and that has no column yet."""
+    paths = [path.replace("/", ".") for path in differing([flat(m.record.config) for m in runs])]
+    return {path.removesuffix(".name"): f"config.{path}" for path in paths
+            if not path.startswith(NEVER) and f"config.{path}" not in SETTINGS.values()}
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
     """Numbers by size, highest first (a threshold of 1 merges least); then words."""
     try:
         return False, -float(value), ""
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return True, 0.0, str(value or "")

@@ -1,5 +1,3 @@
-"""Variance of an input channel of o or the MLP's last projection, times the squared norm of its column."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -26,7 +24,6 @@ class FLAP(Pruner):
     allocation=equal. What the removed channels were on average goes into biases, which needs a family whose config
     switches them on for every projection (Llama). Source: arXiv:2312.11983; variances here are over all tokens, not
     by the released update, which counts the new mean twice.
-
     Cost: one block forward per layer. The means are stored in the plan (5 bytes of base64 per removed channel).
     """
 
@@ -50,7 +47,7 @@ class FLAP(Pruner):
     def scores(self, task: WidthTask, choose: Choose) -> Scored:
         layout, config = task.handle.layout, task.handle.config
         out, means = [], []
-        for i, stats in self.inputs(task, (layout.o, layout.mlp_out)):
+        for i, stats, _ in self.inputs(task, (layout.o, layout.mlp_out)):
             layer = task.handle.layers[i]
             fluctuation = {}
             for name in (layout.o, layout.mlp_out):
@@ -70,5 +67,5 @@ class FLAP(Pruner):
             columns = {h * per + c for h in units.query for c in range(per)}
             for packed, name, stay in ((out.attention, layout.o, columns),
                                        (out.mlp, layout.mlp_out, {*units.channels})):
-                packed.append(pack_floats([float(m) for c, m in enumerate(mean[name]) if c not in stay]))
+                packed.append(pack_floats([m for c, m in enumerate(mean[name].tolist()) if c not in stay]))
         return Extras(means=out)

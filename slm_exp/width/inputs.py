@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -57,16 +57,15 @@ class InputStats:
         self.mean_abs_square_C += other.mean_abs_square_C
 
 
-Walk = Generator[tuple[int, dict[str, InputStats]], Mapping[str, Tensor] | None, None]
+Walk = Iterator[tuple[int, dict[str, InputStats], dict[str, Tensor]]]
 
 
 def walk(handle: ModelHandle, tokens: CalibrationTokens, names: Sequence[str]) -> Walk:
-    """Yield (layer, inputs of the named projections), bottom to top.
+    """Yield (layer, inputs of the named projections, replaced), bottom to top.
 
-    What is sent back replaces parameters of that layer (by name inside it) for all that lies above: the layer runs
-    again with them. The model itself is never modified.
-
-    Cost: one block forward per layer, two where parameters are sent. Memory: the states of the calibration set.
+    What is put into `replaced` stands for parameters of that layer (by name inside it) for all that lies above: the
+    layer runs again with them. The model itself is never modified.
+    Cost: one block forward per layer, two where parameters are replaced. Memory: the states of the calibration set.
     """
     runner = BlockRunner(handle, tokens.tokens_NT, fuse=False)  # the library's layer, whose parts can be listened to
     h_NTD = runner.embed()
@@ -74,7 +73,8 @@ def walk(handle: ModelHandle, tokens: CalibrationTokens, names: Sequence[str]) -
         for i, layer in enumerate(handle.layers):
             with _listening(layer, names) as stats:
                 out_NTD = runner.block(Slot(i), h_NTD)
-            replaced = yield i, stats
+            replaced: dict[str, Tensor] = {}
+            yield i, stats, replaced
             h_NTD = runner.block(Slot(i, replaced), h_NTD) if replaced else out_NTD
             tick(f"layer {i}")
 
@@ -106,7 +106,6 @@ def layer_importance(handle: ModelHandle, tokens: CalibrationTokens, layers: Seq
 
     L is the mean next-token loss of one sample. One noise for each matrix, none stored; no gradients. Source:
     ECoFLaP, arXiv:2310.02998.
-
     Cost: for each projection of each of `layers` two passes through that layer and those above it, over `n_samples`;
         and one through those below the last.
     """

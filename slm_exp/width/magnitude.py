@@ -1,5 +1,3 @@
-"""Sum of |w| (norm 1) or of w squared (norm 2) over all rows and columns that go with a unit."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,5 +1,3 @@
-"""Mean over tokens of |activation|, then L2 over samples: inputs of o (L2 within a head) and of the MLP's last."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -50,7 +48,7 @@ class Minitron(Pruner):
         layout, config = task.handle.layout, task.handle.config
         out, norms = [], []
         # what q and the first MLP projection take in is what the layer's two norms give
-        for _, stats in self.inputs(task, (layout.q, layout.mlp_in[0], layout.o, layout.mlp_out)):
+        for _, stats, _ in self.inputs(task, (layout.q, layout.mlp_in[0], layout.o, layout.mlp_out)):
             query_H = stats[layout.o].mean_abs_square_C.view(config.num_attention_heads, -1).sum(1).sqrt()
             out.append(query_scores(query_H, stats[layout.mlp_out].mean_abs_square_C.sqrt(), config))
             norms += [stats[name].mean_abs_square_C.sqrt() for name in (layout.q, layout.mlp_in[0])]

@@ -1,5 +1,3 @@
-"""N of M weights stay in every group of inputs (2:4 and others), by |w| x norm of the input. Nothing gets smaller."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -60,16 +58,10 @@ class NM(Width):
 
         handle, layout, config = task.handle, task.handle.layout, task.handle.config
         norms: list[dict[str, str]] = []
-        steps = walk(handle, task.tokens, tuple(inputs_of(layout)))
-        step = next(steps, None)
-        while step is not None:
-            i, stats = step
-            norms.append({name: pack_floats([float(x) for x in s.norm_C]) for name, s in stats.items()})
-            weights = masked(layout, handle.layers[i], NMask(n=self.n, m=self.m, norms=norms), i)
-            try:
-                step = steps.send(weights if self.sequential else None)
-            except StopIteration:
-                step = None
+        for i, stats, replaced in walk(handle, task.tokens, tuple(inputs_of(layout))):
+            norms.append({name: pack_floats(s.norm_C.tolist()) for name, s in stats.items()})
+            if self.sequential:
+                replaced |= masked(layout, handle.layers[i], NMask(n=self.n, m=self.m, norms=norms), i)
         n, heads, kv = handle.n_layers, config.num_attention_heads, getattr(config, "num_key_value_heads", None)
         kv, wide = kv or heads, handle.sizes.mlp
         return WidthDecision(

@@ -1,5 +1,3 @@
-"""No width pruning."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -303,9 +303,7 @@ class Pruner(Width):
     def _plan_sizes(self, handle: ModelHandle, slots: Sequence[Group], n_dense: int, ratio: float,
                     importance: Sequence[float] | None = None) -> list[Shape] | None:
         """Widths of every layer, or None where scores decide. From shapes alone.
-
-        Args:
-            importance: per selected layer, for ECoFLaP.
+        `importance`: per selected layer, for ECoFLaP.
         Raises:
             ConfigError: the ratio leaves no head or no channel; says how much is possible.
             ArchitectureError: the model's layers have different widths already.

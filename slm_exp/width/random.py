@@ -1,5 +1,3 @@
-"""Uniformly random heads and channels, from the run's seed."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,3 @@
-"""Mean over rows of |W_ij| times the norm of input channel j, for o and the MLP's last projection."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -17,7 +15,6 @@ class WandaSP(Pruner):
 
     A head's score is the sum over its channels. A layer's inputs are those after pruning the layers below, where
     widths do not depend on scores. Source: the structured Wanda of FLAP's code, arXiv:2312.11983 and 2306.11695.
-
     Cost: two block forwards per layer (one with allocation=score or sequential=false).
     """
 
@@ -27,26 +24,16 @@ class WandaSP(Pruner):
     def scores(self, task: WidthTask, choose: Choose) -> Scored:
         handle, layout, config = task.handle, task.handle.layout, task.handle.config
         out: list[LayerScores] = []
-        steps = self.inputs(task, (layout.o, layout.mlp_out))
-        step = next(steps, None)
-        while step is not None:
-            i, stats = step
+        for i, stats, replaced in self.inputs(task, (layout.o, layout.mlp_out)):
             weights = {n: handle.layers[i].get_parameter(f"{n}.weight").detach() for n in (layout.o, layout.mlp_out)}
             scores = {n: w.double().abs().mean(0).cpu() * stats[n].norm_C for n, w in weights.items()}
             query_H = scores[layout.o].view(config.num_attention_heads, -1).sum(1)
             out.append(query_scores(query_H, scores[layout.mlp_out], config))
-            kept = choose(i, out[-1]) if self.sequential else None
-            replaced = None
-            if kept is not None:
+            if self.sequential and (kept := choose(i, out[-1])) is not None:
                 per = weights[layout.o].shape[1] // config.num_attention_heads
                 columns = [h * per + c for h in kept.query for c in range(per)]
-                replaced = {}
                 for name, stay in ((layout.o, columns), (layout.mlp_out, kept.channels)):
                     pruned = weights[name].new_zeros(weights[name].shape)
                     pruned[:, stay] = weights[name][:, stay]
                     replaced[f"{name}.weight"] = pruned
-            try:
-                step = steps.send(replaced)
-            except StopIteration:
-                step = None
         return Scored(out)

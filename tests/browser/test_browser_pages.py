@@ -110,8 +110,7 @@ def test_the_filter_holds_for_tables_and_charts(page: Page) -> None:
     assert set(column(page, "merge_rule")) == {"mean"}
     shown = f"{everything.count('mean')} of {len(everything)} runs"
     assert page.js("document.querySelector('form.filter output').textContent") == shown
-    left = page.js("[...document.querySelectorAll('a.point:not(.out)')].map(a => a.querySelector('use').parentElement"
-                   ".getAttribute('aria-label'))")
+    left = page.js("[...document.querySelectorAll('a.point:not(.out)')].map(a => a.getAttribute('aria-label'))")
     assert left
     assert all("merge_rule mean" in told for told in left)
     page.click("form.filter button[type=reset]")
@@ -220,11 +219,13 @@ def test_nothing_is_clipped_and_no_mark_covers_another(page: Page, sweep: Path, 
         page.js("document.querySelectorAll('details').forEach(d => { d.open = true; })")
         page.js("new Promise(done => setTimeout(done, 50))")
         assert page.js(CLIPPED) == [], path
-        touching = page.js("""[...document.querySelectorAll("#quality svg.points")].flatMap(chart => {
-            const marks = [...chart.querySelectorAll("a.point use")].map(u => u.getBoundingClientRect());
-            return marks.flatMap((a, i) => marks.slice(i + 1).filter(b =>
-                Math.abs(a.x - b.x) < 2 && Math.abs(a.y - b.y) < 2).map(b => [a.x, a.y]));
-        })""")
+        touching = page.js("""[...document.querySelectorAll("#quality svg.points, #staircase svg.points")]
+            .flatMap(chart => {
+                const marks = [...chart.querySelectorAll("a.point use")].map(u => u.getBoundingClientRect());
+                return marks.flatMap((a, i) => marks.slice(i + 1).filter(b =>
+                    Math.hypot(a.x + a.width / 2 - b.x - b.width / 2, a.y + a.height / 2 - b.y - b.height / 2) < 8)
+                    .map(b => [a.x, a.y]));
+            })""")
         assert touching == [], path
 
 

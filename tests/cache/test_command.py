@@ -54,6 +54,9 @@ def test_show_counts_by_stage(cache: Path, capsys: pytest.CaptureFixture[str]) -
         (["--older-than", "2w"], [3]),
         (["--older-than", "365d"], [1, 2, 3]),
         (["--max-size", "4kB"], [3]),
+        (["--max-size", "4000B"], [3]),
+        (["--max-size", "0.004 mb"], [3]),
+        (["--max-size", "4KiB"], [3]),
         (["--max-size", "1GB"], [1, 2, 3]),
         (["--max-size", "0"], []),
         (["--older-than", "25d", "--max-size", "4kb"], [3]),
@@ -101,7 +104,11 @@ def test_verify_names_damage_and_repair_removes_it(
     assert len(left(cache)) == 2
 
 
-@pytest.mark.parametrize("args", [["prune"], ["prune", "--older-than", "soon"], ["prune", "--max-size", "3 apples"]])
+WRONG_AGES, WRONG_SIZES = ("soon", "30", "30mb", "3D2", ""), ("3 apples", "20Gi", "-1GB", "1e9", "3d")
+
+
+@pytest.mark.parametrize("args", [["prune"], *(["prune", "--older-than", age] for age in WRONG_AGES),
+                                  *(["prune", "--max-size", size] for size in WRONG_SIZES)])
 def test_wrong_calls_name_the_remedy(tmp_path: Path, args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(main, ["--dir", str(tmp_path), *args]) == 2
     assert "--" in capsys.readouterr().err

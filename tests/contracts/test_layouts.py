@@ -23,6 +23,7 @@ from slm_exp.engine.gradients import layer_gradients
 from slm_exp.engine.head_loss import next_token_loss
 from slm_exp.engine.ridge import changed, held_out, moments, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.evaluation.backends.shared import Shared, growing, takes_shared
 from slm_exp.merging.sharing import shared_copy
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.models.handle import ModelHandle
@@ -441,3 +442,28 @@ def test_a_shorter_model_saves_and_reloads_as_itself(family, tied, ids, tmp_path
     texts = [again.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), do_sample=False, max_new_tokens=6,
                             use_cache=cached, pad_token_id=0) for cached in (True, False)]  # fmt: skip
     assert torch.equal(*texts)
+
+
+@every_family
+def test_tokens_shared_by_rows_are_seen_as_if_each_row_had_read_them(family, ids):
+    """Two rows of unlike length after one beginning, then one more token of each from the cache."""
+    own = own_fields(family)
+    whole = {"use_sliding_window": False, "layer_types": ["full_attention"] * N} if "layer_types" in own else {
+        "sliding_window": None}  # fmt: skip
+    model = loud(family, **{k: v for k, v in whole.items() if k in own}).model
+    assert takes_shared(model) == (family != "stablelm")  # transformers cannot give it another attention
+    if not takes_shared(model):
+        return
+    first, row, other = ids[0, :12].tolist(), ids[1, :7].tolist(), ids[2, :4].tolist()
+    shared, cache = Shared.reading(model, torch.tensor([first])), growing()
+    mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
+    at = (mask.cumsum(-1) - 1).clamp(min=0) + len(first)
+    with torch.no_grad(), shared.before_all(model):
+        for tokens, mask_, positions in (
+            (torch.tensor([row[:6], [0] * 3 + other[:3]]), mask[:, :-1], at[:, :-1]),
+            (torch.tensor([row[6:], other[3:]]), mask, at[:, -1:]),
+        ):
+            got = model(tokens, attention_mask=mask_, position_ids=positions, past_key_values=cache,
+                        use_cache=True).logits  # fmt: skip
+    for i, tail in enumerate((row, other)):
+        close(got[i, -1], logits(model, torch.tensor([first + tail]))[0, -1], 1e-4)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from slm_exp.core import hub
 from slm_exp.core.errors import DataError
 from slm_exp.evaluation import documents
 from slm_exp.evaluation.base import SEVEN, Evaluation
@@ -111,7 +112,12 @@ class TestWithoutAssets:
     def test_online_or_cached_is_left_to_lm_eval(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.setenv("HF_DATASETS_OFFLINE", "0")
+        monkeypatch.setattr(hub, "no_answer", lambda: None)
         assert missing_documents(["piqa"]) is None
+        monkeypatch.setattr(hub, "no_answer", lambda: ConnectionError("no route"))
+        reason = missing_documents(["piqa"])
+        assert reason is not None
+        assert "piqa (data set baber/piqa) on this machine, and the hub does not answer (ConnectionError). " in reason
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         assert out_of_reach("baber/piqa")
         (tmp_path / "hub" / "datasets--baber--piqa").mkdir(parents=True)

@@ -265,12 +265,14 @@ def test_errors_without_closed_form_are_lm_evals_own(monkeypatch: pytest.MonkeyP
         assert metrics.bootstrap_stderr(range_of, xs, iters=1000) == pytest.approx(stock, rel=0.2)
 
 
-def test_quiet_restores_everything() -> None:
+def test_quiet_restores_everything(capsys: pytest.CaptureFixture[str]) -> None:
     import datasets
+    import lm_eval.api.model
     import lm_eval.api.task
 
     def state() -> tuple[Any, ...]:
-        return (lm_eval.api.task.tqdm, logging.getLogger("lm_eval").level, datasets.are_progress_bars_disabled())
+        return (lm_eval.api.task.tqdm, lm_eval.api.model.tqdm, logging.getLogger("lm_eval").level,
+                datasets.are_progress_bars_disabled())  # fmt: skip
 
     before = state()
     inside = []
@@ -278,12 +280,14 @@ def test_quiet_restores_everything() -> None:
     def fail() -> None:
         with quiet():
             inside.append(state())
+            assert list(lm_eval.api.model.tqdm([1, 2], desc="Tokenizing inputs", disable=False)) == [1, 2]
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert inside[0] != before
+    assert all(a is not b for a, b in zip(inside[0][:2], before[:2], strict=True))
     assert state() == before
+    assert capsys.readouterr().err == ""
 
 
 def test_unknown_tasks_are_refused_with_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from slm_exp.calibration.heldout import DOMAINS
+from slm_exp.core import hub
 from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.evaluation import documents
 from slm_exp.evaluation.base import Evaluation
@@ -224,6 +225,19 @@ def test_what_is_not_at_hand_may_be_left_out(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "hub" / "datasets--Salesforce--wikitext").mkdir(parents=True)
     assert cfg.advice() == []
     assert cfg.identity() == Evaluation(corpora={"wiki": "wikitext2"}).identity()
+
+
+def test_a_hub_that_does_not_answer_once_leaves_nothing_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is left out is another experiment with another run_id: only a switch may say so."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(hub, "no_answer", lambda: ConnectionError("no route"))
+    cfg = Evaluation(corpora={"wiki": "wikitext2"}, corpora_at_hand=True)
+    assert cfg.identity() == Evaluation(corpora={"wiki": "wikitext2"}).identity()
+    assert cfg.advice() == []
+    with pytest.raises(DataError, match=r"does not answer.*path/to/wikitext2\.txt.*HF_HUB_OFFLINE=1, which leaves"):
+        cfg.check_data()
 
 
 @pytest.mark.slow

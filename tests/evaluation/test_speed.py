@@ -49,7 +49,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         turns.append(layers)
         return layers * 1.1 ** ((next(now) + 1) // 2), 0.1
 
-    monkeypatch.setattr(speed, "_generate", generate)
+    monkeypatch.setattr(speed, "generate", generate)
     return turns
 
 
@@ -88,7 +88,7 @@ def test_exactly_so_many_tokens(tiny_handle: ModelHandle) -> None:
     assert ids_BT.shape == (2, 50)
     assert tiny_handle.tokenizer.decode(ids_BT[0]).startswith(speed.PROMPT)  # type: ignore[union-attr]
     tiny_handle.model.generation_config.eos_token_id = list(range(250))  # nearly anything would end it
-    speed._generate(tiny_handle.model, ids_BT[:, :4], 3, seed=0)
+    speed.generate(tiny_handle.model, ids_BT[:, :4], 3, seed=0)
 
 
 def test_operations(tiny_handle: ModelHandle, shorter: ModelHandle) -> None:
@@ -138,14 +138,14 @@ def test_a_broken_model_has_no_speed(tiny_handle: ModelHandle) -> None:
 def test_a_case_that_does_not_fit_costs_only_itself(
     tiny_handle: ModelHandle, shorter: ModelHandle, clock: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate = speed._generate
+    generate = speed.generate
 
     def limited(model: Any, ids_BT: Any, new: int, seed: int) -> Any:
         if len(ids_BT) > 1:
             raise torch.OutOfMemoryError("no more")
         return generate(model, ids_BT, new, seed)
 
-    monkeypatch.setattr(speed, "_generate", limited)
+    monkeypatch.setattr(speed, "generate", limited)
     first, second = measure_speed(Evaluation(**SMALL), tiny_handle, shorter)["cells"]  # type: ignore[arg-type]
     assert "error" not in first
     assert second["error"] == "out of memory"

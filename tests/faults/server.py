@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+UNTOLD = 97
+"""Exit status where the output could not be written: the disk of this machine, not the command."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,6 +33,8 @@ class Ended(NamedTuple):
     seconds: float
     killed: bool
     """By us, at `kill_after`."""
+    computing: float
+    """Seconds of processor time, of it and of the processes that it waited for."""
 
 
 class Server:
@@ -43,7 +47,7 @@ class Server:
                                          text=True, env=env)
 
     def call(self, program: str, *words: object, kill_after: float | None = None, cwd: Path = ROOT,
-             limit: float = 120, env: Mapping[str, str] | None = None) -> Ended:
+             limit: float = 600, env: Mapping[str, str] | None = None) -> Ended:
         """`slm WORDS` or `slm-exp WORDS`, killed with SIGKILL, and all that it started, after some seconds."""
         assert self._process.stdin
         assert self._process.stdout
@@ -81,25 +85,27 @@ def _carry_out(request: dict[str, Any]) -> Ended:
                 os.dup2(out.fileno(), fd)
             os.chdir(request["cwd"])
             os.environ.update(request["env"])
-            status = _child(request["program"], request["argv"])
-            with contextlib.suppress(OSError, ValueError):
+            try:
+                status = _child(request["program"], request["argv"])
                 sys.stdout.flush()
                 sys.stderr.flush()
+            except (OSError, ValueError):
+                status = UNTOLD
             os._exit(status & 255)
         until = started + (request["kill_after"] if request["kill_after"] is not None else request["limit"])
         done = 0
         while not done and time.monotonic() < until:
-            done, how = os.waitpid(pid, os.WNOHANG)
+            done, how, used = os.wait4(pid, os.WNOHANG)
             time.sleep(0.002)
         killed = not done
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
         if killed:
-            _, how = os.waitpid(pid, 0)
+            _, how, used = os.wait4(pid, 0)
         seconds = time.monotonic() - started
         out.seek(0)
         text = out.read().decode("utf-8", "replace")[-20_000:]
-        return Ended(os.waitstatus_to_exitcode(how), text, seconds, killed)
+        return Ended(os.waitstatus_to_exitcode(how), text, seconds, killed, used.ru_utime + used.ru_stime)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Damaged files through the commands: a status of 0, 1 or 2, one message, no traceback, at most 5 s."""
+"""Damaged files through the commands: a status of 0, 1 or 2, one message, no traceback, 5 s of computing at most."""
 
 from __future__ import annotations
 
@@ -88,13 +88,14 @@ def test_commands(name: str, server: Server, tmp_path_factory: pytest.TempPathFa
     def attacked(text: bytes) -> None:
         at = tmp_path_factory.mktemp("attacked")
         for words in put(at, text):
-            ended = server.call(*words, cwd=at, limit=20 * LIMIT_S)
-            said = f"{words}: {ended.status} after {ended.seconds:.1f} s: {ended.output[-3000:]}"
+            ended = server.call(*words, cwd=at)
+            took = f"{ended.seconds:.1f} s, {ended.computing:.1f} s of them computing"
+            said = f"{words}: {ended.status} after {took}: {ended.output[-3000:]}"
             assert ended.status in (0, 1, 2), said
             assert "Traceback" not in ended.output, said
             assert "\x1b" not in ended.output.replace("\x1b[", ""), said
-            # reading and refusing; a run that was accepted, on a machine that others use too, may take longer
-            assert ended.seconds < LIMIT_S or ended.status != 2 or attack.FULL, said
+            # of computing, for others may use the machine; what was accepted, a run for example, may take longer
+            assert ended.computing < LIMIT_S * (1 if ended.status == 2 else 10), said
             statuses[ended.status] += 1
         shutil.rmtree(at, ignore_errors=True)
 

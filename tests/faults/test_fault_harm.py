@@ -13,8 +13,13 @@ import pytest
 from slm_exp.cli import main as cli
 from slm_exp.core import text
 from slm_exp.core.cache.folder import MARKER, TAG, find_entries, foreign, prune
-from slm_exp.core.errors import DataError
+from slm_exp.core.documents import read_yaml
+from slm_exp.core.errors import ConfigError, DataError, SlmError
+from slm_exp.methods.from_plan import FromPlan
+from slm_exp.models.config_file import read_config_file
+from slm_exp.runs.foreign import read_foreign
 from slm_exp.runs.record import Run
+from slm_exp.runs.schema import Record
 
 KEY = "0123456789abcdef"
 DESTRUCTIVE = (["prune", "--max-size", "0"], ["prune", "--older-than", "0s"], ["verify", "--repair"])
@@ -114,3 +119,34 @@ def test_a_damaged_matrix_costs_the_picture(damage: str, tmp_path: Path) -> None
     if damage in ("not a zip", "empty"):
         path.write_bytes(b"PK\x03\x04" if damage == "not a zip" else b"")
     assert Run.read(tmp_path).similarity is None
+
+
+# ------------------------------------------------------------------------------------- pipes and devices for files
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a device"])
+def test_what_waits_for_ever_or_has_no_end_is_no_file(what: str, tmp_path: Path) -> None:
+    """Records, plans, settings, matrices, samples and model files: refused at once, and not opened."""
+    def put_odd(name: str) -> Path:
+        path = tmp_path / name
+        os.mkfifo(path) if what == "a pipe" else path.symlink_to("/dev/zero")
+        return path
+
+    for name in ("record.json", "plan.json", "similarity.npz", "config.yaml", "a.jsonl.gz", "a.txt", "config.json"):
+        put_odd(name)
+    with pytest.raises(SlmError, match=r"record\.json cannot be read: it is a pipe or a device"):
+        Run.read(tmp_path)
+    with pytest.raises(ConfigError, match="a pipe or a device"):
+        FromPlan(path=str(tmp_path)).identity()
+    run = Run(tmp_path, Record())
+    assert run.similarity is None
+    assert run.config_yaml is None
+    with pytest.raises(ConfigError, match="a pipe or a device"):
+        read_yaml(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="a pipe or a device"):
+        read_config_file(tmp_path)
+    for read in (lambda: text.read_rows(tmp_path / "a.jsonl.gz"), lambda: text.read_lines(tmp_path / "a.txt")):
+        with pytest.raises(DataError, match="a pipe or a device"):
+            list(read())
+    with pytest.raises(ConfigError, match="a pipe or a device"):
+        read_foreign(tmp_path / "plan.json")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
 
 import attack
+import numpy as np
 import pytest
 from server import Server
 
-from slm_exp.runs.state import remove_stale
+from slm_exp.core.errors import ConfigError
+from slm_exp.runs.state import remove_stale, remove_stale_below
 
 TINY = ("model=tiny", "tracking=none", "evaluation=none", "save_model=false", "calibration.n_samples=2",
         "calibration.seq_len=16")
@@ -24,7 +27,8 @@ VALUES = (
     "runtime.device=mars", "cache.dir=", "cache.dir=' '", "cache.accept=all", "similarity.batch=0",
     "evaluation.limit=-5",     "hydra.run.dir=/dev/null", "hydra.run.dir=/proc/x",
     "method.threshold=${oc.env:NOT_SET}", "seed=${oc.create:[1]}",
-    "kernel=nothing", "nothing=1", "model.nothing=1", "+model.nothing=1", "seed", "seed=", "--nothing",
+    "kernel=nothing", "model=null", "method=null", "evaluation.protocol=/etc/passwd", "--config-dir=/etc/passwd",
+    "nothing=1", "model.nothing=1", "+model.nothing=1", "seed", "seed=", "--nothing",
 )  # fmt: skip
 
 
@@ -36,6 +40,67 @@ def test_a_value_that_cannot_be(value: str, server: Server, tmp_path: Path) -> N
     assert "Traceback" not in ended.output
     assert value.lstrip("+-").partition("=")[0] in ended.output
     assert list(tmp_path.iterdir()) == [], "a refusal leaves nothing"
+
+
+ROWS = {"few.jsonl": 3 * [{"text": "word " * 9}], "short.jsonl": 30 * [{"text": "word"}], "other.jsonl": [{"a": 1}]}
+ARRAYS = {"big.npy": np.full((2, 16), 258), "negative.npy": np.full((2, 16), -1), "flat.npy": np.arange(16),
+          "fraction.npy": np.zeros((2, 16))}
+ONE_DRAW = ("calibration=jsonl", "calibration.n_samples=4")
+DATA = {
+    **{f"{file} as {what}": words for file in (*ARRAYS, "cut.npy", "longer.npy", "json.npy") for what, words in (
+        ("calibration", ("calibration=tokens", f"calibration.path=AT/{file}")),
+        ("text", (f"evaluation.corpora.w=AT/{file}",)))},
+    "big.npy as recovery": ("recovery=reconstruct", "recovery.path=AT/big.npy"),
+    **{f"{file} as calibration": (*ONE_DRAW, f"calibration.path=AT/{file}") for file in ROWS},
+    "short.txt as text": ("evaluation.corpora.w=AT/short.txt",),
+    "no more bundled text": ("calibration.n_samples=5000",),
+}
+
+
+@pytest.mark.parametrize("what", attack.some(list(DATA)))
+def test_data_that_cannot_serve(what: str, server: Server, tmp_path: Path) -> None:
+    """Known before the first stage, by headers, counts and sizes: status 2, and the file is named."""
+    for name, rows in ROWS.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, array in ARRAYS.items():
+        np.save(tmp_path / name, array)
+    whole = (tmp_path / "big.npy").read_bytes()
+    for name, data in (("cut.npy", whole[:-3]), ("longer.npy", whole + b"x"), ("json.npy", b'{"a": 1}'),
+                       ("short.txt", b"a few words")):
+        (tmp_path / name).write_bytes(data)
+    words = [*TINY, *(word.replace("AT", str(tmp_path)) for word in DATA[what])]
+    words = [word for word in words if word != "evaluation=none" or "text" not in what]
+    ended = server.call("slm-exp", *words, f"cache.dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}/run", cwd=tmp_path)
+    assert ended.status == 2, ended.output
+    assert "Traceback" not in ended.output
+    assert what.split()[0] in ended.output or "calibration.n_samples" in ended.output
+    assert not (tmp_path / "run").exists() or "recovery" in what  # a fit's tokens are looked at in stage load
+
+
+def test_a_token_file_is_read_once_for_its_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often settings, identity, sizes and the draw ask; a file that has changed is read again."""
+    from slm_exp.calibration import tokens
+
+    looked: list[object] = []
+    monkeypatch.setattr(tokens, "_range", functools.lru_cache(lambda s: looked.append(s) or (0, 7)))
+    path = tmp_path / "ids.npy"
+    np.save(path, np.arange(8).reshape(2, 4))
+    source = tokens.Tokens(path=str(path))
+    for _ in range(3):
+        source.identity(), source.shape()
+    assert len(looked) == 1
+    np.save(path, np.arange(12).reshape(3, 4))
+    assert source.shape() == (3, 4)
+    assert len(looked) == 2
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1", "x"])
+@pytest.mark.parametrize("words", [("plan", *TINY), ("tables", "paper", "model=tiny")], ids=["plan", "tables"])
+def test_a_speed_that_cannot_be(value: str, words: tuple[str, ...], server: Server, tmp_path: Path) -> None:
+    ended = server.call("slm", *words, "--tflops", value, cwd=tmp_path)
+    assert ended.status == 2, ended.output
+    assert "--tflops" in ended.output
+    assert list(tmp_path.iterdir()) == []
 
 
 YAML = ("!!python/object/apply:os.mkdir [PLACE]", "a: !!python/name:os.system", "a: &a [*a]", "a: [" * 3000, "\x00",
@@ -91,6 +156,24 @@ def test_stale_temporary_files_go_and_others_stay(tmp_path: Path) -> None:
     (tmp_path / f".record.json.{gone}.x.tmp").symlink_to(tmp_path / "record.json")
     remove_stale(target, own_too=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(mine)
+
+
+def test_what_a_kill_left_of_any_file_of_a_run_goes_when_it_begins(tmp_path: Path) -> None:
+    """A sample that was being written was left for good: found by 60 kills at full size."""
+    gone = 2**22 + 1
+    (tmp_path / "samples" / "dense").mkdir(parents=True)
+    mine = [f".plan.json.{os.getppid()}.abcdef.tmp", ".notes.tmp", f".a.{gone}.tmp", f"samples/a.{gone}.abcdef.tmp"]
+    stale = [f".plan.json.{gone}.abcdef.tmp", f"samples/dense/.piqa.jsonl.gz.{gone}.14b9b3.tmp",
+             f".plan.json.{os.getpid()}.abcdef.tmp"]
+    for name in (*mine, *stale):
+        (tmp_path / name).write_text("x")
+    remove_stale_below(tmp_path)
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == sorted(mine)
+
+
+def test_a_message_obeys_no_terminal() -> None:
+    """Whatever file or word it quotes: found by the tables at full size."""
+    assert str(ConfigError("columns[0].show = \x1b[2J\x07")) == "columns[0].show = \\x1b[2J\\x07"
 
 
 @pytest.mark.parametrize("name", attack.some(["run.log", "record.json", "plan.json", "config.yaml"]))

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from slm_exp.launch.plugins import _with_reason
 from slm_exp.launch.pool import Pool, died_of
 from slm_exp.launch.screen import Screen
 from slm_exp.launch.workers import GIB, Worker, make_workers, visible_gpus
-from slm_exp.runs.sweep import DIED, FAILED, FINISHED, WAITING, Cell, Job, read_cell
+from slm_exp.runs.sweep import DAMAGED, DIED, FAILED, FINISHED, WAITING, Cell, Job, read_cell
 
 # A job: writes a running record, does `body`, writes the finished one. It knows its batch size and its folder.
 PROGRAM = """
@@ -331,8 +332,10 @@ def test_states_read_from_folders(job: Callable[[str], Job]) -> None:
     assert (read_cell(a).state, read_cell(a).error) == (DIED, "Segmentation fault")
     (a.folder / "record.json").write_text(json.dumps({"status": "running", "stage": "merge", "run_id": "a"}))
     assert (read_cell(a).state, read_cell(a).stage) == (DIED, "merge")
-    (a.folder / "record.json").write_text('{"status": "runn')  # half a record is none
-    assert read_cell(a).state == DIED
+    for damaged in ('{"status": "runn', '{"a": 1}'):
+        (a.folder / "record.json").write_text(damaged)
+        assert read_cell(a).state == DAMAGED
+        assert "record.json cannot be read" in read_cell(a).why
     other = {"status": "finished", "run_id": "a", "versions": {"slm_exp": "0.0.0"}, "stages": [], "seconds": 1}
     (a.folder / "record.json").write_text(json.dumps(other))
     assert (read_cell(a).state, read_cell(a).error) == (WAITING, "finished by version 0.0.0")
@@ -341,6 +344,12 @@ def test_states_read_from_folders(job: Callable[[str], Job]) -> None:
 def test_died_of() -> None:
     assert died_of(-9) == "killed by SIGKILL"
     assert died_of(3) == "ended with exit status 3"
+
+
+def test_a_job_alone_is_shown_by_what_sets_it_apart_in_its_sweep(job: Callable[[str], Job]) -> None:
+    out, (first, second) = io.StringIO(), (replace(job(x), overrides=("model=tiny", f"seed={x}")) for x in "12")
+    Screen("s", [second], out=out, others=[first, second]).started(second, "cpu0")
+    assert out.getvalue() == f"[0/1] started  {second.run_id} on cpu0: seed=2\n"
 
 
 class Terminal(io.StringIO):

@@ -111,7 +111,7 @@ def test_a_killed_evolution_goes_on_with_every_score_it_had(
 ) -> None:
     fields = {"target_layers": 5, "starts": 4, "children": 6, "generations": 4}
     whole = plan_of(tiny_handle, tokens, "evopress", **fields)
-    compute, count = ScoringEngine._compute, []
+    compute, count = ScoringEngine.compute, []
 
     def killed(self: Any, *args: Any) -> float:
         count.append(1)
@@ -119,7 +119,7 @@ def test_a_killed_evolution_goes_on_with_every_score_it_had(
             raise KeyboardInterrupt
         return compute(self, *args)
 
-    monkeypatch.setattr(ScoringEngine, "_compute", killed)
+    monkeypatch.setattr(ScoringEngine, "compute", killed)
     with pytest.raises(KeyboardInterrupt):
         plan_of(tiny_handle, tokens, "evopress", tmp_path / "cache", **fields)
     assert plan_of(tiny_handle, tokens, "evopress", tmp_path / "cache", **fields) == whole

@@ -35,7 +35,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Candidate], f
     """Replace the model by a function of the candidate."""
 
     def use(score: Callable[[Candidate], float]) -> None:
-        monkeypatch.setattr(ScoringEngine, "_compute", lambda self, slots, of, dtype: score(candidate_of(slots)))
+        monkeypatch.setattr(ScoringEngine, "compute", lambda self, slots, of, dtype: score(candidate_of(slots)))
 
     return use
 
@@ -136,7 +136,7 @@ def test_a_killed_search_goes_on_from_its_scores(
 ) -> None:
     """Also for another threshold, and without loading weights when no score is missing."""
     task = replace(task, store=StageStore(tmp_path))
-    compute, computed = ScoringEngine._compute, []
+    compute, computed = ScoringEngine.compute, []
 
     def dying(self: ScoringEngine, slots: Slots, *more: Any) -> float:
         if len(computed) == 3:
@@ -144,12 +144,12 @@ def test_a_killed_search_goes_on_from_its_scores(
         computed.append(candidate_of(slots))
         return compute(self, slots, *more)
 
-    monkeypatch.setattr(ScoringEngine, "_compute", dying)
+    monkeypatch.setattr(ScoringEngine, "compute", dying)
     with pytest.raises(KeyboardInterrupt):
         SLM(threshold=1.0).plan(task)
     first, computed[:] = list(computed), []
     monkeypatch.setattr(
-        ScoringEngine, "_compute",
+        ScoringEngine, "compute",
         lambda self, slots, *more: computed.append(candidate_of(slots)) or compute(self, slots, *more),
     )
     plan = SLM(threshold=1.0).plan(task)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders.models import keeps_first
 from safetensors.torch import load_file, save_file
 
 from slm_exp.cli.command import run_command
@@ -17,6 +18,7 @@ from slm_exp.cli.main import main as slm
 from slm_exp.cli.plan import main as slm_plan
 from slm_exp.cli.run import main as slm_exp
 from slm_exp.core.errors import CheckpointError, ConfigError, SlmError, StageError
+from slm_exp.core.types import MergePlan
 from slm_exp.launch.compose import compose_run
 from slm_exp.models.hf import HF
 from slm_exp.pipeline.inspection import inspect_jobs
@@ -172,3 +174,14 @@ def test_a_path_of_any_name_has_a_quoting_that_works(name, saved, tmp_path, caps
 def test_blanks_need_no_quoting(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "a b")
     assert run_command(slm_plan, ["model=hf", f"model.path={tmp_path / 'a b'}", *OVER, "--tflops", "1"]) == 0
+
+
+def test_a_plan_with_widths_is_carried_out_on_a_model_that_is_only_sketched_here(tmp_path: Path) -> None:
+    """Its config class, of which a narrower one is made, is not there before the model is; its sizes are."""
+    plan = MergePlan(30, width=keeps_first([9] * 30, [3] * 30, [*[1536] * 29, 640], hidden=576))
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    words = ["method=from_plan", f"method.path={tmp_path / 'plan.json'}", "evaluation=none", "tracking=none"]
+    inspect_jobs([compose_run([*words, f"cache.dir={tmp_path}"])])
+    edit(tmp_path, "plan.json", width=keeps_first([9] * 30, [3] * 30, [*[1664] * 29, 640], hidden=576).to_json())
+    with pytest.raises(ConfigError, match=r"expected a plan whose width fits .* 1664 MLP channels of layer 0"):
+        inspect_jobs([compose_run([*words, f"cache.dir={tmp_path}"])])

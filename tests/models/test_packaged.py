@@ -9,7 +9,6 @@ from typing import ClassVar
 import pytest
 import torch
 
-from slm_exp.core import registry
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import available
 from slm_exp.models import packaged
@@ -62,6 +61,6 @@ def test_preparing_goes_on_after_a_model_that_is_not_installed(monkeypatch, caps
         def open(self, device, cache_dir):
             return SimpleNamespace(n_layers=2, n_params=1000)
 
-    monkeypatch.setattr(registry, "available", lambda group: {"parts": Parts, "ready": Ready})
+    monkeypatch.setattr(packaged, "available", lambda group: {"parts": Parts, "ready": Ready})
     packaged.prepare()
     assert capsys.readouterr().out.splitlines()[1:] == ["model=ready: 2 layers, 1,000 parameters, ready."]

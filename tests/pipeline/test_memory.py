@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from builders.streams import saved
 
 from slm_exp.core.errors import ConfigError
@@ -24,7 +25,7 @@ def config(folder: Path, *more: str) -> Any:
 
 @pytest.mark.parametrize(("override", "named"), [
     ("recovery=lora", "recovery=lora takes all weights"), ("width=flap", "width=flap"),
-    ("evaluation.speed_runs=20", "evaluation.speed_runs"), ("model.device_map=auto", "model.device_map=auto"),
+    ("evaluation.speed_runs=20", "evaluation.speed_runs"),
     ("merge_rule=regression", "merge_rule=regression"), ("+evaluation.tasks=[nq_open]", "nq_open"),
 ])
 def test_what_cannot_stream_is_refused_by_name(tmp_path: Path, override: str, named: str) -> None:
@@ -48,11 +49,52 @@ def test_auto_goes_by_what_is_free_and_says_so(tmp_path: Path, monkeypatch, capl
     trained = choose(config(tmp_path, "recovery=lora"), 10 * gib, 12.4 * gib, True, "cpu")
     assert not trained.streamed
     assert "recovery=lora" in trained.why
+    assert trained.may_fit
     monkeypatch.setattr(memory, "available_memory", lambda: gib)
     x = stages.Experiment(cfg, tmp_path, None)  # type: ignore[arg-type]
     stages.LOAD.carry_out(x)
     assert x.dense.streamed
     assert "runtime.memory=auto: layers are read from their files as they run" in caplog.text
+
+
+def test_a_training_without_room_is_refused_with_its_factor(tmp_path: Path, monkeypatch) -> None:
+    """LoRA a twentieth of what a full training does: gradients, sums and moments, 16 bytes a parameter, four times
+    float32 weights. A narrower model's weights are its own."""
+    folder = saved(tmp_path, layers=3)
+    monkeypatch.setattr(memory, "available_memory", lambda: 4 * params)
+    for override, fits in (("recovery=lora", False), ("width=flap", False), ("runtime.memory=resident", True)):
+        cfg = config(folder, "recovery=full", override)
+        params = cfg.model.open(torch.device("cpu"), folder).n_params
+        if fits:
+            assert not memory.opened(cfg, torch.device("cpu")).streamed
+        else:
+            with pytest.raises(ConfigError, match=r"there is no room.*\((1\.35|6\.15) times its weights and a GiB\)"):
+                memory.opened(cfg, torch.device("cpu"))
+    monkeypatch.setattr(memory, "available_memory", lambda: 21 * params)
+    assert not memory.opened(config(folder, "recovery=full"), torch.device("cpu")).streamed  # it may fit: a warning
+
+
+def test_what_device_map_would_put_off_is_streamed(tmp_path: Path, monkeypatch, caplog) -> None:
+    """`device_map=auto` by accelerate itself, on a machine that seems to have room for half of the weights."""
+    import psutil
+
+    folder = saved(tmp_path / "model", layers=6)
+    more = ("model.device_map=auto", "method.threshold=0.3")
+    fits = config(folder, *more, f"cache.dir={tmp_path / 'c'}")
+    dense = memory.opened(fits, torch.device("cpu"))
+    assert not dense.streamed
+    wanted = run(fits, tmp_path / "fits")
+    room = psutil.virtual_memory()._replace(available=2 * dense.n_params)  # half of its weights
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: room)
+    for how in ("auto", "stream"):
+        cfg = config(folder, *more, f"runtime.memory={how}", f"cache.dir={tmp_path / how}")
+        assert run(cfg, tmp_path / f"run-{how}")["plan"] == wanted["plan"]
+    assert "and model.device_map=auto would put" in caplog.text
+    assert wanted["plan"]["groups"]
+    for only in ("runtime.memory=resident", "recovery=lora"):
+        with pytest.raises(ConfigError, match=r"device_map = auto: the model does not fit.*runtime\.memory=stream"):
+            memory.opened(config(folder, *more, only), torch.device("cpu"))
+    assert choose(fits, 1, 2**40, True, "all cuda devices", put_off=3).streamed
 
 
 def test_a_run_and_its_forecast(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from slm_exp.pipeline import run as pipeline
 from slm_exp.runs import record as records
 from slm_exp.runs.record import Run, finished_run, is_finished, record_digest
 from slm_exp.runs.schema import Record
-from slm_exp.runs.state import DAMAGED, FINISHED, WAITING, remove_stale
+from slm_exp.runs.state import DAMAGED, FAILED, FINISHED, WAITING, remove_stale
 from slm_exp.runs.statistics.scores import by_document
 from slm_exp.runs.sweep import Job, SweepFolder, note_death, read_cell
 
@@ -342,12 +342,16 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(path: tuple[str, ...]
     assert path[0] in refused if refused else read.raw is not None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"a": ' * 100_000, '{"run_id": 1e999}', "\ufeff{}"])
+def test_a_byte_order_mark_is_not_part_of_a_record(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text('\ufeff{"run_id": "a", "status": "failed"}')
+    assert Run.read(tmp_path).state == FAILED
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"a": ' * 100_000, '{"run_id": 1e999}', "{}",
+                                  '{"a": 1}', '{"run_id": "a"}', '{"status": "finished"}',
+                                  '{"run_id": "a", "status": "done"}', '{"run_id": "", "status": "finished"}'])
 def test_what_is_no_record_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(text)
-    if text == "\ufeff{}":
-        assert not Run.read(tmp_path).record
-        return
     with pytest.raises(SlmError, match="cannot be read") as error:
         Run.read(tmp_path)
     assert "\n" not in str(error.value)

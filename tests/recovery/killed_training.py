@@ -1,4 +1,4 @@
-"""A training that kills itself: `python killed_training.py FOLDER STEP` (0: it lives). Prints the report as JSON."""
+"""Trainings that kill themselves: `python killed_training.py FOLDER STEP ...` (0: it lives). Prints reports as JSON."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def main(folder: str, step: str) -> None:
     recovery = available("recovery")["lora"](data="bundled", seq_len=32, max_steps=8, batch_size=4, micro_batch_size=2,
                                              warmup_steps=2, checkpoint_every=2, held_out=4, lr=1e-2)
     found = recovery.recover(task)  # type: ignore[attr-defined]
-    print(json.dumps({k: v for k, v in found.report.items() if k not in ("seconds", "estimate")}))
+    print(json.dumps({k: v for k, v in found.report.items() if k not in ("seconds", "estimate")}), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for where, when in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        main(where, when)

@@ -176,19 +176,17 @@ def test_overlapping_windows_are_windows_one_by_one(layers: str, make_tiny: Any,
 def test_a_killed_training_goes_on_to_the_same_loss_curve(tmp_path: Path) -> None:
     script = str(Path(__file__).with_name("killed_training.py"))
 
-    def go(folder: str, step: int) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, script, str(tmp_path / folder), str(step)], capture_output=True,
-                              text=True, check=False)
+    def go(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True,
+                              check=False)
 
-    whole = go("whole", 0)
-    assert whole.returncode == 0, whole.stderr
-    killed = go("killed", 5)
-    assert killed.returncode == -signal.SIGKILL
+    first = go("whole", "0", "killed", "5")
+    assert first.returncode == -signal.SIGKILL, first.stderr
     assert list((tmp_path / "killed" / "recovery").glob("*/checkpoint-4"))
-    again = go("killed", 0)
+    again = go("killed", "0")
     assert again.returncode == 0, again.stderr
-    reports = [json.loads(ran.stdout.splitlines()[-1]) for ran in (whole, again)]
-    assert reports[0] == reports[1]  # every loss, and the digest of the trained tensors
+    whole, resumed = (json.loads(ran.stdout.splitlines()[-1]) for ran in (first, again))
+    assert whole == resumed  # every loss, and the digest of the trained tensors
 
 
 def test_a_checkpoint_cut_off_while_it_was_written_is_not_gone_on_from(tmp_path: Path) -> None:

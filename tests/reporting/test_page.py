@@ -195,7 +195,7 @@ def test_every_plot_names_its_axes(kind: str, tmp_path: Path) -> None:
 
 def test_half_of_the_colours_are_for_similarities_above_the_knee() -> None:
     assert svg.shade(svg.KNEE) == 0.5
-    palette = np.frombuffer(svg._palette(), "uint8").reshape(256, 3).astype(int)
+    palette = np.frombuffer(svg.palette(), "uint8").reshape(256, 3).astype(int)
     steps = [np.abs(palette[b] - palette[a]).sum() for a, b in ((round(255 * 0.8), round(255 * 0.9)), (0, 26))]
     assert steps[0] > 2 * steps[1]  # a tenth of similarity: above the knee and at the lower end
 
@@ -337,7 +337,7 @@ def test_without_evaluation_there_is_still_a_page(tmp_path: Path) -> None:
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = page_run(tmp_path / "good"), tmp_path / "bad"
     bad.mkdir()
-    assert report.main([str(bad), str(good)]) == 1
+    assert report.main([str(bad), str(good)]) == 2
     captured = capsys.readouterr()
     assert captured.out.strip() == str(good / "report.html")
     assert "holds no record.json" in captured.err

@@ -242,7 +242,7 @@ def test_marks_at_one_place_stand_beside_each_other() -> None:
     assert (out[1], out[4]) == (0, 0)
     together = sorted((out[0], out[2], out[3]))
     assert sum(together) == pytest.approx(0)
-    assert min(b - a for a, b in itertools.pairwise(together)) >= sweep_charts.TOUCH
+    assert {b - a for a, b in itertools.pairwise(together)} == {sweep_charts.TOUCH}  # as wide as a mark
     assert max(map(abs, sweep_charts.apart([(0, 0.0)] * 50))) <= sweep_charts.WIDE / 2
 
 
@@ -282,7 +282,7 @@ def test_a_sweep_over_sizes_has_no_staircase_and_one_without_averages_no_such_co
 
 def test_a_step_covers_exactly_the_thresholds_that_decide_alike(grid: Path) -> None:
     _, rows = read_rows(grid)
-    found = {step.row.name: step for step in sweep_charts._steps(rows)}
+    found = {step.row.name: step for step in sweep_charts.decided_steps(rows)}
     assert found
     for step in found.values():
         plan = step.row.plan

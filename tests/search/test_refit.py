@@ -85,8 +85,8 @@ def test_a_cut_is_refitted_once_for_all_candidates_that_have_it(
     make_task: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    refit = Refits._refit
-    monkeypatch.setattr(Refits, "_refit", lambda self, slot, weights: asked.append(slot) or refit(self, slot, weights))
+    refit = Refits.fit
+    monkeypatch.setattr(Refits, "fit", lambda self, slot, weights: asked.append(slot) or refit(self, slot, weights))
     models = ScoringEngine(make_task())
     for gone in ((3,), (5,), (3, 5)):
         models.loss(slots_of(MergePlan(8, dropped=gone), models.task.rule))

@@ -54,7 +54,7 @@ def test_blocks_one_by_one_are_the_model(family: str, fuse: bool, make_tiny: Any
     torch.testing.assert_close(last_state(runner), library_state(handle.model, tokens), atol=2e-5, rtol=1e-4)
     assert runner.forwards == handle.n_layers
     if torch.backends.mkldnn.is_available():
-        assert runner._fused == [fuse] * handle.n_layers
+        assert runner.fused == [fuse] * handle.n_layers
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -113,7 +113,7 @@ def test_a_fused_block_that_deviates_is_not_used(
     runner = BlockRunner(tiny_handle, tokens.tokens_NT)
     with caplog.at_level(logging.WARNING):
         out = last_state(runner)
-    assert runner._fused == [False] * 8
+    assert runner.fused == [False] * 8
     assert "layer 3: the fused block differs" in caplog.text
     torch.testing.assert_close(out, library_state(tiny_handle.model, tokens), atol=1e-6, rtol=1e-5)
 
@@ -132,7 +132,7 @@ def test_layers_that_are_not_understood_run_as_they_are(change: str, tiny_handle
         model.set_attn_implementation("eager")
     runner = BlockRunner(tiny_handle, tokens.tokens_NT)
     torch.testing.assert_close(last_state(runner), library_state(model, tokens), atol=1e-5, rtol=1e-4)
-    assert runner._fused[1] is False
+    assert runner.fused[1] is False
 
 
 def test_accelerate_hooks_stay_and_are_obeyed(tiny_handle: Any, tokens: Any) -> None:

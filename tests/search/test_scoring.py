@@ -103,7 +103,7 @@ def test_a_half_left_out_is_not_computed(tiny_handle: Any, tokens: Any, monkeypa
     runner = BlockRunner(tiny_handle, tokens.tokens_NT)
     h = runner.embed()
     runner.block(Slot(3), h)
-    if not runner._fused[3]:
+    if not runner.fused[3]:
         pytest.skip("no fused block on this CPU")
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
     runner.block(Slot(3, without=ATTENTION), h)

@@ -47,14 +47,17 @@ def test_more_runs_share_one_correction(runs, capsys) -> None:
     assert max(a["corrected"] / b["corrected"] for a, b in zip(both, alone, strict=False)) > 1
 
 
-def test_one_run_is_compared_with_its_dense_model(runs, capsys) -> None:
-    assert main(["compare", str(runs["poor"])]) == 0
+@pytest.mark.parametrize("which", ["", ":dense", ":compressed"])
+def test_one_run_is_compared_with_its_dense_model(which, runs, capsys) -> None:
+    assert main(["compare", f"{runs['poor']}{which}"]) == 0
     out = capsys.readouterr().out
     assert f"first   {runs['poor']}:dense" in out
     assert "Holm's correction over 8 tests" in out
 
 
 def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys) -> None:
+    assert main(["compare", f"{runs['good']}:sparse"]) == 2
+    assert f"expected {runs['good']}:dense or" in capsys.readouterr().err
     other = make_run(tmp_path, ["evaluation.limit=7"], n=7)
     assert main(["compare", str(runs["good"]), str(other)]) == 2
     assert "limit: 20 and 7" in capsys.readouterr().err

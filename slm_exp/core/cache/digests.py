@@ -22,7 +22,9 @@ SETTLED_NS = 2 * 10**9
 """Nanoseconds since its last change after which a file's digest is remembered."""
 
 
-class _Status(NamedTuple):
+class Status(NamedTuple):
+    """What tells a file's contents from others it had or may have."""
+
     path: str
     size: int
     mtime_ns: int
@@ -31,7 +33,7 @@ class _Status(NamedTuple):
 
 
 _folder: Path | None = None
-_seen: dict[_Status, str] = {}
+_seen: dict[Status, str] = {}
 
 
 def remember_in(folder: Path | None) -> None:
@@ -42,7 +44,7 @@ def remember_in(folder: Path | None) -> None:
 
 def content_digest(path: Path) -> str:
     """sha256 of a file's bytes, 16 hex digits. A large file that is as remembered is not read. Raises OSError."""
-    status = _status(path)
+    status = status_of(path)
     if (value := _remembered(status)) is not None:
         return value
     value = file_digest(path)
@@ -57,7 +59,7 @@ def content_digest(path: Path) -> str:
 
 def must_be_read(path: Path) -> bool:
     """Whether `content_digest` would read a large file. Raises OSError: the file is not there."""
-    status = _status(path)
+    status = status_of(path)
     return status.size >= SMALL and _remembered(status) is None
 
 
@@ -88,17 +90,18 @@ def _place(name: str) -> Path:
     return (_folder or Path(default_cache_dir())) / "digests" / f"{digest(name)}.json"
 
 
-def _status(path: Path) -> _Status:
+def status_of(path: Path) -> Status:
+    """Of a file as it is now. Raises OSError."""
     path = path.resolve()
     stat = path.stat()
-    return _Status(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    return Status(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
-def _memory(status: _Status) -> Path:
+def _memory(status: Status) -> Path:
     return _place(status.path)
 
 
-def _remembered(status: _Status) -> str | None:
+def _remembered(status: Status) -> str | None:
     if status in _seen or status.size < SMALL:
         return _seen.get(status)
     try:

@@ -87,11 +87,8 @@ def mark(folder: Path) -> None:
 
 
 def require_cache(folder: Path, setting: str) -> None:
-    """Refuse a folder that is not a cache: nothing in it is looked at as an entry, nothing is removed.
-
-    Raises:
-        ConfigError: names `setting` and the first thing that has no place in a cache.
-    """
+    """Refuse a folder that is not a cache: nothing in it is looked at as an entry, nothing is removed. Raises
+    ConfigError: names `setting` and the first thing that has no place in a cache."""
     if not is_marked(folder) and (other := foreign(folder)) is not None:
         raise ConfigError(f"{setting} = {folder}; expected a cache folder of slm_exp. This one has no {MARKER} of it "
                           f"and holds {other.relative_to(folder)}, so nothing in it was touched. Name the folder that "
@@ -178,11 +175,8 @@ def prune(folder: Path, older_than: float | None, max_size: float | None, dry_ru
 
 
 def problem(entry: Path, digest_of: Callable[[Path], str] | None = file_digest) -> str | None:
-    """What is wrong with an entry on disk, or None.
-
-    Args:
-        digest_of: how files are read for their digest; None compares sizes alone.
-    """
+    """What is wrong with an entry on disk, or None. `digest_of`: how files are read for their digest; None compares
+    sizes alone."""
     if (entry / journal.FILE).is_file():
         damaged = journal.read(entry)[1]
         return f"{damaged} lines of {journal.FILE} are damaged" if damaged else None
@@ -205,11 +199,8 @@ def problem(entry: Path, digest_of: Callable[[Path], str] | None = file_digest) 
 
 
 def stored_files(entry: Path) -> dict[str, tuple[int, str]]:
-    """Name -> (bytes, digest) of an entry's files, as its manifest says.
-
-    Raises:
-        OSError / ValueError: the manifest is not there, or is not one.
-    """
+    """Name -> (bytes, digest) of an entry's files, as its manifest says. Raises OSError / ValueError: the manifest is
+    not there, or is not one."""
     try:
         about = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))["files"]
         files = {str(name): (int(f["bytes"]), str(f["digest"])) for name, f in about.items()}

@@ -57,18 +57,14 @@ class StageStore:
                        "libraries": library_versions(code.libraries)})
 
     def entry(self, stage: str, inputs: Inputs, code: Code = NO_CODE) -> Path:
-        """The folder of an entry, there or not.
-
-        Raises:
-            ValueError: no cache folder, or a stage that is none of STAGES: such entries would never be pruned.
-        """
+        """The folder of an entry, there or not. Raises ValueError: no cache folder, or a stage that is none of STAGES:
+        such entries would never be pruned."""
         if self.folder is None or stage not in STAGES:
             raise ValueError(f"cache folder {self.folder}, stage {stage}; expected a folder and one of {STAGES}")
         return self.folder / stage / self.key(stage, inputs, code)
 
-    def cached(
-        self, stage: str, inputs: Inputs, kind: type[S], compute: Callable[[], S], code: Code = NO_CODE
-    ) -> tuple[S, bool]:
+    def cached(self, stage: str, inputs: Inputs, kind: type[S], compute: Callable[[], S],
+               code: Code = NO_CODE) -> tuple[S, bool]:
         """The stored result for these inputs, or a computed one, stored. Returns (value, whether it was stored).
 
         Several processes asking for the same entry compute it once: the others wait for the first.
@@ -94,8 +90,7 @@ class StageStore:
 
         Every file has the bytes that were written: its digest is compared, by memory where the file is unchanged
         since (see `digests`).
-        Raises:
-            OSError: the cache cannot be written; a folder entry has nowhere else to live.
+        Raises OSError: the cache cannot be written; a folder entry has nowhere else to live.
         """
         entry = self.entry(stage, inputs, code)
         if not self._whole(entry, content_digest):

@@ -57,10 +57,7 @@ def words(plugins: Iterable[Plugin]) -> list[str]:
 
 def take(argv: Sequence[str]) -> list[str]:
     """The words of a command line without `--plugin FILE` and `--plugin=FILE`, which are added to SLM_EXP_PLUGINS.
-
-    Raises:
-        ConfigError: no FILE, or none that can be a plug-in.
-    """
+    Raises ConfigError: no FILE, or none that can be a plug-in."""
     rest, files, at = list[str](), list[str](), iter(argv)
     for word in at:
         if word == OPTION or word.startswith(f"{OPTION}="):
@@ -72,11 +69,8 @@ def take(argv: Sequence[str]) -> list[str]:
 
 
 def add(files: Iterable[str | Path]) -> None:
-    """Name files in SLM_EXP_PLUGINS; they load with the package's own members, or now where these have loaded.
-
-    Raises:
-        ConfigError: a file is not there, has no name that Python could import, or cannot be loaded.
-    """
+    """Name files in SLM_EXP_PLUGINS; they load with the package's own members, or now where these have loaded. Raises
+    ConfigError: a file is not there, has no name that Python could import, or cannot be loaded."""
     there = _named()
     for given in files:
         name, file = _checked(str(given))
@@ -89,11 +83,8 @@ def add(files: Iterable[str | Path]) -> None:
 
 
 def load() -> None:
-    """Import every plug-in that is named and not loaded yet, those of installed packages first.
-
-    Raises:
-        ConfigError: one cannot be imported, or declares nothing; says which.
-    """
+    """Import every plug-in that is named and not loaded yet, those of installed packages first. Raises ConfigError: one
+    cannot be imported, or declares nothing; says which."""
     global _ready
     _ready = True
     for point in entry_points(group=GROUP):

@@ -1,15 +1,18 @@
 """`evaluation.processes`: processes of this machine evaluate one model together, a GPU or a share of the cores each.
 
-Requests that begin alike stay together (a document's choices are one tree), the longest go first, and answers come back
-in the order of the requests; so do a text's chunks. On the CPU the processes share one copy of the weights, in the
-system's shared memory; with GPUs each copies the model to its own.
+What is divided are the batches that one process would run, whole: what is computed together shapes the rounding, and
+rounding can turn the most likely token of a generation. So answers are bit by bit those of one process with as many
+threads as each has here. On the CPU the processes share one copy of the weights, in the system's shared memory; with
+GPUs each copies the model to its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,15 +21,12 @@ from torch import multiprocessing
 
 from slm_exp.core.errors import SlmError
 from slm_exp.core.runtime import die_with
-from slm_exp.evaluation.perplexity import chunk_losses
+from slm_exp.evaluation.perplexity import batch_rows, chunk_losses
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Part = list[int]
-"""Numbers of the items that one process answers."""
 
 
 class Crew:
@@ -37,81 +37,72 @@ class Crew:
 
     def chunk_losses(self, model: PreTrainedModel, tokens_NT: np.ndarray, batch_size: int | None, name: str
                      ) -> np.ndarray:
-        """`perplexity.chunk_losses`, each process taking every so-many-th chunk."""
-        n = len(self.helpers) + 1
-        parts = [list(range(i, len(tokens_NT), n)) for i in range(n)]
-        loss_N = self._answers(parts, "chunk_losses", lambda part: (tokens_NT[part], batch_size, name),
-                               lambda some, *rest: chunk_losses(model, some, *rest))
-        return np.array(loss_N)
+        """`perplexity.chunk_losses`, each process taking whole batches."""
+        size = batch_rows(model, tokens_NT, batch_size)
+        batches = [(i, tokens_NT[i : i + size]) for i in range(0, len(tokens_NT), size)]
+        found = self.gather("chunk_losses", batches, [len(tokens_BT) for _, tokens_BT in batches], (batch_size, name),
+                            partial(_losses, model))
+        return np.array([loss for _, loss in sorted(found)])
 
-    def divide(self, lm: Any) -> None:
-        """Let a language model of lm-eval hand its helpers their share of every list of requests."""
-        keys: dict[str, Callable[[Any], Any]] = {
-            "_loglikelihood_tokens": lambda request: tuple(request[1]),
-            "generate_until": lambda request: request.args[0]}
-        for name, key in keys.items():
-            setattr(lm, name, self._divided(name, getattr(lm, name), key))
+    def gather(self, what: str, items: Sequence[Any], weights: Sequence[int], args: tuple[Any, ...],
+               here: Callable[..., Iterable[Any]]) -> list[Any]:
+        """What all processes answer, in no order: this one runs `here(items, *args)` on its share, the others what they
+        know by the name `what`.
 
-    def _divided(self, name: str, alone: Callable[..., Any], key: Callable[[Any], Any]) -> Callable[..., Any]:
-        def answer(requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
-            parts = shares([key(r) for r in requests], [weight(r) for r in requests], len(self.helpers) + 1)
-            return self._answers(parts, name, lambda part: ([requests[i] for i in part],),
-                                 lambda some: alone(some, disable_tqdm=disable_tqdm, **kwargs))
-
-        return answer
-
-    def _answers(self, parts: Sequence[Part], what: str, of: Callable[[Part], tuple[Any, ...]],
-                 here: Callable[..., Any]) -> list[Any]:
-        """Helpers answer their parts while this process answers the first."""
-        mine, *others = parts
+        Args:
+            weights: about how long each item takes.
+        Raises:
+            SlmError: a helper was killed. What a process raises is raised here, when all have ended their shares.
+        """
+        mine, *others = shares(weights, len(self.helpers) + 1)
         asked = [(h, part) for h, part in zip(self.helpers, others, strict=True) if part]
         for helper, part in asked:
-            helper.send((what, of(part)))
-        out: dict[int, Any] = dict(zip(mine, here(*of(mine)), strict=True)) if mine else {}
-        for helper, part in asked:
+            helper.send((what, [items[i] for i in part], args))
+        answers: list[Any] = [_tried(lambda: list(here([items[i] for i in mine], *args)))] if mine else []
+        for helper, _ in asked:  # of every one, whatever was raised: no answer may wait for the next question
             try:
-                answers = helper.recv()
+                answers.append(helper.recv())
             except EOFError:
-                raise SlmError("a process of the evaluation ended without an answer (killed, out of memory?). Take "
-                               "fewer evaluation.processes.") from None
-            if isinstance(answers, BaseException):
-                raise answers
-            out |= zip(part, answers, strict=True)
-        return [out[i] for i in range(len(out))]
+                answers.append(SlmError("a process of the evaluation ended without an answer (killed, out of memory?). "
+                                        "Take fewer evaluation.processes."))
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return [*chain.from_iterable(answers)]
 
 
-def weight(request: Any) -> int:
-    """About how long a request of lm-eval takes."""
-    return len(request[1]) + len(request[2]) if isinstance(request, tuple) else len(request.args[0])
+def _tried(answer: Callable[[], list[Any]]) -> list[Any] | Exception:
+    try:
+        return answer()
+    except Exception as error:  # told where it is raised
+        return error
 
 
-def shares(keys: Sequence[Any], weights: Sequence[int], n: int) -> list[Part]:
-    """Numbers 0.. in n parts of about equal weight; items of equal keys lie in one part, in their order."""
-    groups: dict[Any, Part] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
-    parts: list[Part] = [[] for _ in range(n)]
+def _losses(model: PreTrainedModel, batches: Sequence[tuple[int, np.ndarray]], batch_size: int | None, name: str
+            ) -> Iterable[tuple[int, float]]:
+    """(number, loss) of every chunk of some batches, each given with the number of its first chunk. Only the last may
+    be shorter than the others, so that they are cut into the same batches again."""
+    numbers = [start + i for start, tokens_BT in batches for i in range(len(tokens_BT))]
+    loss_N = chunk_losses(model, np.concatenate([tokens_BT for _, tokens_BT in batches]), batch_size, name)
+    return zip(numbers, loss_N.tolist(), strict=True)
+
+
+def shares(weights: Sequence[int], n: int) -> list[list[int]]:
+    """Numbers 0.. in n parts of about equal weight, each in its order."""
+    parts: list[list[int]] = [[] for _ in range(n)]
     loads = [0] * n
-    for group in sorted(groups.values(), key=lambda g: -sum(weights[i] for i in g)):
+    for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
         least = loads.index(min(loads))
-        parts[least] += group
-        loads[least] += sum(weights[i] for i in group)
+        parts[least].append(i)
+        loads[least] += weights[i]
     return [sorted(part) for part in parts]
 
 
 @contextlib.contextmanager
 def crew(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, processes: int, settings: tuple[Any, ...]
-         ) -> Iterator[Crew | None]:
-    """`processes` - 1 helpers for the time of an evaluation; None where one process is enough.
-
-    Args:
-        settings: batch size, BOS and backend, as `harness.language_model` takes them.
-    Raises:
-        SlmError: the model cannot be shared.
-    """
-    if processes == 1:
-        yield None
-        return
+         ) -> Iterator[Crew]:
+    """`processes` - 1 helpers for the time of an evaluation. `settings`: batch size, BOS and backend, as
+    `harness.language_model` takes them. Raises SlmError: the model cannot be shared."""
     threads = torch.get_num_threads()
     share = max(1, threads // processes)
     context, started, pipes = multiprocessing.get_context("spawn"), [], []
@@ -152,15 +143,12 @@ def _help(pipe: Connection, parent: int, model: PreTrainedModel, tokenizer: Any,
     lm: Any = None
     with contextlib.suppress(EOFError):
         while (work := pipe.recv()) is not None:
-            what, args = work
-            try:
-                if what == "chunk_losses":
-                    out: Any = chunk_losses(model, *args).tolist()
-                else:
-                    from slm_exp.evaluation.backends.harness import language_model  # lm-eval, seconds
+            what, items, args = work
+            if what == "chunk_losses":
+                here: Callable[..., Iterable[Any]] = partial(_losses, model)
+            else:
+                from slm_exp.evaluation.backends.harness import language_model  # lm-eval, seconds
 
-                    lm = lm or language_model(model, tokenizer, *settings)
-                    out = getattr(lm, what)(*args, disable_tqdm=True)
-            except Exception as error:  # told where it is raised
-                out = error
-            pipe.send(out)
+                lm = lm or language_model(model, tokenizer, *settings)
+                here = getattr(lm, what)
+            pipe.send(_tried(lambda: list(here(items, *args))))  # noqa: B023 called at once

@@ -8,13 +8,14 @@ Letters: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from slm_exp.evaluation.backends.hflm import refuse_broken
-from slm_exp.evaluation.backends.shared import Shared, growing, window_of
+from slm_exp.evaluation.backends.shared import Shared, growing, takes_shared, window_of
 from slm_exp.evaluation.backends.trees import TRUNK, alike
 
 PLAIN = {
@@ -77,16 +78,17 @@ def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: s
     Cost: one pass over the prompts after their start, then a forward of one token per step and row; the cache of all.
     """
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
-    begun, kept = (len(start.tokens), start.kept) if start is not None else (0, None)
+    begun = len(start.tokens) if start is not None else 0
     tails = [p.tokens[begun:] for p in prompts]
     size = max(map(len, tails))
     ids_BT = torch.tensor([[0] * (size - len(tail)) + list(tail) for tail in tails], device=device)
-    mask_BT = torch.tensor([[1] * begun + [0] * (size - len(tail)) + [1] * len(tail) for tail in tails], device=device)
-    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, begun:]
+    mask_BT = torch.tensor([[0] * (size - len(tail)) + [1] * len(tail) for tail in tails], device=device)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0) + begun
     out: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
-    cache: Any = kept.for_rows(len(prompts)) if kept is not None else growing() if window_of(model) is None else None
-    with torch.inference_mode():
+    cache: Any = growing() if window_of(model) is None else None
+    before = start.kept.before_all(model) if start is not None and start.kept is not None else nullcontext()
+    with torch.inference_mode(), before:
         while rows:
             output: Any = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT,
                                 past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
@@ -115,29 +117,31 @@ def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: s
     return out
 
 
-def together(model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[tuple[list[int], Start | None]]:
-    """Which prompts are continued together, and what they begin with where it is worth reading first.
+def starting(model: PreTrainedModel, tokens: tuple[int, ...]) -> Start:
+    """What some prompts begin with, read. Cost: one pass over it."""
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    with torch.inference_mode():
+        return Start(tokens, Shared.reading(model, torch.tensor([tokens], device=device)) if tokens else None)
+
+
+def together(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> list[tuple[list[int], int]]:
+    """Which prompts (their tokens) are continued together, and how many first tokens of theirs are worth reading once.
 
     Returns:
-        places in `prompts`, longest first; all in one where a model's attention has a window, which padding between a
-        beginning and its prompt would narrow.
-    Cost: one pass over each beginning.
+        places in `prompts`, longest first; all in one where the attention cannot be told of a beginning.
     """
-    places = sorted(range(len(prompts)), key=lambda i: prompts[i].tokens)
-    pieces = alike([prompts[i].tokens for i in places]) if window_of(model) is None else []
-    alone, out = [], []
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    places = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    pieces = alike([prompts[i] for i in places]) if takes_shared(model) else [(slice(None), 0)]
+    alone: list[int] = []
+    out: list[tuple[list[int], int]] = []
     for place, shared in pieces:
         some = places[place]
-        length = min(shared, *(len(prompts[i].tokens) - 1 for i in some))
+        length = min(shared, *(len(prompts[i]) - 1 for i in some)) if some else 0
         if len(some) == 1 or length < TRUNK:
             alone += some
-            continue
-        tokens = prompts[some[0]].tokens[:length]
-        with torch.inference_mode():
-            out.append((some, Start(tokens, Shared.reading(model, torch.tensor([tokens], device=device)))))
-    groups: list[tuple[list[int], Start | None]] = [*out, (alone if pieces else places, None)]
-    return [(sorted(some, key=lambda i: -len(prompts[i].tokens)), start) for some, start in groups if some]
+        else:
+            out.append((some, length))
+    return [(sorted(some, key=lambda i: -len(prompts[i])), begun) for some, begun in (*out, (alone, 0)) if some]
 
 
 def agrees(model: PreTrainedModel, prompt: Prompt, answer: Sequence[int]) -> bool:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,16 @@ from slm_exp.core.errors import ArchitectureError, DataError
 from slm_exp.engine.calls import STATES_BYTES, entering, in_step, streams
 from slm_exp.engine.fused import fused_layer, supported
 from slm_exp.engine.progress import advancing
-from slm_exp.evaluation.backends.decoding import Prompt, agrees, continue_greedily, stop_ids, together, unusual
+from slm_exp.evaluation.backends.decoding import (
+    Prompt,
+    Start,
+    agrees,
+    continue_greedily,
+    starting,
+    stop_ids,
+    together,
+    unusual,
+)
 from slm_exp.evaluation.backends.hflm import CheckedHFLM, make_room, refuse_broken
 from slm_exp.evaluation.backends.shared import Shared, window_of
 from slm_exp.evaluation.backends.trees import Request, Tree, common_prefix, grow
@@ -63,10 +73,35 @@ class Score(NamedTuple):
 
 
 class _Continue(NamedTuple):
-    prompt: Prompt
-    stops: list[str]
+    """A prompt as other processes can be given it."""
+
+    tokens: tuple[int, ...]
+    room: int
+    stops: tuple[str, ...]
+    tail: int
+    """Last tokens among which the end of a stop lies."""
     cut: bool
     """Whether the context was too long and lost its beginning."""
+
+
+class _Rows(NamedTuple):
+    """Prompts that are continued together."""
+
+    numbers: list[int]
+    """Of the prompts, among all."""
+    prompts: list[_Continue]
+    begun: int
+    """First tokens that all have in common, read once."""
+    first: bool
+    """Whether they are the first of those that begin so: an answer of theirs is checked."""
+
+    def split(self, most: int) -> list[_Rows]:
+        return [_Rows(self.numbers[i : i + most], self.prompts[i : i + most], self.begun, self.first and i == 0)
+                for i in range(0, len(self.numbers), most)]
+
+
+Gather = Callable[[str, Sequence[Any], Sequence[int], tuple[Any, ...], Callable[..., Iterable[Any]]], list[Any]]
+"""`crew.Crew.gather`."""
 
 
 class FastLM(CheckedHFLM):
@@ -83,6 +118,8 @@ class FastLM(CheckedHFLM):
         super().__init__(model, tokenizer, batch_size, add_bos)
         self.trees_per_batch = batch_size
         self.nodes_per_batch = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"])
+        self.gather: Gather | None = None
+        """Set where further processes run some of the batches."""
         self._forward: TreeForward | None = None
         self._falls_back: str | None = unfit(model)  # the reason
 
@@ -113,16 +150,25 @@ class FastLM(CheckedHFLM):
             self._choose_forward(trees)
         if self._falls_back is None:
             self.warn_of_cuts(requests)
-            batches = self._scores(trees, f"log-likelihoods of {len(out)} requests", disable_tqdm)
+            assert self._forward is not None
+            batches = list(self._batches(trees))
+            scores = self._all("scores", batches, [sum(map(len, batch)) for batch in batches], disable_tqdm,
+                               bool(self._forward.fused))
         else:
-            batches = self._plain_scores(sequences, requests, disable_tqdm)
-        for scores in batches:
-            for owner, score in scores:
-                out[owner] = score
+            scores = self._plain_scores(sequences, requests, disable_tqdm)
+        for owner, score in scores:
+            out[owner] = score
         for (text, *_), score in zip(requests, out, strict=True):
             if text is not None:  # None: a window of a rolling likelihood
                 self.cache_hook.add_partial("loglikelihood", text, score)
         return out
+
+    def _all(self, what: str, items: Sequence[Any], weights: Sequence[int], disable: bool, *args: Any
+             ) -> Iterable[tuple[int, Any]]:
+        """What the method `what` gives of all items, here and where `gather` sends some, in any order. Progress is this
+        process's."""
+        here: Callable[..., Iterable[Any]] = partial(getattr(self, what), disable=disable)
+        return here(items, *args) if self.gather is None else self.gather(what, items, weights, args, here)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Text after each context, up to a stop sequence, the end of text or `max_gen_toks`.
@@ -154,7 +200,7 @@ class FastLM(CheckedHFLM):
             if prompt is None:
                 out.append(next(texts))
                 continue
-            text = postprocess_generated_text(self.tok_decode(next(answers)), prompt.stops, None)
+            text = postprocess_generated_text(self.tok_decode(next(answers)), list(prompt.stops), None)
             self.cache_hook.add_partial("generate_until", request.args, text)
             out.append(text)
         return out
@@ -176,56 +222,68 @@ class FastLM(CheckedHFLM):
         tokens = tuple(whole[-(self.max_length - room) :])
         stops = [stop for stop in stops if stop]
         tail = 2 + max((len(self.tok_encode(stop, add_special_tokens=False)) for stop in stops), default=0)
-
-        def ended(answer: list[int]) -> bool:
-            text = self.tokenizer.decode(answer[-tail:])
-            return any(stop in text for stop in stops)
-
-        return _Continue(Prompt(tokens, room, ended), stops, cut=len(tokens) < len(whole))
+        return _Continue(tokens, room, tuple(stops), tail, cut=len(tokens) < len(whole))
 
     def _continuations(self, prompts: Sequence[_Continue], disable_tqdm: bool) -> Iterator[list[int]]:
-        """The tokens generated for each, in the order given; longest contexts first, fewer at once when memory ends.
+        """The tokens generated for each, in the order given; longest contexts first.
 
         Raises:
             RuntimeError: the model does not generate by its cache what it finds most likely without.
         """
-        ends = stop_ids(self.model, self.tokenizer.eos_token_id)
-        out: list[list[int]] = [[]] * len(prompts)
-        most = self.trees_per_batch or ROWS_AT_ONCE
-        rooms = sum(p.prompt.room for p in prompts)
-        what = f"greedy answers to {len(prompts)} prompts, at most"
-        with advancing(what, rooms, "token", disable_tqdm) as advance:
-            for left, start in together(self.model, [p.prompt for p in prompts]):
-                checked = False
-                while left:
-                    longest = max(len(prompts[i].prompt.tokens) + prompts[i].prompt.room for i in left[:most])
-                    some = left[: max(1, min(most, CACHED_AT_ONCE.get(self.device.type, 8192) // longest))]
-                    try:
-                        answers = continue_greedily(self.model, [prompts[i].prompt for i in some], ends, start, advance)
-                    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                        alone = f"a context and answer of {longest} tokens" if len(some) == 1 else ""
-                        make_room(error, self.device, alone)
-                        most = len(some) // 2
-                        log.warning("out of memory; going on with %d prompts at once.", most)
-                        continue
-                    if not checked:
-                        shortest = min(range(len(some)), key=lambda i: len(answers[i]))
-                        if not agrees(self.model, prompts[some[shortest]].prompt, answers[shortest]):
-                            raise RuntimeError("what it generates by its cache is not what it finds most likely "
-                                               "without")
-                        checked = True
-                    for i, answer in zip(some, answers, strict=True):
-                        out[i] = answer
-                    left = left[len(some) :]
-        return iter(out)
+        most, cached = self.trees_per_batch or ROWS_AT_ONCE, CACHED_AT_ONCE.get(self.device.type, 8192)
+        rows = []
+        for places, begun in together(self.model, [p.tokens for p in prompts]):
+            left = places
+            while left:
+                longest = max(len(prompts[i].tokens) - begun + prompts[i].room for i in left[:most])
+                at = max(1, min(most, cached // longest))
+                some, left = left[:at], left[at:]
+                rows.append(_Rows(some, [prompts[i] for i in some], begun, some[0] == places[0]))
+        weights = [sum(len(p.tokens) + ROWS_AT_ONCE * p.room for p in row.prompts) for row in rows]
+        found = dict(self._all("continued", rows, weights, disable_tqdm))
+        return iter([found[i] for i in range(len(prompts))])
+
+    def continued(self, rows: Sequence[_Rows], disable: bool = True) -> Iterator[tuple[int, list[int]]]:
+        """(number, tokens generated) of every prompt; fewer at once when memory ends."""
+        ends, start, left = stop_ids(self.model, self.tokenizer.eos_token_id), Start(), deque(rows)
+        everything = [p for some in rows for p in some.prompts]
+        what = f"greedy answers to {len(everything)} prompts, at most"
+        with advancing(what, sum(p.room for p in everything), "token", disable) as advance:
+            while left:
+                some = left.popleft()
+                prompts = [Prompt(p.tokens, p.room, self._ended(p)) for p in some.prompts]
+                beginning = prompts[0].tokens[: some.begun]
+                try:
+                    start = start if start.tokens == beginning else starting(self.model, beginning)
+                    answers = continue_greedily(self.model, prompts, ends, start, advance)
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    longest = max(len(p.tokens) + p.room for p in prompts)
+                    make_room(error, self.device, f"a context and answer of {longest} tokens" if len(prompts) == 1
+                              else "")
+                    most = len(prompts) // 2
+                    log.warning("out of memory; going on with %d prompts at once.", most)
+                    left = deque(piece for larger in (some, *left) for piece in larger.split(most))
+                    continue
+                if some.first:
+                    shortest = min(range(len(answers)), key=lambda i: len(answers[i]))
+                    if not agrees(self.model, prompts[shortest], answers[shortest]):
+                        raise RuntimeError("what it generates by its cache is not what it finds most likely without")
+                yield from zip(some.numbers, answers, strict=True)
+
+    def _ended(self, prompt: _Continue) -> Callable[[list[int]], bool]:
+        def ended(answer: list[int]) -> bool:
+            text = self.tokenizer.decode(answer[-prompt.tail :])
+            return any(stop in text for stop in prompt.stops)
+
+        return ended
 
     def _plain_scores(self, sequences: Sequence[Request], requests: Sequence[Any],
-                      disable: bool) -> Iterator[list[tuple[int, Score]]]:  # fmt: skip
+                      disable: bool) -> Iterator[tuple[int, Score]]:  # fmt: skip
         """HFLM's own, for models that do not take trees."""
         log.warning("evaluation.backend=fast falls back to HFLM: %s.", self._falls_back)
         plain = [(None, requests[r.owner][1] or [self.prefix_token_id], requests[r.owner][2]) for r in sequences]
         scores = super()._loglikelihood_tokens(plain, disable_tqdm=disable)
-        yield [(r.owner, Score(*score)) for r, score in zip(sequences, scores, strict=True)]
+        return ((r.owner, Score(*score)) for r, score in zip(sequences, scores, strict=True))
 
     def _request(self, owner: int, text: Any, context: list[int], continuation: list[int]) -> Request:
         if not continuation and text is not None and text[1]:
@@ -258,32 +316,42 @@ class FastLM(CheckedHFLM):
             reason = f"its logits differ from a plain forward pass's by {max(errors):.1e} of their spread"
         self._falls_back = reason
 
-    def _scores(self, trees: list[Tree], what: str, disable: bool) -> Iterator[list[tuple[int, Score]]]:
-        """Scores of a batch at a time; longest trees first, so memory runs out at once or never."""
-        assert self._forward is not None
+    def _batches(self, trees: Iterable[Tree]) -> Iterator[list[Tree]]:
+        """Of one trunk each, in their order; longest trees first, so memory runs out at once or never."""
         left = deque(trees)
+        while left:
+            rows = max(1, self.nodes_per_batch // len(left[0]))
+            batch = [left.popleft()]
+            while left and len(batch) < min(rows, self.trees_per_batch or rows) and left[0].trunk == batch[0].trunk:
+                batch.append(left.popleft())
+            yield batch
+
+    def scores(self, batches: Sequence[list[Tree]], fuse: bool, disable: bool = True) -> Iterator[tuple[int, Score]]:
+        """(owner, score) of every request in some batches of trees; smaller ones when memory ends."""
+        forward = self._forward = self._forward or TreeForward(self.model, fuse)
+        trees = [tree for batch in batches for tree in batch]
         tokens = sum(map(len, trees)) + sum(map(len, {tree.trunk for tree in trees}))
-        if streams(self.model):
-            with torch.inference_mode(), self._forward.ready(), advancing(what, tokens, "token", disable) as advance:
-                for some in self._forward.groups(trees, self.nodes_per_batch):
-                    calls = [self._forward.inputs(batch) for batch in some]
+        what = f"log-likelihoods of {sum(len(tree.requests) for tree in trees)} requests"
+        left = deque(batches)
+        with torch.inference_mode(), forward.ready(), advancing(what, tokens, "token", disable) as advance:
+            if streams(self.model):
+                left.clear()
+                for some in forward.groups(trees, self.nodes_per_batch):
+                    calls = [forward.inputs(batch) for batch in some]
                     for batch, h_BTD in zip(some, in_step(self.model, calls), strict=True):
-                        yield _score(self._forward, batch, h_BTD)
+                        yield from _score(forward, batch, h_BTD)
                         advance(sum(map(len, batch)))
-            return
-        with torch.inference_mode(), self._forward.ready(), advancing(what, tokens, "token", disable) as advance:
             while left:
-                rows = max(1, self.nodes_per_batch // len(left[0]))
-                batch = [left.popleft()]
-                while left and len(batch) < min(rows, self.trees_per_batch or rows) and left[0].trunk == batch[0].trunk:
-                    batch.append(left.popleft())
+                batch = left.popleft()
                 try:
-                    scores = _score(self._forward, batch)
+                    scores = _score(forward, batch)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    left.extendleft(reversed(self._smaller(batch, error)))
+                    pieces = self._smaller(batch, error)
+                    left = deque(self._batches([*pieces, *chain.from_iterable(left)]))
                     continue
-                advance(sum(map(len, batch)) + len(batch[0].trunk) * (not left or left[0].trunk != batch[0].trunk))
-                yield scores
+                following = left[0][0].trunk if left else None
+                advance(sum(map(len, batch)) + len(batch[0].trunk) * (following != batch[0].trunk))
+                yield from scores
 
     def _smaller(self, batch: list[Tree], error: BaseException) -> list[Tree]:
         """Halve the batch size after memory ran out; a single tree is cut into two."""

@@ -17,9 +17,7 @@ ROWS = 16
 def write_freely(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None
                  ) -> tuple[FreeText, list[Row]]:  # fmt: skip
     """What a model writes after every opening: the means, and {doc_id, prompt, text, tokens, ended} of each.
-
-    Raises:
-        DataError: NaN or infinite logits, or a model that keeps no keys and values to go on from.
+    Raises DataError: NaN or infinite logits, or a model that keeps no keys and values to go on from.
     Cost: 32 openings of about 50 tokens, and up to NEW tokens after each.
     """
     prompts = openings()

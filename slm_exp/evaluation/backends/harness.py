@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slm_exp.core.errors import DataError
 from slm_exp.core.files import digest
 from slm_exp.evaluation import task_index
-from slm_exp.evaluation.backends.fast import FastLM
+from slm_exp.evaluation.backends.fast import FastLM, Gather
 from slm_exp.evaluation.backends.hflm import CheckedHFLM
 from slm_exp.evaluation.documents import (
     HUB,
@@ -67,19 +67,19 @@ class TaskResults(NamedTuple):
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedTasks, limit: int | None = None,
     batch_size: int | None = None, add_bos: bool | None = None, backend: str = "fast",
-    divide: Callable[[Any], None] | None = None,
+    gather: Gather | None = None,
 ) -> TaskResults:
     """Evaluate a model in memory on the first `limit` documents of each task; model and tokenizer are left as they are.
 
     Args:
-        divide: lets further processes answer their share of the requests, see `crew.Crew.divide`.
+        gather: lets further processes run some of the batches (`crew.Crew.gather`); backend=hflm has no use for it.
     Raises:
         DataError: a model that gives NaN or infinite logits.
     Cost: on two CPU cores about as long as the requests' tokens take forwards; building them is milliseconds.
     """
     lm = language_model(model, tokenizer, batch_size, add_bos, backend)
-    if divide is not None:
-        divide(lm)
+    if isinstance(lm, FastLM):
+        lm.gather = gather
     tasks = loaded.objects["tasks"].values()
     questions = sum(min(limit or len(task.eval_docs), len(task.eval_docs)) for task in tasks)
     log.info("%d tasks, %d questions", len(tasks), questions)
@@ -98,25 +98,18 @@ def run_tasks(
     return TaskResults(scores, samples, protocol, {n: loaded.sources.get(n, "hub") for n in samples}, settings)
 
 
-def language_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None,
-    add_bos: bool | None = None, backend: str = "fast",
-) -> CheckedHFLM:
+def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None,
+                   add_bos: bool | None = None, backend: str = "fast") -> CheckedHFLM:
     """lm-eval's interface to a model in memory: its own class, or the fast one. Both refuse NaN and infinite logits."""
     return (FastLM if backend == "fast" else CheckedHFLM)(model, tokenizer, batch_size, add_bos)
 
 
 @quiet()
-def load_tasks(
-    tasks: Sequence[str], limit: int | None, random_model: bool = False, fewshot: Mapping[str, int] | None = None
-) -> LoadedTasks:
-    """Build lm-eval's task objects with the documents of the evaluated split.
-
-    Args:
-        fewshot: task or group -> examples before each question; others have what lm-eval defines, none by default.
-    Raises:
-        DataError: lm-eval could not find the data of a task.
-    """
+def load_tasks(tasks: Sequence[str], limit: int | None, random_model: bool = False,
+               fewshot: Mapping[str, int] | None = None) -> LoadedTasks:
+    """Build lm-eval's task objects with the documents of the evaluated split. `fewshot`: task or group -> examples
+    before each question; others have what lm-eval defines, none by default. Raises DataError: lm-eval could not find
+    the data of a task."""
     manager = task_index.task_manager(all(task in SPLIT or task in task_index.bundled_tasks() for task in tasks))
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     sources: dict[str, str] = {}

@@ -69,11 +69,8 @@ def refuse_broken(highest: Tensor) -> None:
 
 
 def make_room(error: BaseException, device: torch.device, alone: str = "") -> None:
-    """After memory ran out free what the device holds in reserve; any other error is raised again.
-
-    Raises:
-        DataError: `alone` says what does not fit even by itself.
-    """
+    """After memory ran out free what the device holds in reserve; any other error is raised again. Raises DataError:
+    `alone` says what does not fit even by itself."""
     if not out_of_memory(error):
         raise error
     if alone:

@@ -1,19 +1,27 @@
 """Keys and values of tokens that many sequences begin with, computed once and read by all.
 
-Letters: B rows, H key-value heads, P shared tokens, T further tokens, E head size.
+Letters: B rows, G query heads for each of H key-value heads, P shared tokens, T further tokens, S those and what is
+read of them, E head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 GROWTH = 64
 """Tokens of room that a growing cache makes at a time."""
+NAME = "after_shared_tokens"
+"""Of the attention, among those of transformers."""
+_before_all: ContextVar[list[tuple[Tensor, Tensor]]] = ContextVar(NAME)
 
 
 class Shared(NamedTuple):
@@ -38,12 +46,22 @@ class Shared(NamedTuple):
         model.base_model(input_ids=ids_1P, past_key_values=cache, use_cache=True)
         return cls.of(cache)
 
-    def for_rows(self, rows: int) -> Cache:
-        """A cache of so many rows that begin with these tokens, to go on in."""
-        cache = growing()
-        for i, (keys, values) in enumerate(self.layers):
-            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), i)
-        return cache
+    @contextmanager
+    def before_all(self, model: PreTrainedModel) -> Iterator[None]:
+        """Inside, every token that the model reads sees these first, whatever its cache and mask say of the others.
+
+        They are read once for all rows: scores of B rows are one product with [H, P, E], where a cache per row would
+        be copied and read B times. A model has to be told the true positions.
+        """
+        config = model.config
+        usual = config._attn_implementation
+        config._attn_implementation = NAME
+        reset = _before_all.set(self.layers)
+        try:
+            yield
+        finally:
+            _before_all.reset(reset)
+            config._attn_implementation = usual
 
     def before(self) -> DynamicCache:
         """A cache that stands before the tokens of any number of rows and keeps none of them."""
@@ -64,6 +82,38 @@ class _Before(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.shared[layer_idx][0].shape[2]
+
+
+def takes_shared(model: PreTrainedModel) -> bool:
+    """Whether a model's attention can be told to look at shared tokens first."""
+    return bool(model._supports_attention_backend) and window_of(model) is None
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
+               scaling: float | None = None, softcap: float | None = None, s_aux: Any = None, **_: Any
+               ) -> tuple[Tensor, None]:  # fmt: skip
+    """Softmax over shared and own keys together: [B, H G, T, E], [B, H, S, E] twice -> [B, T, H G, E]."""
+    if s_aux is not None:
+        raise RuntimeError("its attention has sinks")
+    keys_1HPE, values_1HPE = _before_all.get()[module.layer_idx]  # type: ignore[index]
+    b, heads, t, e = query.shape
+    h, p = keys_1HPE.shape[1:3]
+    q_BHQE = (query * (e**-0.5 if scaling is None else scaling)).reshape(b, h, heads // h * t, e)
+    together_HBQE = q_BHQE.transpose(0, 1).reshape(h, -1, e)
+    first_BHQP = (together_HBQE @ keys_1HPE[0].mT).view(h, b, -1, p).transpose(0, 1)
+    scores_BHQK = torch.cat([first_BHQP, q_BHQE @ key.mT], dim=-1)
+    if softcap is not None:
+        scores_BHQK = softcap * torch.tanh(scores_BHQK / softcap)
+    scores_BHGTK = scores_BHQK.view(b, h, -1, t, scores_BHQK.shape[-1])
+    scores_BHGTK[..., p:] += attention_mask[:, None]
+    weights_BHQK = scores_BHGTK.softmax(dim=-1, dtype=torch.float32).to(query.dtype).view_as(scores_BHQK)
+    first_HQP = weights_BHQK[..., :p].transpose(0, 1).reshape(h, -1, p)
+    out_BHQE = (first_HQP @ values_1HPE[0]).view(h, b, -1, e).transpose(0, 1) + weights_BHQK[..., p:] @ value
+    return out_BHQE.reshape(b, heads, t, e).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, eager_mask)
 
 
 def growing() -> Cache:

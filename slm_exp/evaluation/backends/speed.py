@@ -99,8 +99,7 @@ def measure_speed(cfg: Settings, dense: ModelHandle, compressed: ModelHandle) ->
     Returns:
         protocol (how it was timed), models (dense and compressed -> params, weight_bytes), cells (see `Cell`; what is
         None is left out) and notes (what limits the meaning of these numbers).
-    Raises:
-        DataError: NaN or infinite logits.
+    Raises DataError: NaN or infinite logits.
     Cost: (runs + 1) generations of both models per case.
     """
     handles = {"dense": dense, "compressed": compressed}
@@ -178,13 +177,13 @@ def _time(case: Case, handles: Mapping[str, ModelHandle], runs: int, discard: in
         for which, handle in handles.items():
             refuse_broken(handle.model(ids_BT[:1], use_cache=False).logits.amax())
             with _peak(handle.model.device) as peak:
-                _generate(handle.model, ids_BT, case.new, seed=0)
+                generate(handle.model, ids_BT, case.new, seed=0)
             grown[which] = peak()
         with advancing(f"speed {case.name}", runs, "run") as advance:
             for run in range(runs):
                 turns = list(handles.items())
                 for which, handle in turns if run % 2 == 0 else reversed(turns):
-                    took = _generate(handle.model, ids_BT, case.new, seed=run)
+                    took = generate(handle.model, ids_BT, case.new, seed=run)
                     if run >= discard:
                         seconds[which].append(took)
                 advance(1)
@@ -209,7 +208,7 @@ def prompt_ids(handle: ModelHandle, case: Case) -> Tensor:
     return torch.tensor([row] * case.batch, device=handle.model.get_input_embeddings().weight.device)  # type: ignore[arg-type]
 
 
-def _generate(model: PreTrainedModel, ids_BT: Tensor, new: int, seed: int) -> tuple[float, float]:
+def generate(model: PreTrainedModel, ids_BT: Tensor, new: int, seed: int) -> tuple[float, float]:
     """(seconds of a whole generation, seconds to its first token)."""
     torch.manual_seed(seed)
     settings = GenerationConfig(**SAMPLING, min_new_tokens=new, max_new_tokens=new, use_cache=True, pad_token_id=0)

@@ -101,8 +101,7 @@ class MergeRule(Component, ABC):
         Args:
             parameter: gives one of the window's k-th layer, where the modules do not hold them: read when the rule
                 looks at it, so that one projection of one layer is in memory at a time.
-        Raises:
-            ArchitectureError: the layers do not have the same parameters in the same shapes.
+        Raises ArchitectureError: the layers do not have the same parameters in the same shapes.
         """
         sources = [dict(layer.named_parameters()) for layer in layers]
         for i, other in enumerate(sources[1:], 1):

@@ -1,5 +1,3 @@
-"""The lowest layer of the window, whole: what the released ablation calls `delete`. A deletion, not a merge."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,5 +1,3 @@
-"""The highest layer of the window, whole: `top_layer` with its own norms and biases. A deletion, not a merge."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence

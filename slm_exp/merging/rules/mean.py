@@ -1,5 +1,3 @@
-"""The arithmetic mean of the window's projections (the released ablation's `average` forgets to divide)."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence

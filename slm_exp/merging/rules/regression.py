@@ -1,5 +1,3 @@
-"""A layer fitted to do to the stream what the window does."""
-
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,3 @@
-"""W_low + sum over the layers k above it of (W_k - W_low), the base frozen."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence

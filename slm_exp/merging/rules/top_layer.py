@@ -1,5 +1,3 @@
-"""Projections of the highest layer of the window, norms and biases of the lowest."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence

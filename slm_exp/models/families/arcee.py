@@ -4,7 +4,4 @@ from __future__ import annotations
 
 from slm_exp.models.layout import LayerLayout
 
-LAYOUT = LayerLayout(
-    "arcee",
-    mlp_in=("mlp.up_proj",),
-)
+LAYOUT = LayerLayout("arcee", mlp_in=("mlp.up_proj",))

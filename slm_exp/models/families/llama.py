@@ -4,8 +4,4 @@ from __future__ import annotations
 
 from slm_exp.models.layout import LayerLayout
 
-LAYOUT = LayerLayout(
-    "llama",
-    fields=("pretraining_tp",),
-    layerwise=True,
-)
+LAYOUT = LayerLayout("llama", fields=("pretraining_tp",), layerwise=True)

@@ -49,15 +49,16 @@ class Compared:
 
 
 def open_run(name: str, verify: bool = False) -> Measured:
-    """A model that a run measured, from `FOLDER` or `FOLDER:dense`.
-
-    Raises:
-        ConfigError: no record there, damaged, or nothing measured.
-    """
+    """A model that a run measured, from `FOLDER` or `FOLDER:dense`. Raises ConfigError: no record there, damaged, or
+    nothing measured."""
     path, _, which = name.rpartition(":") if name.endswith((":dense", ":compressed")) else (name, "", "")
     try:
         run = Run.read(Path(path), verify)
     except SlmError as error:
+        folder, colon, word = path.rpartition(":")
+        if colon and Path(folder).is_dir():
+            raise ConfigError(f"RUN = {path}: a run has no model {printable(word)}; expected {folder}:dense or "
+                              f"{folder}:compressed.") from None
         raise ConfigError(f"RUN = {path}: {error}") from None
     if run.problems:
         raise ConfigError(f"RUN = {name}; expected a run as it was written, and {run.damage}")

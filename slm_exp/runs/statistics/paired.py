@@ -45,7 +45,6 @@ def mcnemar(gained: int, lost: int) -> float:
     Args:
         gained: documents that only the second model answers right.
         lost: documents that only the first model answers right.
-
     Returns:
         Twice the smaller tail of Binomial(gained + lost, 1/2), at most 1. Exact in integers at any size.
     """
@@ -64,11 +63,9 @@ def bootstrap(differences: Sequence[np.ndarray], draws: int = DRAWS, seed: int =
             same S everywhere). Resampled are documents; a document's S differences stay together.
         draws: resamples. The smallest p-value is 1 / (draws + 1).
         seed: the same differences and seed give the same result on any machine.
-
     Returns:
         p is the share of resamples that lie as far from the difference as the difference from 0; never below the
         sign test's smallest p-value for as many documents as differ, which few resamples would miss.
-
     Cost: a document matters by its differences only, so a task costs draws x (distinct differences U), not x N.
     """
     rng = np.random.RandomState(seed)  # the one generator whose numbers numpy promises never to change

@@ -61,7 +61,6 @@ def difference(first: Sequence[Measured], second: Sequence[Measured], tasks: Seq
     Args:
         first, second: one run each, or as many runs that differ in their seed, paired in the order given.
         interval: False may leave stderr and interval out, where p does not need them.
-
     Returns:
         None unless every pair of runs has the same documents in its `samples/`; see `paired_difference`.
     """
@@ -81,10 +80,7 @@ def text_difference(first: Sequence[Measured], second: Sequence[Measured],
 
 def paired_difference(paired: Sequence[tuple[np.ndarray, np.ndarray]], interval: bool = True) -> Difference:
     """The one estimate of a difference, which pages, tables, `slm compare`, the terminal and the verdict show.
-
-    Args:
-        paired: per task or text the scores [S, N] of both sides on the same documents, for S seeds.
-
+    `paired`: per task or text the scores [S, N] of both sides on the same documents, for S seeds.
     Returns:
         The mean over tasks of the mean over documents of second minus first. One task of zeros and ones and one run
         each: exact McNemar test. Otherwise the paired bootstrap over documents; with several seeds the larger p-value

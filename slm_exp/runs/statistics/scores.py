@@ -6,9 +6,11 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from slm_exp.core.cache.digests import Status, status_of
 from slm_exp.core.errors import DataError
 from slm_exp.core.text import read_rows
 from slm_exp.evaluation.report import metric_of
@@ -27,6 +29,10 @@ class Estimate:
 
     value: float
     stderr: float | None
+
+    def times(self, factor: float) -> Estimate:
+        """In another unit: 100 for per cent."""
+        return Estimate(factor * self.value, None if self.stderr is None else factor * self.stderr)
 
 
 def estimate(scores: Scores, metric: str) -> Estimate | None:
@@ -64,6 +70,16 @@ def stderr_of_mean(parts: Iterable[Estimate | None]) -> float | None:
     return math.sqrt(math.fsum(e * e for e in known)) / len(known) if known and len(known) == len(parts) else None
 
 
+def on_front(costs_and_losses: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which pairs no other beats: none costs as little and loses less, or costs less and loses as little."""
+    least, good = math.inf, set[tuple[float, float]]()
+    for cost, loss in sorted(costs_and_losses):
+        if loss < least:
+            least = loss
+            good.add((cost, loss))
+    return [pair in good for pair in costs_and_losses]
+
+
 def by_document(path: Path, metric: str) -> dict[tuple[object, object], float]:
     """(doc_id, doc_hash) -> score; empty where the file is missing or damaged, or has another metric.
 
@@ -93,7 +109,15 @@ def chance_of(paths: Iterable[Path]) -> float | None:
 
 
 def samples_of(path: Path) -> list[dict[str, Any]]:
-    """A file of samples. Raises DataError: missing, damaged, or more than MOST rows."""
+    """A file of samples, not to be changed. Raises DataError: missing, damaged, or more than MOST rows."""
+    try:
+        return _samples(path, status_of(path))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}.") from None
+
+
+@lru_cache(maxsize=2)  # what is asked of a task: the scores of both models, then chance on the documents of one
+def _samples(path: Path, status: Status) -> list[dict[str, Any]]:
     rows = [row.value for row in itertools.islice(read_rows(path), MOST + 1)]
     if len(rows) > MOST:
         raise DataError(f"{path}: more than {MOST} rows.")

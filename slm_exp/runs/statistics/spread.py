@@ -32,12 +32,24 @@ def is_seed(path: str) -> bool:
     return path.rpartition("/")[2] == "seed"
 
 
-def by_seed(configs: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Which runs differ in nothing but seeds, by their numbers, in the order of the first of each.
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings, by their paths, in which some configs differ. One that another member of its group implies
+    (`method/protect_last` where only `method` differs) is none."""
+    known = [config for config in configs if config]
+    paths = [path for path in dict.fromkeys(p for config in known for p in config)
+             if not path.startswith(UNINTERESTING) and len({repr(c.get(path)) for c in known}) > 1]
 
-    Args:
-        configs: every setting by its path.
-    """
+    def implied(path: str) -> bool:
+        name = f"{path.partition('/')[0]}/name"
+        pairs = {(repr(c.get(name)), repr(c.get(path))) for c in known}
+        return path != name and name in paths and len({member for member, _ in pairs}) == len(pairs)
+
+    return [path for path in paths if not implied(path)]
+
+
+def by_seed(configs: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Which runs differ in nothing but seeds, by their numbers, in the order of the first of each. `configs`: every
+    setting by its path."""
     groups: dict[str, list[int]] = {}
     for number, config in enumerate(configs):
         same = sorted((path, repr(value)) for path, value in config.items()

@@ -73,9 +73,7 @@ class Tracking(Component, ABC):
         """Open before weights load, with the running record (run_id, config, overrides, group); always close.
 
         Leaves with the exit code that fits: 0, or 1 when an exception passes through.
-
-        Raises:
-            ConfigError: the tracker cannot start; names the remedy.
+        Raises ConfigError: the tracker cannot start; names the remedy.
         """
         yield  # type: ignore[misc]
 

@@ -56,11 +56,7 @@ class WandbTracking(Tracking):
         return [f"tracking.mode: {mode}" + ", slm sync sends it later" * (mode == "offline")] * (self.mode is None)
 
     def resolved_mode(self) -> str:
-        """The mode after the environment had its say.
-
-        Raises:
-            ConfigError: WANDB_MODE holds something else.
-        """
+        """The mode after the environment had its say. Raises ConfigError: WANDB_MODE holds something else."""
         if self.mode is not None:
             return self.mode
         requested = os.environ.get("WANDB_MODE") or ("online" if under_agent() else "offline")
@@ -86,11 +82,8 @@ class WandbTracking(Tracking):
             tracker.close(exit_code=0)
 
     def _start(self, record: JsonObject, folder: Path, mode: str) -> wandb.Run:
-        """Open the W&B run.
-
-        Raises:
-            ConfigError: wandb is not installed, or cannot start (no key, no network, no right to write).
-        """
+        """Open the W&B run. Raises ConfigError: wandb is not installed, or cannot start (no key, no network, no right
+        to write)."""
         try:
             import wandb
         except ImportError as error:
