@@ -36,7 +36,7 @@ class Gates(PartSets):
     steps: int = 200
     batch_share: float = 0.2
     """Of the calibration's sequences, in a step; one at least."""
-    lr: float = 0.1
+    lr: float = 0.3
     """Of the gates' log-odds, by Adam; it falls to zero in a straight line."""
     pressure: float = 20.0
     """Nats a token for missing all of what has to go; the more, the sooner gates close."""
