@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rows", type=int, default=gain.ROWS, help="held-out sequences of each of the three domains")
     parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # overrides behind options
     gain.ROWS = args.rows
     path = json.loads((args.folder / "path.json").read_text())
     study = load(f"model={path['config']['model']['name']}", "evaluation=none", "tracking=none", "calibration=tokens",

@@ -1,7 +1,7 @@
 """Peak memory of every method, merge rule, width pruner, recovery and evaluation, over the weights.
 
     python benchmarks/memory.py                                          # SmolLM2 in float32
-    python benchmarks/memory.py --only width recovery model=hf model.path=FOLDER model.dtype=auto
+    python benchmarks/memory.py --only width,recovery model=hf model.path=FOLDER model.dtype=auto
 
 Every line is a whole run, without evaluation or checkpoint (but for those that measure these), in a process of its own
 that is forked when all is imported and no weights are there. `times` is what the peak takes above the imports, over the
@@ -23,7 +23,8 @@ from typing import Any
 from slm_exp.core.registry import available
 
 GIB = 2**30
-TRAINED = ["recovery.data=bundled", "recovery.max_steps=1", "recovery.batch_size=4", "recovery.micro_batch_size=1"]
+TRAINED = ["recovery.data=bundled", "recovery.max_steps=1", "recovery.batch_size=4", "recovery.micro_batch_size=1",
+           "recovery.seq_len=64", "recovery.held_out=2"]
 FITTED = ["recovery.n_samples=8", "recovery.seq_len=64"]
 SHORT = {"evopress": ["method.starts=4", "method.children=4", "method.generations=1"], "laco": ["method.window=2"],
          "joint": ["method.steps=4", "method.fit_samples=8", "method.fit_seq_len=64"],
@@ -82,7 +83,7 @@ def child(folder: Path, overrides: list[str], result: Any) -> None:
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--only", nargs="+", default=[], metavar="GROUP", help="groups of members, or members")
+    parser.add_argument("--only", default="", help="groups of members or members, with commas between")
     args, overrides = parser.parse_known_args()
     import lm_eval.evaluator  # noqa: F401 all that runs import
     import peft  # noqa: F401
@@ -97,8 +98,8 @@ def main() -> None:
     context, base = multiprocessing.get_context("fork"), psutil.Process().memory_info().rss
     print(f"imports {base / GIB:.2f} GiB\n{'group':<12}{'member':<22}{'peak GiB':>9}{'times':>7}{'allowed':>9}")
     with tempfile.TemporaryDirectory(prefix="slm_exp-memory-") as folder:  # stages that are no member's are shared
-        for group, name, more in [("", "conversion", ["method=last", "method.target_layers=27"]), *cases()]:
-            if args.only and group and not {group, name} & set(args.only):
+        for group, name, more in [("", "first load", ["method=last", "method.target_layers=27"]), *cases()]:
+            if args.only and group and not {group, name} & set(args.only.split(",")):
                 continue
             gc.collect()
             ours, theirs = context.Pipe()

@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=["narrow"], choices=list(SHAPES))
     parser.add_argument("--memory", nargs="+", default=["stream", "resident"], choices=["stream", "resident"])
     parser.add_argument("--tokens", default="2x64", help="sequences x length")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has, where disk or time are short")
     parser.add_argument("--threshold", type=float, default=0.8, help="of the search")
     parser.add_argument("--stages", nargs="+", default=["similarity", "shortgpt", "slm", "refit", "save"])
     parser.add_argument("--limit", type=float, default=4.0, help="GiB for the streamed run; 0 is none")
@@ -230,7 +231,8 @@ def main() -> None:
     for name in args.shape:
         from transformers import AutoConfig
 
-        about = dict(SHAPES[name])
+        shape = SHAPES[name] | ({"num_hidden_layers": args.layers} if args.layers else {})
+        about = dict(shape)
         config = AutoConfig.for_model(about.pop("model_type"), **about)
         need = 2 * sum(p.numel() for p in empty_model(config).parameters())
         with tempfile.TemporaryDirectory(prefix="slm_exp-scale-", dir=args.folder) as where:
@@ -243,7 +245,7 @@ def main() -> None:
             folder = Path(where) / "dense"
             folder.mkdir()
             started = time.perf_counter()
-            make(folder, SHAPES[name])
+            make(folder, shape)
             print(f"made in {time.perf_counter() - started:.0f} s", flush=True)
             for how in args.memory:
                 room, wanted = available_memory(), 1.15 * need + GIB

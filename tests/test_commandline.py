@@ -136,3 +136,12 @@ def test_a_reader_that_has_enough_ends_a_command_with_status_1():
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() in ("0", "1")  # 0 where everything was written before the reader left
     assert "Traceback" not in done.stderr
+
+
+def test_bars_of_other_packages_are_silent_in_every_command(monkeypatch, capsys):
+    """They read it as they are imported, which no command has done by then."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    assert cli.main(["plan", "--help"]) == 0
+    assert os.environ["TQDM_DISABLE"] == "1"
+    shown = "from tqdm import tqdm; list(tqdm(range(3)))"
+    assert subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True).stderr == ""

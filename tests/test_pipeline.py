@@ -94,7 +94,7 @@ def test_calibration_can_be_repeated_from_its_own_file(run, tmp_path):
 PATCHES = {
     "load": "slm_exp.models.tiny.Tiny.open",
     "calibrate": "slm_exp.calibration.base.Calibration.draw",
-    "similarity": "slm_exp.similarity.layers.layer_similarity",
+    "similarity": "slm_exp.pipeline.stages.layer_similarity",
     "plan": "slm_exp.methods.slm.SLM.plan",
     "merge": "slm_exp.pipeline.stages.apply_plan",
     "width": "slm_exp.width.none.NoWidth.decide",

@@ -103,7 +103,8 @@ def _prune(where: Path | None, older_than: str | None, max_size: str | None, dry
         raise ConfigError("slm cache prune needs --older-than, --max-size or both.")
     done = cache_folder.prune(folder, older, size, dry_run)
     what = f"{done.entries} entries and {done.stale} stale temporary files, {human(done.bytes)}"
-    left = f"; {done.left} entries are left" + (f" ({done.in_use} in use)" if done.in_use else "")
+    stay = f" ({done.in_use} in use, or the folder cannot be written)" if done.in_use else ""
+    left = f"; {done.left} entries are left{stay}"
     print(f"would remove {what}" if dry_run else f"removed {what}{left}")
     return 0
 

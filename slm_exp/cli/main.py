@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from slm_exp.cli.command import Group, run_command, status_of
+from slm_exp.core.logs import silence_bars
 from slm_exp.core.plugins import take
 
 COMMANDS = {"plan": "plan [overrides]    what a run or a grid would do and cost; loads nothing",
@@ -60,6 +61,7 @@ def slm(ctx: click.Context) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Call `slm_exp.cli.COMMAND.main`. Exit status: the command's; 2 for a wrong call."""
+    silence_bars()
     if "_SLM_COMPLETE" in os.environ:
         importlib.import_module("slm_exp.cli.completion")  # its class for bash takes the place of click's
     return run_command(lambda words: status_of(slm, take(words), "slm"), sys.argv[1:] if argv is None else argv)

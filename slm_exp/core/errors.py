@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from slm_exp.core.format import printable
+
 NOT_FINITE = "Use model.dtype=float32 or bfloat16; if it is float32 already, the weights are damaged."
 """The remedy where weights or states of a model are not finite."""
 LONGEST = 4000
@@ -14,11 +16,12 @@ LONGEST = 4000
 class SlmError(Exception):
     """Base of every error this package raises on purpose; shown as one message, without a traceback.
 
-    What a file holds may be quoted in it: a message of more than LONGEST characters is cut.
+    What a file holds may be quoted in it: control characters are written out, and a message of more than LONGEST
+    characters is cut.
     """
 
     def __str__(self) -> str:
-        text = super().__str__()
+        text = printable(super().__str__())
         return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 

@@ -51,14 +51,17 @@ def decimals(error: float) -> int:
     """How many an error is worth, and so what it belongs to: 0.0346 has 3 (0.035), 9.68 none (10), 412 minus 2 (400).
 
     Two significant digits of an error that begins below 3.55, else one; the Particle Data Group's rule (Review of
-    Particle Physics, introduction, rounding).
+    Particle Physics, introduction, rounding). One that is none (a record may say -1) counts as its size.
     """
+    error = max(abs(error), 1e-12) if math.isfinite(error) else 1.0
     exponent = math.floor(math.log10(error))
     return (1 if error / 10.0**exponent < 3.55 else 0) - exponent
 
 
 def rounded(value: float, digits: int) -> str:
     """With so many decimals, none where negative: the digits before the point are zeros then. No negative zero."""
+    if abs(value) > 1e300:  # a whole number may have more digits than a float
+        return f"{'-' if value < 0 else ''}more than 1e300"
     text = f"{round(value, digits):.{max(0, digits)}f}"
     return text.lstrip("-") if float(text) == 0 else text
 

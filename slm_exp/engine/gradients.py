@@ -8,7 +8,7 @@ float32 copies of one layer's take their place.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,20 +17,27 @@ from slm_exp.core.errors import DataError
 from slm_exp.engine.runner import BlockRunner
 
 
+class Gradient(NamedTuple):
+    """A parameter, the gradient of the mean next-token loss, and the mean over samples of each sample's squared
+    gradient where it is asked for, else zeros. float32, only good until the next layer is requested."""
+
+    weight: Tensor
+    first: Tensor
+    square: Tensor
+
+
 def layer_gradients(
-    runner: BlockRunner, states: list[Tensor]
-) -> Iterator[tuple[int, dict[str, tuple[Tensor, Tensor]]]]:
-    """From the top layer down, each layer's parameters with the gradient of the mean next-token loss.
+    runner: BlockRunner, states: list[Tensor], squares: bool = False
+) -> Iterator[tuple[int, dict[str, Gradient]]]:
+    """From the top layer down, (layer, gradients by name inside it).
 
     Args:
         runner: of the model; its tokens are inputs and targets.
         states: entering layers 0..L-1, then the last layer's output: L + 1 of [N, T, D].
-    Yields:
-        (layer, {name: (parameter, gradient)}), both float32, only good until the next one is requested.
     Raises:
         DataError: the loss is not finite.
     Cost: a forward and a backward pass of every layer and of the head; memory for one layer's parameters in float32
-        three times over, one sample's activations of it, and [N, T, D].
+        three times over (four with `squares`), one sample's activations of it, and [N, T, D].
     """
     upstream = _last_state_gradient(runner, states[-1])
     for i in range(len(states) - 2, -1, -1):
@@ -38,6 +45,8 @@ def layer_gradients(
         device = next(layer.parameters()).device
         weights = {n: p.detach().float().clone().requires_grad_() for n, p in layer.named_parameters()}
         call = ordinary(runner.call(i, torch.float32))
+        found = {n: Gradient(w.detach(), torch.zeros_like(w), torch.zeros_like(w) if squares else torch.zeros(()))
+                 for n, w in weights.items()}
         for row in range(len(upstream)):
             x_1TD = ordinary(states[i][row : row + 1].to(device, torch.float32)).requires_grad_()
             with torch.enable_grad():
@@ -46,7 +55,14 @@ def layer_gradients(
             out.backward(upstream[row : row + 1].to(device))
             assert x_1TD.grad is not None
             upstream[row] = x_1TD.grad[0]
-        yield i, {n: (w.detach(), w.grad if w.grad is not None else torch.zeros_like(w)) for n, w in weights.items()}
+            for name, w in weights.items():
+                if w.grad is None:  # an expert that no token was sent to
+                    continue
+                found[name].first.add_(w.grad)
+                if squares:  # of a sample's own loss, of which 1/N is in the mean
+                    found[name].square.addcmul_(w.grad, w.grad, value=len(upstream))
+                w.grad = None
+        yield i, found
 
 
 def _last_state_gradient(runner: BlockRunner, last_NTD: Tensor) -> Tensor:

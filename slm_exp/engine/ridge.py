@@ -18,6 +18,8 @@ HELD = 5
 QUIET = 0.1
 """Channels whose gain is below this share of the median are left alone by a refit of the projection before the norm:
 what they lack would take a change so large that it turned all others' direction."""
+QUIETEST = 1e-3
+"""Of the mean square of all inputs: an input below it is penalised as if it had so much."""
 OUTLYING = 10.0
 """Times the median norm, from which on a token's state is outlying."""
 
@@ -74,10 +76,12 @@ class Moments:
         """What ridges are relative to: the mean weighted square of an input."""
         return float(self.xx_CC.diagonal().mean())
 
-    def solve(self, ridge: float) -> Tensor | None:
-        """The change that minimises the error plus ridge x its squares; None where inputs depend on each other."""
+    def solve(self, ridge: float, own_units: bool = False) -> Tensor | None:
+        """The change that minimises the error plus ridge x its squares, or those of what each input moves by it: a
+        quiet input is then pulled to zero no more than a loud one. None where inputs depend on each other."""
         damped_CC = self.xx_CC.clone()
-        damped_CC.diagonal().add_(ridge)
+        own_C = self.xx_CC.diagonal() / self.scale + QUIETEST if own_units else 1.0
+        damped_CC.diagonal().add_(ridge * own_C)
         factor_CC, failed = torch.linalg.cholesky_ex(damped_CC)
         return None if int(failed) else torch.cholesky_solve(self.xr_CD, factor_CC)
 
@@ -106,8 +110,8 @@ class GainMoments(Moments):
     def scale(self) -> float:
         return float(self.xx_CC.mean())
 
-    def solve(self, ridge: float) -> Tensor | None:
-        return self.xr_CD / (self.xx_CC + ridge)
+    def solve(self, ridge: float, own_units: bool = False) -> Tensor | None:
+        return self.xr_CD / (self.xx_CC + ridge * (self.xx_CC / self.scale + QUIETEST if own_units else 1.0))
 
     def error(self, change_CD: Tensor) -> float:
         return self.rr + float((change_CD.square() * self.xx_CC - 2 * change_CD * self.xr_CD).sum())
@@ -215,7 +219,7 @@ def held_out(n: int) -> Tensor:
     return held_N
 
 
-def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = False
+def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = False, own_units: bool = False
                ) -> tuple[Tensor, float, float] | None:
     """The change [C, D] of a linear map that takes most of the residual away on tokens it was not fitted on.
 
@@ -224,6 +228,7 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = F
 
     Args:
         whole: fit once more by the chosen ridge, on the tokens held out as well.
+        own_units: see `Moments.solve`.
     Returns:
         (change, ridge, squared residual left over `held`), or None where no ridge lowers it.
     Cost: one Cholesky factor of [C, C] and one product with [C, D] for every ridge.
@@ -233,7 +238,7 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = F
     if not scale > 0:
         return None
     for ridge in ridges:
-        change_CD = fit.solve(ridge * scale)
+        change_CD = fit.solve(ridge * scale, own_units)
         if change_CD is None:
             continue  # too small a ridge for inputs that nearly depend on each other
         error = held.error(change_CD)
@@ -241,7 +246,7 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = F
             best = change_CD, ridge, error
     if whole and best:
         both = type(fit)(fit.xx_CC + held.xx_CC, fit.xr_CD + held.xr_CD)
-        change_CD = both.solve(best[1] * both.scale)
+        change_CD = both.solve(best[1] * both.scale, own_units)
         return (best[0] if change_CD is None else change_CD, *best[1:])
     return best
 

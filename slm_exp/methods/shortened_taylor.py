@@ -37,6 +37,6 @@ class ShortenedTaylor(Shortened):
         with ticking("gradients", n, "layer") as tick:
             for i, weights in task.engine.gradients():
                 salience[i] = sum(float((w * g).abs().sum(dtype=torch.float64))
-                                  for name, (w, g) in weights.items() if name.endswith("weight"))
+                                  for name, (w, g, _) in weights.items() if name.endswith("weight"))
                 tick(f"{salience[i]:.3g} of layer {i}")
         return lowest({i: salience[i] for i in self.removable(n)}, n_remove, block_forwards=n)

@@ -40,7 +40,7 @@ from slm_exp.runs.files import result_files
 from slm_exp.runs.record import FILE as RECORD
 from slm_exp.runs.record import Run, failure, finished_run, git_state, read_run, versions, write_record
 from slm_exp.runs.schema import Record
-from slm_exp.runs.state import LOCK, remove_stale
+from slm_exp.runs.state import LOCK, remove_stale_below
 from slm_exp.runs.statistics.verdict import judge_run
 from slm_exp.runs.tracking.base import Tracker
 
@@ -132,7 +132,7 @@ class Recorder:
         except Timeout:
             log.warning("another process is computing run %s in %s; waiting for it.", run_id, self.folder)
             self._lock.acquire()
-        remove_stale(self.folder / RECORD, own_too=True)
+        remove_stale_below(self.folder)
         if done := finished_run(self.folder, run_id, bool(self.cfg.save_model), self.cfg.cache.accept == "exact"):
             self.finished, self.record = True, done.record.raw
             return self
@@ -170,11 +170,14 @@ class Recorder:
 
     def step(self, step: Step, x: Experiment) -> None:
         """Carry out the stages of a step, timed under its name."""
-        stages = [stage for stage in step.stages if stage.when(x)]
+        worked = False
         with self.stage(step.name) as cached:
-            cached += [self.carry_out(stage, x) for stage in stages]
+            for stage in step.stages:
+                if stage.when(x):  # asked in turn: one may hang on what the one before it found
+                    cached.append(self.carry_out(stage, x))
+                    worked |= stage.works(x)
         done = self.record["stages"][-1]
-        if any(stage.works(x) for stage in stages):  # nothing is said of no width to prune, and the like
+        if worked:  # nothing is said of no width to prune, and the like
             log.info("%-14s %8s%s", step.name, duration(done["seconds"]), "  from the cache" if done["cached"] else "")
 
     def watch(self, observer: Observer) -> None:

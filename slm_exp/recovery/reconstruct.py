@@ -16,6 +16,7 @@ from slm_exp.recovery.fitted import Fitted
 
 LAYERS = ("cuts", "all", "sublayers")
 WEIGHTS = ("class", "relative", "equal")
+DTYPES = ("float32", "bfloat16")
 
 
 @register("recovery", "reconstruct")
@@ -53,6 +54,9 @@ class Reconstruct(Fitted):
     weighting: str = "class"
     """relative: each token's error counts relative to its norm, as the next layer's norm sees it. class: likewise, and
     tokens of outlying norm together count as much as all others. equal: as it is."""
+    passes_in: str = "float32"
+    """Layers run over the tokens of the fit in it; states and sums stay float32 and float64. bfloat16 is several times
+    as fast where the device has instructions for it."""
 
     def check(self) -> None:
         super().check()
@@ -63,6 +67,7 @@ class Reconstruct(Fitted):
                 "one or more numbers > 0", "For example [0.01].")
         require_one_of("recovery.layers", self.layers, LAYERS)
         require_one_of("recovery.weighting", self.weighting, WEIGHTS)
+        require_one_of("recovery.passes_in", self.passes_in, DTYPES)
 
     def identity(self) -> Fields:
         return {**super().identity(), "passes": self.rounds}

@@ -30,6 +30,7 @@ class Settings(Protocol):
     attention: bool
     ridges: list[float]
     weighting: str
+    passes_in: str
 
     @property
     def rounds(self) -> int: ...
@@ -64,8 +65,9 @@ class _Refit:
         self.settings, self.task = settings, task
         self.layout = task.handle.layout
         ids_NT = tokens.tokens_NT
-        self.dense = BlockRunner(task.dense, ids_NT, torch.float32)
-        self.short = BlockRunner(task.handle, ids_NT, torch.float32)
+        self.dtype: torch.dtype = getattr(torch, settings.passes_in)
+        self.dense = BlockRunner(task.dense, ids_NT, self.dtype)
+        self.short = BlockRunner(task.handle, ids_NT, self.dtype)
         self.batches = [slice(at, at + self.short.rows) for at in range(0, len(ids_NT), self.short.rows)]
         self.held_N = held_out(len(ids_NT))
         shape = (*ids_NT.shape, int(task.handle.config.hidden_size))
@@ -178,7 +180,7 @@ class _Upward(_Refit):
     @cached_property
     def plain(self) -> BlockRunner:
         """Of the compressed model; nobody looks into its layers, so that they may be fused."""
-        return BlockRunner(self.task.handle, self.short.tokens_NT, torch.float32)
+        return BlockRunner(self.task.handle, self.short.tokens_NT, self.dtype)
 
     def _left(self) -> list[tuple[int, Kind]]:
         """The compressed model's sublayers, bottom to top, by position."""
@@ -203,7 +205,7 @@ class _Upward(_Refit):
         weight_NT = token_weights(self.dense_NTD, self.settings.weighting, self.short.rows)
         fit, held = moments(self.short, Slot(at, without=_other(kind)), modules[0], self.short_NTD, self.dense_NTD,
                             self.held_N, weight_NT, scale)
-        step = ridge_step(fit, held, self.settings.ridges, whole=True)
+        step = ridge_step(fit, held, self.settings.ridges, whole=True, own_units=True)
         weights = changed(self.layout, self.task.handle.layers[at], modules[0], {}, step[0]) if step else {}
         errors = [held.rr / held.tt, (step[2] if step else held.rr) / held.tt]
         return weights, Refitted(at, list(self.task.plan.slots[at]), errors, [modules[0]], [step[1] if step else None])
@@ -222,7 +224,7 @@ def _in_sequence(runner: BlockRunner, h_BTD: Tensor) -> bool:
     """Whether a layer is its attention and then its MLP; side by side they are not."""
     row = h_BTD[:1]
     whole, halves = runner.block(Slot(0), row), runner.block(_half(1), runner.block(_half(0), row))
-    return bool((whole - halves).norm() < 1e-3 * (whole - row).norm())
+    return bool((whole - halves).norm() < (1e-3 if runner.dtype == torch.float32 else 0.05) * (whole - row).norm())
 
 
 def _on_disk(path: Path, shape: tuple[int, ...]) -> Tensor:

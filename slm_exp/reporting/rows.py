@@ -166,7 +166,7 @@ def in_order(rows: list[Row]) -> list[Row]:
 
 def order(value: Any) -> tuple[bool, float, str]:
     """A sorting key for any setting: numbers first, by size."""
-    number = isinstance(value, (int, float))
+    number = isinstance(value, (int, float)) and abs(value) < 1e300  # more are no float
     return not number, float(value) if number else 0.0, str(value)
 
 

@@ -104,6 +104,7 @@ def gridline(y: float, text: str) -> Markup:
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """Four to eight round numbers around [low, high]."""
+    low, high = max(low, -1e300), min(high, 1e300)  # an interval may have no end
     reach = (high - low) or 0.1
     step = 10 ** math.floor(math.log10(reach / 4))
     step *= next(m for m in (1, 2, 5, 10) if reach / (step * m) <= 7)

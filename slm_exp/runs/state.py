@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from slm_exp.core import locks
 
 LOG = "run.log"
 LOCK = ".lock"
+TEMPORARY = re.compile(r"\..+\.([0-9]+)\.[0-9a-f]{6}\.tmp")
+"""The name of a file that is being written, see `core.files.writing`, with the writer's process."""
 FINISHED, FAILED, DIED, RUNNING, WAITING, DAMAGED = "finished", "failed", "died", "running", "waiting", "damaged"
 STATES = {
     FINISHED: "its record says so, made by this version of the package, and its files are as recorded",
@@ -47,14 +50,24 @@ def remove_stale(target: Path, own_too: bool = False) -> None:
     """
     for left in target.parent.glob(f".{target.name}.*.*"):
         pid = left.name.removeprefix(f".{target.name}.").split(".")[0]
-        if left.suffix not in (".tmp", ".old") or not pid.isdigit():
-            continue
-        if _alive(int(pid)) and not (own_too and int(pid) == os.getpid()):
-            continue
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        if left.suffix in (".tmp", ".old") and pid.isdigit():
+            _remove_of(int(pid), left, own_too)
+
+
+def remove_stale_below(folder: Path) -> None:
+    """Likewise of every file of a run, in its folder and below; to be called when its run begins."""
+    for left in folder.rglob(".*.tmp"):
+        if found := TEMPORARY.fullmatch(left.name):
+            _remove_of(int(found[1]), left, own_too=True)
+
+
+def _remove_of(pid: int, left: Path, own_too: bool) -> None:
+    if _alive(pid) and not (own_too and pid == os.getpid()):
+        return
+    if left.is_dir() and not left.is_symlink():
+        shutil.rmtree(left, ignore_errors=True)
+    else:
+        left.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:

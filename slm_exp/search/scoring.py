@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slm_exp.core.cache.journal import Journal
 from slm_exp.core.types import Group, MergePlan
-from slm_exp.engine.gradients import layer_gradients
+from slm_exp.engine.gradients import Gradient, layer_gradients
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.engine.vocabulary import mean_loss, prediction_distance, squared_distance
 from slm_exp.merging.rules.base import MergeRule
@@ -197,7 +197,7 @@ class ScoringEngine:
         """After the final norm."""
         return self.runner.finish(self.dense_states[-1])
 
-    def gradients(self) -> Iterator[tuple[int, dict[str, tuple[Tensor, Tensor]]]]:
+    def gradients(self) -> Iterator[tuple[int, dict[str, Gradient]]]:
         """See `engine.gradients.layer_gradients`. Not counted."""
         return layer_gradients(self.runner, self.dense_states)
 

@@ -119,7 +119,8 @@ def _target(m: Measured) -> str | None:
     method = m.record.config.get("method") or {}
     for key, value in method.items():
         if key.startswith("target_") and value is not None:
-            return f"{100 * value:.3g} %" if key == "target_ratio" else f"{value} {key.removeprefix('target_')}"
+            share = key == "target_ratio" and isinstance(value, float)
+            return f"{100 * value:.3g} %" if share else f"{value} {key.removeprefix('target_')}"
     return None
 
 

@@ -126,5 +126,5 @@ def _order(value: Any) -> tuple[bool, float, str]:
     """Numbers by size, highest first (a threshold of 1 merges least); then words."""
     try:
         return False, -float(value), ""
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return True, 0.0, str(value or "")

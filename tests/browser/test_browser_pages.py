@@ -110,8 +110,7 @@ def test_the_filter_holds_for_tables_and_charts(page: Page) -> None:
     assert set(column(page, "merge_rule")) == {"mean"}
     shown = f"{everything.count('mean')} of {len(everything)} runs"
     assert page.js("document.querySelector('form.filter output').textContent") == shown
-    left = page.js("[...document.querySelectorAll('a.point:not(.out)')].map(a => a.querySelector('use').parentElement"
-                   ".getAttribute('aria-label'))")
+    left = page.js("[...document.querySelectorAll('a.point:not(.out)')].map(a => a.getAttribute('aria-label'))")
     assert left
     assert all("merge_rule mean" in told for told in left)
     page.click("form.filter button[type=reset]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders.runs import QUICK
@@ -68,7 +69,12 @@ def test_no_file_of_a_run_holds_the_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MY_TOKEN", "opensesame")
-    (tmp_path / "opensesame.jsonl").write_text('{"text": "too short"}\n')
+    (tmp_path / "opensesame.jsonl").write_text((json.dumps({"text": "long enough to be read " * 6}) + "\n") * 40)
+
+    def no_luck(source: Any, *_: Any) -> None:
+        raise ValueError(f"{source.path} has too few texts")
+
+    monkeypatch.setattr("slm_exp.calibration.text.TextCalibration.draw", no_luck)
     overrides = [*QUICK, "calibration=jsonl", f"calibration.path={tmp_path}/${{oc.env:MY_TOKEN}}.jsonl"]
     cfg = compose_run([*overrides, f"cache.dir={tmp_path}/cache"])
     with pytest.raises(StageError), caplog.at_level(logging.INFO):

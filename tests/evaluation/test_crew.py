@@ -72,7 +72,7 @@ def test_two_processes_answer_what_one_does(tiny_handle: Any) -> None:
             lm.gather = two and two.gather
             found.append([getattr(lm, kind)([Instance(kind, {}, args, i) for i, args in enumerate(requests)])
                           for kind, requests in asked.items()])
-            if two is None:
+            if processes == 1:
                 continue
             for row in (0, 3):  # read here, there
                 wrong = tokens_NT.copy()

@@ -87,6 +87,28 @@ def test_a_text_does_nothing_in_the_state_of_a_sweep(
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", said.out + said.err)
 
 
+ODD_VALUES = (("config.merge_rule.name", 10**400), ("config.method.target_ratio", "x"), ("config.seed", -(10**400)),
+              *((f"eval.compressed.tasks.piqa.{name}_stderr", value) for name in ("acc", "acc_norm")
+                for value in (-1.0, 5e-324, 1e308)))
+
+
+@pytest.mark.parametrize(("place", "value"), ODD_VALUES)
+def test_a_value_that_no_run_has_is_shown(place: str, value: object, tmp_path: Path) -> None:
+    """In tables and on pages: found by the attacks at full size."""
+    for name in ("odd", "plain"):
+        shutil.copytree(OLD / "finished", tmp_path / name)
+    record = json.loads((tmp_path / "odd" / "record.json").read_text())
+    *path, last = place.split(".")
+    inner = record
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    (tmp_path / "odd" / "record.json").write_text(json.dumps(record))
+    words = ("--format", "md,tex,csv,html", "--mixed-protocols", "--out", str(tmp_path / "t"))
+    assert cli.main(["tables", "sweep", str(tmp_path), *words]) == 0
+    assert cli.main(["report", str(tmp_path), str(tmp_path / "odd"), "--mixed-protocols"]) == 0
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_encoding_of_the_output_will_do(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)

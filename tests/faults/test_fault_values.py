@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from server import Server
 
-from slm_exp.runs.state import remove_stale
+from slm_exp.core.errors import ConfigError
+from slm_exp.runs.state import remove_stale, remove_stale_below
 
 TINY = ("model=tiny", "tracking=none", "evaluation=none", "save_model=false", "calibration.n_samples=2",
         "calibration.seq_len=16")
@@ -155,6 +156,24 @@ def test_stale_temporary_files_go_and_others_stay(tmp_path: Path) -> None:
     (tmp_path / f".record.json.{gone}.x.tmp").symlink_to(tmp_path / "record.json")
     remove_stale(target, own_too=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(mine)
+
+
+def test_what_a_kill_left_of_any_file_of_a_run_goes_when_it_begins(tmp_path: Path) -> None:
+    """A sample that was being written was left for good: found by 60 kills at full size."""
+    gone = 2**22 + 1
+    (tmp_path / "samples" / "dense").mkdir(parents=True)
+    mine = [f".plan.json.{os.getppid()}.abcdef.tmp", ".notes.tmp", f".a.{gone}.tmp", f"samples/a.{gone}.abcdef.tmp"]
+    stale = [f".plan.json.{gone}.abcdef.tmp", f"samples/dense/.piqa.jsonl.gz.{gone}.14b9b3.tmp",
+             f".plan.json.{os.getpid()}.abcdef.tmp"]
+    for name in (*mine, *stale):
+        (tmp_path / name).write_text("x")
+    remove_stale_below(tmp_path)
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == sorted(mine)
+
+
+def test_a_message_obeys_no_terminal() -> None:
+    """Whatever file or word it quotes: found by the tables at full size."""
+    assert str(ConfigError("columns[0].show = \x1b[2J\x07")) == "columns[0].show = \\x1b[2J\\x07"
 
 
 @pytest.mark.parametrize("name", attack.some(["run.log", "record.json", "plan.json", "config.yaml"]))

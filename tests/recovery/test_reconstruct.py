@@ -85,6 +85,33 @@ def test_sublayer_by_sublayer_it_is_nearer_too_and_nothing_below_the_first_cut_c
     assert all(n.endswith(("mlp.down_proj.weight", "self_attn.o_proj.weight")) for n in found.tensors)
 
 
+def test_in_its_own_units_an_input_is_pulled_to_zero_no_matter_how_loud_it_is() -> None:
+    """The same inputs in other units, the map's weights in theirs: what the change does is the same."""
+    generator = torch.Generator().manual_seed(0)
+    x, r = (torch.randn(50, n, generator=generator, dtype=torch.float64) for n in (6, 2))
+    loud = x * torch.tensor([0.3, 1.0, 1.0, 1.0, 4.0, 1.0], dtype=torch.float64)
+    for own_units, same in ((True, True), (False, False)):
+        done = []
+        for inputs in (x, loud):
+            sums = Moments.empty(6, 2, torch.device("cpu"))
+            sums.add(inputs, r, torch.ones(50))
+            change = sums.solve(0.5 * sums.scale, own_units)
+            assert change is not None
+            done.append(inputs @ change)
+        assert torch.allclose(*done, rtol=0, atol=0.01 * float(done[0].abs().max())) == same
+
+
+def test_passes_in_bfloat16_find_what_float32_finds(refit: Any, ids_file: str) -> None:
+    off = {}
+    for passes_in in ("float32", "bfloat16"):
+        task, found, refitted = refit(Reconstruct(path=ids_file, layers="sublayers", passes_in=passes_in),
+                                      PLANS["removed"])
+        assert {t.dtype for t in found.tensors.values()} == {torch.float32}
+        off[passes_in] = float((last_state(refitted) - last_state(task.dense)).norm())
+    assert off["bfloat16"] == pytest.approx(off["float32"], rel=0.05)
+    assert off["bfloat16"] != off["float32"]
+
+
 def test_sublayer_by_sublayer_the_last_fit_is_on_all_tokens(refit: Any, ids_file: str) -> None:
     recovery = Reconstruct(path=ids_file, layers="sublayers")
     task, _, _ = refit(recovery, PLANS["removed"])
@@ -249,6 +276,7 @@ def test_texts_that_are_enough_at_the_start_are_enough_after_the_search(make_tin
     ({"passes": 0}, "recovery.passes = 0; expected"),
     ({"passes": 2, "layers": "sublayers"}, "recovery.passes = 2; expected null or 1"),
     ({"ridges": []}, "recovery.ridges = "),
+    ({"passes_in": "float16"}, "recovery.passes_in = float16; expected one of bfloat16, float32"),
     ({"layers": "some"}, "recovery.layers = some; expected one of all, cuts, sublayers"),
     ({"weighting": "relativ"}, "Did you mean relative"),
 ])  # fmt: skip

@@ -72,3 +72,18 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys) -> None:
     empty = make_run(tmp_path, ["method.threshold=0.6"], eval={"dense": None, "compressed": None})
     with pytest.raises(SlmError, match="measured tasks"):
         open_run(str(empty))
+
+
+def test_runs_that_measured_texts_alone_are_compared_by_them(tmp_path, capsys) -> None:
+    """evaluation=none with corpora: perplexity is all there is."""
+    folders = [make_run(tmp_path, [f"method.threshold={t}"], ratio=r) for t, r in ((0.9, 2.0), (0.8, 1.5))]
+    for folder in folders:
+        record = json.loads((folder / "record.json").read_text())
+        for side in record["eval"].values():
+            side |= {"tasks": {}, "average": None}
+        (folder / "record.json").write_text(json.dumps(record))
+    assert main(["compare", *map(str, folders), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["task"] == "perplexity news"
+    assert (row["first_score"], row["second_score"]) == pytest.approx((60, 45))
+    assert row["difference"] == pytest.approx(0.75)

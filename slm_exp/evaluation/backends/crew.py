@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
 class Crew:
     """This process and its helpers, which hold the same model and wait for work. See `crew`."""
 

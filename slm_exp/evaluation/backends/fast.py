@@ -16,6 +16,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -151,8 +152,8 @@ class FastLM(CheckedHFLM):
             self.warn_of_cuts(requests)
             assert self._forward is not None
             batches = list(self._batches(trees))
-            scores = self._all("scores", batches, [sum(map(len, batch)) for batch in batches],
-                               bool(self._forward.fused), disable_tqdm)
+            scores = self._all("scores", batches, [sum(map(len, batch)) for batch in batches], disable_tqdm,
+                               bool(self._forward.fused))
         else:
             scores = self._plain_scores(sequences, requests, disable_tqdm)
         for owner, score in scores:
@@ -162,9 +163,11 @@ class FastLM(CheckedHFLM):
                 self.cache_hook.add_partial("loglikelihood", text, score)
         return out
 
-    def _all(self, what: str, items: Sequence[Any], weights: Sequence[int], *args: Any) -> Iterable[tuple[int, Any]]:
-        """What the method `what` gives of all items, here and where `gather` sends some, in any order."""
-        here: Callable[..., Iterable[Any]] = getattr(self, what)
+    def _all(self, what: str, items: Sequence[Any], weights: Sequence[int], disable: bool, *args: Any
+             ) -> Iterable[tuple[int, Any]]:
+        """What the method `what` gives of all items, here and where `gather` sends some, in any order. Progress is this
+        process's."""
+        here: Callable[..., Iterable[Any]] = partial(getattr(self, what), disable=disable)
         return here(items, *args) if self.gather is None else self.gather(what, items, weights, args, here)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

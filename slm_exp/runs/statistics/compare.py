@@ -63,9 +63,9 @@ def open_run(name: str, verify: bool = False) -> Measured:
     if run.problems:
         raise ConfigError(f"RUN = {name}; expected a run as it was written, and {run.damage}")
     model = Measured(run, which or "compressed", name)
-    if not model.evaluation.tasks:
-        raise ConfigError(f"RUN = {name}; expected a run that has measured tasks on its {model.which} model, and this "
-                          f"one (status {run.record.status or None}) has none.")
+    if not (model.evaluation.tasks or model.evaluation.perplexity):
+        raise ConfigError(f"RUN = {name}; expected a run that has measured tasks or texts on its {model.which} model, "
+                          f"and this one (status {run.record.status or None}) has none.")
     return model
 
 
