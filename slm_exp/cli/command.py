@@ -110,10 +110,9 @@ def overrides_argument() -> Callable[[Callable[..., Any]], Any]:
 def complete_override(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """`group=member`, presets included, `table=NAME`, and fields (`method.threshold=`) of every member."""
     from slm_exp.launch.compose import choices
-    from slm_exp.tables.definition import table_names
 
-    words = [f"{group}={name}" for group in (*GROUPS, "experiment", "sweep") for name in choices(group)]
-    words += [f"table={name}" for name in table_names()]
+    words = [f"{group}={name}" for group in (*GROUPS, "experiment", "sweep", "table") for name in choices(group)
+             if not name.startswith("_")]
     words += sorted({f"{group}.{f.name}=" for group in GROUPS for member in available(group).values()
                      for f in dataclasses.fields(member)})
     return [CompletionItem(word) for word in words if word.startswith(incomplete)]
