@@ -21,6 +21,7 @@ import numpy as np
 from slm_exp.core.documents import StrictValue, parse
 from slm_exp.core.errors import PlanError
 from slm_exp.core.files import MAX_BYTES, plain, plain_file, write_json, writing
+from slm_exp.core.secrets import masked
 from slm_exp.core.widths import WidthDecision
 
 MAX_LAYERS = 10_000
@@ -369,6 +370,10 @@ class CalibrationTokens:
     """Where they came from, e.g. `bundled` or a path."""
     sample_ids: tuple[str, ...] = ()
     """One per row: which document (and offset) a row was cut from."""
+
+    def __post_init__(self) -> None:  # both may hold a file's name; drawn and read back they are the same
+        object.__setattr__(self, "source", masked(self.source))
+        object.__setattr__(self, "sample_ids", tuple(masked(self.sample_ids)))
 
     @property
     def digest(self) -> str:

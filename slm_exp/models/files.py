@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from slm_exp.core.cache.digests import files_digest, must_be_read
 from slm_exp.core.errors import CheckpointError, ConfigError
 from slm_exp.core.files import read_text
+from slm_exp.core.secrets import masked
 from slm_exp.models.config_file import read_config_file
 from slm_exp.models.layouts import FAMILIES
 
@@ -52,9 +53,9 @@ class Tensor(NamedTuple):
 
 
 def short_name(folder: Path) -> str:
-    """A folder's name; for the `model` folder of a run, with the run's name before it."""
+    """A folder's name as records show it; for the `model` folder of a run, with the run's name before it."""
     folder = folder.resolve()
-    return f"{folder.parent.name}-model" if folder.name == "model" else folder.name
+    return str(masked(f"{folder.parent.name}-model" if folder.name == "model" else folder.name))
 
 
 def is_sharded(folder: Path) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 from builders.runs import QUICK
@@ -14,6 +13,7 @@ from slm_exp.core import secrets
 from slm_exp.core.errors import StageError
 from slm_exp.core.secrets import masked
 from slm_exp.launch.compose import compose_run
+from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline import run as pipeline
 
 
@@ -65,22 +65,30 @@ def test_a_default_is_no_secret_and_a_missing_variable_is_named(monkeypatch: pyt
         compose_run([*QUICK, "calibration.field=${oc.env:NO_TOKEN}"])
 
 
+@pytest.mark.parametrize("fails", [False, True])
 def test_no_file_of_a_run_holds_the_secret(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_handle: ModelHandle, fails: bool
 ) -> None:
+    """Nor of its stage cache: names of the model, of samples, texts and corpora come from paths."""
     monkeypatch.setenv("MY_TOKEN", "opensesame")
+    there = tmp_path / "opensesame"
+    tiny_handle.model.save_pretrained(there)
+    tiny_handle.tokenizer.save_pretrained(there)  # type: ignore[union-attr]
     (tmp_path / "opensesame.jsonl").write_text((json.dumps({"text": "long enough to be read " * 6}) + "\n") * 40)
-
-    def no_luck(source: Any, *_: Any) -> None:
-        raise ValueError(f"{source.path} has too few texts")
-
-    monkeypatch.setattr("slm_exp.calibration.text.TextCalibration.draw", no_luck)
-    overrides = [*QUICK, "calibration=jsonl", f"calibration.path={tmp_path}/${{oc.env:MY_TOKEN}}.jsonl"]
+    (tmp_path / "opensesame.txt").write_text("long enough to be read " * 40)
+    secret = f"{tmp_path}/${{oc.env:MY_TOKEN}}"
+    overrides = [*QUICK, "model=hf", f"model.path={secret}", "calibration=jsonl", f"calibration.path={secret}.jsonl",
+                 "save_model=true", "evaluation=custom", f"evaluation.corpora.mine={secret}.txt"]
     cfg = compose_run([*overrides, f"cache.dir={tmp_path}/cache"])
-    with pytest.raises(StageError), caplog.at_level(logging.INFO):
+    if fails:
+        monkeypatch.setattr("slm_exp.runs.checkpoint.save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(
+            ValueError(f"no room in {there}")))
+    with pytest.raises(StageError) if fails else nullcontext():
         pipeline.run(cfg, tmp_path / "run", overrides)
     record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["status"] == ("failed" if fails else "finished")
     assert record["config"]["calibration"]["path"] == f"{tmp_path}/***.jsonl"
+    assert (record["model"]["name"], record["calibration"]["source"]) == ("***", f"{tmp_path}/***.jsonl")
     assert record["overrides"] == overrides  # the name, with which the command can be repeated
-    for path in (tmp_path / "run").rglob("*"):
-        assert not path.is_file() or b"opensesame" not in path.read_bytes(), path
+    for path in (p for folder in ("run", "cache") for p in (tmp_path / folder).rglob("*") if p.is_file()):
+        assert b"opensesame" not in path.read_bytes(), path
