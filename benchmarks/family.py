@@ -22,8 +22,7 @@ from slm_exp import load
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan, hosts
 from slm_exp.recovery import gain
-from slm_exp.recovery.base import RecoveryResult, RecoveryTask, with_tensors
-from slm_exp.recovery.families import Relative
+from slm_exp.recovery.base import RecoveryResult, RecoveryTask, Relative, with_tensors
 from slm_exp.recovery.family import Family
 
 

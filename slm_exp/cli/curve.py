@@ -13,8 +13,7 @@ from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan, hosts
 from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline.stages import BUILT, HELD_OUT, READ, Experiment
-from slm_exp.recovery.base import RecoveryResult, RecoveryTask, with_tensors
-from slm_exp.recovery.families import Relative
+from slm_exp.recovery.base import RecoveryResult, RecoveryTask, Relative, with_tensors
 from slm_exp.recovery.family import Family
 from slm_exp.runs.checkpoint import save_checkpoint
 from slm_exp.search.path import PathPlan

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slm_exp.core.errors import DataError
 from slm_exp.engine.runner import BlockRunner
+from slm_exp.models.base import ModelHandle
 
 
 class Gradient(NamedTuple):
@@ -63,6 +64,12 @@ def layer_gradients(
                     found[name].square.addcmul_(w.grad, w.grad, value=len(upstream))
                 w.grad = None
         yield i, found
+
+
+def model_gradients(handle: ModelHandle, tokens_NT: Any, squares: bool) -> Iterator[tuple[int, dict[str, Gradient]]]:
+    """`layer_gradients` of a model on some tokens, after a float32 pass over them whose states are kept."""
+    runner = BlockRunner(handle, tokens_NT, torch.float32)
+    return layer_gradients(runner, runner.states(), squares)
 
 
 def _last_state_gradient(runner: BlockRunner, last_NTD: Tensor) -> Tensor:

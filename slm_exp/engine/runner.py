@@ -115,6 +115,13 @@ class BlockRunner:
                 out[start : start + self.rows] = run(h_NTD[start : start + self.rows])
             return out
 
+    def states(self) -> list[Tensor]:
+        """Entering layers 0..L-1, and the last one's output before the final norm: L + 1 of [N, T, D]."""
+        states = [self.embed()]
+        for i in range(self.handle.n_layers):
+            states.append(self.block(Slot(i), states[-1]))
+        return states
+
     def last_state(self) -> Tensor:
         """After all layers and the final norm: [N, T, D]. Cost: one forward pass but for the head."""
         h_NTD = self.embed()

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slm_exp.engine.runner import BlockRunner
+from slm_exp.models.base import ModelHandle
 
 PIECE = 1 << 22
 """Logits held at once: 16 MiB in float32, which stays near the processor."""
 WORDS = 4096
+
+
+def model_loss(handle: ModelHandle, tokens_NT: Any) -> float:
+    """`mean_loss` of a model on some tokens. Cost: a forward pass."""
+    runner = BlockRunner(handle, tokens_NT)
+    return mean_loss(runner, runner.last_state())
 
 
 def mean_loss(runner: BlockRunner, last_NTD: Tensor) -> float:

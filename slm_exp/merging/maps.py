@@ -50,7 +50,9 @@ def _place(name: str) -> tuple[int, int, str]:
 
 
 def with_maps(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """As `shared_copy`, with the maps that `tensors` has put behind their layers."""
+    """As `shared_copy`, with the maps that `tensors` may have put behind their layers."""
+    if not any(PART in name for name in tensors):
+        return shared_copy(model, tensors)
     config = mapped_config(model.config, tensors)
     old = ranks(model.config)
     out = shared_copy(model, {n: t for n, t in tensors.items() if PART not in n}, config=config)

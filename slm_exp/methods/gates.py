@@ -1,5 +1,3 @@
-"""A gate on every sublayer learns, under the budget, how much the model needs it: the least needed set goes."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

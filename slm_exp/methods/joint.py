@@ -175,8 +175,7 @@ class Joint(Sized):
 
     def _plan(self, task: PlanTask, tokens: str, found: dict[int, Price], choices: Sequence[Choice], costs: Costs
               ) -> MergePlan:
-        from slm_exp.engine.runner import Slot
-        from slm_exp.search.joint import narrowed
+        from slm_exp.search.joint import slots_without
 
         handle, full = task.handle, full_shape(task.handle.config)
         of = {c.layer: c for c in choices}
@@ -196,10 +195,7 @@ class Joint(Sized):
                              hidden=int(handle.config.hidden_size)),
             kept=KeptUnits(query_heads=[[*range(h)] for h in heads], kv_heads=[[*range(h // per)] for h in heads],
                            channels=[pack_indices(c, full.channels) for c in channels]))
-        slots = tuple(
-            Slot(i, narrowed(handle.layout, handle.layers[i], c) if len(c) < full.channels else {},
-                 without=frozenset({"attention"} if i in gone else ())) for i, c in enumerate(channels))
-        score = task.engine.score(slots)
+        score = task.engine.score(slots_without(handle, gone, channels))
         total = sum(found[c.layer].mlp(c.channels, full.channels - self._half(handle)) + (
             found[c.layer].attention or 0.0) * c.attention for c in choices)
         note = (f"joint: {len(gone)} attentions and {sum(c.channels for c in choices)} MLP channels go, "

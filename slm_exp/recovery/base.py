@@ -48,6 +48,15 @@ class RecoveryTask:
 
 
 @dataclass(frozen=True)
+class Relative:
+    """One plan of a family."""
+
+    task: RecoveryTask
+    hosts: tuple[int, ...]
+    """For every layer of its model, the layer of the dense one whose adapter it takes; see `merging.surgery.hosts`."""
+
+
+@dataclass(frozen=True)
 class RecoveryResult:
     """What a recovery changed: new tensors by parameter name, and its report. Everything else is shared."""
 
@@ -194,7 +203,6 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 def copy_with(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
     """See `merging.sharing.shared_copy`; new maps of the stream are put behind their layers."""
-    from slm_exp.merging.maps import PART, with_maps
-    from slm_exp.merging.sharing import shared_copy
+    from slm_exp.merging.maps import with_maps
 
-    return with_maps(model, tensors) if any(PART in name for name in tensors) else shared_copy(model, tensors)
+    return with_maps(model, tensors)

@@ -5,24 +5,14 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slm_exp.engine.head_loss import next_token_loss, taught
-from slm_exp.recovery.base import RecoveryTask
+from slm_exp.recovery.base import Relative
 from slm_exp.recovery.lora import Lora
-
-
-@dataclass(frozen=True)
-class Relative:
-    """One plan of a family."""
-
-    task: RecoveryTask
-    hosts: tuple[int, ...]
-    """For every layer of its model, the layer of the dense one whose adapter it takes; see `merging.surgery.hosts`."""
 
 
 class Students(nn.Module):

@@ -1,5 +1,3 @@
-"""One LoRA that recovers every plan of a threshold path at once: `slm path ... recovery=family`."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,13 +11,11 @@ from slm_exp.core.registry import register
 from slm_exp.core.runtime import world
 from slm_exp.core.together import Together
 from slm_exp.models.sizes import Sizes
-from slm_exp.recovery.base import RecoveryResult, RecoveryTask
+from slm_exp.recovery.base import RecoveryResult, RecoveryTask, Relative
 from slm_exp.recovery.lora import Lora
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from slm_exp.recovery.families import Relative
 
 
 @register("recovery", "family")
@@ -62,8 +58,6 @@ class Family(Lora):
         return work + Work(head=work.head / self.passes()), notes
 
     def recover(self, task: RecoveryTask) -> RecoveryResult:
-        from slm_exp.recovery.families import Relative
-
         one = Relative(task, tuple(range(task.handle.n_layers)))
         adapters = self.adapters([one])
         return RecoveryResult(self.recovered(one, adapters), adapters.report)

@@ -54,9 +54,9 @@ class Full(Trained):
         return model
 
     def at(self, model: nn.Module, done: float) -> None:
-        from slm_exp.recovery.masked import set_share
-
-        set_share(model, 1 - done if self.masked == "decay" else 0.0)
+        for module in model.modules():
+            if hasattr(module, "share"):
+                module.share = 1 - done if self.masked == "decay" else 0.0  # type: ignore[assignment]
 
     def result(self, task: RecoveryTask, model: nn.Module) -> dict[str, Tensor]:
         from slm_exp.recovery.masked import zeroed_again

@@ -55,12 +55,10 @@ def held_out_tokens(dense: ModelHandle, tokens: CalibrationTokens) -> Calibratio
 
 def held_out_loss(model: ModelHandle, dense: ModelHandle, tokens: CalibrationTokens) -> HeldOutLoss:
     """Of a model. Cost: one forward pass. `tokens`: the run's calibration."""
-    from slm_exp.engine.runner import BlockRunner
-    from slm_exp.engine.vocabulary import mean_loss
+    from slm_exp.engine.vocabulary import model_loss
 
     own = held_out_tokens(dense, tokens)
-    runner = BlockRunner(model, own.tokens_NT)
-    loss = mean_loss(runner, runner.last_state())
+    loss = model_loss(model, own.tokens_NT)
     return HeldOutLoss(loss if math.isfinite(loss) else None, own.source, own.digest)
 
 

@@ -32,13 +32,6 @@ def hold(model: nn.Module, modules: Iterable[str]) -> None:
         module.register_buffer("mask", (module.weight != 0).to(module.weight.dtype), persistent=False)
 
 
-def set_share(model: nn.Module, share: float) -> None:
-    """What pruned weights count from here on."""
-    for module in model.modules():
-        if isinstance(module, MaskedLinear):
-            module.share = share
-
-
 def zeroed_again(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Trained tensors by name, with zeros wherever a mask has them."""
     masks = {f"{name}.weight": m.mask for name, m in model.named_modules() if isinstance(m, MaskedLinear)}

@@ -12,7 +12,7 @@ from torch import Tensor
 from slm_exp.calibration.fit import shared_sequences
 from slm_exp.core.errors import DataError
 from slm_exp.core.types import CalibrationTokens, FittedFile, Group, MergePlan
-from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.engine.runner import BlockRunner
 from slm_exp.merging.fitted import pack, unpack
 from slm_exp.merging.rules.base import FittingRule
 from slm_exp.search.inputs import SearchInputs
@@ -32,14 +32,6 @@ def disjoint(tokens: CalibrationTokens, scored: CalibrationTokens, who: str, set
                         f"common with it. A score on tokens of the fit rewards overfitting: give other tokens by "
                         f"{setting} or calibration.")
     return tokens
-
-
-def dense_states(runner: BlockRunner) -> list[Tensor]:
-    """The dense states entering layers 0..L-1, and the last one's output."""
-    states = [runner.embed()]
-    for i in range(runner.handle.n_layers):
-        states.append(runner.block(Slot(i), states[-1]))
-    return states
 
 
 class Fits(ABC):
@@ -64,7 +56,7 @@ class Fits(ABC):
     @cached_property
     def states(self) -> list[Tensor]:
         """Entering layers 0..L-1, and the last one's output."""
-        return dense_states(BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32))
+        return BlockRunner(self.task.handle, self.tokens.tokens_NT, torch.float32).states()
 
 
 class Windows(Fits):

@@ -6,7 +6,7 @@ Letters: C channels of an MLP, K those that stay, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from slm_exp.core.types import CalibrationTokens
 from slm_exp.engine.progress import ticking
 from slm_exp.engine.ridge import changed, eliminated, moments, ridge_step
 from slm_exp.engine.runner import BlockRunner, Slot
+from slm_exp.merging.sizes import full_shape
+from slm_exp.models.base import ModelHandle
 from slm_exp.search import knapsack
 from slm_exp.search.inputs import journal_of
 from slm_exp.search.task import PlanTask
@@ -149,6 +151,13 @@ def narrowed(layout: Any, layer: Any, stay_K: Tensor | Sequence[int], map_KD: Te
         for part, tensor in layer.get_submodule(name).named_parameters():
             new[f"{name}.{part}"] = tensor[index]
     return {name: tensor.detach() for name, tensor in new.items()}
+
+
+def slots_without(handle: ModelHandle, gone: Collection[int], channels: Sequence[Sequence[int]]) -> tuple[Slot, ...]:
+    """The model without the attention of some layers, with these channels left in every MLP."""
+    wide = full_shape(handle.config).channels
+    return tuple(Slot(i, narrowed(handle.layout, handle.layers[i], c) if len(c) < wide else {},
+                      without=frozenset({"attention"} if i in gone else ())) for i, c in enumerate(channels))
 
 
 def cheapest(found: Mapping[int, Price], need: float, gain: Callable[[Choice], float], step: int, wide: int

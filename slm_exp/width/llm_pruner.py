@@ -61,19 +61,13 @@ class LLMPruner(Pruner):
         return (FIRST, n_layers - LAST) if n_layers > FIRST + LAST else (0, n_layers)
 
     def scores(self, task: WidthTask, choose: Choose) -> Scored:
-        import torch
-
-        from slm_exp.engine.gradients import layer_gradients
-        from slm_exp.engine.runner import BlockRunner, Slot
+        from slm_exp.engine.gradients import model_gradients
 
         handle, layout, n = task.handle, task.handle.layout, task.handle.n_layers
-        runner = BlockRunner(handle, task.tokens.tokens_NT, torch.float32)
-        states = [runner.embed()]
-        for i in range(n):
-            states.append(runner.block(Slot(i), states[-1]))
+        squares = self.taylor in ("param_second", "param_mix")
         out: dict[int, LayerScores] = {}
         with ticking("gradients", n, "layer") as tick:
-            for i, found in layer_gradients(runner, states, squares=self.taylor in ("param_second", "param_mix")):
+            for i, found in model_gradients(handle, task.tokens.tokens_NT, squares):
                 salience = {name: SALIENCE[self.taylor](*found[f"{name}.weight"]) for name in layout.projections}
                 out[i] = coupled_sums(salience, layout, handle.config, signed_rows=self.taylor == "vectorize")
                 tick(f"layer {i}")

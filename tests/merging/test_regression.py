@@ -23,7 +23,6 @@ from slm_exp.merging.fitted import pack, unpack
 from slm_exp.merging.rules.regression import Regression
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.runs.mergekit import check as expressible
-from slm_exp.search.fitting import dense_states
 
 FIT = ("merge_rule=regression", "merge_rule.n_samples=6", "merge_rule.seq_len=24", "merge_rule.steps=3")
 WINDOW = Group(2, 5)
@@ -39,7 +38,7 @@ def error(handle: Any, weights: dict[str, torch.Tensor], ids: str) -> float:
     """Of the stream after a layer in place of the window, on the sequences held out."""
     tokens = np.load(ids)
     runner = BlockRunner(handle, tokens, torch.float32, fuse=False)
-    states = dense_states(runner)
+    states = runner.states()
     wanted = states[WINDOW.stop]
     held = held_out(len(tokens))
     off = (runner.block(Slot(WINDOW.start, weights), states[WINDOW.start]) - wanted).double().square().sum(-1)
@@ -49,7 +48,7 @@ def error(handle: Any, weights: dict[str, torch.Tensor], ids: str) -> float:
 def fitted(handle: Any, ids: str, **fields: Any) -> dict[str, torch.Tensor]:
     rule, tokens = Regression(path=ids, **fields), np.load(ids)
     runner = BlockRunner(handle, tokens, torch.float32, fuse=False)
-    states = dense_states(runner)
+    states = runner.states()
     return rule.fit(runner, WINDOW, states[WINDOW.start], states[WINDOW.stop])
 
 

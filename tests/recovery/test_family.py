@@ -18,8 +18,8 @@ from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import available
 from slm_exp.core.types import MergePlan
 from slm_exp.merging.surgery import apply_plan, hosts
-from slm_exp.recovery.base import RecoveryTask, copy_with
-from slm_exp.recovery.families import Relative, Students, family_loss
+from slm_exp.recovery.base import RecoveryTask, Relative, copy_with
+from slm_exp.recovery.families import Students, family_loss
 from slm_exp.recovery.family import Family
 
 RULE: Any = available("merge_rule")["top_layer"]()
