@@ -64,7 +64,10 @@ class Start(NamedTuple):
     """Its keys and values."""
 
 
-def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: set[int], start: Start | None = None,
+NOTHING = Start()
+
+
+def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: set[int], start: Start = NOTHING,
                       done: Callable[[int], None] = lambda tokens: None) -> list[list[int]]:  # fmt: skip
     """The most likely tokens after each prompt, until `ended` or `room` or with one of `ends`, which is included.
 
@@ -78,7 +81,7 @@ def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: s
     Cost: one pass over the prompts after their start, then a forward of one token per step and row; the cache of all.
     """
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
-    begun = len(start.tokens) if start is not None else 0
+    begun = len(start.tokens)
     tails = [p.tokens[begun:] for p in prompts]
     size = max(map(len, tails))
     ids_BT = torch.tensor([[0] * (size - len(tail)) + list(tail) for tail in tails], device=device)
@@ -87,7 +90,7 @@ def continue_greedily(model: PreTrainedModel, prompts: Sequence[Prompt], ends: s
     out: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     cache: Any = growing() if window_of(model) is None else None
-    before = start.kept.before_all(model) if start is not None and start.kept is not None else nullcontext()
+    before = start.kept.before_all(model) if start.kept is not None else nullcontext()
     with torch.inference_mode(), before:
         while rows:
             output: Any = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT,

@@ -31,8 +31,8 @@ from slm_exp.engine.calls import STATES_BYTES, entering, in_step, streams
 from slm_exp.engine.fused import fused_layer, supported
 from slm_exp.engine.progress import advancing
 from slm_exp.evaluation.backends.decoding import (
+    NOTHING,
     Prompt,
-    Start,
     agrees,
     continue_greedily,
     starting,
@@ -245,7 +245,7 @@ class FastLM(CheckedHFLM):
 
     def continued(self, rows: Sequence[_Rows], disable: bool = True) -> Iterator[tuple[int, list[int]]]:
         """(number, tokens generated) of every prompt; fewer at once when memory ends."""
-        ends, start, left = stop_ids(self.model, self.tokenizer.eos_token_id), Start(), deque(rows)
+        ends, start, left = stop_ids(self.model, self.tokenizer.eos_token_id), NOTHING, deque(rows)
         everything = [p for some in rows for p in some.prompts]
         what = f"greedy answers to {len(everything)} prompts, at most"
         with advancing(what, sum(p.room for p in everything), "token", disable) as advance:

@@ -90,11 +90,9 @@ def takes_shared(model: PreTrainedModel) -> bool:
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
-               scaling: float | None = None, softcap: float | None = None, s_aux: Any = None, **_: Any
+               scaling: float | None = None, softcap: float | None = None, **_: Any
                ) -> tuple[Tensor, None]:  # fmt: skip
     """Softmax over shared and own keys together: [B, H G, T, E], [B, H, S, E] twice -> [B, T, H G, E]."""
-    if s_aux is not None:
-        raise RuntimeError("its attention has sinks")
     keys_1HPE, values_1HPE = _before_all.get()[module.layer_idx]  # type: ignore[index]
     b, heads, t, e = query.shape
     h, p = keys_1HPE.shape[1:3]
