@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from slm_exp.core.cache.code import Code
@@ -57,9 +58,9 @@ def recovered(x: Experiment, sizes: Mapping[int, Size], about: JsonObject) -> It
                        tuple(hosts(size.plan, rule))) for size in sizes.values()]
     inputs = {"recovery": recipe.identity(), "dense": x.dense.digest, "device": x.dense.device.type,
               "models": [one.task.handle.digest for one in family], "tokens": x.tokens.digest, "seed": x.cfg.seed}
-    compute = lambda: recipe.adapters(family)  # noqa: E731
-    adapters = (x.store.cached("recover", inputs, RecoveryResult, compute, TRAINED_BY)[0] if recipe.stored()
-                else compute())
+    train = partial(recipe.adapters, family)
+    adapters = (x.store.cached("recover", inputs, RecoveryResult, train, TRAINED_BY)[0] if recipe.stored()
+                else train())
     about |= {"name": recipe.name, "report": adapters.report, "dense": held_out(x, x.dense), "sizes": {}}
     for (n, size), one in zip(sizes.items(), family, strict=True):
         model = with_tensors(size.model, RecoveryResult(recipe.recovered(one, adapters)), {
