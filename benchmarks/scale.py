@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=4.0, help="GiB for the streamed run; 0 is none")
     parser.add_argument("--resident-limit", type=float, default=24.0)
     parser.add_argument("--folder", help="scratch; null is the system's", default=None)
+    parser.add_argument("--keep", help="a folder where checkpoints stay, and are looked for", default=None)
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -235,18 +237,25 @@ def main() -> None:
         about = dict(shape)
         config = AutoConfig.for_model(about.pop("model_type"), **about)
         need = 2 * sum(p.numel() for p in empty_model(config).parameters())
-        with tempfile.TemporaryDirectory(prefix="slm_exp-scale-", dir=args.folder) as where:
-            free = shutil.disk_usage(where).free
-            copies = 2 if "save" in args.stages else 1
-            print(f"{name}: {copies * need / 1e9:.1f} GB in {where} ({free / 1e9:.0f} GB free): the weights"
-                  f"{' and as much again for what is saved' * (copies - 1)}; removed afterwards", flush=True)
-            if free < 1.1 * copies * need:
+        with ExitStack() as stack:
+            if args.keep:
+                where = Path(args.keep, f"{name}-{config.num_hidden_layers}")
+            else:
+                scratch = tempfile.TemporaryDirectory(prefix="slm_exp-scale-", dir=args.folder)
+                where = Path(stack.enter_context(scratch))
+            folder, made = where / "dense", where / "dense" / "model.safetensors.index.json"
+            folder.mkdir(parents=True, exist_ok=True)
+            free, saves = shutil.disk_usage(where).free, "save" in args.stages
+            room = (saves + (not made.exists())) * need
+            print(f"{name}: {room / 1e9:.1f} GB in {where} ({free / 1e9:.0f} GB free): the weights"
+                  f"{' and as much again for what is saved' * saves}; {'kept' if args.keep else 'removed'} afterwards",
+                  flush=True)
+            if free < 1.1 * room:
                 raise SystemExit("there is not enough room; give another --folder.")
-            folder = Path(where) / "dense"
-            folder.mkdir()
-            started = time.perf_counter()
-            make(folder, shape)
-            print(f"made in {time.perf_counter() - started:.0f} s", flush=True)
+            if not made.exists():
+                started = time.perf_counter()
+                make(folder, shape)
+                print(f"made in {time.perf_counter() - started:.0f} s", flush=True)
             for how in args.memory:
                 room, wanted = available_memory(), 1.15 * need + GIB
                 if how == "resident" and room < wanted:
