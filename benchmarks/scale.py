@@ -90,6 +90,7 @@ def work(folder: Path, how: str, tokens: tuple[int, int], stages: list[str], thr
     import torch
 
     from slm_exp.core.cache.store import StageStore
+    from slm_exp.core.files import write_json
     from slm_exp.core.registry import available
     from slm_exp.core.types import CalibrationTokens, MergePlan
     from slm_exp.merging.surgery import apply_plan
@@ -120,6 +121,10 @@ def work(folder: Path, how: str, tokens: tuple[int, int], stages: list[str], thr
         about.update(blocks=found.block_forwards, evaluations=found.evaluations, layers=found.n_layers_out,
                      accepted=sum(t.accepted for t in found.trace))
 
+    def from_plan() -> None:
+        write_json(folder.parent / "plan.json", plan.to_json())
+        plan_of("from_plan", path=str(folder.parent / "plan.json"))
+
     def refit() -> None:
         path = folder.parent / "fit.npy"
         np.save(path, np.random.default_rng(1).integers(0, handle.config.vocab_size, (4, tokens[1])).astype(np.int32))
@@ -136,7 +141,8 @@ def work(folder: Path, how: str, tokens: tuple[int, int], stages: list[str], thr
         "load": lambda: handle.model.eval() and None,
         "similarity": lambda: layer_similarity(handle, calibration, kernel, matrix) and None,
         "shortgpt": lambda: plan_of("shortgpt", target_layers=3 * n // 4),
-        "slm": lambda: plan_of("slm", threshold=threshold), "refit": refit, "save": save}
+        "slm": lambda: plan_of("slm", threshold=threshold), "refit": refit, "from_plan": from_plan,
+        "save": save}
     for name in ["load", *stages]:
         layers: Any = handle.layers if handle.loaded else None
         files = layers.residence.files if isinstance(layers, StreamedLayers) else None
@@ -215,7 +221,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="2x64", help="sequences x length")
     parser.add_argument("--layers", type=int, help="fewer than the shape has, where disk or time are short")
     parser.add_argument("--threshold", type=float, default=0.8, help="of the search")
-    parser.add_argument("--stages", nargs="+", default=["similarity", "shortgpt", "slm", "refit", "save"])
+    parser.add_argument("--stages", nargs="+", default=["similarity", "shortgpt", "slm", "refit", "from_plan", "save"])
     parser.add_argument("--limit", type=float, default=4.0, help="GiB for the streamed run; 0 is none")
     parser.add_argument("--resident-limit", type=float, default=24.0)
     parser.add_argument("--folder", help="scratch; null is the system's", default=None)

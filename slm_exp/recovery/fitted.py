@@ -12,6 +12,7 @@ from slm_exp.core.together import Together
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.engine.batches import Row
 from slm_exp.models.base import ModelHandle
+from slm_exp.models.sizes import Sizes
 from slm_exp.recovery.base import Recovery, RecoveryTask, token_rows
 from slm_exp.recovery.cuts import needs_dense_stream
 
@@ -58,6 +59,10 @@ class Fitted(Recovery):
 
     def _source(self) -> FitSource:
         return FitSource(self.path, self.n_samples, self.seq_len, self.field, CALLED)
+
+    def memory(self, sizes: Sizes, width: float) -> float:
+        """The dense stream at the cuts, in float64: before, after, and what is added."""
+        return 4 * 8 * self.n_samples * self.seq_len * sizes.hidden
 
     def draw(self, task: RecoveryTask) -> CalibrationTokens:
         """The tokens to fit on: none from a document that the plan was found with, where documents are known. Raises
