@@ -125,6 +125,14 @@ def plain_file(path: Path) -> Path:
     return path
 
 
+def no_file(path: Path) -> str | None:
+    """Why there is no file to be read at a path, as a sentence; or None."""
+    if path.is_file():
+        return None
+    return ("it is a folder." if path.is_dir() else "it is a pipe or a device." if path.exists()
+            else "there is no such file.")
+
+
 def read_text(path: Path) -> str:
     """UTF-8, with or without a byte order mark. Raises OSError / ValueError: as `plain_file`; not UTF-8, or over
     MAX_BYTES."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.cost import ADAM_BYTES, Work
 from slm_exp.core.errors import ConfigError, DataError, require, require_one_of
-from slm_exp.core.files import digest
+from slm_exp.core.files import digest, no_file
 from slm_exp.core.registry import Fields, knob
 from slm_exp.core.runtime import world
 from slm_exp.core.together import Together
@@ -114,8 +114,8 @@ class Trained(Recovery):
         out = super().identity()
         if self.data == "jsonl" and self.path is not None:
             file = Path(self.path).expanduser()
-            if not file.is_file():
-                raise ConfigError(f"recovery.path = {self.path}; expected an existing file. There is no such file.")
+            if reason := no_file(file):
+                raise ConfigError(f"recovery.path = {self.path}: {reason} Expected a file.")
             out["path"] = content_digest(file)
         return out
 

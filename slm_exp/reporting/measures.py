@@ -81,9 +81,8 @@ class Measure:
 
 def over_budgets(rows: Sequence[Row]) -> dict[str, list[Measure]]:
     """Every measure over every budget that runs have, parameters first; what searches select by over those alone."""
-    found = {name: measure(rows, name) for name in OVER}
-    return {name: some if name == "params" else [m for m in some if not m.criterion]
-            for name, some in found.items() if any(p.row for m in some for p in m.points)}
+    found = {name: [m for m in measure(rows, name) if name == "params" or not m.criterion] for name in OVER}
+    return {name: some for name, some in found.items() if any(p.row for m in some for p in m.points)}
 
 
 def costs(row: Row, budget: str) -> tuple[float | None, float | None]:

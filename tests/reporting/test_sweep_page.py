@@ -228,6 +228,20 @@ def test_quality_is_drawn_over_every_budget_that_runs_have(tmp_path: Path) -> No
     assert (folder / "figures" / "perplexity-wikitext2-over-bytes.pdf").is_file()
 
 
+def test_runs_that_measured_nothing_are_drawn_over_no_further_budget(tmp_path: Path) -> None:
+    """Of these there is what searches select by, and that has no front over operations or bytes."""
+    folder = sweep(tmp_path)
+    for run in ("aaa", "bbb", "ccc", "ddd"):
+        if (folder / run / "record.json").is_file():
+            edit(folder / run, lambda record: record.update(eval={}, costs={
+                "length": 128, "dense": {"flops_per_token": 3e8, "bytes": 5e8},
+                "compressed": {"flops_per_token": 2e8, "bytes": 4e8}}))
+    found = measures.over_budgets([with_results(row) for row in read_rows(folder)[1]])
+    assert list(found) == ["params"]
+    assert all(m.criterion for m in found["params"])
+    assert "Over " not in " ".join(Page(write_sweep_report(folder).read_text()).text("h3"))
+
+
 def test_no_front_is_drawn_on_what_searches_select_by(grid: Path, page: Page) -> None:
     found = {m.name: m for m in measures.measure([with_results(row) for row in read_rows(grid)[1]])}
     assert found["Similarity to dense, flat_cosine"].front == []
