@@ -258,6 +258,7 @@ class SlurmLauncher(Launcher):
         }
         argv = ["sbatch", "--parsable", *(f"--{n}" if value is True else f"--{n}={value}"
                                           for n, value in options.items() if value not in (None, False)), str(path)]
+        since = time.time()
         try:
             done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
         except subprocess.CalledProcessError as error:
@@ -265,7 +266,7 @@ class SlurmLauncher(Launcher):
         except (OSError, subprocess.TimeoutExpired) as error:
             raise SlmError(f"{shlex.join(argv)}: {error}. Whether it was submitted, squeue says.") from None
         job = done.stdout.strip().partition(";")[0]  # JOB or JOB;CLUSTER
-        new = {j.run_id: {"job": f"{job}_{i}" if array else job, "user": getpass.getuser(), "since": time.time(),
+        new = {j.run_id: {"job": f"{job}_{i}" if array else job, "user": getpass.getuser(), "since": since,
                           "log": log.replace("%a", str(i))} for i, j in enumerate(jobs)}
         before: dict[str, Any] = {}
         with contextlib.suppress(FileNotFoundError):
