@@ -95,7 +95,6 @@ class Runtime(Component):
         require(bool(DEVICE.fullmatch(self.device)), "runtime.device", self.device, "auto, cpu, cuda or cuda:N")
         require(self.threads is None or 1 <= self.threads <= MOST_THREADS, "runtime.threads", self.threads,
                 f"null or a number from 1 to {MOST_THREADS}")
-
         require_one_of("runtime.memory", self.memory, ("auto", "resident", "stream"))
 
     def cpu_threads(self) -> int:

@@ -100,7 +100,7 @@ class Pruner(Width):
             require(value is None or 0 < value < 1, f"width.{name}", value, "null or a share in (0, 1)")
         require_one_of("width.order", self.order, ("after", "before"))
         require_one_of("width.heads", self.heads, sizes.HEAD_UNITS)
-        require(self.ecoflap_samples >= 1, "width.ecoflap_samples", self.ecoflap_samples, "a whole number >= 1")
+        self.at_least(1, "ecoflap_samples")
         if self.allocation is not None:
             require_one_of("width.allocation", self.allocation, ALLOCATIONS)
         given = [f"width.{name}" for name in ("ratio", "share", "ratios") if getattr(self, name) is not None]
