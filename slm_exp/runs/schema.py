@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from slm_exp.core.documents import Section, parse
 from slm_exp.core.files import JsonObject
+from slm_exp.core.plugins import Plugin
 from slm_exp.evaluation.report import FreeText, SpeedCase
 
 Scores = dict[str, int | float | str | None]
@@ -341,15 +342,6 @@ class ResultFile(Section):
     sha256: str
 
 
-class UsedPlugin(Section):
-    """A plug-in that a member of the config came from; see core/plugins."""
-
-    name: str = ""
-    file: str | None = None
-    digest: str = ""
-    version: str | None = None
-
-
 class Record(Section):
     """record.json."""
 
@@ -358,7 +350,8 @@ class Record(Section):
     group: str | None = None
     command: str = ""
     overrides: list[str] = []
-    plugins: list[UsedPlugin] = []
+    plugins: list[Plugin] = []
+    """That members of the config came from."""
     config: JsonObject = {}
     """Every setting, with the member's name in each group."""
     versions: dict[str, str | None] = {}
