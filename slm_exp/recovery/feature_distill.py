@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.errors import require_one_of
 from slm_exp.core.registry import Fields, register
 from slm_exp.core.together import Together
 from slm_exp.recovery.base import RecoveryTask
@@ -40,7 +40,7 @@ class FeatureDistill(Trained):
 
     def check(self) -> None:
         super().check()
-        require(self.window >= 1, "recovery.window", self.window, "a whole number >= 1")
+        self.at_least(1, "window")
         require_one_of("recovery.layers", self.layers, ("cuts", "all"))
 
     def identity(self) -> Fields:

@@ -20,7 +20,7 @@ from slm_exp.core.errors import SlmError
 from slm_exp.core.files import write_json
 from slm_exp.core.types import LayerSimilarity, MergePlan, Sublayer
 from slm_exp.reporting import atlas, measures, svg, sweep_charts
-from slm_exp.reporting.measures import Point, _with_front
+from slm_exp.reporting.measures import Point, with_front
 from slm_exp.reporting.rows import in_order, read_rows, with_results
 from slm_exp.reporting.sweep import is_sweep, write_sweep_report
 from slm_exp.runs.sweep import SweepFolder
@@ -194,7 +194,7 @@ def test_the_front_is_what_no_other_model_beats() -> None:
     rng = np.random.default_rng(0)
     for higher in (True, False):
         points = [Point(None, int(params), float(value)) for params, value in rng.integers(0, 9, (40, 2))]
-        for point in _with_front(points, higher):
+        for point in with_front(points, higher):
             def beats(other: Point, point: Point = point, higher: bool = higher) -> bool:
                 better = other.value > point.value if higher else other.value < point.value
                 return (better and other.cost <= point.cost) or (
