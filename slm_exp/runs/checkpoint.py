@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from slm_exp.core.errors import CheckpointError
 from slm_exp.core.files import honour_umask, write_json, write_text
+from slm_exp.core.logs import without_bars
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.generation import savable
@@ -63,7 +64,7 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
         remove_stale(folder)
         tmp.mkdir(parents=True)
         model = compressed.model
-        with savable(model.generation_config):
+        with savable(model.generation_config), without_bars():
             size = 0 if model.device.type != "cpu" else sum(p.nbytes for p in model.parameters())
             digests = write_by_layer(compressed, tmp) if compressed.streamed or size > RELOADED_WHOLE else None
             if digests is None:
