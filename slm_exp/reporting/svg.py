@@ -96,10 +96,13 @@ class Axis:
 
 
 def axes(across: Axis, up: Axis, height: float, titles: tuple[str, str], below: float = 38.0) -> list[Markup]:
-    """Gridlines, numbers and titles of both axes: the lower one's `below` the chart, the other one's above it."""
+    """Gridlines, numbers and titles of both axes: the lower one's `below` the chart, the other one's above it. Where the
+    lower one's numbers would touch on a phone, every other one is not shown there (`odd`)."""
+    numbers = [across.label(tick) for tick in across.ticks]
+    odd = " odd" if sum(len(text) + 2 for text in numbers) > 44 else ""
     return [*(gridline(up.down(tick, height), up.label(tick)) for tick in up.ticks),
-            *(tag("text", across.label(tick), x=across.across(tick), y=height + 18, class_="mid")
-              for tick in across.ticks),
+            *(tag("text", text, x=across.across(tick), y=height + 18, class_=f"mid{odd * (k % 2)}")
+              for k, (tick, text) in enumerate(zip(across.ticks, numbers, strict=True))),
             tag("text", titles[0], x="50%", y=height + below, class_="mid title"),
             tag("text", titles[1], x=-38, y=-13, class_="title")]
 
