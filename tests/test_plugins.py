@@ -227,3 +227,15 @@ def test_a_sweep_has_it_in_its_jobs_and_asks_for_it_again(middle, launcher):
     assert anew.returncode == 0, anew.stderr
     found = [json.loads(path.read_text())["plan"]["dropped"] for path in work.glob("sweep/*/record.json")]
     assert found == [[2, 3]]
+
+
+def test_a_job_that_is_unpickled_knows_its_plugin(middle):
+    """As in the workers of joblib and submitit, which import a member's class and nothing of the command line."""
+    config = "compose_run(['model=tiny', 'method=middle', 'method.target_layers=6'])"
+    made = python("-c", "import pickle, sys; from slm_exp.core import plugins; plugins.add(['mine.py']); "
+                        f"from slm_exp.launch.compose import compose_run; cfg = {config}; "
+                        "print(cfg.run_id, pickle.dumps(cfg).hex())", cwd=middle.parent)
+    run_id, pickled = made.stdout.split()
+    there = python("-c", f"import pickle; print(pickle.loads(bytes.fromhex('{pickled}')).run_id)", cwd=middle.parent,
+                   SLM_EXP_PLUGINS=str(middle))
+    assert there.stdout.split() == [run_id], there.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -46,6 +47,27 @@ def test_importing_the_package_loads_nothing_and_the_names_are_there():
     assert set(slm_exp.__all__) <= set(dir(slm_exp))
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         slm_exp.lod  # noqa: B018
+
+
+def test_no_bar_of_another_package_shows_and_a_notebooks_own_stay(finished_run, tmp_path):
+    model, folder = str(finished_run / "model"), str(tmp_path / "run")
+    program = f"""
+from transformers import AutoModelForCausalLM
+from slm_exp import apply, find_plan, load, run
+words = ("model=hf", "model.path={model}", *{TINY[1:]!r}, "method.target_layers=2")
+study = load(*words)
+small = apply(study, find_plan(study))
+run(*words, folder={folder!r})
+import sys; print("now its own", file=sys.stderr)
+AutoModelForCausalLM.from_pretrained({model!r})
+"""
+    bare = {k: v for k, v in os.environ.items() if "DISABLE" not in k}
+    done = subprocess.run([sys.executable, "-c", program], env=bare, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, own = done.stderr.split("now its own")
+    assert "it/s" in own
+    assert "it/s" not in ours
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 def test_the_pages_code_runs(tmp_path, monkeypatch):

@@ -225,6 +225,8 @@ def split_sweep(overrides: Sequence[str], params: dict[str, str], limit: int | N
                                   f"them are meant: hydra.sweeper.max_jobs={jobs}")
             if limit is not None and jobs >= MANY:
                 print(f"{jobs} jobs to compose and check", file=sys.stderr)
+            if none := next((axis for axis in of.values() if not count(axis)), None):
+                raise ConfigError(f"{none.input_line}: it has no value, so no job is left.")
             return grid(of)
     except HydraException as error:
         raise ConfigError(explain(error, overrides)) from None

@@ -50,7 +50,8 @@ def summary(finished: JsonObject, folder: Path) -> str:
         f" ({params.ratio_removed or 0:.1%} removed)",
     ]
     if plan.final_score is not None:
-        lines.append(f"  score      {plan.final_score:.4f} by {plan.similarity} ({plan.evaluations} candidates)")
+        tried = f"{plan.evaluations} candidate{'s' * (plan.evaluations != 1)}"
+        lines.append(f"  score      {plan.final_score:.4f} by {plan.similarity} ({tried})")
     if (met := plan.target.budget) and met.dense:
         lines.append(f"  budget     {_cost(met, met.reached)} of at most {_cost(met, met.limit)}, dense "
                      f"{_cost(met, met.dense)}: {met.what}")

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from slm_exp.core.errors import CheckpointError
 from slm_exp.core.files import honour_umask, write_json, write_text
+from slm_exp.core.logs import without_bars
 from slm_exp.core.types import CalibrationTokens, MergePlan
 from slm_exp.models.base import ModelHandle
 from slm_exp.models.generation import savable
@@ -67,7 +68,7 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
         size = 0 if model.device.type != "cpu" else sum(p.nbytes for p in model.parameters())
         by_layer = compressed.streamed or size > RELOADED_WHOLE
         with contextlib.nullcontext() if by_layer else _reader() as reader:
-            with savable(model.generation_config):
+            with savable(model.generation_config), without_bars():
                 digests = write_by_layer(compressed, tmp) if by_layer else None
                 if digests is None:
                     model.save_pretrained(tmp, max_shard_size=max_shard_size)

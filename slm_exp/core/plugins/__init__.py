@@ -105,6 +105,8 @@ def loaded() -> list[Plugin]:
 def plugin_of(kind: type) -> Plugin | None:
     """The plug-in that a class belongs to; None for a class of this package. Of a script or module that registers a
     member by itself, one made of its file; of a notebook's cell, one without file and digest."""
+    if not _ready:  # a launcher's worker that unpickled a job has imported the class and nothing else
+        load()
     module = kind.__module__
     for name, plugin in _loaded.items():
         if module == name or module.startswith(f"{name}."):
