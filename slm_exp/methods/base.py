@@ -233,6 +233,11 @@ class Method(Component, ABC):
         more = 2 * n_layers if self.compensate else 0
         return replace(count, blocks=count.blocks + more, scores=count.scores + bool(more))
 
+    def memory(self, sizes: Sizes, seq_len: int) -> float:
+        """Bytes that the search takes beside the model and the calibration's states, about. `seq_len`: of the latter's
+        sequences."""
+        return 0
+
     def search_cost(self, n_layers: int, removed: int | None) -> Count:
         """`cost` without a compensation: one look at the dense states and one compressed model, which runs anew from
         its first cut up. Override where a search takes more."""

@@ -11,6 +11,7 @@ from slm_exp.core.together import Together
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.engine.batches import Row
 from slm_exp.models.base import ModelHandle
+from slm_exp.models.sizes import Sizes
 from slm_exp.recovery.base import Recovery, RecoveryTask, token_rows
 from slm_exp.recovery.cuts import needs_dense_stream
 
@@ -30,6 +31,10 @@ class Fitted(FitSettings, Recovery):
             raise ConfigError(f"recovery={self.name}: {dense.layout.family} layers cannot be refitted by regression: "
                               f"{dense.layout.no_refit}. Take recovery=lora or another trained recovery.")
         self.fit_source().check(dense)
+
+    def memory(self, sizes: Sizes, width: float) -> float:
+        """The dense stream at the cuts, in float64: before, after, and what is added."""
+        return 4 * 8 * self.n_samples * self.seq_len * sizes.hidden
 
     def draw(self, task: RecoveryTask) -> CalibrationTokens:
         """The tokens to fit on: none from a document that the plan was found with, where documents are known. Raises

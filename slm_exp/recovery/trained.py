@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.core.cache.digests import content_digest
-from slm_exp.core.cost import ADAM_BYTES, Work
+from slm_exp.core.cost import ADAM_BYTES, Work, activations
 from slm_exp.core.errors import ConfigError, DataError, require, require_one_of
 from slm_exp.core.files import digest, no_file
 from slm_exp.core.registry import Fields, knob
@@ -162,8 +162,12 @@ class Trained(Recovery):
         """What a step costs, in forward passes of the student."""
         return self.forwards
 
-    def memory(self, sizes: Sizes) -> float:
-        return sizes.total * ADAM_BYTES
+    def memory(self, sizes: Sizes, width: float) -> float:
+        return sizes.total * ADAM_BYTES + self._activations(sizes)
+
+    def _activations(self, sizes: Sizes) -> float:
+        return activations(self.micro_batch_size, self.seq_len, sizes.n_layers, sizes.hidden, sizes.heads,
+                           self.gradient_checkpointing)
 
     @abstractmethod
     def student(self, task: RecoveryTask) -> nn.Module:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slm_exp.calibration.fit import FitSettings, check_ridges
-from slm_exp.core.cost import Work
+from slm_exp.core.cost import Work, normal_equations
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.registry import register
 from slm_exp.core.types import CalibrationTokens, Group
@@ -61,6 +61,13 @@ class Regression(FitSettings, FittingRule):
         forwards = windows * (10 + 5 * self.steps * self.sweeps) + sizes.n_layers
         return Work(blocks=forwards * sizes.block_flops(total, self.seq_len),
                     wide=windows * (3 + self.sweeps) * (2 * total + len(self.ridges) * sizes.mlp) * sizes.mlp**2)
+
+    def memory(self, sizes: Sizes) -> float:
+        """The dense states of all layers, and what L-BFGS remembers of the inner projections, or a regression."""
+        total, outer = self.n_samples * self.seq_len, sizes.hidden * (sizes.mlp + sizes.query)
+        remembered = (2 * self.steps + 6) * 4 * (sizes.layer - outer) if self.sweeps else 0
+        return (4 * total * (sizes.n_layers + 1) * sizes.hidden + 3 * 4 * sizes.layer
+                + max(remembered, normal_equations(sizes.mlp, sizes.hidden, total / 5)))
 
     def combine(self, weights: Sequence[Tensor]) -> Tensor:
         return Mean().combine(weights)
