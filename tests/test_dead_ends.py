@@ -14,6 +14,8 @@ from builders.records import make_run
 
 from slm_exp.cli.main import main as slm
 from slm_exp.cli.run import main as run
+from slm_exp.core.version import __version__
+from slm_exp.launch.compose import conf_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,6 +68,44 @@ def test_a_page_of_what_is_no_run_says_so(there, capsys):
 def test_a_folder_of_presets_that_is_not_there_is_named(there, capsys):
     assert run(["--config-dir", "nothing", "+experiment=mine"]) == 2
     assert capsys.readouterr().err.startswith("ConfigError: --config-dir = nothing; expected an existing folder.")
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--config-name", "nothing"], "--config-name = nothing; expected one of config. Presets: experiment=best, "),
+    (["--config-name", "experiment/demo"], "demo is a preset: experiment=demo"),
+    (["--config-path", "nothing"], "--config-path = nothing; expected an existing folder"),
+    (["--config-path", "own"], "--config-name = config; expected one of mine"),
+    (["--cfg", "jo"], "--cfg/-c: invalid choice: 'jo' (choose from"),
+    (["--cfg"], "--cfg/-c: expected one argument"),
+    (["metod.threshold=0.8"], "there is no group metod. Did you mean method?"),
+    (["kernel.gamma=3"], "the kernel that is chosen has no gamma; it is a field of kernel=polynomial."),
+    (["model"], "model: a setting is GROUP=MEMBER or GROUP.FIELD=VALUE. Members of model: gemma3_270m, "),
+    (["model="], "model = ; expected one of gemma3_270m, "),
+    (["-m", "method.threshold=range(0.9,0.8,0.05)"], "range(0.9,0.8,0.05): it has no value, so no job is left"),
+    (["-m", "seed=0,1", "kernel=glob(zz*)"], "kernel=glob(zz*): it has no value"),
+])  # fmt: skip
+def test_a_typo_is_answered_in_a_line(there, words, said, capsys):
+    (there / "own").mkdir()
+    (there / "own" / "mine.yaml").touch()
+    assert run(words) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_config_of_ones_own_in_place_of_the_packages(there, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["slm-exp"])
+    (there / "own").mkdir()
+    (there / "own" / "mine.yaml").write_text((conf_dir() / "config.yaml").read_text() + "\nseed: 7\n")
+    (there / "own" / "bare.yaml").write_text("defaults: [run_schema, _self_]\nseed: 7\n")
+    for words in (["--config-dir", "own", "--config-name", "mine"], ["--config-path", "own", "--config-name", "bare"]):
+        assert run(["--cfg", "job", *words]) == 0
+        assert "seed: 7\n" in capsys.readouterr().out
+
+
+def test_the_version_is_this_packages(capsys):
+    assert run(["--version"]) == slm(["--version"]) == 0
+    assert capsys.readouterr().out == 2 * f"slm_exp {__version__}\n"
 
 
 def test_a_bare_word_on_the_command_line_of_a_run(there, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -48,6 +49,27 @@ def test_importing_the_package_loads_nothing_and_the_names_are_there():
         slm_exp.lod  # noqa: B018
 
 
+def test_no_bar_of_another_package_shows_and_a_notebooks_own_stay(finished_run, tmp_path):
+    model, folder = str(finished_run / "model"), str(tmp_path / "run")
+    program = f"""
+from transformers import AutoModelForCausalLM
+from slm_exp import apply, find_plan, load, run
+words = ("model=hf", "model.path={model}", *{TINY[1:]!r}, "method.target_layers=2")
+study = load(*words)
+small = apply(study, find_plan(study))
+run(*words, folder={folder!r})
+import sys; print("now its own", file=sys.stderr)
+AutoModelForCausalLM.from_pretrained({model!r})
+"""
+    bare = {k: v for k, v in os.environ.items() if "DISABLE" not in k}
+    done = subprocess.run([sys.executable, "-c", program], env=bare, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, own = done.stderr.split("now its own")
+    assert "it/s" in own
+    assert "it/s" not in ours
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
 def test_the_pages_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S)
@@ -81,7 +103,8 @@ def test_a_notebook_runs_on_real_weights(notebook, tmp_path):
 
 
 def test_the_steps_are_those_of_the_run(study, tmp_path):
-    finished = run(*TINY, "method.target_layers=6", "save_model=true", folder=tmp_path / "run")
+    once = (*TINY, "method.target_layers=6", "save_model=false")
+    finished = run(*once, folder=tmp_path / "run")
     plan = find_plan(study)
     assert finished.plan == plan
     assert finished.record.calibration.digest == study.tokens.digest
@@ -91,7 +114,7 @@ def test_the_steps_are_those_of_the_run(study, tmp_path):
     for given in (finished, finished.folder, finished.folder / "plan.json"):
         assert apply(study, given).digest == apply(study, plan).digest
     stages = {stage.name: stage.cached for stage in finished.record.stages}
-    again = read_run(run(*TINY, "method.target_layers=6", "seed=0", folder=tmp_path / "again").folder)
+    again = read_run(run(*once, "seed=0", folder=tmp_path / "again").folder)
     assert {s.name: s.cached for s in again.record.stages} == {**stages, **dict.fromkeys(
         ("calibrate", "similarity", "evaluate_dense", "plan", "evaluate"), True)}
 

@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 from slm_exp.cli.command import Group, run_command, status_of
 from slm_exp.core.logs import silence_bars
 from slm_exp.core.plugins import take
+from slm_exp.core.version import __version__
 
 COMMANDS = {"plan": "plan [overrides]    what a run or a grid would do and cost; loads nothing",
             "path": "path [overrides]    every plan any threshold can produce, with its exact interval",
@@ -51,6 +52,7 @@ class Commands(Group):
 
 
 @click.command("slm", cls=Commands, invoke_without_command=True, context_settings=HELP_OPTION)
+@click.version_option(__version__, message="slm_exp %(version)s")
 @click.pass_context
 def slm(ctx: click.Context) -> int:
     if ctx.invoked_subcommand:

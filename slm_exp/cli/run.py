@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from slm_exp.cli.command import run_command
+from slm_exp.cli.command import refused, run_command
 from slm_exp.cli.shown import config_text
 from slm_exp.core.errors import ConfigError, SlmError, StageError, did_you_mean, require
 from slm_exp.core.format import override
@@ -22,6 +22,7 @@ from slm_exp.core.plugins import take
 from slm_exp.core.registry import GROUPS
 from slm_exp.core.runtime import die_with, rank, world
 from slm_exp.core.secrets import masked
+from slm_exp.core.version import __version__
 from slm_exp.launch.compose import (
     PLAIN_FIELDS,
     PRESETS,
@@ -57,14 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         argv = take(argv)
-        if parse_arguments(argv)[0].help:
+        if "--version" in argv:  # Hydra would say its own
+            print(f"slm_exp {__version__}")
+            return 0
+        args, _ = parse_arguments(argv)
+        if args.help:
             return run_command(_help, argv)
-        if parse_arguments(argv)[0].cfg == "job" and not parse_arguments(argv)[0].package:
+        if args.cfg == "job" and not (args.package or args.config_name or args.config_path):
             return run_command(_show, argv)
         argv = fields_of_swept_groups(open_mappings(_check_command(argv)), _search(argv))
-    except SlmError as error:
-        print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
-        return 2
+    except (SlmError, OSError) as error:
+        return refused(error)
     prepare_hydra()
     register_plugins()
     mask_logs()
@@ -98,7 +102,9 @@ def _check_command(argv: list[str]) -> list[str]:
     args, overrides = parse_arguments(argv)
     if args.multirun and world() > 1:
         raise ConfigError(f"-m; expected a single run where a launcher started {world()} processes to train together.")
-    if args.config_name or args.config_path or args.hydra_help or args.shell_completion or args.info:
+    if args.config_name or args.config_path:
+        return _check_primary(argv)
+    if args.hydra_help or args.shell_completion or args.info:
         return argv
     _check_words(argv)
     options, _ = _split(argv)
@@ -113,6 +119,28 @@ def _check_command(argv: list[str]) -> list[str]:
             options = [o for o in options if o not in ("-m", "--multirun")]
         compose_raw([*overrides, *search])
     return [*options, *overrides]
+
+
+def _check_primary(argv: list[str]) -> list[str]:
+    """The words, options first, with a config in place of conf/config.yaml (`--config-name`, `--config-path`) named as
+    Hydra finds it; what it holds is Hydra's to check. Raises ConfigError: it is not there; says what is."""
+    args = parse_arguments(argv)[0]
+    if args.config_path:
+        require(Path(args.config_path).is_dir(), "--config-path", args.config_path, "an existing folder",
+                "Presets of your own need only --config-dir FOLDER +experiment=NAME.")
+    name = (args.config_name or "config").removesuffix(".yaml")
+    folders = [Path(folder) for folder in (args.config_path, args.config_dir) if folder]
+    there = [] if args.config_path else ["config"]
+    if name not in there and not any((folder / f"{name}.yaml").is_file() for folder in folders):
+        there += sorted(path.stem for folder in folders for path in folder.glob("*.yaml"))
+        name = name.rpartition("/")[2]
+        presets = [f"{group}={member}" for group in PRESETS for member in choices(group)]
+        own = next((f"{name} is a preset: {preset}" for preset in presets if preset.endswith(f"={name}")), None)
+        raise ConfigError(f"--config-name = {args.config_name or name}; expected one of "
+                          f"{', '.join(there) or '(no YAML file is there)'}. {own or 'Presets: ' + ', '.join(presets)}")
+    options, overrides = _split(argv)
+    last_wins = [f"--config-path={Path(args.config_path).resolve()}"] if args.config_path else []
+    return [*options, *last_wins, *overrides]
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

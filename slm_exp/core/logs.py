@@ -10,6 +10,8 @@ import os
 import stat
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,26 @@ def silence_bars() -> None:
     called before they are imported."""
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """No bars of transformers and the hub meanwhile, in a process whose other bars are its own (a notebook); they are
+    as they were afterwards. `silence_bars` is for a process of ours."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    theirs, hub = is_progress_bar_enabled(), are_progress_bars_disabled()
+    with warnings.catch_warnings(action="ignore"):  # the hub's, where the environment has decided
+        disable_progress_bar()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings(action="ignore"):
+            if theirs:
+                enable_progress_bar()
+            if hub:
+                disable_progress_bars()
 
 
 def print_anything() -> None:

@@ -142,7 +142,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     if "=" in unread:
         return (f"{unread}: Hydra's grammar does not take it. Text with =, commas, brackets or quotes in it is written "
                 f" {quoted(unread)}")
-    if found := re.search(r"(?:Could not find|Could not load|In '[^']*': Could not find) '([\w/]+)/([\w.-]+)'", text):
+    if found := re.search(r"(?:Could not find|Could not load|In '[^']*': Could not find) '([\w/]+)/([\w.-]*)'", text):
         group, name = found.groups()
         extra = next((e for e in ("joblib", "submitit") if e in name), None)
         if group == "hydra/launcher" and extra:
@@ -157,11 +157,23 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         key = found.group(1).lstrip("+~")
         given = next((o for o in overrides if o.lstrip("+~").startswith(key)), key)
         if "not in '" in text or "Key '" in text or "Could not override" in text:
-            return f"{given}: {no_field(key, _fields_beside(key))}"
+            return f"{given}: {_no_field(key)}"
         known = r"(Value '.*?' of type .*? could not be converted to \w+|Invalid value .*|Cannot convert .*)"
         reason = re.search(known, text)
         return f"{given}: {reason.group(1) if reason else text.splitlines()[0]}."
     return " ".join(line.strip() for line in text.splitlines()[:3] if line.strip())
+
+
+def _no_field(key: str) -> str:
+    """Why a group, or the member that is chosen, has no such field, and what has."""
+    group, _, field = key.partition(".")
+    members = available(group).items() if group in GROUPS else ()
+    if owners := [name for name, cls in members if any(f.name == field for f in dataclasses.fields(cls))]:
+        return f"the {group} that is chosen has no {field}; it is a field of {group}={f' and {group}='.join(owners)}."
+    if field and group not in (*GROUPS, "cache", "hydra"):
+        nearest = did_you_mean(group, GROUPS)
+        return f"there is no group {group}. {nearest}{' ' if nearest else ''}Groups: {', '.join(GROUPS)}."
+    return no_field(key, _fields_beside(key))
 
 
 def no_member(group: str, name: str, there: Sequence[str]) -> str:
@@ -178,7 +190,7 @@ def meant(word: str) -> list[str]:
     """What an override that cannot be composed was meant to say, where there is one answer: a field without its group
     (`threshold=0.8`, `tasks=mmlu`), a folder or repo id for a member (`model=meta-llama/Llama-2-7b-hf`)."""
     key, equals, value = word.lstrip("+").partition("=")
-    if key == "model" and value not in choices("model") and ("/" in value or Path(value).is_dir()):
+    if key == "model" and value and value not in choices("model") and ("/" in value or Path(value).is_dir()):
         return model_words(value)
     if not equals or "." in key or key in (*GROUPS, *PRESETS, *PLAIN_FIELDS, "cache", "hydra"):
         return []
@@ -189,7 +201,9 @@ def meant(word: str) -> list[str]:
 
 
 def _of_a_word(word: str) -> str:
-    """What a word without an equals sign may be meant as: a member, or a model's folder or repo id."""
+    """What a word without an equals sign may be meant as: a group, a member, or a model's folder or repo id."""
+    if word in (*GROUPS, *PRESETS):
+        return f" Members of {word}: {', '.join(choices(word))}."
     words = [[f"{group}={word}"] for group in (*GROUPS, *PRESETS) if word in choices(group)]
     if not words and ("/" in word or Path(word).is_dir()):
         words = [model_words(word)]
@@ -238,7 +252,7 @@ def check_key(given: str) -> None:
     name = f"{group}.{tail.partition('.')[0]}" if tail else group
     known = _fields_beside(name)
     if name.partition(".")[2] not in known and (tail or name not in known):
-        raise ConfigError(f"{given}: {no_field(name, known)}")
+        raise ConfigError(f"{given}: {_no_field(name)}")
     if not tail and group in GROUPS and value not in (there := choices(group)):
         raise ConfigError(no_member(group, value, there))
 

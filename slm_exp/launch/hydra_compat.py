@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -179,9 +179,16 @@ def words(overrides: Any) -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Hydra's own options of a command line, and its overrides."""
-    args, unknown = get_args_parser().parse_known_args(list(argv))
+    """Hydra's own options of a command line, and its overrides. Raises ConfigError: an option lacks its value, or has
+    a wrong one."""
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign, assignment]
+    args, unknown = parser.parse_known_args(list(argv))
     return args, [*args.overrides, *unknown]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"{message.removeprefix('argument ')}. See --help.")
 
 
 def help_text(template: str, groups: str) -> str:

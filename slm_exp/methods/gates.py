@@ -48,10 +48,9 @@ class Gates(PartSets):
 
     def check(self) -> None:
         super().check()
-        require(self.steps >= 1, "method.steps", self.steps, "a whole number >= 1")
+        self.at_least(1, "steps")
         require(0 < self.batch_share <= 1, "method.batch_share", self.batch_share, "a share in (0, 1]")
-        for name in ("lr", "pressure"):
-            require(getattr(self, name) > 0, f"method.{name}", getattr(self, name), "a number > 0")
+        self.positive("lr", "pressure")
 
     def refuses(self, others: Together) -> str | None:
         if world() > 1:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from slm_exp.core.errors import ArchitectureError, CheckpointError, ConfigError, SlmError
+from slm_exp.core.logs import without_bars
 from slm_exp.models.config_file import read_config_file
 from slm_exp.models.files import TOKENIZER, has_weights, headers
 from slm_exp.models.handle import empty_model
@@ -151,17 +152,18 @@ def load_weights(folder: Path, config: PretrainedConfig, layout: LayerLayout, dt
         ConfigError: `device_map=auto` found no room on the devices.
     """
     placement: Any = device_map or ({"": device} if device.type == "cuda" else None)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=getattr(torch, dtype),
-        device_map=placement,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-        ignore_mismatched_sizes=True,  # refused below, with the shapes
-        output_loading_info=True,
-    )
+    with without_bars():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            device_map=placement,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # refused below, with the shapes
+            output_loading_info=True,
+        )
     model, info = loaded
     shaped = [f"{k} {tuple(has)} for {tuple(wanted)}" for k, has, wanted in info["mismatched_keys"]]
     extra_layers = {

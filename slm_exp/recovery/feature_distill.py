@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.core.cost import ADAM_BYTES
-from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.errors import require_one_of
 from slm_exp.core.registry import Fields, register
 from slm_exp.core.together import Together
 from slm_exp.models.sizes import Sizes
@@ -42,7 +42,7 @@ class FeatureDistill(Trained):
 
     def check(self) -> None:
         super().check()
-        require(self.window >= 1, "recovery.window", self.window, "a whole number >= 1")
+        self.at_least(1, "window")
         require_one_of("recovery.layers", self.layers, ("cuts", "all"))
 
     def identity(self) -> Fields:

@@ -47,10 +47,9 @@ class Lora(Trained):
 
     def check(self) -> None:
         super().check()
-        require(self.r >= 1, "recovery.r", self.r, "a whole number >= 1")
-        require(self.alpha > 0, "recovery.alpha", self.alpha, "a number > 0")
+        self.at_least(1, "r")
+        self.positive("alpha")
         require(0 <= self.dropout < 1, "recovery.dropout", self.dropout, "a share in [0, 1)")
-
         require(not self.experts or self.dropout == 0, "recovery.dropout", self.dropout, "0 with recovery.experts=true")
 
     def check_data(self, dense: ModelHandle) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+from slm_exp.calibration.fit import check_ridges
 from slm_exp.core.cost import Work, normal_equations
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Fields, register
@@ -61,11 +62,10 @@ class Reconstruct(Fitted):
 
     def check(self) -> None:
         super().check()
-        require(self.passes is None or self.passes >= 1, "recovery.passes", self.passes, "null or a whole number >= 1")
+        self.at_least(1, "passes")
         require(self.layers != "sublayers" or self.passes in (None, 1), "recovery.passes", self.passes,
                 "null or 1 with recovery.layers=sublayers")
-        require(bool(self.ridges) and all(r > 0 for r in self.ridges), "recovery.ridges", self.ridges,
-                "one or more numbers > 0", "For example [0.01].")
+        check_ridges("recovery.ridges", self.ridges)
         require_one_of("recovery.layers", self.layers, LAYERS)
         require_one_of("recovery.weighting", self.weighting, WEIGHTS)
         require_one_of("recovery.passes_in", self.passes_in, DTYPES)

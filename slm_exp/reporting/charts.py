@@ -137,7 +137,7 @@ def candidates(plan: MergePlan, near: tuple[float, float] | None = None) -> Mark
     shown = [(number, t) for number, t in enumerate(plan.trace, start=1) if low <= t.most <= high]
     scores, taken = [t.most for _, t in shown], sum(t.accepted for _, t in shown)
     marks = [*(near or scores), *([] if plan.threshold is None else [plan.threshold])]
-    across = Axis([0, max(plan.n_layers - 1, *(t.high for t in plan.trace))], whole=True)
+    across = Axis([0, max(plan.n_layers - 1, *(t.high for t in plan.trace))], whole=True, margin=0.02)
     up, height = Axis(marks), 260.0
     x, y = across.across, partial(up.down, height=height)
     of = plan.similarity if plan.threshold is not None else "the method's own"
@@ -152,9 +152,6 @@ def candidates(plan: MergePlan, near: tuple[float, float] | None = None) -> Mark
         parts.append(tag("g", tag("title", title),
                          tag("line", x1=x(trial.low), x2=x(trial.high), y1=at, y2=at, class_=f"reach {verdict}"),
                          tag("use", href=f"#mark-{verdict}", x=x(trial.low), y=at, class_=verdict)))
-    if plan.threshold is not None:
-        parts.append(tag("text", f"threshold {plan.threshold:g}", x="100%", y=y(plan.threshold) - 7,
-                         class_="end strong clear"))
     r = 5.0 if len(shown) <= 60 else 4.0 if len(shown) <= 150 else 3.0
     cross = f"M{-0.8 * r:g} {-0.8 * r:g} L{0.8 * r:g} {0.8 * r:g} M{-0.8 * r:g} {0.8 * r:g} L{0.8 * r:g} {-0.8 * r:g}"
     both = (tag("circle", r=r, id="mark-accepted"), tag("path", d=cross, id="mark-rejected"))

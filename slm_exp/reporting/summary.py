@@ -8,10 +8,11 @@ from textwrap import wrap
 
 from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.format import rounded, with_error
+from slm_exp.evaluation.report import SpeedCase
 from slm_exp.reporting import results
 from slm_exp.reporting.results import Comparison
 from slm_exp.runs.record import Run
-from slm_exp.runs.schema import BudgetMet, Record, SizeTarget, SpeedCase
+from slm_exp.runs.schema import BudgetMet, Record, SizeTarget
 from slm_exp.runs.statistics.paired import Difference
 from slm_exp.runs.statistics.scores import Estimate
 from slm_exp.runs.statistics.verdict import DESTROYED, RANDOM, times, verdict_of
@@ -49,7 +50,8 @@ def summary(finished: JsonObject, folder: Path) -> str:
         f" ({params.ratio_removed or 0:.1%} removed)",
     ]
     if plan.final_score is not None:
-        lines.append(f"  score      {plan.final_score:.4f} by {plan.similarity} ({plan.evaluations} candidates)")
+        tried = f"{plan.evaluations} candidate{'s' * (plan.evaluations != 1)}"
+        lines.append(f"  score      {plan.final_score:.4f} by {plan.similarity} ({tried})")
     if (met := plan.target.budget) and met.dense:
         lines.append(f"  budget     {_cost(met, met.reached)} of at most {_cost(met, met.limit)}, dense "
                      f"{_cost(met, met.dense)}: {met.what}")

@@ -47,9 +47,13 @@ def span(group: Group) -> str:
 
 
 class Axis:
-    """A scale with round ticks; logarithmic where values span more than a factor of 20."""
+    """A scale with round ticks; logarithmic where values span more than a factor of 20.
 
-    def __init__(self, values: Iterable[float], log: bool = False, whole: bool = False) -> None:
+    Args:
+        margin: how far from either end, as a share of the whole, a value lies at least: marks have a width.
+    """
+
+    def __init__(self, values: Iterable[float], log: bool = False, whole: bool = False, margin: float = 0) -> None:
         values = list(values)
         low, high = min(values), max(values)
         self.log = log and low > 0 and high / low > 20
@@ -64,6 +68,9 @@ class Axis:
         else:
             self.ticks = ticks(low, high, whole)
         self.low, self.high = min(self.ticks[0], low), max(self.ticks[-1], high)
+        if not self.log:
+            room = margin * (self.high - self.low)
+            self.low, self.high = min(self.low, low - room), max(self.high, high + room)
 
     def at(self, value: float) -> float:
         """0 at the lower end, 1 at the upper; values beyond an end are put there."""
@@ -81,18 +88,21 @@ class Axis:
         return height * (1 - self.at(value))
 
     def label(self, tick: float) -> str:
-        if self.log and tick >= 1e5:  # 1, 3 or so times a power of ten
+        if tick >= 1e5:  # 1, 3 or so times a power of ten
             power = math.floor(math.log10(tick) + 1e-9)
-            first = round(tick / 10.0**power)
-            return f"{'' if first == 1 else f'{first}·'}10{str(power).translate(RAISED)}"
+            first = f"{tick / 10.0**power:.3g}"
+            return f"{'' if first == '1' else f'{first}·'}10{str(power).translate(RAISED)}"
         return f"{tick:,.0f}" if self.log and tick >= 1 else f"{tick:.{decimals(self.ticks)}f}"
 
 
 def axes(across: Axis, up: Axis, height: float, titles: tuple[str, str], below: float = 38.0) -> list[Markup]:
-    """Gridlines, numbers and titles of both axes: the lower one's `below` the chart, the other one's above it."""
+    """Gridlines, numbers and titles of both axes: the lower one's `below` the chart, the other's above it. Where the
+    lower one's numbers would touch on a phone, every other one is not shown there (`odd`)."""
+    numbers = [across.label(tick) for tick in across.ticks]
+    odd = " odd" if sum(len(text) + 2 for text in numbers) > 44 else ""
     return [*(gridline(up.down(tick, height), up.label(tick)) for tick in up.ticks),
-            *(tag("text", across.label(tick), x=across.across(tick), y=height + 18, class_="mid")
-              for tick in across.ticks),
+            *(tag("text", text, x=across.across(tick), y=height + 18, class_=f"mid{odd * (k % 2)}")
+              for k, (tick, text) in enumerate(zip(across.ticks, numbers, strict=True))),
             tag("text", titles[0], x="50%", y=height + below, class_="mid title"),
             tag("text", titles[1], x=-38, y=-13, class_="title")]
 

@@ -28,6 +28,8 @@ SHAPES = ('<circle r="5"/>', *(f'<path d="{d}"/>' for d in (
 """So many values of a setting have marks of their own, told apart by shape as well as by colour."""
 FEW = 24
 """Up to so many marks show their intervals all the time; of more, only the one pointed at."""
+EDGE = 0.03
+"""Of a chart's width: so far from its ends all marks lie, whole and off the numbers beside it."""
 TOUCH, WIDE = 12.0, 60.0
 """Pixels: marks nearer to each other than one are set apart, by as much, over the other at most."""
 
@@ -72,7 +74,7 @@ def scatter(measure: Measure, shades: Shades) -> Markup:
     """A quality over a budget, one linked mark a run, the front of those that no other beats."""
     points = measure.points
     of, factor = unit_of(measure)
-    across = Axis([p.cost / factor for p in points])
+    across = Axis([p.cost / factor for p in points], margin=EDGE)
     shown = [p.value for p in points] + ([] if measure.chance is None else [measure.chance])
     log = Axis(shown, log=not measure.higher_is_better).log
     if len(points) <= FEW:
@@ -87,17 +89,18 @@ def scatter(measure: Measure, shades: Shades) -> Markup:
     dense = {p.cost for p in points if p.row is None and measure.of_params}
     close = across.high - across.low < 0.15 * across.high
     title = f"{of}; share removed" if len(dense) == 1 else of
-    parts = svg.axes(across, up, HEIGHT, (title, f"{measure.name}, {measure.unit}{', logarithmic' if up.log else ''}"),
+    chance = "" if measure.chance is None else f"; dotted: chance, {measure.chance:.1f}"  # no room is free for sure
+    upward = f"{measure.name}, {measure.unit}{', logarithmic' if up.log else ''}{chance}"
+    parts = svg.axes(across, up, HEIGHT, (title, upward),
                      below=51.0 if len(dense) == 1 else 38.0)
-    for tick in across.ticks:
+    for k, tick in enumerate(across.ticks):
         at = across.across(tick)
         if len(dense) == 1:
             removed = 100 * (1 - tick * factor / next(iter(dense)))
             text = f"−{removed:.{int(close)}f} %" if removed > 0.05 else "" if removed < -0.05 else "0 %"
-            parts.append(tag("text", text, x=at, y=HEIGHT + 33, class_="mid second"))
+            parts.append(tag("text", text, x=at, y=HEIGHT + 33, class_=f"mid second{' odd' * (k % 2)}"))
     if measure.chance is not None:
-        parts += [tag("line", x1="0", x2="100%", y1=y(measure.chance), y2=y(measure.chance), class_="chance"),
-                  tag("text", f"chance {measure.chance:.1f}", x="100%", y=y(measure.chance) - 6, class_="end clear")]
+        parts.append(tag("line", x1="0", x2="100%", y1=y(measure.chance), y2=y(measure.chance), class_="chance"))
     front = measure.front
     for here, after in itertools.pairwise(front):  # a staircase: the smaller model is the best up to there
         x1, x2, y1, y2 = x(here.cost), x(after.cost), y(here.value), y(after.value)
@@ -213,7 +216,7 @@ def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shade
         return None
     ends = [s.threshold for s in steps] or [t for p in drawn for t in (p.plans[0].threshold_low,
                                                                        p.plans[-1].threshold_high)]
-    across = Axis([min(ends), max(ends)])
+    across = Axis([min(ends), max(ends)], margin=EDGE)
     seen = [p.n_layers for path in drawn for p in path.plans
             if p.threshold_high > across.low and p.threshold_low < across.high]
     sizes = [*(s.n_layers for s in steps), *seen, *(row.plan.n_layers for row in rows if row.plan)]

@@ -31,6 +31,18 @@ CLIPPED = """(() => {
     return [...wide, ...out];
 })()"""
 """What a reader has to scroll sideways for, or cannot see at all."""
+COVERED = """(() => {
+    const boxes = (chart, what) => [...chart.querySelectorAll(what)].filter(e => !e.closest("defs"))
+        .map(e => [e, e.getBoundingClientRect()]).filter(([, box]) => box.width > 1);
+    const cover = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1.5
+        && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4;  // a line of text is higher than its letters
+    return [...document.querySelectorAll("svg.chart")].flatMap(chart => {
+        const texts = boxes(chart, "text"), marks = boxes(chart, "use, circle");
+        return texts.flatMap(([text, box], i) => [...marks, ...texts.slice(i + 1)].filter(([, other]) =>
+            cover(box, other)).map(([other]) => `${text.textContent} on ${other.textContent || other.outerHTML}`));
+    });
+})()"""
+"""Texts of charts that lie on a mark, or on another text."""
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +239,13 @@ def test_nothing_is_clipped_and_no_mark_covers_another(page: Page, sweep: Path, 
                     .map(b => [a.x, a.y]));
             })""")
         assert touching == [], path
+        assert page.js(COVERED) == [], path
+        split = page.js("""[...document.querySelectorAll("#table-runs .whole")].filter(e => {
+            const text = document.createRange();
+            text.selectNodeContents(e);
+            return text.getClientRects().length > 1;
+        }).map(e => e.textContent)""")
+        assert split == [], path
 
 
 def test_a_table_row_by_row_keeps_its_headings_its_sorting_and_its_roles(page: Page, sweep: Path) -> None:

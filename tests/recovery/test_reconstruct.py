@@ -313,7 +313,7 @@ def test_bad_data_is_refused_before_weights_load(make_tiny: Any, tmp_path: Path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"words": "too few"}\n')
     for fields, error, message in (
-        ({"path": str(tmp_path / "none.npy")}, ConfigError, "recovery.path = .*none.npy; expected an existing"),
+        ({"path": str(tmp_path / "none.npy")}, ConfigError, "recovery.path = .*none.npy: there is no such file"),
         ({"path": str(tmp_path / "none.jsonl")}, ConfigError, "no such file"),
         ({"path": str(rows)}, DataError, "no field 'text'; it has words"),
         ({"seq_len": 50_000}, DataError, "Lower recovery.n_samples or recovery.seq_len"),
