@@ -39,6 +39,7 @@ def sizes(hidden: int, mlp: int, layers: int, heads: int, kv: int, vocab: int = 
 SHAPES: dict[str, dict[str, Any]] = {
     "narrow": {**LLAMA, **sizes(1024, 2816, 12, 16, 16, 8000)},
     "llama2_7b": {**LLAMA, **sizes(4096, 11008, 32, 32, 32)},
+    "channels": {**LLAMA, **sizes(512, 11008, 4, 8, 8, 8000)},  # Llama-2-7B's, on a narrow stream: for a refit
     "wide6": {**LLAMA, **sizes(8192, 28672, 6, 64, 8)},
     "moe": {**LLAMA, **sizes(1024, 1792, 12, 16, 4, 8000), "model_type": "mixtral", "num_local_experts": 8,
             "num_experts_per_tok": 2},
