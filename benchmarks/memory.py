@@ -4,15 +4,17 @@
     python benchmarks/memory.py --only width,recovery model=hf model.path=FOLDER model.dtype=auto
 
 Every line is a whole run, without evaluation or checkpoint (but for those that measure these), in a process of its own
-that is forked when all is imported and no weights are there. `times` is what the peak takes above the imports, over the
-weights: states of the calibration set and what a member holds are in it. A resident run may take FACTOR times the
-weights and a GiB, imports included, and what a narrower model or a training holds besides (`pipeline/memory.py`).
+that is forked when all is imported and no weights are there. `allowed`, GiB too, is FACTOR times the weights and a GiB,
+imports included, and what a narrower model or a training holds besides (`pipeline/memory.py`). `times` is what the peak
+takes above the imports, over the weights: states of the calibration set and what a member holds are in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import io
 import multiprocessing
 import shutil
 import tempfile
@@ -51,15 +53,25 @@ def cases() -> Iterator[tuple[str, str, list[str]]]:
             more = TRAINED if "max_steps" in vars(recovery)["__dataclass_fields__"] else FITTED
             yield "recovery", name, ["method=shortgpt", "method.target_layers=27", f"recovery={name}", *more]
     dropped = ["method=last", "method.target_layers=27"]
-    yield "evaluation", "smoke", [*dropped, "evaluation=smoke", "evaluation.limit=2"]
-    yield "evaluation", "speed", [*dropped, "evaluation=speed", "evaluation.speed_runs=3"]
+    measured = {"smoke": ["evaluation=smoke", "evaluation.limit=2"],
+                "speed": ["evaluation=speed", "evaluation.speed_runs=3", "evaluation.speed_discard=1"],
+                "perplexity": ["evaluation.corpora={news: 'heldout:news'}", "evaluation.ppl_seq_len=512"],
+                "tasks": ["evaluation.tasks=[arc_easy,piqa]", "evaluation.limit=16"],
+                "hflm": ["evaluation.tasks=[arc_easy,piqa]", "evaluation.limit=16", "evaluation.backend=hflm"],
+                "text": ["evaluation.text=true"]}
+    for name, settings in measured.items():
+        yield "evaluation", name, [*dropped, *settings]
+    ends = ["method.threshold_range=[0.97,0.99]"]
+    yield "path", "thresholds", ends
+    yield "path", "recovery=family", [*ends, "recovery=family", *TRAINED]
     yield "save", "save", [*dropped, "save_model=true"]
 
 
-def child(folder: Path, overrides: list[str], result: Any) -> None:
-    """One run; sends (peak bytes, bytes of weights, of the verifying process, what the config says of its memory)."""
+def child(folder: Path, group: str, overrides: list[str], result: Any) -> None:
+    """One run, or a path; sends (peak bytes, bytes of weights, of the verifying process, what is allowed)."""
     import torch
 
+    from slm_exp.cli.follow import follow_and_write
     from slm_exp.launch.compose import compose_run
     from slm_exp.models.base import dtype_name
     from slm_exp.models.sizes import BYTES
@@ -73,7 +85,11 @@ def child(folder: Path, overrides: list[str], result: Any) -> None:
     verify, verified = checkpoint.verify_checkpoint, {}
     checkpoint.verify_checkpoint = lambda *args: verified.update(verify(*args)) or verified
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    run(cfg, folder / cfg.run_id)
+    if group == "path":
+        with contextlib.redirect_stdout(io.StringIO()):
+            follow_and_write(cfg, folder / cfg.run_id)
+    else:
+        run(cfg, folder / cfg.run_id)
     peak, dense = peak_bytes(), cfg.model.open(torch.device("cpu"), folder / "cache")
     weights = dense.n_params * BYTES[dtype_name(dense.config, cfg.model.dtype)]
     result.send((peak, weights, verified.get("peak_bytes"), needed(weights, held(cfg, weights, dense.sizes))))
@@ -91,19 +107,20 @@ def main() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    from slm_exp.cli import follow  # noqa: F401
     from slm_exp.evaluation.backends import harness  # noqa: F401
     from slm_exp.pipeline import run, stages  # noqa: F401
 
     torch.set_num_threads(1)  # a pool of threads would not outlive the fork
     context, base = multiprocessing.get_context("fork"), psutil.Process().memory_info().rss
-    print(f"imports {base / GIB:.2f} GiB\n{'group':<12}{'member':<22}{'peak GiB':>9}{'times':>7}{'allowed':>9}")
+    print(f"imports {base / GIB:.2f} GiB\n{'group':<12}{'member':<22}{'peak GiB':>9}{'allowed':>9}{'times':>7}")
     with tempfile.TemporaryDirectory(prefix="slm_exp-memory-") as folder:  # stages that are no member's are shared
         for group, name, more in [("", "first load", ["method=last", "method.target_layers=27"]), *cases()]:
             if args.only and group and not {group, name} & set(args.only.split(",")):
                 continue
             gc.collect()
             ours, theirs = context.Pipe()
-            process = context.Process(target=child, args=(Path(folder), [*more, *overrides], theirs))
+            process = context.Process(target=child, args=(Path(folder), group, [*more, *overrides], theirs))
             process.start()
             theirs.close()
             try:
@@ -113,7 +130,7 @@ def main() -> None:
                 continue
             over = "" if peak <= allowed else "  MORE THAN IT SAYS"
             beside = f"  verifying process {verified / GIB:.2f} GiB" if verified else ""
-            print(f"{group:<12}{name:<22}{peak / GIB:>9.2f}{(peak - base) / weights:>7.2f}{allowed / GIB:>9.2f}{over}"
+            print(f"{group:<12}{name:<22}{peak / GIB:>9.2f}{allowed / GIB:>9.2f}{(peak - base) / weights:>7.2f}{over}"
                   f"{beside}", flush=True)
             process.join()
 

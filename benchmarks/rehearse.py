@@ -93,7 +93,8 @@ def parameters(folder: Path, tau: float) -> dict[str, Any]:
     return {
         "model": "hf", "extra": [f"model.path={model}", f"calibration.path={text}"],
         "last": SMALL, "samples": [3, 4], "draws": [0, 1],
-        "texts": [*(f"evaluation.corpora.{name}={plain}" for name in ("wikitext2", "ptb")), "evaluation.ppl_bos=both"],
+        "texts": [*(f"evaluation.corpora.{name}={plain}" for name in ("wikitext2", "ptb")),
+                  *(f"evaluation.corpora.{name}_2048={text}" for name in ("wikitext2", "ptb")), "evaluation.ppl_bos=both"],
         "thresholds": [tau], "at_size": {26: [tau]}, "curve": [29, 26, 23, 20],
         "llm_pruner": [0.203125], "llm_pruner_slm": [0.349375], "flap": [0.2], "flap_slm": [0.2, 0.35],
         "wanda_sp": [0.2], "compared": [25, 23], "published": published_of("llama2_7b"), "healing": HEALING,

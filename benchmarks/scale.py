@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def work(folder: Path, how: str, tokens: tuple[int, int], stages: list[str], thr
     import torch
 
     from slm_exp.core.cache.store import StageStore
+    from slm_exp.core.files import write_json
     from slm_exp.core.registry import available
     from slm_exp.core.types import CalibrationTokens, MergePlan
     from slm_exp.merging.surgery import apply_plan
@@ -119,6 +121,10 @@ def work(folder: Path, how: str, tokens: tuple[int, int], stages: list[str], thr
         about.update(blocks=found.block_forwards, evaluations=found.evaluations, layers=found.n_layers_out,
                      accepted=sum(t.accepted for t in found.trace))
 
+    def from_plan() -> None:
+        write_json(folder.parent / "plan.json", plan.to_json())
+        plan_of("from_plan", path=str(folder.parent / "plan.json"))
+
     def refit() -> None:
         path = folder.parent / "fit.npy"
         np.save(path, np.random.default_rng(1).integers(0, handle.config.vocab_size, (4, tokens[1])).astype(np.int32))
@@ -135,7 +141,8 @@ def work(folder: Path, how: str, tokens: tuple[int, int], stages: list[str], thr
         "load": lambda: handle.model.eval() and None,
         "similarity": lambda: layer_similarity(handle, calibration, kernel, matrix) and None,
         "shortgpt": lambda: plan_of("shortgpt", target_layers=3 * n // 4),
-        "slm": lambda: plan_of("slm", threshold=threshold), "refit": refit, "save": save}
+        "slm": lambda: plan_of("slm", threshold=threshold), "refit": refit, "from_plan": from_plan,
+        "save": save}
     for name in ["load", *stages]:
         layers: Any = handle.layers if handle.loaded else None
         files = layers.residence.files if isinstance(layers, StreamedLayers) else None
@@ -214,10 +221,11 @@ def main() -> None:
     parser.add_argument("--tokens", default="2x64", help="sequences x length")
     parser.add_argument("--layers", type=int, help="fewer than the shape has, where disk or time are short")
     parser.add_argument("--threshold", type=float, default=0.8, help="of the search")
-    parser.add_argument("--stages", nargs="+", default=["similarity", "shortgpt", "slm", "refit", "save"])
+    parser.add_argument("--stages", nargs="+", default=["similarity", "shortgpt", "slm", "refit", "from_plan", "save"])
     parser.add_argument("--limit", type=float, default=4.0, help="GiB for the streamed run; 0 is none")
     parser.add_argument("--resident-limit", type=float, default=24.0)
     parser.add_argument("--folder", help="scratch; null is the system's", default=None)
+    parser.add_argument("--keep", help="a folder where checkpoints stay, and are looked for", default=None)
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -235,18 +243,25 @@ def main() -> None:
         about = dict(shape)
         config = AutoConfig.for_model(about.pop("model_type"), **about)
         need = 2 * sum(p.numel() for p in empty_model(config).parameters())
-        with tempfile.TemporaryDirectory(prefix="slm_exp-scale-", dir=args.folder) as where:
-            free = shutil.disk_usage(where).free
-            copies = 2 if "save" in args.stages else 1
-            print(f"{name}: {copies * need / 1e9:.1f} GB in {where} ({free / 1e9:.0f} GB free): the weights"
-                  f"{' and as much again for what is saved' * (copies - 1)}; removed afterwards", flush=True)
-            if free < 1.1 * copies * need:
+        with ExitStack() as stack:
+            if args.keep:
+                where = Path(args.keep, f"{name}-{config.num_hidden_layers}")
+            else:
+                scratch = tempfile.TemporaryDirectory(prefix="slm_exp-scale-", dir=args.folder)
+                where = Path(stack.enter_context(scratch))
+            folder, made = where / "dense", where / "dense" / "model.safetensors.index.json"
+            folder.mkdir(parents=True, exist_ok=True)
+            free, saves = shutil.disk_usage(where).free, "save" in args.stages
+            room = (saves + (not made.exists())) * need
+            print(f"{name}: {room / 1e9:.1f} GB in {where} ({free / 1e9:.0f} GB free): the weights"
+                  f"{' and as much again for what is saved' * saves}; {'kept' if args.keep else 'removed'} afterwards",
+                  flush=True)
+            if free < 1.1 * room:
                 raise SystemExit("there is not enough room; give another --folder.")
-            folder = Path(where) / "dense"
-            folder.mkdir()
-            started = time.perf_counter()
-            make(folder, shape)
-            print(f"made in {time.perf_counter() - started:.0f} s", flush=True)
+            if not made.exists():
+                started = time.perf_counter()
+                make(folder, shape)
+                print(f"made in {time.perf_counter() - started:.0f} s", flush=True)
             for how in args.memory:
                 room, wanted = available_memory(), 1.15 * need + GIB
                 if how == "resident" and room < wanted:

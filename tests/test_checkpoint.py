@@ -128,6 +128,12 @@ def drop_the_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
 
 
+def test_a_reloading_process_whose_run_was_killed_ends_and_judges_nothing(tmp_path: Path) -> None:
+    ran = subprocess.run([sys.executable, "-P", reload.__file__, str(tmp_path)], stdin=subprocess.DEVNULL, timeout=120)
+    assert ran.returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -19,11 +19,11 @@ ALL = [(kind, name) for kind in PRESETS for name in choices(kind)]
 
 
 def touched(kind: str, name: str) -> set[str]:
-    """The groups that a preset says something of; to the others it makes no difference."""
+    """The groups of which a preset sets a field, so that it may clash with another member. A member that it chooses
+    gives way to the one on the command line."""
     text = yaml.safe_load((conf_dir() / kind / f"{name}.yaml").read_text())
     swept = text.get("hydra", {}).get("sweeper", {}).get("params", {})
-    named = [*(key for d in text.get("defaults", []) if isinstance(d, dict) for key in d), *text, *swept]
-    return {re.sub("^override /", "", key).partition(".")[0] for key in named} & set(GROUPS)
+    return {key.partition(".")[0] for key in (*text, *(key for key in swept if "." in key))} & set(GROUPS)
 
 
 def refusals(kind: str, name: str, groups: set[str], tmp_path: Path) -> dict[str, str]:

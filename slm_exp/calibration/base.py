@@ -31,8 +31,8 @@ class Calibration(Component, ABC):
     """Put the tokenizer's BOS token first in every sequence."""
 
     def check(self) -> None:
-        require(self.n_samples >= 1, "calibration.n_samples", self.n_samples, "a whole number >= 1")
-        require(self.seq_len >= 2, "calibration.seq_len", self.seq_len, "a whole number >= 2")
+        self.at_least(1, "n_samples")
+        self.at_least(2, "seq_len")
         require(self.seed is None or 0 <= self.seed < 2**63, "calibration.seed", self.seed,
                 "null or a whole number >= 0 and < 2^63")
 

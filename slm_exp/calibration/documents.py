@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slm_exp.core.errors import ConfigError
+from slm_exp.core.files import no_file
 from slm_exp.core.text import SUFFIXES, kind_of, pieces, read_field, read_lines, slices
 
 
@@ -25,7 +26,7 @@ def local_files(path: str) -> list[Path]:
     if at.is_file():
         return [at]
     if not at.is_dir():
-        raise ConfigError(f"calibration.path = {path}; expected an existing file or folder. There is no such file.")
+        raise ConfigError(f"calibration.path = {path}: {no_file(at)} Expected a file or folder.")
     files = sorted(p for p in at.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
     if not files:
         raise ConfigError(f"calibration.path = {path}; expected a folder with files ending in "

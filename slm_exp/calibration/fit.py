@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ from slm_exp.calibration.jsonl import JsonLines
 from slm_exp.calibration.mixture import Mixture
 from slm_exp.calibration.text import TextCalibration
 from slm_exp.calibration.tokens import Tokens
-from slm_exp.core.errors import ConfigError, DataError
-from slm_exp.core.registry import Fields
+from slm_exp.core.errors import ConfigError, DataError, require
+from slm_exp.core.registry import Component, Fields
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.models.base import ModelHandle
 
@@ -30,6 +30,13 @@ class FitSource:
     field: str = "text"
     called: tuple[tuple[str, str], ...] = ()
     """(as a calibration source says it, as this setting is called) for its errors."""
+
+    @classmethod
+    def of(cls, component: Component, path: str | None, n_samples: int, seq_len: int) -> FitSource:
+        """Of a component's settings fit_path, fit_samples and fit_seq_len."""
+        names = {"path": "path", "n_samples": "samples", "seq_len": "seq_len"}
+        return cls(path, n_samples, seq_len, called=tuple(
+            (f"calibration.{theirs}", f"{component.config_group}.fit_{ours}") for theirs, ours in names.items()))
 
     @property
     def is_tokens(self) -> bool:
@@ -76,6 +83,43 @@ class FitSource:
         for theirs, ours in self.called:
             text = text.replace(theirs, ours)
         return text
+
+
+@dataclass
+class FitSettings(Component):
+    """Fields of a component that is there to fit a regression."""
+
+    path: str | None = None
+    """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is calibration=mixture."""
+    field: str = "text"
+    """Name of the text field."""
+    n_samples: int = 64
+    """Sequences; of a .npy file all are taken."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+
+    def check(self) -> None:
+        self.at_least(2, "n_samples", remedy="One sequence at least is held out.")
+        self.at_least(2, "seq_len")
+
+    def identity(self) -> Fields:
+        sizes = ("n_samples", "seq_len", "field", "path")  # of the source: a token file decides them itself
+        out = {name: value for name, value in super().identity().items() if name not in sizes}
+        return {**out, "tokens": self.fit_source().identity()}
+
+    def lengths(self) -> dict[str, int]:
+        return self.fit_source().lengths()
+
+    def fit_source(self) -> FitSource:
+        group = self.config_group
+        return FitSource(self.path, self.n_samples, self.seq_len, self.field, (
+            ("calibration.", f"{group}."), ("calibration=", f"{group}, as in calibration=")))
+
+
+def check_ridges(field: str, ridges: Sequence[float]) -> None:
+    """Raise ConfigError where there is none to choose from, or one that is no ridge."""
+    require(bool(ridges) and all(r > 0 for r in ridges), field, ridges, "one or more numbers > 0",
+            "For example [0.01].")
 
 
 def shared_sequences(tokens: CalibrationTokens, other: CalibrationTokens) -> int:

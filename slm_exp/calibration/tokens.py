@@ -14,6 +14,7 @@ from slm_exp.calibration.text import check_ids, paths_digest
 from slm_exp.core.cache.digests import Status, status_of
 from slm_exp.core.cost import Tokens as Shape
 from slm_exp.core.errors import ConfigError, require
+from slm_exp.core.files import no_file
 from slm_exp.core.registry import Fields, register
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.models.base import ModelHandle
@@ -65,8 +66,8 @@ def load_ids(file: Path, where: str) -> np.ndarray:
     Cost: the first time that a process looks at it, the file is read once.
     """
     wanted = "expected a .npy file with an int array [N, T]"
-    if not file.is_file():
-        raise ConfigError(f"{where}; expected an existing .npy file. There is no such file.")
+    if reason := no_file(file):
+        raise ConfigError(f"{where}: {reason} Expected a .npy file.")
     try:
         ids: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as cause:  # numpy and zipfile raise a dozen kinds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import sys
@@ -160,5 +161,14 @@ def run_command(of: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (SlmError, OSError) as error:  # also a place that cannot be written
-        print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
-        return 2
+        return refused(error)
+
+
+def refused(error: SlmError | OSError) -> int:
+    """Say in one line why a command does nothing; its exit status."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = os.fsdecode(error.filename)
+        text = f"ConfigError: {name[:60]}... ({len(name)} characters); expected a name that a file can have."
+    print(masked(text), file=sys.stderr)
+    return 2

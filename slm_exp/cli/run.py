@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from slm_exp.cli.command import run_command
+from slm_exp.cli.command import refused, run_command
 from slm_exp.cli.shown import config_text
 from slm_exp.core.errors import ConfigError, SlmError, StageError, did_you_mean, require
 from slm_exp.core.format import override
@@ -67,9 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.cfg == "job" and not (args.package or args.config_name or args.config_path):
             return run_command(_show, argv)
         argv = fields_of_swept_groups(open_mappings(_check_command(argv)), _search(argv))
-    except SlmError as error:
-        print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
-        return 2
+    except (SlmError, OSError) as error:
+        return refused(error)
     prepare_hydra()
     register_plugins()
     mask_logs()

@@ -7,6 +7,27 @@ from typing import NamedTuple
 
 ADAM_BYTES = 16
 """Memory of a trained parameter: itself, its gradient and two moments in float32."""
+EAGER = 512
+"""Tokens up to which plain attention, there and back, is faster on a CPU than the fused one; it keeps its scores."""
+
+
+def activations(rows: int, seq_len: int, layers: float, hidden: int, heads: int, recomputed: bool) -> float:
+    """Bytes that a step of training keeps for its way back, about: 34 float32 numbers for every channel of the stream,
+    and 10 bytes for every attention score. A layer of Llama's kind with LoRA kept 29 and 5.5, and freed space is not
+    all used again. Autocast to bfloat16 changes little: what it casts is kept both ways.
+
+    Args:
+        rows: sequences at once.
+        recomputed: whether every layer is computed again on the way back.
+    """
+    layer = rows * seq_len * (34 * 4 * hidden + 10 * heads * seq_len * (seq_len <= EAGER))
+    return layer + layers * rows * seq_len * 4 * hidden if recomputed else layers * layer
+
+
+def normal_equations(inputs: int, outputs: int, judged: float) -> float:
+    """Bytes of a ridge regression in float64, about: the sums over all tokens, two changes beside them, and the
+    `judged` tokens, or sums over these where there are more of them than inputs."""
+    return 8 * inputs * (inputs + 3 * outputs) + min(8 * inputs, 4 * judged) * (inputs + outputs)
 
 
 @dataclass(frozen=True)

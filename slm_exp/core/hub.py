@@ -18,10 +18,22 @@ log = logging.getLogger(__name__)
 PROBE_SECONDS = 5.0
 
 
+def switched_off() -> list[str]:
+    """The variables that are set and forbid Hugging Face's libraries to look further than the cache."""
+    return [name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+            if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]
+
+
 def offline() -> bool:
-    """Whether Hugging Face is switched offline."""
-    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
-               for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))  # fmt: skip
+    """Whether Hugging Face is switched offline for data sets."""
+    return any(name != "TRANSFORMERS_OFFLINE" for name in switched_off())
+
+
+def cache_folder(variable: str, name: str) -> Path:
+    """Hugging Face's cache folder as the environment has it now: HF_HUB_CACHE is `hub`, HF_DATASETS_CACHE `datasets`.
+    (huggingface_hub's own constants are those of the moment it was imported.)"""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    return Path(os.environ.get(variable) or home / name).expanduser()
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from slm_exp.core import plugins
-from slm_exp.core.errors import ConfigError
+from slm_exp.core.errors import ConfigError, require
 
 GROUPS = {  # config group -> package whose modules hold its members
     "model": "models", "calibration": "calibration", "kernel": "kernels", "similarity": "similarity",
@@ -44,6 +44,21 @@ class Component:
 
     def check(self) -> None:
         """Raise ConfigError on a bad field. Cheap: no files of weights, no heavy imports."""
+
+    def at_least(self, least: float, *names: str, remedy: str = "") -> None:
+        """Refuse numbers below `least`; a field that may be null may be. Raises ConfigError: the first, by name."""
+        self._in_range(names, lambda value: value >= least, f">= {least:g}", remedy)
+
+    def positive(self, *names: str, remedy: str = "") -> None:
+        """Likewise, numbers that are not above 0."""
+        self._in_range(names, lambda value: value > 0, "> 0", remedy)
+
+    def _in_range(self, names: Iterable[str], ok: Callable[[Any], bool], wanted: str, remedy: str) -> None:
+        kinds = {f.name: str(f.type) for f in dataclasses.fields(self)}
+        for name in names:
+            value, kind = getattr(self, name), kinds[name]
+            number = f"{'null or ' * ('None' in kind)}a {'whole ' * ('int' in kind)}number"
+            require(value is None or ok(value), f"{self.config_group}.{name}", value, f"{number} {wanted}", remedy)
 
     def in_force(self) -> list[str]:
         """What holds where its settings leave a choice open, a line each; for `--cfg job`."""

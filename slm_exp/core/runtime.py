@@ -65,6 +65,15 @@ def die_with(parent: int) -> None:
         sys.exit(1)
 
 
+def set_malloc(*options: tuple[int, int]) -> None:
+    """Set options of glibc's malloc, by the numbers of malloc.h; another C library stays as it is."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        for option in options:
+            ctypes.CDLL("libc.so.6").mallopt(*option)
+
+
 def available_memory() -> int:
     """Bytes that new processes may take: what the machine has free, or what is left of this process's cgroup."""
     import psutil
@@ -95,7 +104,6 @@ class Runtime(Component):
         require(bool(DEVICE.fullmatch(self.device)), "runtime.device", self.device, "auto, cpu, cuda or cuda:N")
         require(self.threads is None or 1 <= self.threads <= MOST_THREADS, "runtime.threads", self.threads,
                 f"null or a number from 1 to {MOST_THREADS}")
-
         require_one_of("runtime.memory", self.memory, ("auto", "resident", "stream"))
 
     def cpu_threads(self) -> int:

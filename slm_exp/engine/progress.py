@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from slm_exp.core.format import duration
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -46,11 +48,6 @@ class Work:
 _now: list[Work] = []
 """What goes on in this process, the innermost last."""
 _said = 0.0
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `3 min`."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 @contextmanager

@@ -22,6 +22,8 @@ QUIETEST = 1e-3
 """Of the mean square of all inputs: an input below it is penalised as if it had so much."""
 OUTLYING = 10.0
 """Times the median norm, from which on a token's state is outlying."""
+TILE = 1024
+"""Inputs in a tile: of more than two, normal equations are factored tile by tile in their own place, not in a copy."""
 
 
 def token_weights(states_NTD: Tensor, weighting: str = "class", rows: int = 8) -> Tensor:
@@ -78,9 +80,12 @@ class Moments:
 
     def solve(self, ridge: float, own_units: bool = False) -> Tensor | None:
         """The change that minimises the error plus ridge x its squares, or those of what each input moves by it: a
-        quiet input is then pulled to zero no more than a loud one. None where inputs depend on each other."""
+        quiet input is then pulled to zero no more than a loud one. None where inputs depend on each other. Memory: the
+        change, and up to 2 TILE inputs two more matrices of them."""
+        own_C = self.xx_CC.diagonal() / self.scale + QUIETEST if own_units else torch.ones(())
+        if len(self.xx_CC) > 2 * TILE:
+            return _solved_in_place(self.xx_CC, self.xr_CD, ridge * own_C)
         damped_CC = self.xx_CC.clone()
-        own_C = self.xx_CC.diagonal() / self.scale + QUIETEST if own_units else 1.0
         damped_CC.diagonal().add_(ridge * own_C)
         factor_CC, failed = torch.linalg.cholesky_ex(damped_CC)
         return None if int(failed) else torch.cholesky_solve(self.xr_CD, factor_CC)
@@ -89,6 +94,67 @@ class Moments:
         """Sum of weighted squares of r - x change."""
         quadratic = (change_CD * (self.xx_CC @ change_CD)).sum()
         return self.rr + float(quadratic - 2 * (change_CD * self.xr_CD).sum())
+
+    def join(self, others: Any) -> None:
+        """Count in what other sums, or rows, have."""
+        if isinstance(others, Rows):
+            for rows in others.rows:
+                self.add(*rows)
+        else:
+            self.xx_CC += others.xx_CC
+            self.xr_CD += others.xr_CD
+            self.rr += others.rr
+
+
+def _solved_in_place(xx_CC: Tensor, xr_CD: Tensor, ridge: Tensor) -> Tensor | None:
+    """The x of (xx + diag(ridge)) x = xr by Cholesky, tile by tile: the factor lies below the diagonal of xx, which is
+    restored from what is above it. None where the sum is not positive definite."""
+    c, diagonal_C = len(xx_CC), xx_CC.diagonal().clone()
+    tiles = [slice(at, min(at + TILE, c)) for at in range(0, c, TILE)]
+    out_CD, factors = xr_CD.clone(), list[Tensor]()  # of the tiles on the diagonal
+    xx_CC.diagonal().add_(ridge)
+    try:
+        for k, own in enumerate(tiles):
+            left = slice(0, own.start)
+            factor, failed = torch.linalg.cholesky_ex(torch.addmm(xx_CC[own, own], xx_CC[own, left],
+                                                                  xx_CC[own, left].T, alpha=-1))
+            if int(failed):
+                return None
+            factors.append(factor)
+            for below in tiles[k + 1:]:
+                tile = torch.addmm(xx_CC[below, own], xx_CC[below, left], xx_CC[own, left].T, alpha=-1)
+                xx_CC[below, own] = torch.linalg.solve_triangular(factor.T, tile, upper=True, left=False)
+            known_BD = torch.addmm(out_CD[own], xx_CC[own, left], out_CD[left], alpha=-1)
+            out_CD[own] = torch.linalg.solve_triangular(factor, known_BD, upper=False)
+        for own, factor in zip(reversed(tiles), reversed(factors), strict=True):
+            above = slice(own.stop, c)
+            known_BD = torch.addmm(out_CD[own], xx_CC[above, own].T, out_CD[above], alpha=-1)
+            out_CD[own] = torch.linalg.solve_triangular(factor.T, known_BD, upper=True)
+        return out_CD
+    finally:
+        xx_CC.diagonal().copy_(diagonal_C)
+        for k, own in enumerate(tiles):
+            for below in tiles[k + 1:]:
+                xx_CC[below, own] = xx_CC[own, below].T
+
+
+class Rows:
+    """In the place of `Moments` that only judge: the tokens themselves, where they take less room than the products of
+    their inputs. Memory: theirs, in their own dtype."""
+
+    def __init__(self) -> None:
+        self.rr = self.tt = 0.0
+        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, x_MC: Tensor, r_MD: Tensor, weight_M: Tensor) -> None:
+        """See `Moments.add`."""
+        self.rows.append((x_MC, r_MD, weight_M))
+        self.rr += float((r_MD.double() * weight_M.double().sqrt().unsqueeze(1)).square().sum())
+
+    def error(self, change_CD: Tensor) -> float:
+        """See `Moments.error`."""
+        return sum(float((weight_M * (r_MD.double() - x_MC.double() @ change_CD).square().sum(1)).sum())
+                   for x_MC, r_MD, weight_M in self.rows)
 
 
 class GainMoments(Moments):
@@ -118,7 +184,7 @@ class GainMoments(Moments):
 
 
 def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: Tensor, wanted_NTD: Tensor,
-            held_N: Tensor, weight_NT: Tensor | None = None, scale: float = 1.0) -> tuple[Moments, Moments]:
+            held_N: Tensor, weight_NT: Tensor | None = None, scale: float = 1.0) -> tuple[Moments, Moments | Rows]:
     """(fitted on, held out): what a projection of a layer sees against what the stream behind the layer lacks.
 
     Where a norm stands behind the projection (OLMo 2, Gemma 2, GLM-4), the layer adds gain x W x / s with s the root
@@ -138,7 +204,9 @@ def moments(runner: BlockRunner, slot: Slot, module: str | None, entering_NTD: T
     gain = module in layout.output_norms
     norm = module if gain else layout.norm_behind(module)
     inputs = inputs_of(layer.get_submodule(module)) if module and not gain else 0
-    fit, held = (GainMoments.of(d, device) if gain else Moments.empty(inputs, d, device) for _ in "12")
+    sums = (GainMoments.of(d, device) if gain else Moments.empty(inputs, d, device) for _ in "12")
+    few = 0 < int(held_N.sum()) * entering_NTD.shape[1] < inputs
+    fit, held = next(sums), Rows() if few else next(sums)
     factor: float | Tensor = layout.residual_factor(runner.handle.config)
     weight_NT = token_weights(wanted_NTD) if weight_NT is None else weight_NT
     seen: dict[str, Tensor] = {}
@@ -167,7 +235,7 @@ def _size(norm: Any, y_NTD: Tensor) -> Tensor:
     return (y_NTD.float().square().mean(-1, keepdim=True) + eps).sqrt()
 
 
-def add_tokens(fit: Moments, held: Moments, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor,
+def add_tokens(fit: Moments, held: Moments | Rows, x_NTC: Tensor, out_NTD: Tensor, target_NTD: Tensor, held_N: Tensor,
                weight_NT: Tensor, factor: float | Tensor = 1.0) -> None:
     """Count in what a projection saw (x), and what the stream behind its layer lacks, sequence by sequence. `factor`:
     what the projection's output is multiplied by on its way into the stream, one number or [N, T, 1]."""
@@ -219,7 +287,7 @@ def held_out(n: int) -> Tensor:
     return held_N
 
 
-def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = False, own_units: bool = False
+def ridge_step(fit: Moments, held: Moments | Rows, ridges: list[float], whole: bool = False, own_units: bool = False
                ) -> tuple[Tensor, float, float] | None:
     """The change [C, D] of a linear map that takes most of the residual away on tokens it was not fitted on.
 
@@ -227,7 +295,7 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = F
     ridge; the change is thereby pulled to zero, the map to what it was.
 
     Args:
-        whole: fit once more by the chosen ridge, on the tokens held out as well.
+        whole: fit once more by the chosen ridge, on the tokens held out as well, which `fit` has from then on.
         own_units: see `Moments.solve`.
     Returns:
         (change, ridge, squared residual left over `held`), or None where no ridge lowers it.
@@ -245,8 +313,8 @@ def ridge_step(fit: Moments, held: Moments, ridges: list[float], whole: bool = F
         if error < (held.rr if best is None else best[2]):
             best = change_CD, ridge, error
     if whole and best:
-        both = type(fit)(fit.xx_CC + held.xx_CC, fit.xr_CD + held.xr_CD)
-        change_CD = both.solve(best[1] * both.scale, own_units)
+        fit.join(held)
+        change_CD = fit.solve(best[1] * fit.scale, own_units)
         return (best[0] if change_CD is None else change_CD, *best[1:])
     return best
 

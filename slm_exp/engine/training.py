@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import json
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from slm_exp.core.cost import ADAM_BYTES
+from slm_exp.core.cost import ADAM_BYTES, EAGER, activations
 from slm_exp.core.errors import SlmError
-from slm_exp.core.runtime import rank, world
+from slm_exp.core.runtime import rank, set_malloc, world
 from slm_exp.core.together import SectionLog
 from slm_exp.engine.batches import Row
 from slm_exp.engine.head_loss import LOGITS
@@ -29,7 +28,6 @@ from slm_exp.engine.head_loss import LOGITS
 log = logging.getLogger(__name__)
 
 DAY = 86_400
-EAGER = 512  # tokens up to which plain attention, there and back, is faster on a CPU than the fused one
 KEPT = 2  # checkpoints: the best and the last
 
 Batch = dict[str, Tensor]
@@ -140,8 +138,9 @@ class Training:
         evaluations = -(-steps // r.checkpoint_every) * -(-len(self.held_out) // r.micro_batch_size)
         a_step = micro * r.batch_size / r.micro_batch_size / world() + optimiser_seconds(trained, device)
         config: Any = model.config
-        per_layer = 4 if r.gradient_checkpointing else 34 * (2 if trainer.args.bf16 else 4)
-        states = batch["input_ids"].numel() * config.num_hidden_layers * config.hidden_size * per_layer
+        rows, length = batch["input_ids"].shape
+        states = activations(rows, length, config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
+                             r.gradient_checkpointing)
         logits = 4 * 4 * min(LOGITS, batch["input_ids"].numel() * config.vocab_size)
         saved = [p for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config")]
         disk = (KEPT + 1) * (8 * trained + sum(p.numel() * p.element_size() for p in saved))
@@ -248,10 +247,7 @@ def _of_first_process(value: bool, device: torch.device) -> bool:
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed for the next step, instead of giving it to the system and asking again. A
     step of a 106 M parameter model otherwise meets 440,000 page faults. Only glibc knows how."""
-    no_mmap, never_trim = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        for option in (no_mmap, never_trim):
-            ctypes.CDLL("libc.so.6").mallopt(*option)
+    set_malloc((-4, 0), (-1, 2**31 - 1))  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 
 def optimiser_seconds(n: int, device: torch.device) -> float:

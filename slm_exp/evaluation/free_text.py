@@ -38,8 +38,9 @@ def health(texts: Sequence[Sequence[int]], ended: Sequence[bool]) -> FreeText:
     n = len(texts)
     loops = [longest_loop(text) for text in texts]
     looping = sum(loop > 0 and loop >= LOOPING * len(text) for loop, text in zip(loops, texts, strict=True))
-    return FreeText(n, sum(map(len, texts)) / n, sum(ended) / n, sum(distinct(t, 1) for t in texts) / n,
-                    sum(distinct(t, 3) for t in texts) / n, sum(loops) / n, looping / n)  # fmt: skip
+    return FreeText(n=n, length=sum(map(len, texts)) / n, ended=sum(ended) / n,
+                    distinct_1=sum(distinct(t, 1) for t in texts) / n,
+                    distinct_3=sum(distinct(t, 3) for t in texts) / n, loop=sum(loops) / n, looping=looping / n)
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:

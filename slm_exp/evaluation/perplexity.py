@@ -14,7 +14,7 @@ from slm_exp.calibration.heldout import DOMAINS, RULE, TOKENS
 from slm_exp.calibration.tokens import load_ids, require_ids
 from slm_exp.core.cache.digests import content_digest
 from slm_exp.core.errors import DataError, did_you_mean
-from slm_exp.core.files import digest
+from slm_exp.core.files import digest, no_file
 from slm_exp.core.text import SUFFIXES, kind_of, read_field, read_lines, slices
 from slm_exp.engine.progress import advancing
 from slm_exp.evaluation import documents
@@ -219,7 +219,7 @@ def corpus_identity(where: str) -> str:
 def unknown_corpus(where: str) -> str | None:
     """Why `where` names no corpus, or None. Looks at names only."""
     if where.endswith(FILES):
-        return None if Path(where).is_file() else "there is no such file."
+        return no_file(Path(where))
     names = (*HUB_SETS, *HELD_OUT)
     if where in names:
         return None

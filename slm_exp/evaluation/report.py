@@ -5,10 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slm_exp.core.documents import Section
 from slm_exp.core.files import plain, write_json, writing
 from slm_exp.evaluation.protocol import Protocol
 
@@ -37,23 +38,59 @@ class TaskScore:
         return cls({name: value for name, value in stored.items() if name != "n"}, stored.get("n"))
 
 
-@dataclass(frozen=True)
-class FreeText:
-    """Means over the texts that a model wrote."""
+class FreeText(Section):
+    """Means over the texts that a model wrote freely, see free_text.py."""
 
-    n: int
-    length: float
+    n: int = 0
+    length: float | None = None
     """Tokens written."""
-    ended: float
+    ended: float | None = None
     """Share of texts that the model ended by itself."""
-    distinct_1: float
+    distinct_1: float | None = None
     """Distinct tokens, as a share of all of a text."""
-    distinct_3: float
+    distinct_3: float | None = None
     """Distinct runs of three tokens, as a share of all."""
-    loop: float
+    loop: float | None = None
     """Tokens of a text's longest loop."""
-    looping: float
+    looping: float | None = None
     """Share of texts at least half of which is one loop."""
+
+
+class Spread(Section):
+    """Some timings: quartiles by linear interpolation, standard deviation of the population as in the papers."""
+
+    median: float
+    q1: float
+    q3: float
+    mean: float | None = None
+    std: float | None = None
+    n: int | None = None
+
+
+class Timing(Section):
+    """One model's generation in one case."""
+
+    latency_s: Spread | None = None
+    tokens_per_s: Spread | None = None
+    first_token_s: Spread | None = None
+    peak_bytes: int | float | None = None
+    """Weights and what grew during a generation; None where the system does not tell."""
+    flops: int | float | None = None
+
+
+class SpeedCase(Section):
+    """Both models in one case, or the error that a case ended in."""
+
+    name: str = ""
+    """batch x prompt x new"""
+    batch: int = 0
+    prompt: int = 0
+    new: int = 0
+    dense: Timing = Timing()
+    compressed: Timing = Timing()
+    speedup: Spread | None = None
+    """Of dense / compressed latency, run by run."""
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +112,7 @@ class EvalReport:
         """Without the samples, which have a folder of their own."""
         tasks = {name: score.to_json() for name, score in self.tasks.items()}
         return {"tasks": tasks, "average": self.average, "perplexity": self.perplexity,
-                **({"text": asdict(self.text)} if self.text else {}), "protocol": self.protocol.to_json()}  # fmt: skip
+                **({"text": self.text.model_dump()} if self.text else {}), "protocol": self.protocol.to_json()}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], samples: dict[str, list[Row]] | None = None) -> EvalReport:

@@ -91,21 +91,18 @@ class Settings(Component):
         for name, n in self.fewshot.items():
             require(name in self.tasks, f"evaluation.fewshot.{name}", n, "a task or group of evaluation.tasks")
             require(n >= 0, f"evaluation.fewshot.{name}", n, "a number >= 0")
-        for name, most in (("limit", self.limit), ("batch_size", self.batch_size)):
-            require(most is None or most >= 1, f"evaluation.{name}", most, "null or a number >= 1")
-        require(self.processes >= 1, "evaluation.processes", self.processes, "a number >= 1")
+        self.at_least(1, "limit", "batch_size", "processes", "speed_grid_runs")
         require(len(set(self.tasks)) == len(self.tasks), "evaluation.tasks", self.tasks, "each task once")
         require_one_of("evaluation.backend", self.backend, ("fast", "hflm"))
         require_one_of("evaluation.ppl_bos", self.ppl_bos, ("once", "every_chunk", "never", "both"))
-        require(self.ppl_seq_len >= 2, "evaluation.ppl_seq_len", self.ppl_seq_len, "a number >= 2")
+        self.at_least(2, "ppl_seq_len")
         twice = [name for name in self.corpora if self.ppl_bos == "both" and name + BOS_TOO in self.corpora]
         require(not twice, "evaluation.corpora", list(self.corpora), f"no {', '.join(n + BOS_TOO for n in twice)}",
                 "evaluation.ppl_bos=both gives these names to the numbers with BOS before every chunk.")
-        require(self.speed_runs >= 0, "evaluation.speed_runs", self.speed_runs, "a number >= 0")
+        self.at_least(0, "speed_runs")
         if self.times:
             require(0 <= self.speed_discard < self.speed_runs, "evaluation.speed_discard", self.speed_discard,
                     f"0 to {self.speed_runs - 1}, fewer than evaluation.speed_runs = {self.speed_runs}")
-        require(self.speed_grid_runs >= 1, "evaluation.speed_grid_runs", self.speed_grid_runs, "a number >= 1")
         for name, values in (("batches", self.speed_batches), ("prompts", self.speed_prompts), ("new", self.speed_new)):
             require(bool(values) and min(values) >= 1, f"evaluation.speed_{name}", values, "numbers >= 1, one at least")
         for name, bounds in self.dense_range.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import random
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -20,6 +22,8 @@ BUNDLED_FOLDERS = (
     "triviaqa", "lambada", "race", "wsc273",
 )  # fmt: skip
 """Where lm-eval defines the tasks whose documents can come with the assets."""
+
+_NAMED = re.compile(r"""^\s*(?:-\s+)?(?:["']?(?:task|group|tag)["']?:|-)[ \t]*["']?([^\s"'#,\[\]]+)""", re.MULTILINE)
 
 
 @cache
@@ -44,6 +48,18 @@ def task_names() -> set[str]:
     """Every task, group and tag lm-eval knows; 10 s at the first call."""
     with quiet():
         return set(task_manager(False).all_tasks)
+
+
+@cache
+def written_names() -> set[str]:
+    """Every name that a file of lm-eval's tasks may define, and some more words: read from the files' text in half a
+    second, lm-eval not loaded. A name that is not among these is none of `task_names`."""
+    spec = importlib.util.find_spec("lm_eval")
+    names: set[str] = set()
+    for path in (Path((spec.submodule_search_locations or [""])[0]) / "tasks").rglob("*") if spec else ():
+        if "yaml" in path.name or ("." not in path.name and path.is_file()):
+            names.update(_NAMED.findall(path.read_text(encoding="utf-8", errors="replace")))
+    return names
 
 
 def data_set(task: str) -> str | None:

@@ -20,7 +20,7 @@ from slm_exp.models.sizes import Sizes
 from slm_exp.models.sketch import Sketch
 from slm_exp.pipeline.config import RunConfig
 from slm_exp.pipeline.inspection import Inspection
-from slm_exp.pipeline.memory import choose, held
+from slm_exp.pipeline.memory import choose, held, searching, streamed_part
 from slm_exp.recovery.gain import loss_cost
 from slm_exp.runs.sweep import FINISHED, Job, differing, read_cell
 from slm_exp.tables.build import split_words
@@ -325,12 +325,12 @@ def _memory(grid: GridPlan, cfg: RunConfig, model: Sketch, sizes: Sizes, tokens:
     """Peak bytes of the process, of its checkpoint's verification beside it, and on the GPU."""
     imports = grid.machine.resident if grid.machine else 1e9
     states = (sizes.n_layers + 3) * tokens.total * sizes.hidden * 4
-    stages = {"plan": states, "similarity": cfg.similarity.matrix_bytes(sizes, tokens),
+    stages = {"plan": states + searching(cfg, sizes), "similarity": cfg.similarity.matrix_bytes(sizes, tokens),
               "recover": held(cfg, model.bytes, sizes), "width": held(cfg, model.bytes, sizes)}
     work = max([1e8, *(bytes_ for name, bytes_ in stages.items() if name in doing)])
     weights = float(model.bytes)
     if streamed:
-        weights *= (sizes.total - (sizes.n_layers - 3) * sizes.layer) / sizes.total
+        weights = streamed_part(weights, sizes)
     if grid.device == "cuda":
         grid.device_memory = max(grid.device_memory, weights + work + 1e9)
         grid.memory = max(grid.memory, imports + 2e9 + weights)

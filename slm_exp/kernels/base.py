@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slm_exp.core.errors import require
 from slm_exp.core.registry import Component
 
 if TYPE_CHECKING:
@@ -44,8 +43,7 @@ class DistanceKernel(Kernel):
     """In units of the median distance; > 0. 1 is the median heuristic; 0.2 to 0.8 are in use too (rbf)."""
 
     def check(self) -> None:
-        require(self.bandwidth > 0, "kernel.bandwidth", self.bandwidth, "a number > 0",
-                "It is in units of the median distance: try 1.")
+        self.positive("bandwidth", remedy="It is in units of the median distance: try 1.")
 
 
 def relative_distances(x_BND: Tensor) -> Tensor:

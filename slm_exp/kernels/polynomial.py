@@ -5,7 +5,6 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass
 
-from slm_exp.core.errors import require
 from slm_exp.core.registry import register
 from slm_exp.kernels.base import Kernel, Tensor
 
@@ -31,10 +30,9 @@ class Polynomial(Kernel):
     """Constant; >= 0. At 0 only the highest power counts."""
 
     def check(self) -> None:
-        require(self.degree >= 1, "kernel.degree", self.degree, "a whole number >= 1")
-        require(self.gamma > 0, "kernel.gamma", self.gamma, "a number > 0")
-        require(self.coef >= 0, "kernel.coef", self.coef, "a number >= 0",
-                "A negative constant makes the kernel indefinite.")
+        self.at_least(1, "degree")
+        self.positive("gamma")
+        self.at_least(0, "coef", remedy="A negative constant makes the kernel indefinite.")
 
     def over(self, x_ND: Tensor) -> Polynomial:
         fixed = copy(self)

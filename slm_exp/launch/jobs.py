@@ -123,7 +123,7 @@ def command_jobs(overrides: Sequence[str], multirun: bool = False, *, cells: Seq
     task = [o for o in overrides if not o.startswith(HYDRA)]
     swept = [o for o in task if is_sweep(o)]
     for o in swept:
-        if Path(o.partition("=")[2]).expanduser().exists():
+        if os.path.exists(os.path.expanduser(o.partition("=")[2])):  # a list may be longer than a name can be
             raise ConfigError(f"{o}: a comma makes several values of it, and there is a file or folder of that whole "
                               f"name. If it is meant: {quoted(o)}")
     whole = compose_raw([o for o in overrides if o not in swept], with_hydra=True)
@@ -203,8 +203,10 @@ def check_all(overrides: Sequence[str], multirun: bool) -> CommandJobs:
     if found.multirun:
         check_launcher(found.hydra.launcher, found.hydra.sweeper)
     check_writable(found.folder)
-    if (found.folder / LOG).is_symlink():
-        raise ConfigError(f"{found.folder / LOG} is a link; expected no file or a plain one. Remove it.")
+    log = found.folder / LOG
+    if log.is_symlink() or (log.exists() and not log.is_file()):
+        raise ConfigError(f"{log} is a {'link' if log.is_symlink() else 'folder, pipe or device'}; "
+                          "expected no file or a plain one. Remove it.")
     return found
 
 

@@ -130,7 +130,7 @@ class GridSweeper(Sweeper):
             if cell.job.run_id in reasons:
                 note_death(cell.job, reasons[cell.job.run_id])
         already = finished(before)
-        cells = [_with_reason(cell, reasons.get(cell.job.run_id), before) for cell in sweep.cells()]
+        cells = [with_reason(cell, reasons.get(cell.job.run_id), before) for cell in sweep.cells()]
         queue = Queue.of(self.path, cells)
         cells = [queue.told(cell) for cell in cells]
         print(table(cells, already))
@@ -241,7 +241,7 @@ def _job_return(cell: Cell) -> JobReturn:
                      _return_value=None if done else SlmError(cell.error or cell.state))
 
 
-def _with_reason(cell: Cell, reason: str | None, before: Mapping[str, Cell]) -> Cell:
+def with_reason(cell: Cell, reason: str | None, before: Mapping[str, Cell]) -> Cell:
     """The cell, failed for the launcher's reason where its folder has none (e.g. a folder that cannot be written), or
     that of an earlier launch."""
     told = cell.state == FAILED and cell.error and cell != before.get(cell.job.run_id)

@@ -70,6 +70,8 @@ class Submitted(Section):
     """As squeue has it: 12, or 12_3 for a task of an array."""
     user: str
     log: str
+    since: float = 0.0
+    """When it was submitted, seconds since 1970 (0: by an earlier version)."""
 
 
 class Submissions(Section):
@@ -110,8 +112,13 @@ class Queue:
 
     def busy(self, cell: Cell) -> bool:
         """Whether the cell waits or runs in Slurm, so that it must not be started."""
-        state = (self.states or {}).get(self.cells[cell.job.run_id].job) if cell.job.run_id in self.cells else None
-        return cell.state != FINISHED and state is not None and (cell.state != FAILED or state == "PENDING")
+        submitted = self.cells.get(cell.job.run_id)
+        if submitted is None or cell.state == FINISHED or (state := (self.states or {}).get(submitted.job)) is None:
+            return False
+        if cell.state != FAILED or state == "PENDING":
+            return True
+        record = cell.job.folder / RECORD  # of an earlier attempt, where the workers of its job have yet to reach it
+        return "_" not in submitted.job and record.exists() and record.stat().st_mtime < submitted.since
 
     def told(self, cell: Cell) -> Cell:
         """The cell as its folder and the queue together show it."""
@@ -251,6 +258,7 @@ class SlurmLauncher(Launcher):
         }
         argv = ["sbatch", "--parsable", *(f"--{n}" if value is True else f"--{n}={value}"
                                           for n, value in options.items() if value not in (None, False)), str(path)]
+        since = time.time()
         try:
             done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
         except subprocess.CalledProcessError as error:
@@ -258,7 +266,7 @@ class SlurmLauncher(Launcher):
         except (OSError, subprocess.TimeoutExpired) as error:
             raise SlmError(f"{shlex.join(argv)}: {error}. Whether it was submitted, squeue says.") from None
         job = done.stdout.strip().partition(";")[0]  # JOB or JOB;CLUSTER
-        new = {j.run_id: {"job": f"{job}_{i}" if array else job, "user": getpass.getuser(),
+        new = {j.run_id: {"job": f"{job}_{i}" if array else job, "user": getpass.getuser(), "since": since,
                           "log": log.replace("%a", str(i))} for i, j in enumerate(jobs)}
         before: dict[str, Any] = {}
         with contextlib.suppress(FileNotFoundError):

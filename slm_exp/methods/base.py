@@ -71,8 +71,7 @@ class Method(Component, ABC):
         if self.threshold is not None:
             require(-1 <= self.threshold <= 1, "method.threshold", self.threshold, "a score in [-1, 1]",
                     "Scores are similarities to the dense model, 1 is identical: try 0.9.")
-        if self.target_layers is not None:
-            require(self.target_layers >= 1, "method.target_layers", self.target_layers, "a whole number >= 1")
+        self.at_least(1, "target_layers", "batch", "length")
         if self.target_ratio is not None:
             require(0 < self.target_ratio < 1, "method.target_ratio", self.target_ratio,
                     "a share of the parameters in (0, 1)", "0.1 removes a tenth.")
@@ -81,8 +80,6 @@ class Method(Component, ABC):
                     "a share of the dense model's operations in (0, 1)", "0.8 leaves four fifths of them.")
         if self.target_latency is not None:
             parse_latency(self.target_latency)
-        for name in ("batch", "length"):
-            require(getattr(self, name) >= 1, f"method.{name}", getattr(self, name), "a whole number >= 1")
         if self.phase is not None:
             require_one_of("method.phase", self.phase, PHASES)
         if not self.budgeted:
@@ -236,6 +233,11 @@ class Method(Component, ABC):
         more = 2 * n_layers if self.compensate else 0
         return replace(count, blocks=count.blocks + more, scores=count.scores + bool(more))
 
+    def memory(self, sizes: Sizes, seq_len: int) -> float:
+        """Bytes that the search takes beside the model and the calibration's states, about. `seq_len`: of the latter's
+        sequences."""
+        return 0
+
     def search_cost(self, n_layers: int, removed: int | None) -> Count:
         """`cost` without a compensation: one look at the dense states and one compressed model, which runs anew from
         its first cut up. Override where a search takes more."""
@@ -291,8 +293,7 @@ class Sized(Method):
         if len(requested) != 1:
             raise ConfigError(f"method={self.name} takes a size: set exactly one of {_either(self.targets)}; got "
                               f"{' and '.join(requested) or 'none'}. For example method.target_ratio=0.1.")
-        for name in ("protect_first", "protect_last"):
-            require(getattr(self, name) >= 0, f"method.{name}", getattr(self, name), "a whole number >= 0")
+        self.at_least(0, "protect_first", "protect_last")
         require(self.mergeable or not self.merge, "method.merge", self.merge,
                 f"false: method={self.name} removes parts of layers", "Only whole layers can be merged.")
 

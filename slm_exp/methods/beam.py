@@ -3,7 +3,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from slm_exp.core.cost import Count
-from slm_exp.core.errors import require
 from slm_exp.core.registry import register
 from slm_exp.methods.base import Selection, greedy_cost
 from slm_exp.methods.objectives import OBJECTIVES, SetSearch
@@ -27,7 +26,7 @@ class Beam(SetSearch):
     """Sets that are kept at a time."""
 
     def check(self) -> None:
-        require(self.width >= 1, "method.width", self.width, "a whole number >= 1")
+        self.at_least(1, "width")
         super().check()
 
     def search_cost(self, n_layers: int, removed: int | None) -> Count:

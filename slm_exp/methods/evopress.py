@@ -47,11 +47,7 @@ class EvoPress(SetSearch):
     """Of the calibration's sequences, for the quick look; one at least."""
 
     def check(self) -> None:
-        for name in ("starts", "children", "survivors", "swaps"):
-            require(getattr(self, name) >= 1, f"method.{name}", getattr(self, name), "a whole number >= 1")
-        for name in ("generations", "max_evaluations"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"method.{name}", value, "null or a whole number >= 1")
+        self.at_least(1, "starts", "children", "survivors", "swaps", "generations", "max_evaluations")
         require(0 < self.quick_share <= 1, "method.quick_share", self.quick_share, "a share in (0, 1]")
         require(self.target_sublayers is None or self.target_sublayers % 2 == 0, "method.target_sublayers",
                 self.target_sublayers, "an even number: as many attention as MLP sublayers go")

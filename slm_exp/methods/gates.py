@@ -2,16 +2,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slm_exp.core.cost import Count
+from slm_exp.core.cost import Count, activations
 from slm_exp.core.errors import require
 from slm_exp.core.registry import register
 from slm_exp.core.runtime import world
 from slm_exp.core.together import Together
 from slm_exp.methods.base import Selection
 from slm_exp.methods.objectives import PartSets
+from slm_exp.models.sizes import Sizes
 from slm_exp.search.evolution import Found, plan_without
 from slm_exp.search.greedy import refuse_infinite, traced
 from slm_exp.search.task import PlanTask
+
+TOGETHER = 4
+"""Sequences whose activations are in memory at once, at most."""
 
 
 @register("method", "gates")
@@ -44,16 +48,18 @@ class Gates(PartSets):
 
     def check(self) -> None:
         super().check()
-        require(self.steps >= 1, "method.steps", self.steps, "a whole number >= 1")
+        self.at_least(1, "steps")
         require(0 < self.batch_share <= 1, "method.batch_share", self.batch_share, "a share in (0, 1]")
-        for name in ("lr", "pressure"):
-            require(getattr(self, name) > 0, f"method.{name}", getattr(self, name), "a number > 0")
+        self.positive("lr", "pressure")
 
     def refuses(self, others: Together) -> str | None:
         if world() > 1:
             return (f"method = {self.name}; expected another where a launcher started {world()} processes: its gates "
                     "learn in one. Find the plan first, then train with method=from_plan method.path=PLAN.")
         return super().refuses(others)
+
+    def memory(self, sizes: Sizes, seq_len: int) -> float:
+        return activations(TOGETHER, seq_len, sizes.n_layers, sizes.hidden, sizes.heads, recomputed=False)
 
     def search_cost(self, n_layers: int, removed: int | None) -> Count:
         passes = 3 * self.steps * self.batch_share
@@ -66,8 +72,8 @@ class Gates(PartSets):
         gains, need = self.gains(task.handle, n_remove)
         if need <= 0:
             return Selection()
-        learning = Learning(self.steps, max(1, round(self.batch_share * len(task.tokens.tokens_NT))), self.lr,
-                            self.pressure)
+        learning = Learning(self.steps, max(1, round(self.batch_share * len(task.tokens.tokens_NT))), TOGETHER,
+                            self.lr, self.pressure)
         prices = dict(zip(gains, learned(task, [*gains], [*gains.values()], need, learning), strict=True))
         refuse_infinite(prices)
         parts = self.cheapest(prices, gains, need)

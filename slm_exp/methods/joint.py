@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float16", "float32")
 LEAST = 2
 """Steps of channels that every MLP keeps."""
-CALLED = (("calibration.path", "method.fit_path"), ("calibration.n_samples", "method.fit_samples"),
-          ("calibration.seq_len", "method.fit_seq_len"))
 
 
 @register("method", "joint")
@@ -75,9 +73,8 @@ class Joint(Sized):
 
     def check(self) -> None:
         super().check()
-        require(self.steps >= 2 * LEAST, "method.steps", self.steps, f"a whole number >= {2 * LEAST}")
-        require(self.fit_samples >= 2, "method.fit_samples", self.fit_samples, "a whole number >= 2")
-        require(self.fit_seq_len >= 2, "method.fit_seq_len", self.fit_seq_len, "a whole number >= 2")
+        self.at_least(2 * LEAST, "steps")
+        self.at_least(2, "fit_samples", "fit_seq_len")
         require(self.compensate is None, "method.compensate", self.compensate, "null: the refit restores magnitudes")
         if self.screen_dtype is not None:
             require_one_of("method.screen_dtype", self.screen_dtype, DTYPES)
@@ -87,7 +84,7 @@ class Joint(Sized):
         return {**own, "tokens": self._source().identity()}
 
     def _source(self) -> FitSource:
-        return FitSource(self.fit_path, self.fit_samples, self.fit_seq_len, called=CALLED)
+        return FitSource.of(self, self.fit_path, self.fit_samples, self.fit_seq_len)
 
     def check_model(self, handle: ModelHandle) -> None:
         layout = handle.layout

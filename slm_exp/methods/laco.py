@@ -45,8 +45,8 @@ class LaCo(Baseline):
 
     def check(self) -> None:
         super().check()
-        require(self.window >= 2, "method.window", self.window, "a whole number >= 2")
-        require(self.interval >= 1, "method.interval", self.interval, "a whole number >= 1")
+        self.at_least(2, "window")
+        self.at_least(1, "interval")
         require(self.merge, "method.merge", self.merge, "true: method=laco merges",
                 "merge_rule=keep_low keeps a window's lowest layer and removes the others.")
 

@@ -56,10 +56,8 @@ class SLM(Method):
         ok = len(self.threshold_range) == 2 and -1 <= self.threshold_range[0] < self.threshold_range[1] <= 1
         require(ok, "method.threshold_range", self.threshold_range, "two scores in [-1, 1], the lower one first",
                 "For example [0.5,1.0].")
-        require(self.max_evaluations is None or self.max_evaluations >= 1, "method.max_evaluations",
-                self.max_evaluations, "null or a whole number >= 1")
-        for name in ("protect_first", "protect_last"):
-            require(getattr(self, name) >= 0, f"method.{name}", getattr(self, name), "a whole number >= 0")
+        self.at_least(1, "max_evaluations")
+        self.at_least(0, "protect_first", "protect_last")
         if self.screen_dtype is not None:
             require_one_of("method.screen_dtype", self.screen_dtype, ("bfloat16",))
 

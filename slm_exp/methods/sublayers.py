@@ -35,9 +35,7 @@ class SublayerBaseline(Baseline):
         return True
 
     def check(self) -> None:
-        if self.target_sublayers is not None:
-            require(self.target_sublayers >= 1, "method.target_sublayers", self.target_sublayers,
-                    "a whole number >= 1")
+        self.at_least(1, "target_sublayers")
         super().check()
 
     def no_target(self, name: str) -> tuple[str, str]:

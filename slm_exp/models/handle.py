@@ -115,7 +115,7 @@ class ModelHandle:
             return {kind: int(sum(part[kind] for part in parts) / n) for kind in ("attention", "mlp")}
 
         return Sizes(n, int(hidden), int(vocab), self.layer_params, self.n_params, mean(products),
-                     sum(map(self.layout.attention_width, layers)) // n,
+                     sum(map(self.layout.attention_width, layers)) // n, int(self.config.num_attention_heads),
                      int(getattr(self.config, "intermediate_size", None) or 4 * hidden), mean(self.sublayer_params))
 
     @cached_property

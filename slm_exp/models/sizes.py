@@ -46,6 +46,8 @@ class Sizes:
     is sent to."""
     query: int
     """Width of all query heads together."""
+    heads: int
+    """Of the queries."""
     mlp: int
     """Channels between the MLP's projections."""
     sublayers: dict[str, int]
@@ -114,7 +116,7 @@ def sizes_in(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sizes:
     attention = _sublayers(layout, matrices)["attention"]
     return Sizes(n, d, v, layer, sum(t.size for t in own.values()),
                  {"attention": attention // max(1, n), "mlp": int((whole - attention) / max(1, n))},
-                 heads * int(about.get("head_dim") or d // heads), int(about.get("intermediate_size") or 4 * d),
+                 heads * int(about.get("head_dim") or d // heads), heads, int(about.get("intermediate_size") or 4 * d),
                  {kind: size // max(1, n) for kind, size in parts.items()})
 
 
@@ -164,4 +166,4 @@ def sizes_of(config: Any) -> Sizes:
         vectors += 2 * head
     layer = attention + mlp + vectors
     total = n * layer + d + v * d * (1 if about.get("tie_word_embeddings", family == "gemma3_text") else 2)
-    return Sizes(n, d, v, layer, total, products, q, f, {"attention": attention, "mlp": mlp})
+    return Sizes(n, d, v, layer, total, products, q, heads, f, {"attention": attention, "mlp": mlp})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers.core_model_loading import (
 )
 
 from slm_exp.core.errors import ArchitectureError, CheckpointError
+from slm_exp.core.runtime import set_malloc
 from slm_exp.models.files import headers
 
 if TYPE_CHECKING:
@@ -126,7 +126,9 @@ class Residence:
     read ahead. What a merge rule makes is the third."""
 
     def __init__(self, files: WeightFiles, device: torch.device) -> None:
-        _give_memory_back()
+        # glibc by itself keeps freed pieces below 32 MB after the first are freed, in arenas by thread: layers of a
+        # model of medium size would pile up there
+        set_malloc((-3, 1 << 20))  # M_MMAP_THRESHOLD
         self.files, self.device = files, device
         self._reader = ThreadPoolExecutor(1, "slm_exp-layers")
         self._current: tuple[StreamedLayers, int] | None = None
@@ -184,13 +186,6 @@ class Residence:
             return {name: t.pin_memory() for name, t in tensors.items()} if self.device.type == "cuda" else tensors
 
         return self._reader.submit(read)
-
-
-def _give_memory_back() -> None:
-    """Have glibc return freed pieces of a megabyte or more to the system. By itself it keeps those below 32 MB for
-    itself after the first are freed, in arenas by thread: layers of a model of medium size would pile up there."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 class StreamedLayers(nn.ModuleList):

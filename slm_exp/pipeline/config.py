@@ -70,6 +70,8 @@ class RunConfig:
         require(0 <= self.seed < 2**63, "seed", self.seed, "a whole number >= 0 and < 2^63, as torch takes")
         require(bool(self.cache.dir.strip()), "cache.dir", repr(self.cache.dir), "a folder",
                 "cache.enabled=false keeps nothing.")
+        require(max(map(len, Path(self.cache.dir).parts)) < 256, "cache.dir", f"{self.cache.dir[:60]}...",
+                "a folder, each part of whose name has at most 255 characters")
         remember_in(Path(self.cache.dir))
         require_one_of("cache.accept", self.cache.accept, ("version", "exact"))
         self.merge_rule = self.method.merge_rule(self.merge_rule)

@@ -33,14 +33,25 @@ class Choice(NamedTuple):
     why: str
     fits: bool = True
     may_fit: bool = True
-    """Whether the weights and what is held beside them are less than what is free."""
+    """Whether the weights, or what of them is in memory, and what is held beside them are less than what is free."""
 
 
 def held(cfg: RunConfig, weights: float, sizes: Sizes) -> float:
     """Bytes that a resident run holds beside the dense weights, for long: a narrower model's own, since hardly a tensor
-    of it is the dense one's, and what a recovery says."""
+    of it is the dense one's, and what takes most of search, merge rule and recovery."""
     narrows = cfg.width.prunes or cfg.method.narrows or bool(cfg.method.replays and cfg.method.replays.width)
-    return weights * narrows + (cfg.recovery.memory(sizes) if cfg.recovery.changes_weights else 0)
+    return weights * narrows + max(searching(cfg, sizes), cfg.recovery.memory(sizes, weights / sizes.total))
+
+
+def searching(cfg: RunConfig, sizes: Sizes) -> float:
+    """Bytes that method and merge rule take beside model and calibration."""
+    fits = cfg.merge_rule.memory(sizes) if cfg.method.uses_merge_rule() else 0
+    return max(fits, cfg.method.memory(sizes, cfg.calibration.shape().t))
+
+
+def streamed_part(weights: float, sizes: Sizes) -> float:
+    """Bytes of the weights that a streamed run holds: three layers, and what is no layer."""
+    return weights * (sizes.total - max(0, sizes.n_layers - 3) * sizes.layer) / sizes.total
 
 
 def needed(weights: float, own: float = 0) -> float:
@@ -48,8 +59,8 @@ def needed(weights: float, own: float = 0) -> float:
     return FACTOR * weights + GIB + own
 
 
-def choose(cfg: RunConfig, weights: float, free: float, files: bool, where: str, put_off: int = 0, own: float = 0
-           ) -> Choice:
+def choose(cfg: RunConfig, weights: float, free: float, files: bool, where: str, put_off: int = 0, own: float = 0,
+           least: float = 0) -> Choice:
     """What `runtime.memory` comes to: `auto` streams where a resident run would not fit into what is free, or where a
     large model's plan is only carried out.
 
@@ -59,6 +70,7 @@ def choose(cfg: RunConfig, weights: float, free: float, files: bool, where: str,
         files: whether the weights lie in safetensors files.
         put_off: how many parts `model.device_map` finds no device for.
         own: what `held` gives.
+        least: what `streamed_part` gives.
     """
     if cfg.runtime.memory != "auto":
         return Choice(cfg.runtime.memory == "stream", "as requested")
@@ -76,6 +88,8 @@ def choose(cfg: RunConfig, weights: float, free: float, files: bool, where: str,
     if reasons:
         return Choice(False, f"{what}; layers do not stay in their files, for {reasons[0]}", fits,
                       weights + own <= free)
+    if least + own > free:
+        return Choice(True, f"{what}; streamed it holds {human(least + own)}", False, False)
     return Choice(True, ("a plan is only carried out: " if fits else "it does not fit: ") + what)
 
 
@@ -96,10 +110,11 @@ def opened(cfg: RunConfig, device: torch.device) -> ModelHandle:
     weights = dense.n_params * BYTES[dtype]
     choice = choose(cfg, weights, free_on(device, spread), dense.load_streamed is not None,
                     f"all {device.type} devices" if spread else str(device), len(away),
-                    held(cfg, weights, dense.sizes))
+                    held(cfg, weights, dense.sizes), streamed_part(weights, dense.sizes))
     if not choice.may_fit and not away:
         raise ConfigError(f"runtime.memory = auto: there is no room: {choice.why}. Use a smaller model.dtype or a "
-                          "larger machine, or runtime.memory=resident to try it all the same.")
+                          f"larger machine, or runtime.memory={'stream' if choice.streamed else 'resident'} to try it "
+                          "all the same.")
     if away and not choice.streamed:
         raise ConfigError(off_devices(away) + f" It is not streamed now: {choice.why}.")
     if choice.streamed and dense.load_streamed is None:

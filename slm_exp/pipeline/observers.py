@@ -144,7 +144,7 @@ class Recorder:
         self.record = {
             "run_id": run_id, "status": "running", "group": self.group,
             "command": shlex.join(["python", "-m", "slm_exp", *words(self.cfg.plugins), *overrides]),
-            "overrides": overrides, "plugins": [plugin.to_json() for plugin in self.cfg.plugins],
+            "overrides": overrides, "plugins": [plugin.model_dump() for plugin in self.cfg.plugins],
             "config": masked(self.cfg.resolved()), "versions": versions(), "code": package_digest(), "device": None,
             "git": git_state(), "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": None,
             "pid": os.getpid(), "stages": [], "warnings": [], "eval": {"dense": None, "compressed": None},

@@ -143,8 +143,8 @@ class Recovery(Component, ABC):
         """Of a model of so many layers, and what could not be counted; `sizes` are the dense model's."""
         return Work(), [f"recovery={self.name}: how long it takes is not known"]
 
-    def memory(self, sizes: Sizes) -> float:
-        """Bytes that it takes beside both models, about."""
+    def memory(self, sizes: Sizes, width: float) -> float:
+        """Bytes that it takes beside both models, about, what it makes included. `width`: bytes of a weight."""
         return 0
 
     @abstractmethod

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+from slm_exp.calibration.fit import check_ridges
 from slm_exp.core.cost import Work
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import register
@@ -46,8 +47,7 @@ class Bypass(Fitted):
     def check(self) -> None:
         super().check()
         require(0 < self.budget <= 1, "recovery.budget", self.budget, "a share > 0 and <= 1 of the removed parameters")
-        require(bool(self.ridges) and all(r > 0 for r in self.ridges), "recovery.ridges", self.ridges,
-                "one or more numbers > 0", "For example [0.01].")
+        check_ridges("recovery.ridges", self.ridges)
         require_one_of("recovery.weighting", self.weighting, WEIGHTS)
 
     def check_data(self, dense: ModelHandle) -> None:

@@ -99,8 +99,8 @@ class Chain(Recovery):
         losses = loss_cost(sizes, layers) * (len(costs) + 1)
         return sum((work for work, _ in costs), losses), [note for _, notes in costs for note in notes]
 
-    def memory(self, sizes: Sizes) -> float:
-        return max(part.memory(sizes) for part in self.parts())
+    def memory(self, sizes: Sizes, width: float) -> float:
+        return max(part.memory(sizes, width) for part in self.parts())
 
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         """All steps in one go. A run carries them out as stages of their own, which the cache keeps one by one."""

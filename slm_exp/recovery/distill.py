@@ -3,7 +3,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slm_exp.core.errors import require
 from slm_exp.core.registry import register
 from slm_exp.recovery.base import RecoveryTask
 from slm_exp.recovery.trained import next_token_loss
@@ -30,8 +29,8 @@ class Distill(Full):
 
     def check(self) -> None:
         super().check()
-        require(self.ce >= 0, "recovery.ce", self.ce, "a number >= 0")
-        require(self.temperature > 0, "recovery.temperature", self.temperature, "a number > 0")
+        self.at_least(0, "ce")
+        self.positive("temperature")
 
     def loss(self, task: RecoveryTask, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return next_token_loss(model, batch, self.ce, task.dense.model, self.temperature)

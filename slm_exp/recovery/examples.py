@@ -12,6 +12,7 @@ from slm_exp.calibration.mixture import SOURCE_CHARS, Mixture
 from slm_exp.calibration.mixture import SOURCES as KINDS
 from slm_exp.core import text as reader
 from slm_exp.core.errors import ConfigError, DataError, did_you_mean
+from slm_exp.core.files import no_file
 from slm_exp.core.hub import Repo
 from slm_exp.engine.batches import IGNORED, Row
 from slm_exp.models.base import ModelHandle
@@ -56,9 +57,8 @@ def read_rows(data: str, path: str | None, dense: ModelHandle) -> list[dict[str,
         where = repo.file(file)
     else:
         where = Path(path or "").expanduser()
-        if not where.is_file():
-            raise ConfigError(f"recovery.path = {path}; expected an existing file ({', '.join(reader.SUFFIXES)}). "
-                              "There is no such file.")
+        if reason := no_file(where):
+            raise ConfigError(f"recovery.path = {path}: {reason} Expected a file ({', '.join(reader.SUFFIXES)}).")
     if reader.kind_of(where) == ".txt":
         return [{"text": "".join(reader.read_lines(where))}]
     rows = reader.read_rows(where, lists=True)

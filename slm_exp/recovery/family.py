@@ -42,9 +42,8 @@ class Family(Lora):
 
     def check(self) -> None:
         super().check()
-        require(self.middle >= 0, "recovery.middle", self.middle, "a whole number >= 0")
-        require(self.ce >= 0, "recovery.ce", self.ce, "a number >= 0")
-        require(self.temperature > 0, "recovery.temperature", self.temperature, "a number > 0")
+        self.at_least(0, "middle", "ce")
+        self.positive("temperature")
         require(self.processes == 1, "recovery.processes", self.processes, "1 with recovery=family")
 
     def refuses(self, others: Together) -> str | None:

@@ -3,9 +3,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from slm_exp.core.errors import require, require_one_of
+from slm_exp.core.cost import ADAM_BYTES
+from slm_exp.core.errors import require_one_of
 from slm_exp.core.registry import Fields, register
 from slm_exp.core.together import Together
+from slm_exp.models.sizes import Sizes
 from slm_exp.recovery.base import RecoveryTask
 from slm_exp.recovery.cuts import beside_cuts, needs_dense_stream
 from slm_exp.recovery.trained import Trained
@@ -40,13 +42,18 @@ class FeatureDistill(Trained):
 
     def check(self) -> None:
         super().check()
-        require(self.window >= 1, "recovery.window", self.window, "a whole number >= 1")
+        self.at_least(1, "window")
         require_one_of("recovery.layers", self.layers, ("cuts", "all"))
 
     def identity(self) -> Fields:
         """Options that are off leave no trace."""
         off = {"layers": "cuts", "overlap": False}
         return {k: v for k, v in super().identity().items() if k not in off or v != off[k]}
+
+    def memory(self, sizes: Sizes, width: float) -> float:
+        """Of a quarter of the layers where only those beside cuts train: how many these are, a plan says."""
+        trained = sizes.total if self.layers == "all" else sizes.n_layers * sizes.layer / 4
+        return trained * ADAM_BYTES + self._activations(sizes)
 
     def passes(self) -> float:
         return 1 + 3 * self.window if self.overlap else super().passes()

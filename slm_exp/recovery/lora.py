@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from slm_exp.core.cost import ADAM_BYTES
 from slm_exp.core.errors import require
 from slm_exp.core.files import read_json, write_json
 from slm_exp.core.registry import register
@@ -46,10 +47,9 @@ class Lora(Trained):
 
     def check(self) -> None:
         super().check()
-        require(self.r >= 1, "recovery.r", self.r, "a whole number >= 1")
-        require(self.alpha > 0, "recovery.alpha", self.alpha, "a number > 0")
+        self.at_least(1, "r")
+        self.positive("alpha")
         require(0 <= self.dropout < 1, "recovery.dropout", self.dropout, "a share in [0, 1)")
-
         require(not self.experts or self.dropout == 0, "recovery.dropout", self.dropout, "0 with recovery.experts=true")
 
     def check_data(self, dense: ModelHandle) -> None:
@@ -57,8 +57,11 @@ class Lora(Trained):
                 f"false: {dense.layout.family} has no routed experts")
         super().check_data(dense)
 
-    def memory(self, sizes: Sizes) -> float:
-        return super().memory(sizes) * 0.05
+    def memory(self, sizes: Sizes, width: float) -> float:
+        """Adapters, and what is larger: the step, or the adapted weights, which are a second set."""
+        sides = 4 * (sizes.hidden + sizes.query) + 3 * (sizes.hidden + sizes.mlp)
+        return ADAM_BYTES * sizes.n_layers * self.r * sides + max(self._activations(sizes),
+                                                                  width * sizes.n_layers * sizes.layer)
 
     def student(self, task: RecoveryTask) -> nn.Module:
         from peft import LoraConfig, get_peft_model

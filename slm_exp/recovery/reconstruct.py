@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from slm_exp.core.cost import Work
+from slm_exp.calibration.fit import check_ridges
+from slm_exp.core.cost import Work, normal_equations
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Fields, register
 from slm_exp.engine.batches import Row
@@ -33,7 +34,8 @@ class Reconstruct(Fitted):
     How tokens are weighted matters (`engine.ridge.token_weights`): the few of huge norm must not dominate the fit, nor
     be forgotten by it.
     Cost: two passes over the calibration tokens (dense and compressed), 2 x passes + 1 more of every refitted layer,
-    and its normal equations. Memory: two states [N, T, D] in temporary files, and 16 C^2 bytes for C MLP channels.
+    and its normal equations. Memory: two states [N, T, D] in temporary files, and 8 C^2 bytes for C MLP channels, as
+    much again where more than C tokens are held out.
     """
 
     through_norms: ClassVar[bool] = True
@@ -60,11 +62,10 @@ class Reconstruct(Fitted):
 
     def check(self) -> None:
         super().check()
-        require(self.passes is None or self.passes >= 1, "recovery.passes", self.passes, "null or a whole number >= 1")
+        self.at_least(1, "passes")
         require(self.layers != "sublayers" or self.passes in (None, 1), "recovery.passes", self.passes,
                 "null or 1 with recovery.layers=sublayers")
-        require(bool(self.ridges) and all(r > 0 for r in self.ridges), "recovery.ridges", self.ridges,
-                "one or more numbers > 0", "For example [0.01].")
+        check_ridges("recovery.ridges", self.ridges)
         require_one_of("recovery.layers", self.layers, LAYERS)
         require_one_of("recovery.weighting", self.weighting, WEIGHTS)
         require_one_of("recovery.passes_in", self.passes_in, DTYPES)
@@ -89,6 +90,14 @@ class Reconstruct(Fitted):
         blocks = sizes.n_layers + layers + cuts * (2 * self.rounds + 1)
         return Work(blocks=blocks * sizes.block_flops(total, self.seq_len),
                     wide=refits * (2 * total * sizes.mlp**2 + 20 * sizes.mlp**3)), []
+
+    def memory(self, sizes: Sizes, width: float) -> float:
+        """The regression of the widest projection, a layer in float32, and the float32 projections: of a quarter of the
+        layers where only those beside cuts are refitted, since how many these are, a plan says."""
+        refitted = sizes.n_layers * (0.25 if self.layers == "cuts" else 1)
+        made = 4 * sizes.hidden * (sizes.mlp + sizes.query * self.attention)
+        fitted = normal_equations(sizes.mlp, sizes.hidden, self.n_samples * self.seq_len / 5)
+        return fitted + 4 * sizes.layer + refitted * made
 
     def recover(self, task: RecoveryTask) -> RecoveryResult:
         from slm_exp.recovery.refit import refit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slm_exp.core.types import SUBLAYERS, CalibrationTokens, Group, Kind
 from slm_exp.engine.progress import ticking
-from slm_exp.engine.ridge import Moments, changed, held_out, moments, ridge_step, token_weights
+from slm_exp.engine.ridge import Moments, Rows, changed, held_out, moments, ridge_step, token_weights
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.merging.sizes import full_shape
 from slm_exp.recovery.base import RecoveryTask
@@ -126,19 +126,22 @@ class _Refit:
             fit, held = self._moments(position, module, weights, scale)
             if held.rr > lowest:
                 weights, ridges[-1] = kept, None
+                del fit, held  # before the next ones: of 11,008 inputs they take a GiB each
                 fit, held = self._moments(position, module, weights, scale)
             kept, lowest = weights, held.rr
             errors.append(held.rr / held.tt)
             if module is not None:
                 step = ridge_step(fit, held, self.settings.ridges)
                 ridges.append(step[1] if step else None)
+                del fit, held
                 if step:
                     layer = self.task.handle.layers[position]
                     weights = weights | changed(self.layout, layer, module, weights, step[0])
+                del step
         return weights, Refitted(position, list(slot), errors, modules * self.settings.rounds, ridges)
 
     def _moments(self, position: int, module: str | None, weights: dict[str, Tensor], scale: float
-                 ) -> tuple[Moments, Moments]:
+                 ) -> tuple[Moments, Moments | Rows]:
         return moments(self.short, Slot(position, weights), module, self.short_NTD, self.dense_NTD, self.held_N,
                        self.weight_NT, scale)
 
@@ -206,8 +209,9 @@ class _Upward(_Refit):
         fit, held = moments(self.short, Slot(at, without=_other(kind)), modules[0], self.short_NTD, self.dense_NTD,
                             self.held_N, weight_NT, scale)
         step = ridge_step(fit, held, self.settings.ridges, whole=True, own_units=True)
-        weights = changed(self.layout, self.task.handle.layers[at], modules[0], {}, step[0]) if step else {}
         errors = [held.rr / held.tt, (step[2] if step else held.rr) / held.tt]
+        del fit, held
+        weights = changed(self.layout, self.task.handle.layers[at], modules[0], {}, step[0]) if step else {}
         return weights, Refitted(at, list(self.task.plan.slots[at]), errors, [modules[0]], [step[1] if step else None])
 
 

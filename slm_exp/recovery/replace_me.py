@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slm_exp.core.cost import Work
-from slm_exp.core.errors import require
 from slm_exp.core.registry import register
 from slm_exp.models.sizes import Sizes
 from slm_exp.recovery.base import RecoveryResult, RecoveryTask
@@ -35,7 +34,7 @@ class ReplaceMe(Fitted):
 
     def check(self) -> None:
         super().check()
-        require(self.alpha >= 0, "recovery.alpha", self.alpha, "a number >= 0")
+        self.at_least(0, "alpha")
 
     def cost(self, sizes: Sizes, layers: float) -> tuple[Work, list[str]]:
         total, cuts = self.n_samples * self.seq_len, max(1.0, sizes.n_layers - layers)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from slm_exp.core.cache.digests import content_digest
-from slm_exp.core.cost import ADAM_BYTES, Work
+from slm_exp.core.cost import ADAM_BYTES, Work, activations
 from slm_exp.core.errors import ConfigError, DataError, require, require_one_of
-from slm_exp.core.files import digest
+from slm_exp.core.files import digest, no_file
 from slm_exp.core.registry import Fields, knob
 from slm_exp.core.runtime import world
 from slm_exp.core.together import Together
@@ -94,15 +94,9 @@ class Trained(Recovery):
                 "a file, with recovery.data=jsonl", "For example recovery.path=alpaca.jsonl.")
         require(self.path is None or self.data not in OWN, "recovery.path", self.path,
                 f"null with recovery.data={self.data}", "For a file of your own use recovery.data=jsonl.")
-        for name in ("seq_len", "batch_size", "micro_batch_size", "checkpoint_every", "processes"):
-            require(getattr(self, name) >= 1, f"recovery.{name}", getattr(self, name), "a whole number >= 1")
-        for name in ("warmup_steps", "held_out"):
-            require(getattr(self, name) >= 0, f"recovery.{name}", getattr(self, name), "a whole number >= 0")
-        for name in ("epochs", "lr"):
-            require(getattr(self, name) > 0, f"recovery.{name}", getattr(self, name), "a number > 0")
-        for name in ("max_steps", "max_minutes"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"recovery.{name}", value, "null or a number > 0")
+        self.at_least(1, "seq_len", "batch_size", "micro_batch_size", "checkpoint_every", "processes")
+        self.at_least(0, "warmup_steps", "held_out")
+        self.positive("epochs", "lr", "max_steps", "max_minutes")
         self._check_ranks(self.processes)
 
     def _check_ranks(self, ranks: int) -> None:
@@ -114,8 +108,8 @@ class Trained(Recovery):
         out = super().identity()
         if self.data == "jsonl" and self.path is not None:
             file = Path(self.path).expanduser()
-            if not file.is_file():
-                raise ConfigError(f"recovery.path = {self.path}; expected an existing file. There is no such file.")
+            if reason := no_file(file):
+                raise ConfigError(f"recovery.path = {self.path}: {reason} Expected a file.")
             out["path"] = content_digest(file)
         return out
 
@@ -168,8 +162,12 @@ class Trained(Recovery):
         """What a step costs, in forward passes of the student."""
         return self.forwards
 
-    def memory(self, sizes: Sizes) -> float:
-        return sizes.total * ADAM_BYTES
+    def memory(self, sizes: Sizes, width: float) -> float:
+        return sizes.total * ADAM_BYTES + self._activations(sizes)
+
+    def _activations(self, sizes: Sizes) -> float:
+        return activations(self.micro_batch_size, self.seq_len, sizes.n_layers, sizes.hidden, sizes.heads,
+                           self.gradient_checkpointing)
 
     @abstractmethod
     def student(self, task: RecoveryTask) -> nn.Module:

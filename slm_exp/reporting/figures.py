@@ -14,14 +14,13 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from slm_exp.core.files import writing
-from slm_exp.core.types import Group, LayerSimilarity, MergePlan
-from slm_exp.reporting import atlas, charts, measures, results, svg, sweep_charts
+from slm_exp.core.types import LayerSimilarity, MergePlan
+from slm_exp.reporting import atlas, charts, heatmap, measures, results, svg, sweep_charts
 from slm_exp.reporting.measures import Measure
 from slm_exp.reporting.results import Comparison
 from slm_exp.reporting.rows import Row, setting
@@ -143,18 +142,8 @@ def _candidates(axes: Axes, plan: MergePlan, near: tuple[float, float] | None = 
 
 
 def _matrix(axes: Axes, similarity: LayerSimilarity, plans: Sequence[MergePlan], title: str = "") -> None:
-    n = len(similarity.matrix_LL)
-    image = axes.imshow(similarity.matrix_LL, origin="lower", cmap="viridis", norm=TwoSlopeNorm(svg.KNEE, 0, 1),
-                        interpolation="nearest")
-    framed = {(g, False) for p in plans for g in p.groups} | {(Group(i, i + 1), True) for p in plans for i in p.dropped}
-    for group, removed in sorted(framed):
-        side = group.stop - group.start
-        axes.add_patch(Rectangle((group.start - 0.5, group.start - 0.5), side, side, fill=False, linewidth=0.9,
-                                 edgecolor="#ff9a66" if removed else "white"))
-    axes.set(xlabel="layer", ylabel="layer", title=title, xlim=(-0.5, n - 0.5), ylim=(-0.5, n - 0.5))
-    figure = axes.figure
-    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, ticks=[0, 0.2, 0.4, 0.6, 0.8, 0.9, 1])
-    bar.set_label(f"CKA, {similarity.kernel} kernel")
+    heatmap.matrix(axes, similarity, plans, line=0.9)
+    axes.set_title(title)
 
 
 def _accuracies(axes: Axes, rows: Sequence[Comparison]) -> None:

@@ -81,9 +81,8 @@ class Measure:
 
 def over_budgets(rows: Sequence[Row]) -> dict[str, list[Measure]]:
     """Every measure over every budget that runs have, parameters first; what searches select by over those alone."""
-    found = {name: measure(rows, name) for name in OVER}
-    return {name: some if name == "params" else [m for m in some if not m.criterion]
-            for name, some in found.items() if any(p.row for m in some for p in m.points)}
+    found = {name: [m for m in measure(rows, name) if name == "params" or not m.criterion] for name in OVER}
+    return {name: some for name, some in found.items() if any(p.row for m in some for p in m.points)}
 
 
 def costs(row: Row, budget: str) -> tuple[float | None, float | None]:
@@ -144,11 +143,11 @@ def _measure(key: str, name: str, unit: str, digits: int, higher: bool,
             if side and math.isfinite(side.value) and (cost := costs(row, budget)[1]) is not None]
     points = [*(Point(None, *values) for values in sorted(dense, key=lambda d: (d[0], d[1], d[2] or 0.0))), *runs]
     shown = tuple(points if runs else ())
-    return Measure(key, name, unit, digits, higher, shown if criterion else _with_front(shown, higher),
+    return Measure(key, name, unit, digits, higher, shown if criterion else with_front(shown, higher),
                    len(found) - len(runs), chance, criterion, OVER[budget])
 
 
-def _with_front(points: Sequence[Point], higher: bool) -> tuple[Point, ...]:
+def with_front(points: Sequence[Point], higher: bool) -> tuple[Point, ...]:
     """Points with their `front`."""
     front = on_front([(p.cost, -p.value if higher else p.value) for p in points])
     return tuple(replace(p, front=on) for p, on in zip(points, front, strict=True))

@@ -8,10 +8,11 @@ from textwrap import wrap
 
 from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.format import rounded, with_error
+from slm_exp.evaluation.report import SpeedCase
 from slm_exp.reporting import results
 from slm_exp.reporting.results import Comparison
 from slm_exp.runs.record import Run
-from slm_exp.runs.schema import BudgetMet, Record, SizeTarget, SpeedCase
+from slm_exp.runs.schema import BudgetMet, Record, SizeTarget
 from slm_exp.runs.statistics.paired import Difference
 from slm_exp.runs.statistics.scores import Estimate
 from slm_exp.runs.statistics.verdict import DESTROYED, RANDOM, times, verdict_of

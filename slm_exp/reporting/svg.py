@@ -96,8 +96,8 @@ class Axis:
 
 
 def axes(across: Axis, up: Axis, height: float, titles: tuple[str, str], below: float = 38.0) -> list[Markup]:
-    """Gridlines, numbers and titles of both axes: the lower one's `below` the chart, the other one's above it. Where
-    the lower one's numbers would touch on a phone, every other one is not shown there (`odd`)."""
+    """Gridlines, numbers and titles of both axes: the lower one's `below` the chart, the other's above it. Where the
+    lower one's numbers would touch on a phone, every other one is not shown there (`odd`)."""
     numbers = [across.label(tick) for tick in across.ticks]
     odd = " odd" if sum(len(text) + 2 for text in numbers) > 44 else ""
     return [*(gridline(up.down(tick, height), up.label(tick)) for tick in up.ticks),

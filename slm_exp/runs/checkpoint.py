@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,31 +56,33 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
         What was verified: `{tensors, logits_off, kv_cache_off, tolerance, device}`.
     Raises:
         CheckpointError: the disk is full or not writable, or the reloaded model differs.
-    Cost: the weights' bytes on disk and again in a second process, and its start (about 10 s). A model on a CPU of more
-        than RELOADED_WHOLE, or whose layers stay in files, is written layer by layer, and about three layers of it are
-        in the second process.
+    Cost: the weights' bytes on disk and again in a second process, whose start (6 s of imports) runs beside the
+        writing. A model on a CPU of more than RELOADED_WHOLE, or whose layers stay in files, is written layer by layer,
+        and about three layers of it are in the second process, which starts afterwards.
     """
     tmp = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:6]}.tmp")
     try:
         remove_stale(folder)
         tmp.mkdir(parents=True)
         model = compressed.model
-        with savable(model.generation_config), without_bars():
-            size = 0 if model.device.type != "cpu" else sum(p.nbytes for p in model.parameters())
-            digests = write_by_layer(compressed, tmp) if compressed.streamed or size > RELOADED_WHOLE else None
-            if digests is None:
-                model.save_pretrained(tmp, max_shard_size=max_shard_size)
-        if not has_own_code(compressed.config):
-            _name_no_code(tmp / "config.json")
-        for_older_readers(tmp / "config.json")
-        for path in compressed.licences:
-            shutil.copy(path, tmp / path.name)
-        if compressed.tokenizer is not None:
-            save_tokenizer(compressed.tokenizer, tmp)
-        write_json(tmp / "plan.json", plan.to_json())  # without what was fitted: readers take any safetensors here
-        write_text(tmp / "README.md", model_card(compressed, plan, Record.of(record or {})))
-        honour_umask(tmp)
-        verified = verify_checkpoint(tmp, compressed, tokens, digests)
+        size = 0 if model.device.type != "cpu" else sum(p.nbytes for p in model.parameters())
+        by_layer = compressed.streamed or size > RELOADED_WHOLE
+        with contextlib.nullcontext() if by_layer else _reader() as reader:
+            with savable(model.generation_config), without_bars():
+                digests = write_by_layer(compressed, tmp) if by_layer else None
+                if digests is None:
+                    model.save_pretrained(tmp, max_shard_size=max_shard_size)
+            if not has_own_code(compressed.config):
+                _name_no_code(tmp / "config.json")
+            for_older_readers(tmp / "config.json")
+            for path in compressed.licences:
+                shutil.copy(path, tmp / path.name)
+            if compressed.tokenizer is not None:
+                save_tokenizer(compressed.tokenizer, tmp)
+            write_json(tmp / "plan.json", plan.to_json())  # without what was fitted: readers take any safetensors here
+            write_text(tmp / "README.md", model_card(compressed, plan, Record.of(record or {})))
+            honour_umask(tmp)
+            verified = verify_checkpoint(tmp, compressed, tokens, digests, reader)
         _flush(tmp)
         _replace(tmp, folder)
     except (OSError, SafetensorError) as cause:  # the latter is Rust's I/O error
@@ -90,8 +93,42 @@ def save_checkpoint(compressed: ModelHandle, folder: Path, plan: MergePlan, toke
     return verified
 
 
+Reader = Callable[[Callable[[Path], Json]], Json]
+"""Gives a folder of its own to a function that writes there what is expected of a checkpoint, and takes the result from
+there (see `reload.py`) once the process has reloaded it."""
+
+
+@contextlib.contextmanager
+def _reader() -> Iterator[Reader]:
+    """A process that imports what it needs and waits for what is expected; ended in any case."""
+    with tempfile.TemporaryDirectory(prefix="slm_exp-verify-") as where:
+        script = Path(__file__).with_name("reload.py")
+        with subprocess.Popen(
+                [sys.executable, "-P", str(script), where],  # -P: the script's folder stays off the import path
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_MODULES_CACHE": where},
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+
+            def read(expect: Callable[[Path], Json]) -> Json:
+                expected = expect(Path(where))
+                _, errors = process.communicate("go\n")
+                try:
+                    result = json.loads((Path(where) / "result.json").read_text(encoding="utf-8"))
+                except (OSError, ValueError):
+                    last = errors.strip().splitlines()[-1:] or ["no message"]
+                    raise CheckpointError(f"the process that reloads {expected['folder']} ended with status "
+                                          f"{process.returncode}: {last[0]}") from None
+                if error := result.pop("error"):
+                    raise CheckpointError(f"the checkpoint does not reload as the model in memory: {error}.")
+                return {**result, "tolerance": expected["tolerance"], "device": expected["device"]}
+
+            try:
+                yield read
+            finally:
+                process.kill()
+
+
 def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None = None,
-                      digests: Mapping[str, str] | None = None) -> Json:
+                      digests: Mapping[str, str] | None = None, reader: Reader | None = None) -> Json:
     """Reload a folder in a fresh process with plain transformers and compare it with the model in memory.
 
     Every tensor must be bit-equal, embeddings tied or not as before, logits within 1e-5 in float32 (in half precision
@@ -103,27 +140,15 @@ def verify_checkpoint(folder: Path, compressed: ModelHandle, tokens: Calibration
     were written, by their names in the files, and logits with layers that the process reads as they run (transformers'
     disk offload). It generates no text, for which every token would read all layers.
 
+    Args:
+        reader: a process that has been started; None starts one.
     Returns:
         `{tensors, logits_off, kv_cache_off, peak_bytes, tolerance, device}`.
     Raises:
         CheckpointError: the first difference found, or why the process could not finish.
     """
-    with tempfile.TemporaryDirectory(prefix="slm_exp-verify-") as where:
-        expected = expectation(folder, compressed, tokens, Path(where), digests)
-        script = Path(__file__).with_name("reload.py")
-        ran = subprocess.run(
-            [sys.executable, "-P", str(script), where],  # -P: the script's folder stays off the import path
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_MODULES_CACHE": where},
-            capture_output=True, text=True, check=False)
-        try:
-            result = json.loads((Path(where) / "result.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            last = ran.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise CheckpointError(f"the process that reloads {folder} ended with status {ran.returncode}: "
-                                  f"{last[0]}") from None
-    if error := result.pop("error"):
-        raise CheckpointError(f"the checkpoint does not reload as the model in memory: {error}.")
-    return {**result, "tolerance": expected["tolerance"], "device": expected["device"]}
+    with contextlib.nullcontext(reader) if reader else _reader() as read:
+        return read(lambda where: expectation(folder, compressed, tokens, where, digests))
 
 
 def expectation(folder: Path, compressed: ModelHandle, tokens: CalibrationTokens | None, where: Path,

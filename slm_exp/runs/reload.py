@@ -2,9 +2,9 @@
 
     python -P reload.py EXPECTED_DIR
 
-EXPECTED_DIR holds expected.json and logits.npy (see `checkpoint.expectation`); result.json is written there:
-`{"error": null or text, ...measured}`. This file imports nothing of the package, so that a checkpoint cannot come to
-depend on it.
+It imports, waits for a line (none: whoever started it is gone), and reads expected.json and logits.npy in EXPECTED_DIR
+(see `checkpoint.expectation`); result.json is written there: `{"error": null or text, ...measured}`. This file imports
+nothing of the package, so that a checkpoint cannot come to depend on it.
 """
 
 from __future__ import annotations
@@ -134,4 +134,8 @@ def main(where: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    import torch  # noqa: F401  # now, while the checkpoint is still being written
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    if sys.stdin.readline():
+        main(sys.argv[1])

@@ -10,6 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from slm_exp.core.documents import Section, parse
 from slm_exp.core.files import JsonObject
+from slm_exp.core.plugins import Plugin
+from slm_exp.evaluation.report import FreeText, SpeedCase
 
 Scores = dict[str, int | float | str | None]
 """A task's entry: {acc, acc_stderr, acc_norm, acc_norm_stderr, n}, or a task's own metrics."""
@@ -184,18 +186,6 @@ class Plan(Section):
         return ", ".join([*map(str, self.dropped), *(f"{part.kind} of {part.layer}" for part in self.sublayers)])
 
 
-class FreeText(Section):
-    """What a model wrote freely, see evaluation/free_text.py: means over its texts."""
-
-    n: int = 0
-    length: float | None = None
-    ended: float | None = None
-    distinct_1: float | None = None
-    distinct_3: float | None = None
-    loop: float | None = None
-    looping: float | None = None
-
-
 class Measurement(Section):
     """What was measured on one model."""
 
@@ -342,34 +332,6 @@ class Recovery(OneRecovery):
         return self.steps if isinstance(self.steps, list) else []
 
 
-class Quartiles(Section):
-    median: float
-    q1: float
-    q3: float
-    n: int | None = None
-
-
-class Timed(Section):
-    """One model's generation."""
-
-    latency_s: Quartiles | None = None
-    tokens_per_s: Quartiles | None = None
-    first_token_s: Quartiles | None = None
-    peak_bytes: int | float | None = None
-    flops: int | float | None = None
-
-
-class SpeedCase(Section):
-    name: str = ""
-    batch: int = 0
-    prompt: int = 0
-    new: int = 0
-    error: str = ""
-    dense: Timed = Timed()
-    compressed: Timed = Timed()
-    speedup: Quartiles | None = None
-
-
 class Speed(Section):
     protocol: JsonObject = {}
     cells: list[SpeedCase] = []
@@ -380,15 +342,6 @@ class ResultFile(Section):
     sha256: str
 
 
-class UsedPlugin(Section):
-    """A plug-in that a member of the config came from; see core/plugins."""
-
-    name: str = ""
-    file: str | None = None
-    digest: str = ""
-    version: str | None = None
-
-
 class Record(Section):
     """record.json."""
 
@@ -397,7 +350,8 @@ class Record(Section):
     group: str | None = None
     command: str = ""
     overrides: list[str] = []
-    plugins: list[UsedPlugin] = []
+    plugins: list[Plugin] = []
+    """That members of the config came from."""
     config: JsonObject = {}
     """Every setting, with the member's name in each group."""
     versions: dict[str, str | None] = {}

@@ -27,7 +27,6 @@ from slm_exp.core.plugins import Plugin
 from slm_exp.core.version import __version__
 from slm_exp.runs.record import FILE as RECORD
 from slm_exp.runs.record import Run, read_run, write_record
-from slm_exp.runs.schema import UsedPlugin
 from slm_exp.runs.state import (
     DAMAGED,
     DIED,
@@ -157,7 +156,7 @@ class StoredSweep(Section):
     argv: list[str]
     cwd: str
     jobs: list[StoredJob]
-    plugins: list[UsedPlugin] = Field(default_factory=list)
+    plugins: list[Plugin] = Field(default_factory=list)
 
 
 @dataclass
@@ -186,7 +185,7 @@ class SweepFolder:
                               "hydra.sweep.dir said otherwise.") from None
         return cls(path, stored.argv, stored.cwd, [
             Job(j.run_id, tuple(j.overrides), path / j.folder, j.slug, j.save_model, j.exact) for j in stored.jobs],
-            [Plugin(p.name, p.file, p.digest, p.version) for p in stored.plugins])
+            stored.plugins)
 
     def write(self) -> None:
         """sweep.json, atomically."""
@@ -194,7 +193,7 @@ class SweepFolder:
                  "slug": j.slug, "save_model": j.save_model, "exact": j.exact} for j in self.jobs]
         write_json(self.path / "sweep.json", {
             "name": self.path.name, "version": __version__, "written": _now(), "argv": self.argv, "cwd": self.cwd,
-            "jobs": jobs, "plugins": [plugin.to_json() for plugin in self.plugins]})
+            "jobs": jobs, "plugins": [plugin.model_dump() for plugin in self.plugins]})
 
     def define(self, argv: Sequence[str], jobs: Iterable[Job], plugins: Iterable[Plugin] = ()) -> None:
         """Add a command's jobs, and the plug-ins they come from, to those the folder already has, and put the

@@ -34,8 +34,6 @@ TIGHTENING = 0.5
 """Share of the steps in which the budget tightens."""
 EVERY = 20
 """Steps between checkpoints."""
-TOGETHER = 4
-"""Sequences in memory at once, at most."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class Learning:
     steps: int
     rows: int
     """Sequences of a step."""
+    together: int
+    """In memory at once, at most."""
     lr: float
     pressure: float
 
@@ -143,7 +143,7 @@ def _learn(task: PlanTask, units: Sequence[Unit], gains_U: Tensor, how: Learning
         assert isinstance(model, Gated)
         model.tightened = min(1.0, done / TIGHTENING)
 
-    together = max(k for k in range(1, TOGETHER + 1) if how.rows % k == 0)
+    together = max(k for k in range(1, how.together + 1) if how.rows % k == 0)
     recipe = Recipe(task.tokens.tokens_NT.shape[1], how.steps, how.lr, how.rows, together, EVERY)
     training = Training(
         "method=gates", recipe, lambda: Gated(task.handle, units), loss, rows, [], partial(left_padded, pad=0),

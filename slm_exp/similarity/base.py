@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 AFTER = ("reconstruct",)
 FIT = ("fit_path", "fit_samples", "fit_seq_len")
-CALLED = (("calibration.path", "similarity.fit_path"), ("calibration.n_samples", "similarity.fit_samples"),
-          ("calibration.seq_len", "similarity.fit_seq_len"))
 
 GRAM_BYTES = 2**29
 """Of Gram matrices of all layers at once. Beyond it (30 layers: 8,700 tokens) the model runs again for the rest."""
@@ -58,9 +56,8 @@ class Similarity(Component, ABC):
 
     def check(self) -> None:
         require_one_of("similarity.estimator", self.estimator, ("unbiased", "biased"))
-        require(self.batch >= 4, "similarity.batch", self.batch, "a whole number >= 4")
-        require(self.fit_samples >= 2, "similarity.fit_samples", self.fit_samples, "a whole number >= 2")
-        require(self.fit_seq_len >= 2, "similarity.fit_seq_len", self.fit_seq_len, "a whole number >= 2")
+        self.at_least(4, "batch")
+        self.at_least(2, "fit_samples", "fit_seq_len")
         if self.after is None:
             require(self.fit_path is None, "similarity.fit_path", self.fit_path, "null without similarity.after")
             return
@@ -85,7 +82,7 @@ class Similarity(Component, ABC):
 
     def fit_source(self) -> FitSource:
         """Where the tokens of the refit come from."""
-        return FitSource(self.fit_path, self.fit_samples, self.fit_seq_len, called=CALLED)
+        return FitSource.of(self, self.fit_path, self.fit_samples, self.fit_seq_len)
 
     def lengths(self) -> dict[str, int]:
         """The longest sequence that each setting makes the model read, beside the calibration."""

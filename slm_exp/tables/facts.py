@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,16 @@ def model_facts(model: str, overrides: Sequence[str] = ()) -> tuple[Params, set[
     """What is known of a model, on top of what `_models.yaml` says of all; and the names it knows for any model.
     `overrides`: of the model, e.g. model.path=FOLDER: a model that the file does not name is asked itself. Raises
     ConfigError: the overrides make no model, or its config.json cannot be that of one."""
-    models = read_yaml(conf_dir() / "table" / f"{MODELS}.yaml")
+    models = _models()
     known = {key for facts in models.values() for key in facts}
     own = models[model] if model in models else _computed(model, tuple(overrides)) if model else {}
     return {**models["all"], "named": model, "published": published_of(model), **own}, {*known, "published"}
+
+
+@cache
+def _models() -> dict[str, Params]:
+    """`_models.yaml`; a table asks for it a few hundred times."""
+    return read_yaml(conf_dir() / "table" / f"{MODELS}.yaml")
 
 
 def published_of(model: str) -> list[str]:

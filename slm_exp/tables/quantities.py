@@ -9,8 +9,8 @@ from slm_exp.core.errors import ConfigError, did_you_mean
 from slm_exp.core.files import digest
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import Stored
-from slm_exp.evaluation.report import metric_of
-from slm_exp.runs.schema import Estimated, Quartiles, SpeedCase
+from slm_exp.evaluation.report import SpeedCase, Spread, metric_of
+from slm_exp.runs.schema import Estimated
 from slm_exp.runs.statistics.runs import Measured
 from slm_exp.runs.statistics.scores import estimate, main_score, stderr_of_mean
 from slm_exp.runs.statistics.verdict import verdict_of
@@ -70,7 +70,7 @@ def _speed(name: str, case: str = PAPERS_CASE) -> Quantity:
     """Medians; the dense model's speedup over itself is left out."""
     label, factor, digits = TIMED[name]
 
-    def found(m: Measured) -> Quartiles | int | float | None:
+    def found(m: Measured) -> Spread | int | float | None:
         cell = next((cell for cell in m.record.speed.cells if cell.name == case), SpeedCase())
         if name == "speedup":
             return cell.speedup if m.which == "compressed" else None
@@ -78,12 +78,12 @@ def _speed(name: str, case: str = PAPERS_CASE) -> Quantity:
 
     def value(m: Measured) -> float | None:
         number = found(m)
-        number = number.median if isinstance(number, Quartiles) else number
+        number = number.median if isinstance(number, Spread) else number
         return None if number is None else factor * number
 
     def half(m: Measured) -> float | None:
         number = found(m)
-        return factor * (number.q3 - number.q1) / 2 if isinstance(number, Quartiles) else None
+        return factor * (number.q3 - number.q1) / 2 if isinstance(number, Spread) else None
 
     def protocol(m: Measured) -> Stored:
         stated = m.record.speed.protocol

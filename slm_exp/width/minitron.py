@@ -31,7 +31,7 @@ class Minitron(Pruner):
     def check(self) -> None:
         super().check()
         if self.hidden_size is not None:
-            require(self.hidden_size >= 8, "width.hidden_size", self.hidden_size, "a whole number >= 8")
+            self.at_least(8, "hidden_size")
             require(self.uniform, "width.hidden_size", self.hidden_size, "null with width.uniform=false")
 
     def check_model(self, handle: ModelHandle, method: DepthMethod) -> None:

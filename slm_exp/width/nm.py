@@ -33,7 +33,7 @@ class NM(Width):
 
     def check(self) -> None:
         require(self.order == "after", "width.order", self.order, "after: what is merged later would fill the masks")
-        require(self.m >= 2, "width.m", self.m, "a whole number >= 2")
+        self.at_least(2, "m")
         require(1 <= self.n < self.m, "width.n", self.n, f"1 to {self.m - 1}, fewer than width.m = {self.m}")
 
     def check_model(self, handle: ModelHandle, method: DepthMethod) -> None:

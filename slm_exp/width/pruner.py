@@ -100,7 +100,7 @@ class Pruner(Width):
             require(value is None or 0 < value < 1, f"width.{name}", value, "null or a share in (0, 1)")
         require_one_of("width.order", self.order, ("after", "before"))
         require_one_of("width.heads", self.heads, sizes.HEAD_UNITS)
-        require(self.ecoflap_samples >= 1, "width.ecoflap_samples", self.ecoflap_samples, "a whole number >= 1")
+        self.at_least(1, "ecoflap_samples")
         if self.allocation is not None:
             require_one_of("width.allocation", self.allocation, ALLOCATIONS)
         given = [f"width.{name}" for name in ("ratio", "share", "ratios") if getattr(self, name) is not None]
@@ -211,7 +211,7 @@ class Pruner(Width):
     def _outline(self, method: DepthMethod, dense: ModelHandle) -> ModelHandle:
         """The narrower model as far as shapes go: its sizes are right, its weights are not."""
         slots = MergePlan(dense.n_layers).slots
-        shapes = self._plan_sizes(dense, slots, len(slots), self.ratio_for(method, dense, dense))
+        shapes = self.plan_sizes(dense, slots, len(slots), self.ratio_for(method, dense, dense))
         config = narrower_config(dense.config, dense.layout.family, self._sizes(shapes or [], dense), self.adds_biases)
         return dataclasses.replace(dense, config=config)
 
@@ -251,7 +251,7 @@ class Pruner(Width):
                     f"{handle.n_layers} shares, one per layer of {handle.name}")
         ratio = self._expected_ratio(method, handle)
         try:
-            self._plan_sizes(handle, slots, handle.n_layers, ratio)
+            self.plan_sizes(handle, slots, handle.n_layers, ratio)
         except ConfigError as error:
             if self.share is None:
                 raise
@@ -300,7 +300,7 @@ class Pruner(Width):
                             f"of {n_dense}. Widen it, e.g. width.layers=[0,{n_dense}].")
         return found
 
-    def _plan_sizes(self, handle: ModelHandle, slots: Sequence[Group], n_dense: int, ratio: float,
+    def plan_sizes(self, handle: ModelHandle, slots: Sequence[Group], n_dense: int, ratio: float,
                     importance: Sequence[float] | None = None) -> list[Shape] | None:
         """Widths of every layer, or None where scores decide. From shapes alone.
         `importance`: per selected layer, for ECoFLaP.
@@ -361,7 +361,7 @@ class Pruner(Width):
             from slm_exp.width.inputs import layer_importance
 
             importance = layer_importance(handle, task.tokens, selected, self.ecoflap_samples, task.seed)
-        shapes = self._plan_sizes(handle, task.slots, task.n_dense, task.ratio, importance)
+        shapes = self.plan_sizes(handle, task.slots, task.n_dense, task.ratio, importance)
         found = self.scores(task, lambda layer, s: None if shapes is None else sizes.select(s, shapes[layer]))
         scores, costs = found.layers, sizes.costs_of(handle, self._hidden(handle))
         whole = sizes.costs_of(handle).size(full)

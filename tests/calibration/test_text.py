@@ -141,7 +141,7 @@ def test_a_truncated_archive_is_named(tiny_handle, tmp_path):
     ("path", "message"),
     [
         (None, r"calibration.path = None; expected a file or folder of JSON lines"),
-        ("/nowhere.jsonl", r"calibration.path = /nowhere.jsonl; expected an existing file or folder"),
+        ("/nowhere.jsonl", r"calibration.path = /nowhere.jsonl: there is no such file. Expected a file or folder"),
     ],
 )
 def test_a_path_that_is_nothing(path, message):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm_exp.core.format import decimals, rounded, with_error
+from slm_exp.core.format import decimals, duration, rounded, with_error
 
 
 @pytest.mark.parametrize(("value", "error", "text"), [
@@ -30,3 +30,8 @@ def test_what_is_dropped_is_a_fraction_of_the_error(value: float, error: float) 
     assert abs(float(rounded(error, digits)) - error) <= 0.15 * error * (1 + 1e-9)
     significant = rounded(error, digits).lstrip("0.").rstrip("0").replace(".", "")
     assert len(significant) <= 2
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0.4, 8, 59.4, 158.5, 3600, None)] == [
+        "0.40 s", "8.0 s", "59 s", "2 min 38 s", "1 h 0 min", "–"]

@@ -296,6 +296,8 @@ def test_unknown_tasks_are_refused_with_a_suggestion(monkeypatch: pytest.MonkeyP
     assert Evaluation(tasks=["mmlu_virology"]).refuses() is None
     assert Evaluation(tasks=["lambada_openai", "hellaswag"]).refuses() is None
     assert "Did you mean hellaswag?" in str(Evaluation(tasks=["hellaswagg"]).refuses())
+    monkeypatch.setattr(task_index, "task_names", lambda: pytest.fail("indexed lm-eval's tasks for a typo"))
+    assert "Did you mean arc_easy?" in str(Evaluation(tasks=["lambada_openai", "arc_eazy"]).refuses())
 
 
 def test_the_seven_tasks_need_no_index(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +308,7 @@ def test_the_seven_tasks_need_no_index(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_lm_evals_index_has_the_seven() -> None:
-    assert set(SEVEN) <= task_index.task_names()
+    assert set(SEVEN) <= task_index.task_names() <= task_index.written_names()
 
 
 @needs_assets

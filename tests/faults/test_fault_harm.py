@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slm_exp.calibration.jsonl import JsonLines
+from slm_exp.calibration.tokens import Tokens
 from slm_exp.cli import main as cli
 from slm_exp.core import text
 from slm_exp.core.cache.folder import MARKER, TAG, find_entries, foreign, prune
 from slm_exp.core.documents import read_yaml
 from slm_exp.core.errors import ConfigError, DataError, SlmError
+from slm_exp.evaluation.base import Evaluation
 from slm_exp.methods.from_plan import FromPlan
 from slm_exp.models.config_file import read_config_file
+from slm_exp.recovery.full import Full
 from slm_exp.runs.foreign import read_foreign
 from slm_exp.runs.record import Run
 from slm_exp.runs.schema import Record
@@ -134,6 +138,12 @@ def test_what_waits_for_ever_or_has_no_end_is_no_file(what: str, tmp_path: Path)
 
     for name in ("record.json", "plan.json", "similarity.npz", "config.yaml", "a.jsonl.gz", "a.txt", "config.json"):
         put_odd(name)
+    for settings in (JsonLines(path=str(tmp_path / "a.txt")), Tokens(path=str(put_odd("a.npy"))),
+                     Full(data="jsonl", path=str(tmp_path / "a.txt"))):
+        with pytest.raises(ConfigError, match=r"\.path = \S+: it is a pipe or a device"):
+            settings.identity()
+    assert "it is a pipe or a device" in str(Evaluation(protocol=str(tmp_path / "record.json")).refuses())
+    assert "it is a pipe or a device" in str(Evaluation(corpora={"mine": str(tmp_path / "a.txt")}).refuses())
     with pytest.raises(SlmError, match=r"record\.json cannot be read: it is a pipe or a device"):
         Run.read(tmp_path)
     with pytest.raises(ConfigError, match="a pipe or a device"):

@@ -13,6 +13,7 @@ import pytest
 from server import Server
 
 from slm_exp.core.errors import ConfigError
+from slm_exp.launch.jobs import command_jobs
 from slm_exp.runs.state import remove_stale, remove_stale_below
 
 TINY = ("model=tiny", "tracking=none", "evaluation=none", "save_model=false", "calibration.n_samples=2",
@@ -186,3 +187,34 @@ def test_nothing_is_written_through_a_link(name: str, server: Server, tmp_path: 
     assert "Traceback" not in ended.output
     assert target.read_text() == "mine"
     assert ended.status == (2 if name == "run.log" else 0), ended.output
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize("words", attack.some([
+    ["model=hf", f"model.path={LONG}"], [f"model={LONG}"], ["method=from_plan", f"method.path={LONG}"],
+    [f"cache.dir=/tmp/{LONG}"], ["recovery=reconstruct", f"recovery.path={LONG}"],
+    ["calibration=jsonl", f"calibration.path={LONG}"], ["calibration=tokens", f"calibration.path={LONG}.npy"],
+    [f"evaluation.protocol={LONG}"], [f"evaluation.corpora={{a: {LONG}.txt}}"], [f"hydra.run.dir={LONG}"],
+    ["recovery=lora", "recovery.data=jsonl", f"recovery.path={LONG}"],
+    ["--config-dir", LONG], ["--plugin", LONG]]), ids=lambda words: words[-1][:25])  # fmt: skip
+def test_no_file_has_such_a_name(words: list[str], server: Server, tmp_path: Path) -> None:
+    ended = server.call("slm-exp", *TINY, *words, cwd=tmp_path)
+    assert ended.status == 2, ended.output
+    assert "Traceback" not in ended.output
+    assert len(ended.output.splitlines()) == 1
+    assert "Error: " in ended.output
+
+
+def test_a_list_may_be_longer_than_the_name_of_a_file() -> None:
+    """Whether a file of a swept value's whole name is there was asked of the file system."""
+    values = ",".join(f"{i / 1000:.4f}" for i in range(100))
+    assert len(command_jobs(["model=tiny", f"method.threshold={values}"], True).jobs) == 100
+
+
+def test_no_log_is_written_into_a_pipe(server: Server, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.log")
+    ended = server.call("slm-exp", *TINY, f"cache.dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}")
+    assert ended.status == 2
+    assert "run.log is a folder, pipe or device; expected no file or a plain one" in ended.output

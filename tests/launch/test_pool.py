@@ -19,7 +19,7 @@ import pytest
 from slm_exp import __version__
 from slm_exp.core.runtime import available_memory
 from slm_exp.launch import pool as pool_module
-from slm_exp.launch.plugins import _with_reason
+from slm_exp.launch.plugins import with_reason
 from slm_exp.launch.pool import Pool, died_of
 from slm_exp.launch.screen import Screen
 from slm_exp.launch.workers import GIB, Worker, make_workers, visible_gpus
@@ -190,8 +190,8 @@ def test_an_earlier_launchs_record_does_not_speak_for_a_job_that_got_to_none(
 
 def test_the_launchers_reason_counts_where_the_folder_has_an_earlier_launchs(job: Callable[[str], Job]) -> None:
     old, new = (Cell(job("a"), FAILED, "plan", error, 1.0) for error in ("ValueError: old", "ValueError: new"))
-    assert _with_reason(old, "no right to write", {"a": old}).error == "no right to write"
-    assert _with_reason(new, "stage plan failed", {"a": old}) == new
+    assert with_reason(old, "no right to write", {"a": old}).error == "no right to write"
+    assert with_reason(new, "stage plan failed", {"a": old}) == new
 
 
 def test_what_a_job_leaves_behind_is_killed(job: Callable[[str], Job]) -> None:

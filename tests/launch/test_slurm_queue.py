@@ -38,6 +38,19 @@ def test_a_cell_in_the_queue(before: str, job: str, state: str, after: str, busy
     assert (f"job {job} is {state}" in (told.error or "")) == busy
 
 
+@pytest.mark.parametrize(("later", "after"), [(60, "waiting"), (-60, "failed")])
+def test_a_cell_that_failed_before_its_node_job_waits_until_the_workers_reach_it(later: int, after: str,
+                                                                                 tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text("{}")
+    since = (tmp_path / "record.json").stat().st_mtime + later
+    q = Queue({"a": Submitted(job="7", user="me", log="slurm/1.log", since=since)}, {"7": "RUNNING"})
+    failed = Cell(Job("a", ("seed=0",), tmp_path), "failed", error="ValueError: of the last attempt")
+    assert q.told(failed).state == after
+    assert q.busy(failed) == (after == "waiting")
+    if after == "failed":
+        assert q.told(failed).error == "ValueError: of the last attempt"
+
+
 @pytest.mark.parametrize(("before", "after"), [("waiting", "died"), ("died", "died"), ("failed", "failed"),
                                                ("running", "running"), ("finished", "finished")])  # fmt: skip
 def test_a_cell_that_left_the_queue(before: str, after: str) -> None:

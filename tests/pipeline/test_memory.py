@@ -46,6 +46,11 @@ def test_auto_goes_by_what_is_free_and_says_so(tmp_path: Path, monkeypatch, capl
     assert not choose(cfg, 10 * gib, 12.6 * gib, True, "cpu").streamed
     assert choose(cfg, 10 * gib, 12.4 * gib, True, "cpu").streamed
     assert not choose(cfg, 10 * gib, 12.4 * gib, False, "cpu").streamed
+    assert choose(cfg, 10 * gib, 2 * gib, True, "cpu", own=gib, least=gib).may_fit
+    tight = choose(cfg, 10 * gib, 2 * gib, True, "cpu", own=1.5 * gib, least=gib)
+    assert tight.streamed
+    assert not tight.may_fit
+    assert "streamed it holds 2.7 GB" in tight.why
     trained = choose(config(tmp_path, "recovery=lora"), 10 * gib, 12.4 * gib, True, "cpu")
     assert not trained.streamed
     assert "recovery=lora" in trained.why
@@ -58,20 +63,24 @@ def test_auto_goes_by_what_is_free_and_says_so(tmp_path: Path, monkeypatch, capl
 
 
 def test_a_training_without_room_is_refused_with_its_factor(tmp_path: Path, monkeypatch) -> None:
-    """LoRA a twentieth of what a full training does: gradients, sums and moments, 16 bytes a parameter, four times
-    float32 weights. A narrower model's weights are its own."""
+    """A full training takes 16 bytes a parameter, four times float32 weights, beside what the way back needs; a
+    narrower model's weights are its own."""
     folder = saved(tmp_path, layers=3)
     monkeypatch.setattr(memory, "available_memory", lambda: 4 * params)
     for override, fits in (("recovery=lora", False), ("width=flap", False), ("runtime.memory=resident", True)):
-        cfg = config(folder, "recovery=full", override)
-        params = cfg.model.open(torch.device("cpu"), folder).n_params
+        cfg = config(folder, "recovery=full", "recovery.seq_len=2", override)
+        dense = cfg.model.open(torch.device("cpu"), folder)
+        params, own = dense.n_params, cfg.recovery.memory(dense.sizes, 4) / 4
         if fits:
             assert not memory.opened(cfg, torch.device("cpu")).streamed
+            assert 4 < own / params < 6
         else:
-            with pytest.raises(ConfigError, match=r"there is no room.*\((1\.35|6\.15) times its weights and a GiB\)"):
+            factor = f"{1.15 + (override == 'width=flap') + own / params:.3g}"
+            with pytest.raises(ConfigError, match=rf"there is no room.*\({factor} times its weights and a GiB\)"):
                 memory.opened(cfg, torch.device("cpu"))
-    monkeypatch.setattr(memory, "available_memory", lambda: 21 * params)
-    assert not memory.opened(config(folder, "recovery=full"), torch.device("cpu")).streamed  # it may fit: a warning
+    monkeypatch.setattr(memory, "available_memory", lambda: 5 * 4 * params + 4 * own)
+    cfg = config(folder, "recovery=full", "recovery.seq_len=2")
+    assert not memory.opened(cfg, torch.device("cpu")).streamed  # it may fit: a warning
 
 
 def test_what_device_map_would_put_off_is_streamed(tmp_path: Path, monkeypatch, caplog) -> None:

@@ -15,7 +15,8 @@ from builders.models import keeps_first
 from slm_exp.core.errors import ConfigError, DataError
 from slm_exp.core.registry import available
 from slm_exp.core.types import CalibrationTokens, Compensation, Cut, MergePlan, Sublayer
-from slm_exp.engine.ridge import Moments, ridge_step, token_weights
+from slm_exp.engine import ridge
+from slm_exp.engine.ridge import Moments, Rows, ridge_step, token_weights
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.recovery.base import RecoveryTask, token_rows, with_tensors
 from slm_exp.recovery.cuts import beside_cuts, stream_scales
@@ -193,6 +194,28 @@ def test_ridge_regression_from_batches_is_that_of_all_tokens() -> None:
     assert error == pytest.approx(float(left), rel=1e-6)
 
 
+@pytest.mark.parametrize("own_units", [False, True])
+def test_tile_by_tile_and_judged_by_rows_the_change_is_the_same(monkeypatch: Any, own_units: bool) -> None:
+    """Many inputs take no second matrix, few held-out tokens none at all."""
+    generator = torch.Generator().manual_seed(0)
+    x, r = torch.randn(40, 11, generator=generator), torch.randn(40, 3, generator=generator)
+    w = torch.rand(40, generator=generator)
+    found = []
+    for tile, judge in ((1024, Moments.empty(11, 3, torch.device("cpu"))), (3, Rows())):
+        monkeypatch.setattr(ridge, "TILE", tile)
+        fit = Moments.empty(11, 3, torch.device("cpu"))
+        fit.add(x[:30], r[:30], w[:30])
+        before = fit.xx_CC.clone()
+        assert fit.solve(-2 * fit.scale) is None  # not definite
+        found.append([fit.solve(ridge_ * fit.scale, own_units) for ridge_ in (1e-3, 1.0)])
+        torch.testing.assert_close(fit.xx_CC, before, rtol=1e-15, atol=1e-15)
+        judge.add(x[30:], r[30:], w[30:])
+        found[-1].append(judge.error(found[-1][1]))
+        fit.join(judge)
+        found[-1] += [judge.rr, fit.rr, fit.solve(fit.scale, own_units)]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
 def test_tokens_of_outlying_norm_count_as_much_as_all_others_together() -> None:
     states = torch.randn(6, 20, 8, generator=torch.Generator().manual_seed(0))
     square = states.double().square().sum(-1)
@@ -290,7 +313,7 @@ def test_bad_data_is_refused_before_weights_load(make_tiny: Any, tmp_path: Path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"words": "too few"}\n')
     for fields, error, message in (
-        ({"path": str(tmp_path / "none.npy")}, ConfigError, "recovery.path = .*none.npy; expected an existing"),
+        ({"path": str(tmp_path / "none.npy")}, ConfigError, "recovery.path = .*none.npy: there is no such file"),
         ({"path": str(tmp_path / "none.jsonl")}, ConfigError, "no such file"),
         ({"path": str(rows)}, DataError, "no field 'text'; it has words"),
         ({"seq_len": 50_000}, DataError, "Lower recovery.n_samples or recovery.seq_len"),

@@ -20,7 +20,7 @@ from slm_exp.core.errors import SlmError
 from slm_exp.core.files import write_json
 from slm_exp.core.types import LayerSimilarity, MergePlan, Sublayer
 from slm_exp.reporting import atlas, measures, svg, sweep_charts
-from slm_exp.reporting.measures import Point, _with_front
+from slm_exp.reporting.measures import Point, with_front
 from slm_exp.reporting.rows import in_order, read_rows, with_results
 from slm_exp.reporting.sweep import is_sweep, write_sweep_report
 from slm_exp.runs.sweep import SweepFolder
@@ -194,7 +194,7 @@ def test_the_front_is_what_no_other_model_beats() -> None:
     rng = np.random.default_rng(0)
     for higher in (True, False):
         points = [Point(None, int(params), float(value)) for params, value in rng.integers(0, 9, (40, 2))]
-        for point in _with_front(points, higher):
+        for point in with_front(points, higher):
             def beats(other: Point, point: Point = point, higher: bool = higher) -> bool:
                 better = other.value > point.value if higher else other.value < point.value
                 return (better and other.cost <= point.cost) or (
@@ -226,6 +226,20 @@ def test_quality_is_drawn_over_every_budget_that_runs_have(tmp_path: Path) -> No
     assert headings == ["Over parameters", "Over operations", "Over latency, both models in turns", "Over weights file"]
     assert any("75 % of dense" in text for text in page.text("title"))
     assert (folder / "figures" / "perplexity-wikitext2-over-bytes.pdf").is_file()
+
+
+def test_runs_that_measured_nothing_are_drawn_over_no_further_budget(tmp_path: Path) -> None:
+    """Of these there is what searches select by, and that has no front over operations or bytes."""
+    folder = sweep(tmp_path)
+    for run in ("aaa", "bbb", "ccc", "ddd"):
+        if (folder / run / "record.json").is_file():
+            edit(folder / run, lambda record: record.update(eval={}, costs={
+                "length": 128, "dense": {"flops_per_token": 3e8, "bytes": 5e8},
+                "compressed": {"flops_per_token": 2e8, "bytes": 4e8}}))
+    found = measures.over_budgets([with_results(row) for row in read_rows(folder)[1]])
+    assert list(found) == ["params"]
+    assert all(m.criterion for m in found["params"])
+    assert "Over " not in " ".join(Page(write_sweep_report(folder).read_text()).text("h3"))
 
 
 def test_no_front_is_drawn_on_what_searches_select_by(grid: Path, page: Page) -> None:

@@ -117,7 +117,7 @@ def test_an_option_that_is_off_leaves_no_trace() -> None:
                                        "token_cosine"),
     (["similarity=token_cosine", "similarity.after=lora"], "similarity.after = lora; expected one of reconstruct"),
     (["similarity=token_cosine", "similarity.fit_path=x.npy"], "fit_path = x.npy; expected null without"),
-    ([*AFTER, "similarity.fit_path=x.npy"], "similarity.fit_path = x.npy; expected an existing"),
+    ([*AFTER, "similarity.fit_path=x.npy"], "similarity.fit_path = x.npy: there is no such file"),
     ([*AFTER, "method.compensate=magnitude"], r"null with a compensated plan \(method.compensate\)"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(overrides: list[str], message: str) -> None:

@@ -68,12 +68,12 @@ def test_tensorboard_has_the_record_by_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["trackio", "tensorboard"])
 def test_a_failed_run_says_so(name: str, tmp_path: Path) -> None:
     pytest.importorskip(name)
-    (tmp_path / "short.jsonl").write_text('{"text": "too short"}\n')
-    slm_exp(tmp_path, f"tracking={name}", "calibration=jsonl", "calibration.path=short.jsonl", code=1)
+    (tmp_path / "a.txt").write_text("any text " * 50)
+    slm_exp(tmp_path, f"tracking={name}", "evaluation.corpora.a=a.txt", "evaluation.dense_range.a=[1,2]", code=1)
     if name == "trackio":
         with sqlite3.connect(tmp_path / "trackio" / "slm_exp.db") as db:
             last = json.loads(db.execute("select metrics from metrics order by id desc limit 1").fetchone()[0])
-        assert (last["status"], last["error/stage"]) == ("failed", "calibrate")
+        assert (last["status"], last["error/stage"]) == ("failed", "evaluate_dense")
     else:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

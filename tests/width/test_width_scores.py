@@ -133,7 +133,7 @@ def test_wanda_sees_the_pruned_layers_below(small, tokens):
     narrow = apply_width(small, cfg.decide(task))
     one_pass = available("width")["wanda_sp"](sequential=False)
     expected = one_pass.scores(WidthTask(narrow, tokens, MergePlan(2).slots, 0.25, n_dense=2), lambda i, s: None)
-    shapes = cfg._plan_sizes(small, task.slots, 2, 0.25)
+    shapes = cfg.plan_sizes(small, task.slots, 2, 0.25)
     from slm_exp.merging.sizes import select
 
     got = cfg.scores(task, lambda i, s: select(s, shapes[i])).layers[1]

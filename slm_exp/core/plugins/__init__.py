@@ -16,14 +16,14 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
 from slm_exp.core.cache.code import tree_digest
+from slm_exp.core.documents import Section
 from slm_exp.core.errors import ConfigError, SlmError
-from slm_exp.core.files import JsonObject, digest
+from slm_exp.core.files import digest
 
 VARIABLE = "SLM_EXP_PLUGINS"
 OPTION = "--plugin"
@@ -34,20 +34,16 @@ _ready = False
 """Whether the package's own members have loaded, so that a plug-in named from now on loads at once."""
 
 
-@dataclass(frozen=True)
-class Plugin:
+class Plugin(Section):
     """One plug-in, as records and sweep.json name it."""
 
-    name: str
-    file: str | None
+    name: str = ""
+    file: str | None = None
     """Absolute; null for an installed package, which needs no naming on a command line."""
-    digest: str
+    digest: str = ""
     """Of the syntax trees of all its files, 16 hex digits; empty for code that has no file (a notebook's cell)."""
     version: str | None = None
     """The distribution's, or the module's `__version__`."""
-
-    def to_json(self) -> JsonObject:
-        return asdict(self)
 
 
 def words(plugins: Iterable[Plugin]) -> list[str]:
@@ -91,12 +87,14 @@ def load() -> None:
         if point.module not in _loaded:
             what = f"the entry point {point.name} = {point.value}"
             code = _digest(_imported(point.module, what), what)
-            _loaded[point.module] = Plugin(point.name, None, code, point.dist.version if point.dist else None)
+            _loaded[point.module] = Plugin(
+                name=point.name, digest=code, version=point.dist.version if point.dist else None)
     for name, file in _named().items():
         if (module_name := f"{__name__}.{name}") not in _loaded:
             module = _imported(module_name, f"{OPTION} {file}")
             code, version = _digest(module, f"{OPTION} {file}"), getattr(module, "__version__", None)
-            _loaded[module_name] = Plugin(name, str(file), code, None if version is None else str(version))
+            _loaded[module_name] = Plugin(
+                name=name, file=str(file), digest=code, version=None if version is None else str(version))
 
 
 def loaded() -> list[Plugin]:
@@ -118,9 +116,8 @@ def plugin_of(kind: type) -> Plugin | None:
     try:
         file = Path(inspect.getfile(kind)).resolve()
     except (TypeError, OSError):  # a cell, or exec
-        return Plugin(module, None, "")
-    known = file.is_file()
-    return Plugin(file.stem, str(file) if known else None, _tree(file) if known else "")
+        return Plugin(name=module)
+    return Plugin(name=file.stem, file=str(file), digest=_tree(file)) if file.is_file() else Plugin(name=file.stem)
 
 
 def _named() -> dict[str, Path]:

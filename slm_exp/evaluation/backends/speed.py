@@ -17,7 +17,6 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from slm_exp.core.errors import DataError
 from slm_exp.core.files import JsonObject
 from slm_exp.engine.progress import advancing
 from slm_exp.evaluation.backends.hflm import out_of_memory, refuse_broken
+from slm_exp.evaluation.report import SpeedCase, Spread, Timing
 from slm_exp.evaluation.settings import Case, Settings
 from slm_exp.models.base import ModelHandle
 
@@ -43,62 +43,12 @@ UNSTEADY = 0.2
 """Quartiles this far apart, relative to the median, are worth a warning."""
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Some timings: quartiles by linear interpolation, standard deviation of the population as in the papers."""
-
-    median: float
-    q1: float
-    q3: float
-    mean: float
-    std: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        q1, median, q3 = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
-        return cls(median, q1, q3, float(np.mean(values)), float(np.std(values)), len(values))
-
-    @property
-    def width(self) -> float:
-        """Distance of the quartiles, relative to the median."""
-        return (self.q3 - self.q1) / self.median
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One model in one case."""
-
-    latency_s: Spread
-    tokens_per_s: Spread
-    first_token_s: Spread
-    peak_bytes: int | None
-    """Weights and what grew during a generation; None where the system does not tell."""
-    flops: float
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Both models in one case, or the error that a case ended in."""
-
-    name: str
-    """batch x prompt x new"""
-    batch: int
-    prompt: int
-    new: int
-    dense: Timing | None = None
-    compressed: Timing | None = None
-    speedup: Spread | None = None
-    """Of dense / compressed latency, run by run."""
-    error: str | None = None
-
-
 def measure_speed(cfg: Settings, dense: ModelHandle, compressed: ModelHandle) -> JsonObject:
     """`speed` of the record: both models timed in every case; one that does not fit into memory costs only itself.
 
     Returns:
-        protocol (how it was timed), models (dense and compressed -> params, weight_bytes), cells (see `Cell`; what is
-        None is left out) and notes (what limits the meaning of these numbers).
+        protocol (how it was timed), models (dense and compressed -> params, weight_bytes), cells (see `SpeedCase`;
+        what there is not is left out) and notes (what limits the meaning of these numbers).
     Raises DataError: NaN or infinite logits.
     Cost: (runs + 1) generations of both models per case.
     """
@@ -113,7 +63,7 @@ def measure_speed(cfg: Settings, dense: ModelHandle, compressed: ModelHandle) ->
             if not out_of_memory(error):
                 raise
             log.warning("speed of %s: out of memory (%s).", case.name, error)
-            cells.append(Cell(case.name, *case, error="out of memory"))
+            cells.append(SpeedCase(name=case.name, **case._asdict(), error="out of memory"))
     device = dense.model.device.type
     protocol = {
         "runs": cfg.speed_runs, "discard": cfg.speed_discard, "grid_runs": cfg.speed_grid_runs,
@@ -122,11 +72,11 @@ def measure_speed(cfg: Settings, dense: ModelHandle, compressed: ModelHandle) ->
         "threads": torch.get_num_threads() if device == "cpu" else None,
     }
     models = {which: {"params": h.n_params, "weight_bytes": weight_bytes(h.model)} for which, h in handles.items()}
-    known = [{name: value for name, value in asdict(cell).items() if value is not None} for cell in cells]
-    return {"protocol": protocol, "models": models, "cells": known, "notes": notes(dense, compressed, cells)}
+    return {"protocol": protocol, "models": models, "cells": [cell.model_dump(exclude_unset=True) for cell in cells],
+            "notes": notes(dense, compressed, cells)}
 
 
-def notes(dense: ModelHandle, compressed: ModelHandle, cells: Sequence[Cell]) -> list[str]:
+def notes(dense: ModelHandle, compressed: ModelHandle, cells: Sequence[SpeedCase]) -> list[str]:
     """What makes these numbers mean less than they seem to."""
     out = []
     if dense.random:
@@ -141,10 +91,11 @@ def notes(dense: ModelHandle, compressed: ModelHandle, cells: Sequence[Cell]) ->
         out.append("speed: the compressed model is as large as the dense one, so a speedup other than 1 is noise.")
     if len(set((getattr(dense.model, "hf_device_map", None) or {}).values())) > 1:
         out.append("speed: the model is spread over several devices; moving states between them is part of the time.")
-    wide = {cell.name: width for cell in cells if cell.dense and cell.compressed
-            and (width := max(cell.dense.latency_s.width, cell.compressed.latency_s.width)) > UNSTEADY}  # fmt: skip
+    wide = [(width, cell.name) for cell in cells for side in (cell.dense, cell.compressed)
+            if (s := side.latency_s) and (width := (s.q3 - s.q1) / s.median) > UNSTEADY]
     if wide:
-        out.append(f"speed: the quartiles of a latency are up to {max(wide.values()):.0%} apart ({', '.join(wide)}; "
+        where = ", ".join(dict.fromkeys(name for _, name in wide))
+        out.append(f"speed: the quartiles of a latency are up to {max(wide)[0]:.0%} apart ({where}; "
                    "other work on this machine?). The speedup is paired run by run and holds better than the seconds.")
     return out
 
@@ -169,7 +120,7 @@ def generation_flops(handle: ModelHandle, case: Case) -> float:
     return float(case.batch * total)
 
 
-def _time(case: Case, handles: Mapping[str, ModelHandle], runs: int, discard: int) -> Cell:
+def _time(case: Case, handles: Mapping[str, ModelHandle], runs: int, discard: int) -> SpeedCase:
     ids_BT = prompt_ids(handles["dense"], case)
     seconds: dict[str, list[tuple[float, float]]] = {which: [] for which in handles}
     grown = {}
@@ -191,12 +142,18 @@ def _time(case: Case, handles: Mapping[str, ModelHandle], runs: int, discard: in
     def timing(which: str) -> Timing:
         latencies, firsts = zip(*seconds[which], strict=True)
         grew, model = grown[which], handles[which].model
-        return Timing(Spread.of(latencies), Spread.of([case.batch * case.new / s for s in latencies]),
-                      Spread.of(firsts), None if grew is None else weight_bytes(model) + grew,
-                      generation_flops(handles[which], case))  # fmt: skip
+        return Timing(latency_s=spread(latencies), tokens_per_s=spread([case.batch * case.new / s for s in latencies]),
+                      first_token_s=spread(firsts), flops=generation_flops(handles[which], case),
+                      peak_bytes=None if grew is None else weight_bytes(model) + grew)
 
     ratios = [before[0] / after[0] for before, after in zip(seconds["dense"], seconds["compressed"], strict=True)]
-    return Cell(case.name, *case, timing("dense"), timing("compressed"), Spread.of(ratios))
+    return SpeedCase(name=case.name, **case._asdict(), dense=timing("dense"), compressed=timing("compressed"),
+                     speedup=spread(ratios))
+
+
+def spread(values: Sequence[float]) -> Spread:
+    q1, median, q3 = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
+    return Spread(median=median, q1=q1, q3=q3, mean=float(np.mean(values)), std=float(np.std(values)), n=len(values))
 
 
 def prompt_ids(handle: ModelHandle, case: Case) -> Tensor:

@@ -88,6 +88,10 @@ class MergeRule(Component, ABC):
         """Of fitting so many windows."""
         return Work()
 
+    def memory(self, sizes: Sizes) -> float:
+        """Bytes that fitting takes beside the model, about."""
+        return 0
+
     @abstractmethod
     def combine(self, weights: Sequence[Tensor]) -> Tensor:
         """One projection's merged weight from that projection of each layer, lowest first (two or more). Returns one of

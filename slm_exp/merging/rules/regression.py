@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slm_exp.calibration.fit import FitSource
-from slm_exp.core.cost import Work
-from slm_exp.core.errors import ConfigError, require
-from slm_exp.core.registry import Fields, register
+from slm_exp.calibration.fit import FitSettings, check_ridges
+from slm_exp.core.cost import Work, normal_equations
+from slm_exp.core.errors import ConfigError
+from slm_exp.core.registry import register
 from slm_exp.core.types import CalibrationTokens, Group
 from slm_exp.merging.rules.base import FitTask, FittingRule
 from slm_exp.merging.rules.mean import Mean
@@ -20,12 +20,10 @@ if TYPE_CHECKING:
 
     from slm_exp.engine.runner import BlockRunner
 
-CALLED = (("calibration.", "merge_rule."), ("calibration=", "merge_rule, as in calibration="))
-
 
 @register("merge_rule", "regression")
 @dataclass
-class Regression(FittingRule):
+class Regression(FitSettings, FittingRule):
     """A layer fitted to do to the stream what the window does: all projections, alternating; norms of the lowest layer.
 
     From the dense stream before the window to the dense stream after it, on tokens of its own, of no document that
@@ -38,14 +36,7 @@ class Regression(FittingRule):
     that is scored.
     """
 
-    path: str | None = None
-    """Tokens to fit on: a .npy file [N, T], or texts as in calibration=jsonl; null is calibration=mixture."""
-    field: str = "text"
-    """Name of the text field."""
     n_samples: int = 24
-    """Sequences; of a .npy file all are taken."""
-    seq_len: int = 256
-    """Tokens per sequence."""
     sweeps: int = 1
     """How often inner and output projections are fitted in turn; 0: the output projections alone."""
     steps: int = 10
@@ -54,27 +45,16 @@ class Regression(FittingRule):
     """Ridges to choose from, in units of the mean diagonal of the normal equations."""
 
     def check(self) -> None:
-        require(self.n_samples >= 2, "merge_rule.n_samples", self.n_samples, "a whole number >= 2",
-                "One sequence at least is held out.")
-        require(self.seq_len >= 2, "merge_rule.seq_len", self.seq_len, "a whole number >= 2")
-        require(self.sweeps >= 0, "merge_rule.sweeps", self.sweeps, "a whole number >= 0")
-        require(self.steps >= 1, "merge_rule.steps", self.steps, "a whole number >= 1")
-        require(bool(self.ridges) and all(r > 0 for r in self.ridges), "merge_rule.ridges", self.ridges,
-                "one or more numbers > 0", "For example [0.01].")
-
-    def identity(self) -> Fields:
-        sizes = ("n_samples", "seq_len", "field", "path")
-        out = {name: value for name, value in super().identity().items() if name not in sizes}
-        return {**out, "tokens": self._source().identity()}
-
-    def lengths(self) -> dict[str, int]:
-        return self._source().lengths()
+        super().check()
+        self.at_least(0, "sweeps")
+        self.at_least(1, "steps")
+        check_ridges("merge_rule.ridges", self.ridges)
 
     def check_data(self, dense: ModelHandle) -> None:
         if dense.layout.no_refit:
             raise ConfigError(f"merge_rule=regression: {dense.layout.family} layers cannot be fitted by regression: "
                               f"{dense.layout.no_refit}. Take another merge_rule.")
-        self._source().check(dense)
+        self.fit_source().check(dense)
 
     def cost(self, sizes: Sizes, windows: float) -> Work:
         total = self.n_samples * self.seq_len
@@ -82,14 +62,18 @@ class Regression(FittingRule):
         return Work(blocks=forwards * sizes.block_flops(total, self.seq_len),
                     wide=windows * (3 + self.sweeps) * (2 * total + len(self.ridges) * sizes.mlp) * sizes.mlp**2)
 
+    def memory(self, sizes: Sizes) -> float:
+        """The dense states of all layers, and what L-BFGS remembers of the inner projections, or a regression."""
+        total, outer = self.n_samples * self.seq_len, sizes.hidden * (sizes.mlp + sizes.query)
+        remembered = (2 * self.steps + 6) * 4 * (sizes.layer - outer) if self.sweeps else 0
+        return (4 * total * (sizes.n_layers + 1) * sizes.hidden + 3 * 4 * sizes.layer
+                + max(remembered, normal_equations(sizes.mlp, sizes.hidden, total / 5)))
+
     def combine(self, weights: Sequence[Tensor]) -> Tensor:
         return Mean().combine(weights)
 
-    def _source(self) -> FitSource:
-        return FitSource(self.path, self.n_samples, self.seq_len, self.field, CALLED)
-
     def draw(self, task: FitTask) -> CalibrationTokens:
-        return self._source().draw(task.handle, task.seed, task.tokens)
+        return self.fit_source().draw(task.handle, task.seed, task.tokens)
 
     def fit(self, runner: BlockRunner, window: Group, entering_NTD: Tensor, wanted_NTD: Tensor) -> dict[str, Tensor]:
         from slm_exp.merging.regression import fit_window

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from slm_exp.core.errors import ConfigError, require
 from slm_exp.core.files import JsonObject, plain
 from slm_exp.core.registry import Component
+from slm_exp.runs.record import failure
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ class Tracker:
     No method raises because the place that is written to fails: a mirror that breaks costs a warning, not the run.
     """
 
+    def close(self, failed: bool) -> None:
+        """The run has ended."""
+
     def log(self, section: JsonObject) -> None:
         """Part of the record (nested); numbers become metrics named by record path with `/`."""
 
@@ -39,6 +43,24 @@ class Tracker:
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """A table, e.g. the plan or the trace."""
+
+
+class RunTracker(Tracker):
+    """Mirrors to one open run of a library that is told dicts of what it has classes for, as W&B and Trackio are.
+
+    Args:
+        called: the library's name, for people.
+    """
+
+    def __init__(self, called: str, library: Any, run: Any) -> None:
+        self.called, self._library, self._run = called, library, run
+
+    def image(self, name: str, path: Path) -> None:
+        mirrored(self.called, lambda: self._run.log({name: self._library.Image(str(path))}))
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        mirrored(self.called, lambda: self._run.log(
+            {name: self._library.Table(columns=[*columns], data=plain(rows))}))
 
 
 @dataclass
@@ -68,25 +90,34 @@ class Tracking(Component, ABC):
         return (self.run_name or slug(record["config"]))[:LONGEST_NAME]
 
     @abstractmethod
+    def opened(self, record: JsonObject, folder: Path) -> Tracker:
+        """A tracker of a run, from the running record (run_id, config, overrides, group). What it raises is taken for
+        the reason why it cannot start, unless it is a ConfigError."""
+
     @contextlib.contextmanager
     def session(self, record: JsonObject, folder: Path) -> Iterator[Tracker]:
-        """Open before weights load, with the running record (run_id, config, overrides, group); always close.
-
-        Leaves with the exit code that fits: 0, or 1 when an exception passes through.
-        Raises ConfigError: the tracker cannot start; names the remedy.
-        """
-        yield  # type: ignore[misc]
+        """Open before weights load; always close, told whether an exception passes through. Raises ConfigError: the
+        tracker cannot start; names the remedy."""
+        try:
+            tracker = self.opened(record, folder)
+        except ConfigError:
+            raise
+        except Exception as error:
+            words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise ConfigError(f"tracking = {self.name}; it cannot start: {words}. Use tracking=none to do without."
+                              ) from error
+        try:
+            yield tracker
+        except BaseException as error:
+            tracker.log({"status": "failed", "error": failure(error)})
+            tracker.close(failed=True)
+            raise
+        tracker.close(failed=False)
 
 
 def provenance(record: JsonObject) -> JsonObject:
     """The config that a tracker keeps: the run's, and where it came from."""
     return plain({**record["config"], **{k: record[k] for k in PROVENANCE if k in record}})  # type: ignore[no-any-return]
-
-
-def cannot_start(tracking: Tracking, error: Exception) -> ConfigError:
-    """Of a tracker that does not open."""
-    words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return ConfigError(f"tracking = {tracking.name}; it cannot start: {words}. Use tracking=none to do without.")
 
 
 def mirrored(name: str, send: Callable[[], Any]) -> None:

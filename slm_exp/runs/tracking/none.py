@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,5 @@ from slm_exp.runs.tracking.base import Tracker, Tracking
 class NoTracking(Tracking):
     """Nothing is tracked."""
 
-    @contextlib.contextmanager
-    def session(self, record: JsonObject, folder: Path) -> Iterator[Tracker]:
-        yield Tracker()
+    def opened(self, record: JsonObject, folder: Path) -> Tracker:
+        return Tracker()

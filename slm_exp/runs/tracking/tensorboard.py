@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from slm_exp.core.files import JsonObject
 from slm_exp.core.registry import register
-from slm_exp.runs.record import failure
-from slm_exp.runs.tracking.base import Tracker, Tracking, cannot_start, flat, mirrored, provenance
+from slm_exp.runs.tracking.base import Tracker, Tracking, flat, mirrored, provenance
 
 
 @register("tracking", "tensorboard")
@@ -24,25 +21,14 @@ class TensorBoard(Tracking):
 
     package: ClassVar[str] = "tensorboard"
 
-    @contextlib.contextmanager
-    def session(self, record: JsonObject, folder: Path) -> Iterator[Tracker]:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
+    def opened(self, record: JsonObject, folder: Path) -> Tracker:
+        from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=0)  # an earlier attempt's rows go
-        except Exception as error:
-            raise cannot_start(self, error) from error
-        tracker = _TensorBoardTracker(writer)
+        tracker = _TensorBoardTracker(SummaryWriter(str(folder / "tensorboard"), purge_step=0))  # earlier rows go
         about = {"name": self.display_name(record), "group": self.group or record.get("group"),
-                 "project": self.project, "tags": ", ".join(self.tags)}
-        try:
-            tracker.log({"run": {**about, "tags": about["tags"] or None}, "config": provenance(record)})
-            yield tracker
-        except BaseException as error:
-            tracker.log({"status": "failed", "error": failure(error)})
-            raise
-        finally:
-            mirrored("TensorBoard", writer.close)
+                 "project": self.project, "tags": ", ".join(self.tags) or None}
+        tracker.log({"run": about, "config": provenance(record)})
+        return tracker
 
 
 class _TensorBoardTracker(Tracker):
@@ -50,6 +36,9 @@ class _TensorBoardTracker(Tracker):
 
     def __init__(self, writer: Any) -> None:
         self._writer, self._step = writer, 0
+
+    def close(self, failed: bool) -> None:
+        mirrored("TensorBoard", self._writer.close)
 
     def log(self, section: JsonObject) -> None:
         """Numbers as scalars of one step, texts and flags as text."""

@@ -8,16 +8,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from slm_exp.core.errors import ConfigError, require_one_of
-from slm_exp.core.files import JsonObject, plain
+from slm_exp.core.files import JsonObject
 from slm_exp.core.registry import register
-from slm_exp.runs.record import failure
-from slm_exp.runs.tracking.base import PROJECT, Tracker, Tracking, flat, mirrored, provenance
-
-if TYPE_CHECKING:
-    import wandb
+from slm_exp.runs.tracking.base import PROJECT, RunTracker, Tracker, Tracking, flat, mirrored, provenance
 
 log = logging.getLogger(__name__)
 
@@ -66,24 +62,14 @@ class WandbTracking(Tracking):
 
     @contextlib.contextmanager
     def session(self, record: JsonObject, folder: Path) -> Iterator[Tracker]:
+        with _wandb_files_in(folder.resolve() / "wandb"), super().session(record, folder) as tracker:
+            yield tracker
+
+    def opened(self, record: JsonObject, folder: Path) -> Tracker:
+        """Raises ConfigError: wandb is not installed, or cannot start (no key, no network, no right to write)."""
         mode = self.resolved_mode()
         if mode == "disabled":
-            yield Tracker()
-            return
-        with _wandb_files_in(folder.resolve() / "wandb"):
-            run = self._start(record, folder, mode)
-            tracker = _WandbTracker(run)
-            try:
-                yield tracker
-            except BaseException as error:
-                tracker.log({"status": "failed", "error": failure(error)})
-                tracker.close(exit_code=1)
-                raise
-            tracker.close(exit_code=0)
-
-    def _start(self, record: JsonObject, folder: Path, mode: str) -> wandb.Run:
-        """Open the W&B run. Raises ConfigError: wandb is not installed, or cannot start (no key, no network, no right
-        to write)."""
+            return Tracker()
         try:
             import wandb
         except ImportError as error:
@@ -109,41 +95,26 @@ class WandbTracking(Tracking):
             raise ConfigError(f"tracking.mode = {mode}; W&B cannot start a run: {reason}. {REMEDIES[mode]}") from error
         where = run.url if mode == "online" else f"{Path(run.dir).parent} (slm sync {folder} sends it)"
         log.info("W&B run %s: %s", run.id, where)
-        return run
+        return _WandbTracker("W&B", wandb, run)
 
 
-class _WandbTracker(Tracker):
+class _WandbTracker(RunTracker):
     """Mirrors to one open W&B run."""
-
-    def __init__(self, run: wandb.Run) -> None:
-        self._run = run
 
     def log(self, section: JsonObject) -> None:
         """One history row of the numbers (they enter the summary too); text and flags go to the summary alone."""
         scalars = flat(section)
         texts = {k: v for k, v in scalars.items() if isinstance(v, (str, bool))}
         if numbers := {k: v for k, v in scalars.items() if k not in texts}:
-            mirrored("W&B", lambda: self._run.log(numbers))
+            mirrored(self.called, lambda: self._run.log(numbers))
         if texts:
-            mirrored("W&B", lambda: self._run.summary.update(texts))
+            mirrored(self.called, lambda: self._run.summary.update(texts))
 
-    def image(self, name: str, path: Path) -> None:
-        import wandb
-
-        mirrored("W&B", lambda: self._run.log({name: wandb.Image(str(path))}))
-
-    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        import wandb
-
-        mirrored("W&B", lambda: self._run.log({name: wandb.Table(columns=[*columns], data=plain(rows))}))
-
-    def close(self, exit_code: int) -> None:
+    def close(self, failed: bool) -> None:
         """Finish the run; offline, come back only when the last record is on disk."""
-        import wandb
-
-        mirrored("W&B", lambda: self._run.finish(exit_code=exit_code))
+        mirrored(self.called, lambda: self._run.finish(exit_code=int(failed)))
         if self._run.settings.mode == "offline":  # finish() returns while the log is still in wandb-core's buffer
-            mirrored("W&B", wandb.teardown)
+            mirrored(self.called, self._library.teardown)
 
 
 def under_agent() -> bool:
