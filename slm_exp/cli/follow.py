@@ -125,7 +125,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         "The best plan of every size, and by which budgets another is as small and better (budgets.png). Latency is "
-        f"the median of a prefill over {result['seq_len']} tokens "
+        f"the median of a prefill over {result['seq_len']} tokens, on a CPU with one thread in processor time "
         f"({result['device']['name'] or result['device']['type']}, {result['device']['threads']} threads)."
         + (f" Perplexities are of passages that nothing was fitted on, before and after the one training of "
            f"recovery={curve['name']} (dense {shown(exponential(curve['dense']))})." if curve else ""),
