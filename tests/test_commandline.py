@@ -42,6 +42,8 @@ def test_help_has_examples_and_exit_statuses(name, capsys):
         (["import", "x", "--layer", "3"], "Did you mean --layers?"),
         (["export", "x", "--format", "mergkit"], "Did you mean mergekit?"),
         (["completion", "csh"], "expected one of bash"),
+        (["completion"], "Choose from: bash, fish, zsh"),
+        (["path", "model=tiny", "runtime=cpu", "--save", "26"], "--save 26; expected numbers of layers from 1 to 7"),
         (["sync"], "DIR"),
     ],
 )

@@ -41,6 +41,9 @@ def follow_and_write(cfg: RunConfig, out: Path, wanted: Sequence[int] = ()) -> i
     low, high = map(float, method.threshold_range)
     device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
     dense = opened(cfg, device)
+    if many := [n for n in wanted if not 0 < n < dense.n_layers]:
+        raise ConfigError(f"--save {many[0]}; expected numbers of layers from 1 to {dense.n_layers - 1}, fewer than "
+                          f"{dense.name} has.")
     family = isinstance(cfg.recovery, Family)
     if family:
         cfg.recovery.check_data(dense)
