@@ -112,7 +112,8 @@ def opened(cfg: RunConfig, device: torch.device) -> ModelHandle:
                     f"all {device.type} devices" if spread else str(device), len(away),
                     held(cfg, weights, dense.sizes), streamed_part(weights, dense.sizes))
     if not choice.may_fit and not away:
-        raise ConfigError(f"runtime.memory = auto: there is no room: {choice.why}. Use a smaller model.dtype or a "
+        rows = "recovery.micro_batch_size=1, " if cfg.recovery.trains() else ""
+        raise ConfigError(f"runtime.memory = auto: there is no room: {choice.why}. Use {rows}a smaller model.dtype or a "
                           f"larger machine, or runtime.memory={'stream' if choice.streamed else 'resident'} to try it "
                           "all the same.")
     if away and not choice.streamed:

@@ -76,7 +76,8 @@ def test_a_training_without_room_is_refused_with_its_factor(tmp_path: Path, monk
             assert 4 < own / params < 6
         else:
             factor = f"{1.15 + (override == 'width=flap') + own / params:.3g}"
-            with pytest.raises(ConfigError, match=rf"there is no room.*\({factor} times its weights and a GiB\)"):
+            with pytest.raises(ConfigError, match=rf"there is no room.*\({factor} times its weights and a GiB\)"
+                               r".*Use recovery\.micro_batch_size=1, a smaller model\.dtype"):
                 memory.opened(cfg, torch.device("cpu"))
     monkeypatch.setattr(memory, "available_memory", lambda: 5 * 4 * params + 4 * own)
     cfg = config(folder, "recovery=full", "recovery.seq_len=2")
