@@ -18,10 +18,12 @@ import pytest
 from builders.models import new_task
 from builders.runs import QUICK, tiny_config, tiny_run
 
+from slm_exp.cli.main import main as slm
 from slm_exp.cli.path import main
 from slm_exp.core.errors import ConfigError, PlanError, StageError
 from slm_exp.core.registry import available
 from slm_exp.methods.slm import SLM
+from slm_exp.models.base import ModelHandle
 from slm_exp.pipeline import run as pipeline
 from slm_exp.reporting.budgets import BUDGETS
 from slm_exp.reporting.staircase import fronts
@@ -151,8 +153,7 @@ def test_a_killed_path_resumes_with_every_score_it_had(tmp_path: Path) -> None:
     process.wait()
     assert not (tmp_path / "out" / "path.json").exists()
     before = journals()[0].read_bytes().count(b"\n")
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
+    assert main(arguments) == 0
     path = json.loads((tmp_path / "out" / "path.json").read_text())
     after = journals()[0].read_bytes().count(b"\n")
     assert before > 20
@@ -165,12 +166,14 @@ def test_a_killed_path_resumes_with_every_score_it_had(tmp_path: Path) -> None:
     (["merge_rule=top"], "merge_rule"),
     (["hydra.run.dir=/proc/nowhere"], "/proc/nowhere"),
 ])  # fmt: skip
-def test_wrong_calls_are_refused_before_weights_load(overrides: list[str], message: str) -> None:
-    ran = subprocess.run([sys.executable, "-m", "slm_exp.cli", "path", *QUICK, *overrides], cwd=ROOT,
-                         capture_output=True, text=True, check=False)
-    assert ran.returncode == 2
-    assert message in ran.stderr
-    assert "Traceback" not in ran.stderr
+def test_wrong_calls_are_refused_before_weights_load(
+    overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ModelHandle, "model", property(lambda self: pytest.fail("its weights were loaded")))
+    assert slm(["path", *QUICK, *overrides]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
 
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -40,34 +42,64 @@ def quick(name: str, **fields: Any) -> Recovery:
     return kind(**known)  # type: ignore[return-value]
 
 
+def task_of(dense: Any, tokens: CalibrationTokens, folder: Path) -> RecoveryTask:
+    compressed = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
+    return RecoveryTask(compressed, dense, PLAN, tokens, folder)
+
+
 @pytest.fixture
 def task(make_tiny: Any, tokens: CalibrationTokens, tmp_path: Path) -> RecoveryTask:
-    dense = make_tiny()
-    compressed = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
-    return RecoveryTask(compressed, dense, PLAN, tokens, tmp_path / "run")
+    return task_of(make_tiny(), tokens, tmp_path / "run")
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.state_dict().items()}
 
 
-def go(name: str, task: RecoveryTask, folder: Path | None = None, **fields: Any) -> Any:
-    """(recovered model, report) as the recover stage gives them, from its cache where there is one."""
-    recovery = quick(name, **fields)
+class Solved(NamedTuple):
+    """What a recovery made of a task, and both models as they were before: tensors by name, and modules."""
+
+    task: RecoveryTask
+    found: RecoveryResult
+    before: list[dict[str, torch.Tensor]]
+    modules: list[list[torch.nn.Module]]
+
+    @property
+    def models(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        return self.task.dense.model, self.task.handle.model
+
+
+@pytest.fixture(scope="module")
+def solved(make_tiny: Any, tokens: CalibrationTokens, tmp_path_factory: pytest.TempPathFactory
+           ) -> Callable[..., Solved]:
+    """`solved(name)`: carried out once for all tests of a member; they change neither model."""
+
+    @functools.cache
+    def solve(name: str, tied: bool = True) -> Solved:
+        task = task_of(make_tiny(tied=tied), tokens, tmp_path_factory.mktemp(name))
+        models = task.dense.model, task.handle.model
+        before, modules = [weights(m) for m in models], [list(m.modules()) for m in models]
+        return Solved(task, quick(name).recover(task), before, modules)
+
+    return solve
+
+
+def go(name: str, task: RecoveryTask, folder: Path | None = None, found: RecoveryResult | None = None) -> Any:
+    """(recovered model, report) as the recover stage gives them, from its cache where there is one. `found`: what the
+    recovery is known to make of the task."""
+    recovery = quick(name)
     identity = {"recovery": recovery.identity(), "tokens": task.tokens.digest, "samples": list(task.tokens.sample_ids)}
     inputs = {**identity, "model": task.handle.digest, "dense": task.dense.digest, "plan": task.plan.effect()}
     store = StageStore(folder if recovery.stored() else None)
-    result, _ = store.cached("recover", inputs, RecoveryResult, lambda: recovery.recover(task))
+    result, _ = store.cached("recover", inputs, RecoveryResult, lambda: found or recovery.recover(task))
     return with_tensors(task.handle, result, identity), result.report
 
 
 @every_recovery
-def test_both_models_are_left_as_they_were(name: str, task: RecoveryTask) -> None:
-    models = (task.dense.model, task.handle.model)
-    before = [weights(m) for m in models]
-    modules = [list(m.modules()) for m in models]
-    go(name, task)[0].model  # noqa: B018 - builds it
-    for model, tensors, parts in zip(models, before, modules, strict=True):
+def test_both_models_are_left_as_they_were(name: str, solved: Callable[..., Solved]) -> None:
+    known = solved(name)
+    go(name, known.task, found=known.found)[0].model  # noqa: B018 - builds it
+    for model, tensors, parts in zip(known.models, known.before, known.modules, strict=True):
         assert all(torch.equal(t, model.state_dict()[n]) for n, t in tensors.items())
         assert list(model.modules()) == parts
         assert not any(p.requires_grad for p in model.parameters())
@@ -77,19 +109,18 @@ def test_both_models_are_left_as_they_were(name: str, task: RecoveryTask) -> Non
 
 
 @every_recovery
-def test_the_same_task_gives_the_same_model(name: str, task: RecoveryTask, tmp_path: Path, make_tiny: Any) -> None:
-    one = go(name, task)[0]
-    dense = make_tiny()
-    handle = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
-    two = go(name, RecoveryTask(handle, dense, PLAN, task.tokens, tmp_path / "again"))[0]
+def test_the_same_task_gives_the_same_model(name: str, task: RecoveryTask, solved: Callable[..., Solved]) -> None:
+    known = solved(name)
+    one = go(name, known.task, found=known.found)[0]
+    two = go(name, task)[0]
     assert one.digest == two.digest
     assert all(torch.equal(t, two.model.state_dict()[n]) for n, t in one.model.state_dict().items())
 
 
 @every_recovery
-def test_what_did_not_change_is_shared_and_what_did_is_reported(name: str, task: RecoveryTask) -> None:
-    found = quick(name).recover(task)
-    model, report = go(name, task)
+def test_what_did_not_change_is_shared_and_what_did_is_reported(name: str, solved: Callable[..., Solved]) -> None:
+    task, found, *_ = solved(name)
+    model, report = go(name, task, found=found)
     before = dict(task.handle.model.named_parameters())
     maps = {n for n in found.tensors if PART in n}  # new ones, behind layers
     assert bool(maps) == quick(name).maps_stream
@@ -105,11 +136,10 @@ def test_what_did_not_change_is_shared_and_what_did_is_reported(name: str, task:
 @every_recovery
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_checkpoint_is_an_ordinary_one_and_ties_stay(
-    name: str, tied: bool, make_tiny: Any, tokens: CalibrationTokens, tmp_path: Path
+    name: str, tied: bool, solved: Callable[..., Solved], tokens: CalibrationTokens, tmp_path: Path
 ) -> None:
-    dense = make_tiny(tied=tied)
-    compressed = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
-    model, _ = go(name, RecoveryTask(compressed, dense, PLAN, tokens, tmp_path / "run"))
+    task, found, *_ = solved(name, tied)
+    model, _ = go(name, task, found=found)
     assert (model.model.lm_head.weight is model.model.model.embed_tokens.weight) == tied
     model.model.save_pretrained(tmp_path / "model")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -122,9 +152,10 @@ def test_the_checkpoint_is_an_ordinary_one_and_ties_stay(
 
 @every_recovery
 def test_the_cache_gives_the_same_model_without_work(
-    name: str, task: RecoveryTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, solved: Callable[..., Solved], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, report = go(name, task, tmp_path / "cache")
+    task, found, *_ = solved(name)
+    first, report = go(name, task, tmp_path / "cache", found)
     if not quick(name).stored():
         return
     monkeypatch.setattr(RECOVERIES[name], "recover", lambda *a: pytest.fail("computed again"))
@@ -135,18 +166,17 @@ def test_the_cache_gives_the_same_model_without_work(
 
 @every_recovery
 def test_other_tensors_are_another_model_and_other_samples_another_task(
-    name: str, task: RecoveryTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, solved: Callable[..., Solved], tmp_path: Path
 ) -> None:
-    first = go(name, task, tmp_path / "cache")[0]
-    found = quick(name).recover(task)
+    task, found, *_ = solved(name)
+    first = go(name, task, tmp_path / "cache", found)[0]
     if not found.tensors:
         return
     other = RecoveryResult({n: t + 1 for n, t in found.tensors.items()}, found.report)
-    monkeypatch.setattr(RECOVERIES[name], "recover", lambda *a: other)
-    assert go(name, task, tmp_path / "elsewhere")[0].digest != first.digest
-    assert go(name, task, tmp_path / "cache")[0].digest == first.digest
+    assert go(name, task, tmp_path / "elsewhere", other)[0].digest != first.digest
+    assert go(name, task, tmp_path / "cache", other)[0].digest == first.digest
     elsewhere = replace(task, tokens=replace(task.tokens, sample_ids=("other",)))
-    again = go(name, elsewhere, tmp_path / "cache")[0]
+    again = go(name, elsewhere, tmp_path / "cache", other)[0]
     assert all(torch.equal(again.model.get_parameter(n), t.to(again.model.dtype)) for n, t in other.tensors.items())
 
 
@@ -178,9 +208,7 @@ def test_what_leaves_the_whole_model_worse_is_taken_back(
 
 @every_recovery
 def test_half_precision_stays_half_precision(name: str, make_tiny: Any, tokens: Any, tmp_path: Path) -> None:
-    dense = make_tiny(dtype="bfloat16")
-    compressed = apply_plan(dense, PLAN, available("merge_rule")["top_layer"]())
-    model, _ = go(name, RecoveryTask(compressed, dense, PLAN, tokens, tmp_path / "run"))
+    model, _ = go(name, task_of(make_tiny(dtype="bfloat16"), tokens, tmp_path / "run"))
     assert {p.dtype for p in model.model.parameters()} == {torch.bfloat16}
     assert all(p.isfinite().all() for p in model.model.parameters())
 
