@@ -128,7 +128,7 @@ def work(folder: Path, how: str, tokens: tuple[int, int], stages: list[str], thr
     def refit() -> None:
         path = folder.parent / "fit.npy"
         np.save(path, np.random.default_rng(1).integers(0, handle.config.vocab_size, (4, tokens[1])).astype(np.int32))
-        recipe = member("recovery", "reconstruct", path=str(path), passes=1)
+        recipe = member("recovery", "reconstruct", path=str(path), passes=1, ridges=[0.1, 1.0])
         result = recipe.recover(RecoveryTask(apply_plan(handle, plan, rule), handle, plan, calibration, folder.parent))
         about.update(tensors=len(result.tensors))
 

@@ -7,6 +7,7 @@ project = "slm_exp"
 version = release = installed("slm_exp")
 html_title = f"slm_exp {version}"
 html_theme = "furo"
+html_static_path, html_css_files = ["site.css"], ["site.css"]
 html_copy_source = html_show_copyright = False
 extensions = ["myst_parser"]
 myst_enable_extensions = ["html_image"]

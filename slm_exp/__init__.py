@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from slm_exp.core.version import __version__ as __version__
@@ -25,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.filterwarnings("ignore", "IProgress not found")  # tqdm's, in a notebook, of bars that nobody draws
     return getattr(importlib.import_module("slm_exp.launch.api"), name)
 
 

@@ -42,6 +42,8 @@ def test_help_has_examples_and_exit_statuses(name, capsys):
         (["import", "x", "--layer", "3"], "Did you mean --layers?"),
         (["export", "x", "--format", "mergkit"], "Did you mean mergekit?"),
         (["completion", "csh"], "expected one of bash"),
+        (["completion"], "Choose from: bash, fish, zsh"),
+        (["path", "model=tiny", "runtime=cpu", "--save", "26"], "--save 26; expected numbers of layers from 1 to 7"),
         (["sync"], "DIR"),
     ],
 )
@@ -145,3 +147,11 @@ def test_bars_of_other_packages_are_silent_in_every_command(monkeypatch, capsys)
     assert os.environ["TQDM_DISABLE"] == "1"
     shown = "from tqdm import tqdm; list(tqdm(range(3)))"
     assert subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True).stderr == ""
+
+
+def test_what_other_packages_will_want_of_each_other_is_not_shown_and_what_a_plugin_warns_of_is():
+    code = ("import warnings; from slm_exp.core.logs import silence_bars; silence_bars()\n"
+            "for module in ('transformers.modeling_utils', 'peft', 'mine'):\n"
+            "    warnings.warn_explicit(f'{module}: soon', FutureWarning, 'f.py', 1, module=module)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[0] == "f.py:1: FutureWarning: mine: soon"

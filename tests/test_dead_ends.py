@@ -77,6 +77,7 @@ def test_a_folder_of_presets_that_is_not_there_is_named(there, capsys):
     (["--config-path", "own"], "--config-name = config; expected one of mine"),
     (["--cfg", "jo"], "--cfg/-c: invalid choice: 'jo' (choose from"),
     (["--cfg"], "--cfg/-c: expected one argument"),
+    (["--experimental-rerun", "job.pickle"], "it would read a pickle. A run is repeated by the command in its record"),
     (["metod.threshold=0.8"], "there is no group metod. Did you mean method?"),
     (["kernel.gamma=3"], "the kernel that is chosen has no gamma; it is a field of kernel=polynomial."),
     (["model"], "model: a setting is GROUP=MEMBER or GROUP.FIELD=VALUE. Members of model: gemma3_270m, "),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from slm_exp.core.files import digest, probing, write_json, write_text, writing
+from slm_exp.core.files import digest, probing, read_json, write_json, write_text, writing
 from slm_exp.runs.record import check_writable
 
 
@@ -21,6 +21,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         fail()
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 101, "-1" + "0" * 400, "1e309", "NaN"])
+def test_a_number_that_nothing_can_be_reckoned_with_is_none(number, tmp_path):
+    (tmp_path / "a.json").write_text(f'{{"a": [{number}]}}')
+    with pytest.raises(ValueError, match="number"):
+        read_json(tmp_path / "a.json")
 
 
 def test_processes_that_probe_one_new_folder_do_not_disturb_each_other(tmp_path, monkeypatch):

@@ -58,6 +58,7 @@ words = ("model=hf", "model.path={model}", *{TINY[1:]!r}, "method.target_layers=
 study = load(*words)
 small = apply(study, find_plan(study))
 run(*words, folder={folder!r})
+import warnings; warnings.warn("IProgress not found. Please update jupyter and ipywidgets.")  # tqdm's, in a kernel
 import sys; print("now its own", file=sys.stderr)
 AutoModelForCausalLM.from_pretrained({model!r})
 """
@@ -67,6 +68,7 @@ AutoModelForCausalLM.from_pretrained({model!r})
     ours, own = done.stderr.split("now its own")
     assert "it/s" in own
     assert "it/s" not in ours
+    assert "IProgress" not in ours
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 

@@ -15,9 +15,9 @@ from slm_exp.core.cache.folder import Entry, default_cache_dir, find_entries, fi
 from slm_exp.core.errors import ConfigError
 from slm_exp.core.format import human, printable
 
-SIZES = {"": 1.0, "b": 1.0} | {f"{letter}{form}": base**n for n, letter in enumerate("kmgt", 1)
+SIZES = {"b": 1.0} | {f"{letter}{form}": base**n for n, letter in enumerate("kmgt", 1)
                                for form, base in (("", 1e3), ("b", 1e3), ("ib", 2.0**10))}
-"""20G and 20GB are 20 10^9 bytes, 20GiB is 20 2^30."""
+"""20G and 20GB are 20 10^9 bytes, 20GiB is 20 2^30. A number alone is none: 20 for 20GB would remove everything."""
 AGES = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 

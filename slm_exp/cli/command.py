@@ -141,7 +141,7 @@ def status_of(of: click.Command, argv: Sequence[str], called: str) -> int:
         raise SystemExit(130) from None
     except click.ClickException as error:
         ctx = getattr(error, "ctx", None)
-        where, message = ctx.command_path if ctx else called, error.format_message()
+        where, message = ctx.command_path if ctx else called, " ".join(error.format_message().split())
         if isinstance(error, click.NoSuchOption) and ctx:
             options = [o for p in ctx.command.params if isinstance(p, click.Option) for o in (*p.opts, "--help")]
             message = f"there is no {error.option_name}. {did_you_mean(error.option_name, options)}".rstrip()

@@ -41,6 +41,9 @@ def follow_and_write(cfg: RunConfig, out: Path, wanted: Sequence[int] = ()) -> i
     low, high = map(float, method.threshold_range)
     device = cfg.runtime.prepare(cfg.seed, cfg.model.device)
     dense = opened(cfg, device)
+    if many := [n for n in wanted if not 0 < n < dense.n_layers]:
+        raise ConfigError(f"--save {many[0]}; expected numbers of layers from 1 to {dense.n_layers - 1}, fewer than "
+                          f"{dense.name} has.")
     family = isinstance(cfg.recovery, Family)
     if family:
         cfg.recovery.check_data(dense)
@@ -122,7 +125,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         "The best plan of every size, and by which budgets another is as small and better (budgets.png). Latency is "
-        f"the median of a prefill over {result['seq_len']} tokens "
+        f"the median of a prefill over {result['seq_len']} tokens, on a CPU with one thread in processor time "
         f"({result['device']['name'] or result['device']['type']}, {result['device']['threads']} threads)."
         + (f" Perplexities are of passages that nothing was fitted on, before and after the one training of "
            f"recovery={curve['name']} (dense {shown(exponential(curve['dense']))})." if curve else ""),

@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"slm_exp {__version__}")
             return 0
         args, _ = parse_arguments(argv)
+        if args.experimental_rerun:
+            raise ConfigError(f"--experimental-rerun {args.experimental_rerun}: it would read a pickle. A run is "
+                              "repeated by the command in its record.json, or on its page.")
         if args.help:
             return run_command(_help, argv)
         if args.cfg == "job" and not (args.package or args.config_name or args.config_path):

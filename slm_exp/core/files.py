@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 1 << 28
-MAX_DEPTH = 50
-"""Of JSON that is read."""
+MAX_DEPTH, MAX_WHOLE = 50, 10**100
+"""Of JSON that is read. A hundred times such a whole number is still a float; of 10**308, which is one, it is none."""
 JsonObject = dict[str, Any]
 """A JSON mapping whose keys are the business of whoever wrote it."""
 
@@ -154,7 +154,7 @@ def read_json(path: Path) -> Any:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    _check_depth(value, MAX_DEPTH)
+    _check_values(value, MAX_DEPTH)
     if "\\ud" in text or "\\uD" in text:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
@@ -173,11 +173,11 @@ def _not_finite(text: str) -> float:
     raise ValueError(f"{text} is no number of JSON")
 
 
-def _check_depth(value: Any, left: int) -> None:
+def _check_values(value: Any, left: int) -> None:
     if isinstance(value, (dict, list)):
         if left == 0:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
         for part in value.values() if isinstance(value, dict) else value:
-            _check_depth(part, left - 1)
-    elif isinstance(value, float) and not math.isfinite(value):
+            _check_values(part, left - 1)
+    elif (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) > MAX_WHOLE):
         raise ValueError("a number is too large")

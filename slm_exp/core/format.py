@@ -60,7 +60,7 @@ def decimals(error: float) -> int:
 
 def rounded(value: float, digits: int) -> str:
     """With so many decimals, none where negative: the digits before the point are zeros then. No negative zero."""
-    if abs(value) > 1e300:  # a whole number may have more digits than a float
+    if abs(value) > 1e300:
         return f"{'-' if value < 0 else ''}more than 1e300"
     text = f"{round(value, digits):.{max(0, digits)}f}"
     return text.lstrip("-") if float(text) == 0 else text
@@ -74,8 +74,13 @@ def rounded_pair(value: float, error: float | None, digits: int = 1) -> tuple[st
     return rounded(value, digits), rounded(error, digits)
 
 
+def signed(number: str) -> str:
+    """With a plus where it is above 0."""
+    return f"+{number}" if number.strip("0.") and not number.startswith("-") else number
+
+
 def with_error(value: float, error: float | None, digits: int = 1, sign: bool = False) -> str:
     """`40.7 ± 3.5`; `+5.7 ± 3.5` with a sign."""
     text, error_text = rounded_pair(value, error, digits)
-    text = f"+{text}" if sign and float(text) > 0 else text
+    text = signed(text) if sign else text
     return f"{text} ± {error_text}" if error_text else text

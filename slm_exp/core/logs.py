@@ -49,8 +49,10 @@ class Console(logging.StreamHandler[Any]):
 
 
 def silence_bars() -> None:
-    """No progress bars of other packages in this process and those it starts: there is one line of our own. To be
-    called before they are imported."""
+    """No progress bars of other packages in this process and those it starts: there is one line of our own; and no word
+    of what their next versions will want of each other. To be called before they are imported."""
+    theirs = r"(transformers|peft|accelerate|datasets|lm_eval)\b"
+    warnings.filterwarnings("ignore", category=FutureWarning, module=theirs)
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
 

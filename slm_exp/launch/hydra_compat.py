@@ -193,7 +193,7 @@ def _refuse(message: str) -> NoReturn:
 
 def help_text(template: str, groups: str) -> str:
     """A help template filled in as Hydra does, which takes 2.5 s over listing the groups itself."""
-    flags = Hydra.format_args_help(get_args_parser())
+    flags = Hydra.format_args_help(get_args_parser()).replace("Show Hydra's version", "Show this package's version")
     return string.Template(template).safe_substitute(APP_CONFIG_GROUPS=groups, FLAGS_HELP=flags)
 
 

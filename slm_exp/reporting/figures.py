@@ -174,7 +174,8 @@ def _scatter(axes: Axes, measure: Measure, shades: sweep_charts.Shades) -> None:
     of, factor = sweep_charts.unit_of(measure)
     up = svg.Axis([p.value for p in measure.points], log=not measure.higher_is_better)
     across = svg.Axis([p.cost for p in measure.points])
-    aside = sweep_charts.apart([(p.cost, up.down(p.value, PLOT[1])) for p in measure.points])
+    aside = sweep_charts.apart([(across.at(p.cost), *sweep_charts.reaching(*(
+        up.down(value, PLOT[1]) for value in (p.value, *(p.interval or ()))))) for p in measure.points])
     for point, dx in zip(measure.points, aside, strict=True):
         k = shades.of(point.row) if point.row else None
         half = None if point.interval is None else point.interval[1] - point.value
@@ -202,7 +203,8 @@ def _staircase(axes: Axes, stairs: sweep_charts.Staircase, shades: sweep_charts.
                   [p.n_layers for p in path.plans for _ in "ab"], color="black", linewidth=0.7, label=path.source)
     limits = axes.get_xlim() if stairs.paths else (min(s.threshold for s in steps), max(s.threshold for s in steps))
     across, up = svg.Axis([*limits]), svg.Axis([s.n_layers for s in steps] or [0, 1])
-    aside = sweep_charts.apart([(s.threshold, up.down(s.n_layers + 0.12 * s.series, PLOT[1])) for s in steps])
+    aside = sweep_charts.apart([(across.at(s.threshold), *sweep_charts.reaching(up.down(
+        s.n_layers + 0.12 * s.series, PLOT[1]))) for s in steps])
     for step, dx in zip(steps, aside, strict=True):
         k = shades.of(step.row)
         ends = max(step.low, limits[0]), min(step.high, limits[1])

@@ -190,6 +190,8 @@ def read_paths(folder: Path, given: Sequence[Path] = ()) -> list[ThresholdPath]:
     found = sorted((*folder.glob("path.json"), *folder.glob("*/path.json")))
     wanted = [path / "path.json" if path.is_dir() else path for path in given]
     out = []
+    if gone := next((path for path in wanted if not path.exists()), None):
+        raise SlmError(f"there is no {gone}; expected the path.json that `slm path` writes, or its folder.")
     for path in dict.fromkeys([*found, *wanted]):
         try:
             source = path.name if path.parent == folder else f"{path.parent.name}/{path.name}"

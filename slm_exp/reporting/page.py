@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import JsonObject, plain, write_text
-from slm_exp.core.format import decimals, duration, rounded, rounded_pair
+from slm_exp.core.format import decimals, duration, rounded, rounded_pair, signed
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.reporting import charts, results, svg
 from slm_exp.reporting.results import Comparison
@@ -127,7 +127,7 @@ def ends(found: Difference) -> str:
 
 def typographic(number: str, sign: bool = False) -> str:
     """With a true minus, and a plus where it is asked for."""
-    return f"+{number}" if sign and float(number) > 0 else number.replace("-", "−")
+    return (signed(number) if sign else number).replace("-", "−")
 
 
 def broken(name: str) -> Markup:

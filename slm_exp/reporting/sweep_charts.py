@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,10 +29,10 @@ SHAPES = ('<circle r="5"/>', *(f'<path d="{d}"/>' for d in (
 """So many values of a setting have marks of their own, told apart by shape as well as by colour."""
 FEW = 24
 """Up to so many marks show their intervals all the time; of more, only the one pointed at."""
-EDGE = 0.03
-"""Of a chart's width: so far from its ends all marks lie, whole and off the numbers beside it."""
 TOUCH, WIDE = 12.0, 60.0
 """Pixels: marks nearer to each other than one are set apart, by as much, over the other at most."""
+NEAR = 0.012
+"""Of a chart's width: columns nearer to each other are one."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def scatter(measure: Measure, shades: Shades) -> Markup:
     """A quality over a budget, one linked mark a run, the front of those that no other beats."""
     points = measure.points
     of, factor = unit_of(measure)
-    across = Axis([p.cost / factor for p in points], margin=EDGE)
+    across = Axis([p.cost / factor for p in points], margin=_edge([p.cost for p in points]))
     shown = [p.value for p in points] + ([] if measure.chance is None else [measure.chance])
     log = Axis(shown, log=not measure.higher_is_better).log
     if len(points) <= FEW:
@@ -107,33 +108,55 @@ def scatter(measure: Measure, shades: Shades) -> Markup:
         parts.append(tag("line", x1=x1, x2=x2, y1=y1, y2=y1, class_="front"))
         parts.append(tag("line", x1=x2, x2=x2, y1=y1, y2=y2, class_="front"))
     ordered = sorted(points, key=lambda p: (p.row is not None, p.cost, p.value))
-    parts += [_aside(_mark(point, measure, shades, x(point.cost), y, few=len(points) <= FEW), dx)
-              for point, dx in zip(ordered, apart([(p.cost, y(p.value)) for p in ordered]), strict=True)]
+    few = len(points) <= FEW
+    places = [(across.at(p.cost / factor), *reaching(y(p.value), *map(y, (p.interval or ()) if few else ())))
+              for p in ordered]
+    parts += [_aside(_mark(point, measure, shades, x(point.cost), y, few), dx)
+              for point, dx in zip(ordered, apart(places), strict=True)]
     label = f"{measure.name} ({measure.unit}) over {measure.budget.name}: {sum(p.row is not None for p in points)} runs"
     label += "." if measure.criterion else (f", {len(front)} models on the front. The front stands below as a table.")
     return tag("svg", *parts, width="100%", height=HEIGHT, role="group", class_="chart points", aria_label=label)
 
 
-def apart(places: Sequence[tuple[float, float]]) -> list[float]:
+def apart(places: Sequence[tuple[float, float, float]]) -> list[float]:
     """How far to the side each mark is drawn so that those at one place stand beside each other; pixels.
 
     Args:
-        places: column and pixels from the top of every mark.
+        places: of every mark its column, 0 to 1, and the pixels from the top that it reaches from and to, with the line
+            of its interval.
     """
     out = [0.0] * len(places)
-    order = sorted(range(len(places)), key=lambda k: places[k])
-    for _, column in itertools.groupby(order, key=lambda k: places[k][0]):
+    columns: list[list[int]] = []
+    for k in sorted(range(len(places)), key=lambda k: places[k][0]):
+        if columns and places[k][0] - places[columns[-1][-1]][0] < NEAR:
+            columns[-1].append(k)
+        else:
+            columns.append([k])
+    for column in columns:
         together: list[list[int]] = []
-        for k in column:
-            if together and places[k][1] - places[together[-1][-1]][1] < TOUCH:
+        lowest = -math.inf
+        for k in sorted(column, key=lambda k: places[k][1]):
+            if together and places[k][1] < lowest:
                 together[-1].append(k)
             else:
                 together.append([k])
+            lowest = max(lowest, places[k][2])
         for some in together:
             step = min(TOUCH, WIDE / len(some))
-            for number, k in enumerate(some):
+            for number, k in enumerate(sorted(some, key=lambda k: (places[k][0], k))):
                 out[k] = step * (number - (len(some) - 1) / 2)
     return out
+
+
+def _edge(columns: Sequence[float]) -> float:
+    """So far from a chart's ends, as a share of its width, the marks of these columns lie whole and off the numbers
+    beside it, on a phone too."""
+    return 0.01 + 0.02 * min(WIDE / TOUCH, max(Counter(columns).values(), default=1))
+
+
+def reaching(at: float, *ends: float) -> tuple[float, float]:
+    """From where to where a mark reaches, with the ends of its interval; pixels from the top."""
+    return min((at - TOUCH / 2, *ends)), max((at + TOUCH / 2, *ends))
 
 
 def _aside(mark: Markup, dx: float) -> Markup:
@@ -216,7 +239,7 @@ def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shade
         return None
     ends = [s.threshold for s in steps] or [t for p in drawn for t in (p.plans[0].threshold_low,
                                                                        p.plans[-1].threshold_high)]
-    across = Axis([min(ends), max(ends)], margin=EDGE)
+    across = Axis([min(ends), max(ends)], margin=_edge([s.threshold for s in steps]))
     seen = [p.n_layers for path in drawn for p in path.plans
             if p.threshold_high > across.low and p.threshold_low < across.high]
     sizes = [*(s.n_layers for s in steps), *seen, *(row.plan.n_layers for row in rows if row.plan)]
@@ -237,7 +260,7 @@ def staircase(rows: Sequence[Row], paths: Sequence[ThresholdPath], shades: Shade
                          *_stairs(path.plans, x, y), class_="exact"))
         parts += [tag("rect", x=x(a), y=0, height=HEIGHT, class_="unknown",
                       width=f"{100 * (across.at(b) - across.at(a)):.2f}%") for a, b in path.unknown]
-    aside = apart([(step.threshold, y(step.n_layers, step.series)) for step in steps])
+    aside = apart([(across.at(step.threshold), *reaching(y(step.n_layers, step.series))) for step in steps])
     for step, dx in zip(steps, aside, strict=True):
         k, at = shades.of(step.row), y(step.n_layers, step.series)
         title = (f"{step.row.title}: {step.n_layers} layers; the same for every threshold from {bound(step.low)} to "

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterable, Mapping
 
 import torch
 
 from slm_exp.core.types import MergePlan, SizeCost
+from slm_exp.engine.latency import Clock
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.merging.rules.base import MergeRule
 from slm_exp.merging.rules.keep_low import KeepLow
@@ -42,23 +42,20 @@ def best_of_each(plans: Iterable[PathPlan]) -> dict[int, PathPlan]:
 
 
 def latencies(models: Mapping[int, ModelHandle], seq_len: int) -> dict[int, float]:
-    """Median seconds of a prefill over one sequence, for models by number of layers. The models take turns within every
-    round, so that the ratios hold on a machine whose speed drifts."""
+    """Median seconds (see `Clock`) of a prefill over one sequence, for models by number of layers. The models take
+    turns within every round, so that the ratios hold on a machine whose speed drifts."""
     if any(handle.streamed for handle in models.values()):
         return _by_block(models, seq_len)
     times: dict[int, list[float]] = {n: [] for n in models}
     for turn in range(ROUNDS + 1):  # the first is not counted
         for n, handle in models.items():
             ids = torch.arange(seq_len, device=handle.model.device)[None] % handle.config.vocab_size
-            if ids.is_cuda:
-                torch.cuda.synchronize(ids.device)
-            started = time.perf_counter()
+            clock = Clock(ids.device)
+            started = clock.mark()
             with torch.inference_mode():
                 handle.model(ids, use_cache=False)
-            if ids.is_cuda:
-                torch.cuda.synchronize(ids.device)
             if turn:
-                times[n].append(time.perf_counter() - started)
+                times[n].append(clock.between(started, clock.mark()))
     return {n: statistics.median(t) for n, t in times.items()}
 
 
@@ -68,12 +65,12 @@ def _by_block(models: Mapping[int, ModelHandle], seq_len: int) -> dict[int, floa
     handle = next(iter(models.values()))
     runner = BlockRunner(handle, torch.arange(seq_len)[None] % handle.config.vocab_size, fuse=False)
     h_NTD = runner.embed()
+    clock = Clock(h_NTD.device)
     layers, heads = [], []
     for _ in range(ROUNDS + 1):  # the first reads it
-        started = time.perf_counter()
+        started = clock.mark()
         runner.block(Slot(0), h_NTD)
-        layers.append(time.perf_counter() - started)
-        started = time.perf_counter()
+        layers.append(clock.between(started, between := clock.mark()))
         runner.logits(runner.finish(h_NTD).flatten(0, 1))
-        heads.append(time.perf_counter() - started)
+        heads.append(clock.between(between, clock.mark()))
     return {n: n * statistics.median(layers[1:]) + statistics.median(heads[1:]) for n in models}

@@ -104,7 +104,7 @@ def test_verify_names_damage_and_repair_removes_it(
     assert len(left(cache)) == 2
 
 
-WRONG_AGES, WRONG_SIZES = ("soon", "30", "30mb", "3D2", ""), ("3 apples", "20Gi", "-1GB", "1e9", "3d")
+WRONG_AGES, WRONG_SIZES = ("soon", "30", "30mb", "3D2", ""), ("3 apples", "20", "20Gi", "-1GB", "1e9", "3d")
 
 
 @pytest.mark.parametrize("args", [["prune"], *(["prune", "--older-than", age] for age in WRONG_AGES),

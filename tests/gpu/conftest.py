@@ -16,6 +16,16 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def two(device: torch.device) -> list[torch.device]:
+    """Two devices of a machine; a rehearsal has one in the place of both."""
+    if REHEARSAL:
+        return [device, device]
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return [torch.device("cuda", i) for i in range(2)]
+
+
+@pytest.fixture
 def cuda() -> torch.device:
     """For what has no meaning on a CPU."""
     if REHEARSAL:

@@ -26,6 +26,7 @@ from slm_exp.core.types import MergePlan
 from slm_exp.engine.runner import BlockRunner
 from slm_exp.evaluation.backends.harness import language_model
 from slm_exp.evaluation.backends.speed import measure_speed
+from slm_exp.evaluation.base import Evaluation
 from slm_exp.evaluation.settings import Case, Settings
 from slm_exp.merging.surgery import apply_plan
 from slm_exp.methods.slm import SLM
@@ -113,6 +114,34 @@ def test_layers_read_from_their_files_decide_alike(device: torch.device, tmp_pat
     plan, wanted = (SLM(threshold=threshold).plan(new_task(handle, random_tokens())) for handle in (streamed, whole))
     assert plan.groups == wanted.groups
     assert plan.final_score == pytest.approx(wanted.final_score, abs=1e-5)
+
+
+def test_a_model_spread_over_two_devices_is_searched_and_cut_alike(two: list[torch.device]) -> None:
+    """As `device_map=auto` leaves it: layers on either, the merged one of both."""
+    from accelerate import dispatch_model
+
+    spread, whole = on(two[0]), on(two[0])
+    dispatch_model(spread.model, {  # type: ignore[arg-type]
+        "model.embed_tokens": two[0], "model.rotary_emb": two[0], "model.norm": two[1], "lm_head": two[1],
+        **{f"model.layers.{i}": two[i // 4] for i in range(8)}})  # fmt: skip
+    tasks = [new_task(handle, random_tokens(), "mean") for handle in (spread, whole)]
+    threshold = middle(tasks[1])
+    plan, wanted = (SLM(threshold=threshold).plan(task) for task in tasks)
+    assert plan.groups == wanted.groups
+    assert plan.final_score == pytest.approx(wanted.final_score, abs=1e-5)
+    both = MergePlan(8, ((2, 6),), rule="mean")  # type: ignore[arg-type]
+    ids = torch.arange(24, device=two[0])[None]
+    with torch.inference_mode():
+        found, logits = (apply_plan(task.handle, both, task.rule).model(ids, use_cache=False).logits for task in tasks)
+    torch.testing.assert_close(found.cpu(), logits.cpu(), atol=1e-4, rtol=1e-3)
+
+
+def test_two_processes_with_a_gpu_each_evaluate_as_one(cuda: torch.device, two: list[torch.device], tmp_path: Path
+                                                       ) -> None:
+    (tmp_path / "a.txt").write_text("a text of some length that is read in chunks, again and again\n" * 9)
+    settings = Evaluation(corpora={"a": str(tmp_path / "a.txt")}, ppl_seq_len=32)
+    found = replace(settings, processes=len(two)).run(on(cuda))
+    assert found == settings.run(on(cuda))
 
 
 def test_another_cuda_stream_gives_the_same_scores(cuda: torch.device) -> None:

@@ -251,13 +251,16 @@ def test_no_front_is_drawn_on_what_searches_select_by(grid: Path, page: Page) ->
 
 
 def test_marks_at_one_place_stand_beside_each_other() -> None:
-    places = [(9, 10.0), (9, 100.0), (9, 12.0), (9, 11.0), (8, 10.0)]
-    out = sweep_charts.apart(places)
+    places = [(0.9, 10.0), (0.9, 100.0), (0.905, 12.0), (0.9, 11.0), (0.8, 10.0)]
+    out = sweep_charts.apart([(x, *sweep_charts.reaching(y)) for x, y in places])
     assert (out[1], out[4]) == (0, 0)
     together = sorted((out[0], out[2], out[3]))
     assert sum(together) == pytest.approx(0)
     assert {b - a for a, b in itertools.pairwise(together)} == {sweep_charts.TOUCH}  # as wide as a mark
-    assert max(map(abs, sweep_charts.apart([(0, 0.0)] * 50))) <= sweep_charts.WIDE / 2
+    assert max(together) == out[2], "the one further to the right stays there"
+    assert max(map(abs, sweep_charts.apart([(0, 0.0, 12.0)] * 50))) <= sweep_charts.WIDE / 2
+    lines = [(0.5, *sweep_charts.reaching(50.0, 10.0, 90.0)), (0.5, *sweep_charts.reaching(120.0, 80.0, 160.0))]
+    assert sweep_charts.apart(lines) == [-6, 6], "marks far from each other, whose intervals would lie on each other"
 
 
 def test_perplexities_have_the_error_of_their_ratio_and_averages_the_chance(grid: Path, page: Page) -> None:
@@ -323,8 +326,8 @@ def test_paths_are_found_or_given_and_only_drawn_with_their_model(tmp_path: Path
     assert drawn.startswith("<title>path.json: 3 plans, top_layer by flat_cosine</title>")
     assert drawn.count("<line") == 3 + 2
     assert "other/path.json is of another model and is left out." in page.text("p", "note")
-    for asked in (folder / "broken", tmp_path / "none.json"):
-        with pytest.raises(SlmError, match="no threshold path"):
+    for asked, said in ((folder / "broken", "no threshold path"), (tmp_path / "none.json", "there is no .*none.json")):
+        with pytest.raises(SlmError, match=said):
             write_sweep_report(folder, paths=[asked])
 
 

@@ -208,3 +208,21 @@ def test_what_sbatch_refuses_is_said_before_anything_runs(slurm: None, sweep: Sw
     assert "--partition=hgih" in ended.err
     assert "invalid partition" in ended.err
     assert sweep.records() == {}
+
+
+def test_a_jobs_members_come_from_the_commands_plugin(slurm: None, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom slm_exp.core.registry import register\n"
+        "from slm_exp.methods.base import Baseline, Selection\n\n"
+        "@register('method', 'middle')\n@dataclass\nclass Middle(Baseline):\n"
+        "    def choose(self, task, n_remove):\n        return Selection(tuple(range(3, 3 + n_remove)))\n")  # fmt: skip
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "slm_exp", "--plugin", "mine.py", "-m", "method=middle", "method.target_layers=6,5",
+         "model=tiny", "evaluation=none", "tracking=none", "calibration.n_samples=4", "calibration.seq_len=32",
+         "runtime=cpu", *SLURM, "hydra.sweep.dir=sweep"], cwd=tmp_path, capture_output=True, text=True, timeout=400,
+        env={**os.environ, "PYTHONPATH": root, "SLM_EXP_CACHE": str(tmp_path / "cache")})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("sweep/*/record.json")]
+    assert sorted(record["plan"]["dropped"] for record in records) == [[3, 4], [3, 4, 5]]
+    assert [used["name"] for record in records for used in record["plugins"]] == ["mine", "mine"]

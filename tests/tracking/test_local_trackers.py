@@ -24,7 +24,7 @@ def slm_exp(folder: Path, *words: str, code: int = 0) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-m", "slm_exp", *QUICK, *words, f"hydra.run.dir={folder / 'run'}"],
                           cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == code, done.stderr
-    assert "trackio show" not in done.stdout
+    assert "Trackio" not in done.stdout
     return json.loads((folder / "run" / "record.json").read_text())  # type: ignore[no-any-return]
 
 

@@ -40,8 +40,8 @@ class _TrackioTracker(RunTracker):
     """Mirrors to one open Trackio run."""
 
     def close(self, failed: bool) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            mirrored(self.called, self._run.finish)
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells of an upload; by itself at the process's end too
+            mirrored(self.called, self._library.finish)
 
     def log(self, section: JsonObject) -> None:
         """One row of its scalars, texts and flags among them."""
