@@ -80,6 +80,7 @@ def test_a_folder_of_presets_that_is_not_there_is_named(there, capsys):
     (["--experimental-rerun", "job.pickle"], "it would read a pickle. A run is repeated by the command in its record"),
     (["metod.threshold=0.8"], "there is no group metod. Did you mean method?"),
     (["kernel.gamma=3"], "the kernel that is chosen has no gamma; it is a field of kernel=polynomial."),
+    (["save_model=maybe"], "save_model=maybe: Value 'maybe' is not a valid bool."),
     (["model"], "model: a setting is GROUP=MEMBER or GROUP.FIELD=VALUE. Members of model: gemma3_270m, "),
     (["model="], "model = ; expected one of gemma3_270m, "),
     (["-m", "method.threshold=range(0.9,0.8,0.05)"], "range(0.9,0.8,0.05): it has no value, so no job is left"),

@@ -222,7 +222,7 @@ def test_slm_merge_replaces_a_checkpoint_and_nothing_else(out, said, finished_ru
 
 @pytest.mark.parametrize(("words", "said"), [
     (["tiyn", "PLAN", "out"], "Did you mean tiny?"),
-    (["tiny", "nowhere", "out"], "there is no nowhere"),
+    (["tiny", "nowhere", "out"], "PLAN = nowhere; expected a plan.json, or the folder of a run. There is no nowhere."),
     (["tiny", "PLAN", "."], "OUT = .; expected a new folder"),
     (["tiny", "PLAN", "out", "merge_rule=maen"], "Did you mean mean?"),
 ])  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from slm_exp.cli.command import FOLDER, command
-from slm_exp.core.errors import CheckpointError, ConfigError
+from slm_exp.core.errors import CheckpointError, ConfigError, require
 from slm_exp.core.format import override, printable
 from slm_exp.launch.compose import compose_run, model_words
 from slm_exp.models.files import no_checkpoint
@@ -37,6 +37,8 @@ from slm_exp.runs.record import check_writable, record_beside
 def main(model: str, plan: str, out: Path, overrides: Sequence[str]) -> int:
     words = ["method=from_plan", override("method.path", plan), "evaluation=none", "tracking=none", *model_words(model),
              *overrides]
+    require(plan.startswith("published:") or Path(plan).expanduser().exists(), "PLAN", plan,
+            "a plan.json, or the folder of a run", f"There is no {plan}.")
     compose_run(words)
     whole = out.is_dir() and not out.is_symlink()
     why = "it is no folder" if not whole else no_checkpoint(out) if any(out.iterdir()) else None

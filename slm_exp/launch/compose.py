@@ -158,7 +158,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         given = next((o for o in overrides if o.lstrip("+~").startswith(key)), key)
         if "not in '" in text or "Key '" in text or "Could not override" in text:
             return f"{given}: {_no_field(key)}"
-        known = r"(Value '.*?' of type .*? could not be converted to \w+|Invalid value .*|Cannot convert .*)"
+        known = (r"(Value '.*?' of type .*? could not be converted to \w+|Value '.*?' is not a valid bool"
+                 r"|Invalid value .*|Cannot convert .*)")
         reason = re.search(known, text)
         return f"{given}: {reason.group(1) if reason else text.splitlines()[0]}."
     return " ".join(line.strip() for line in text.splitlines()[:3] if line.strip())

@@ -262,7 +262,7 @@ class SlurmLauncher(Launcher):
         try:
             done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
         except subprocess.CalledProcessError as error:
-            raise ConfigError(f"{shlex.join(argv)}: {error.stderr.strip()}") from None
+            raise ConfigError(f"{shlex.join(argv)}: {' '.join(error.stderr.split())}") from None
         except (OSError, subprocess.TimeoutExpired) as error:
             raise SlmError(f"{shlex.join(argv)}: {error}. Whether it was submitted, squeue says.") from None
         job = done.stdout.strip().partition(";")[0]  # JOB or JOB;CLUSTER

@@ -88,7 +88,7 @@ def test_two_processes_answer_what_one_does(tiny_handle: Any) -> None:
 
 
 def test_what_processes_do_not_divide_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"evaluation.processes = 0; expected a number >= 1"):
+    with pytest.raises(ConfigError, match=r"evaluation.processes = 0; expected a whole number >= 1"):
         compose_run(["model=tiny", "evaluation=smoke", "evaluation.processes=0"])
     cfg = compose_run(["model=tiny", "evaluation=smoke", "evaluation.processes=2"])
     assert cfg.run_id == compose_run(["model=tiny", "evaluation=smoke"]).run_id

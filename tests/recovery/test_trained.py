@@ -346,7 +346,7 @@ def test_the_hub_offline_is_refused_before_weights_load(make_tiny: Any) -> None:
     ({"path": "x.jsonl"}, "null with recovery.data=bundled"),
     ({"batch_size": 5}, "recovery.batch_size = 5; expected a multiple of recovery.micro_batch_size = 2"),
     ({"lr": 0}, "recovery.lr = 0; expected a number > 0"),
-    ({"max_steps": 0}, "recovery.max_steps = 0; expected null or a number > 0"),
+    ({"max_steps": 0}, "recovery.max_steps = 0; expected null or a whole number > 0"),
     ({"dropout": 1.0}, "recovery.dropout = 1.0; expected a share"),
 ])  # fmt: skip
 def test_bad_settings_are_refused(fields: dict[str, Any], message: str) -> None:

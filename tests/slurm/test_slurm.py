@@ -207,6 +207,7 @@ def test_what_sbatch_refuses_is_said_before_anything_runs(slurm: None, sweep: Sw
     assert ended.code == 2
     assert "--partition=hgih" in ended.err
     assert "invalid partition" in ended.err
+    assert ended.err.count("\n") == 1
     assert sweep.records() == {}
 
 
