@@ -114,8 +114,8 @@ def opened(cfg: RunConfig, device: torch.device) -> ModelHandle:
     if not choice.may_fit and not away:
         rows = "recovery.micro_batch_size=1, " if cfg.recovery.trains() else ""
         raise ConfigError(f"runtime.memory = auto: there is no room: {choice.why}. Use {rows}a smaller model.dtype or "
-                          f"a larger machine, or runtime.memory={'stream' if choice.streamed else 'resident'} to try it "
-                          "all the same.")
+                          f"a larger machine, or runtime.memory={'stream' if choice.streamed else 'resident'} to try "
+                          "it all the same.")
     if away and not choice.streamed:
         raise ConfigError(off_devices(away) + f" It is not streamed now: {choice.why}.")
     if choice.streamed and dense.load_streamed is None:
