@@ -36,7 +36,7 @@ from slm_exp.tables.records import find_runs
 
 TEXT = "stands_in_for_the_hub"
 SMALL = ["calibration.seq_len=48", "evaluation.limit=1"]
-HEALING = [f"recovery.{o}" for o in ("data=bundled", "max_steps=2", "seq_len=64", "batch_size=2", "micro_batch_size=2",
+TRAINED = [f"recovery.{o}" for o in ("data=bundled", "max_steps=2", "seq_len=64", "batch_size=2", "micro_batch_size=2",
                                      "held_out=4", "warmup_steps=1")]
 OWN = 0.2
 """How much of a projection is its layer's own; the rest is shared."""
@@ -98,7 +98,7 @@ def parameters(folder: Path, tau: float) -> dict[str, Any]:
                   "evaluation.ppl_bos=both"],
         "thresholds": [tau], "at_size": {26: [tau]}, "curve": [29, 26, 23, 20],
         "llm_pruner": [0.203125], "llm_pruner_slm": [0.349375], "flap": [0.2], "flap_slm": [0.2, 0.35],
-        "wanda_sp": [0.2], "compared": [25, 23], "published": published_of("llama2_7b"), "healing": HEALING,
+        "wanda_sp": [0.2], "compared": [25, 23], "published": published_of("llama2_7b"), "trained": TRAINED,
         "timed": ["evaluation.speed_batches=[1]", "evaluation.speed_prompts=[12]", "evaluation.speed_new=[4,128]",
                   "evaluation.speed_runs=2", "evaluation.speed_discard=1"],
         "cases": ["1x12x4"],

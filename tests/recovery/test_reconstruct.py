@@ -58,7 +58,7 @@ def last_state(handle: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_the_healed_model_is_nearer_to_the_dense_one_on_unseen_tokens(name: str, refit: Any, ids_file: str) -> None:
+def test_the_repaired_model_is_nearer_to_the_dense_one_on_unseen_tokens(name: str, refit: Any, ids_file: str) -> None:
     task, found, refitted = refit(Reconstruct(path=ids_file), PLANS[name])
     dense = last_state(task.dense)
     off = [float((last_state(h) - dense).norm()) for h in (task.handle, refitted)]
