@@ -28,13 +28,14 @@ LEAST = 2
 @register("method", "joint")
 @dataclass
 class Joint(Sized):
-    """Attention sublayers and MLP channels go together: the set of least KL divergence, each priced after its repair.
+    """Attention sublayers and MLP channels go together: the set of least KL divergence.
 
-    Every layer's attention, its MLP at half its width and its MLP at the narrowest are taken away alone, the projection
-    that can make up for it is refitted, and the predictions' KL divergence from the dense model's is the price. Widths
-    between follow a power law; prices are taken to add up (as in LAPTOP-Diff, arXiv:2404.11098), and a knapsack finds
-    the cheapest set of the size that is asked. Channels go by backward elimination (Optimal Brain Surgeon). The plan is
-    only the choice: `recovery=reconstruct recovery.layers=sublayers` is the repair it was made for.
+    Every layer's attention, its MLP at half its width and its MLP at the narrowest (the last projection refitted to
+    the channels that stay) are taken away alone, and the predictions' KL divergence from the dense model's is the
+    price. The first layer's attention stays. Widths between follow a power law; prices are taken to add up (as in
+    LAPTOP-Diff, arXiv:2404.11098), and a knapsack finds the cheapest set of the size that is asked. Channels go by
+    backward elimination (Optimal Brain Surgeon). The plan is only the choice: `recovery=reconstruct
+    recovery.layers=sublayers` is the repair it was made for.
 
     `target_layers` and `target_ratio` count parameters: as many go as that many whole layers have. A removed attention
     keeps one group of heads, at zero, in the checkpoint. Layers have widths of their own, so the checkpoint brings its

@@ -153,7 +153,7 @@ def check_together(cfg: RunConfig) -> None:
                           "(method.compensate): a refit restores the norm of the residual stream after a cut already.")
     if cfg.similarity.after and cfg.method.narrows:
         raise ConfigError(f"similarity.after = {cfg.similarity.after}; expected null with method={cfg.method.name}, "
-                          "which prices every change after a refit of its own.")
+                          "whose prices are of predictions.")
     others = Together(method=cfg.method.name, recovery=cfg.recovery.name, target_ratio=cfg.method.target_ratio,
                       budget=cfg.method.budgeted, removes_sublayers=cfg.method.removes_sublayers,
                       narrows=cfg.method.narrows, plan=plan, plan_path=cfg.method.plan_path,

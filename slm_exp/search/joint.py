@@ -1,4 +1,4 @@
-"""Sublayers and MLP channels against each other: what each change costs after its repair, and the cheapest set.
+"""Sublayers and MLP channels against each other: what each change costs, and the cheapest set.
 
 Letters: C channels of an MLP, K those that stay, L layers.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from slm_exp.core.cache.journal import Journal
 from slm_exp.core.types import CalibrationTokens
 from slm_exp.engine.progress import ticking
-from slm_exp.engine.ridge import changed, eliminated, moments, ridge_step
+from slm_exp.engine.ridge import eliminated, moments
 from slm_exp.engine.runner import BlockRunner, Slot
 from slm_exp.merging.sizes import full_shape
 from slm_exp.models.base import ModelHandle
@@ -24,21 +24,18 @@ from slm_exp.search import knapsack
 from slm_exp.search.inputs import journal_of
 from slm_exp.search.task import PlanTask
 
-RIDGE = 0.03
-"""Of every refit that a price is taken after."""
 POWER = 1.3
 """By which a price grows with the channels that go, between those that are measured."""
 
 
 @dataclass(frozen=True)
 class Price:
-    """What changes of one layer cost: KL divergence of the predictions from the dense model's, in nats a token, after
-    the projection that can make up for it is refitted."""
+    """What changes of one layer cost: KL divergence of the predictions from the dense model's, in nats a token."""
 
     attention: float | None
-    """Of removing it, the MLP below refitted; None where there is none below."""
+    """Of removing it; None of the first layer's, which stays."""
     half: float
-    """Of an MLP of half its width."""
+    """Of an MLP of half its width, its last projection refitted to the channels that stay."""
     least: float
     """Of the narrowest."""
     order: tuple[int, ...]
@@ -101,17 +98,8 @@ class _Walk:
         """As `Price`, in JSON."""
         self._reach(i)
         layer, name = self.task.handle.layers[i], self.layout.mlp_out
-        attention = None
-        if i > 0:
-            below = self.hooked.handle.layers[i - 1]
-            between = self.plain.block(Slot(i, without=frozenset({"mlp"})), self.states[1])
-            sums, none = moments(self.hooked, Slot(i - 1), name, self.states[0], between,
-                                 torch.zeros(len(self.ids), dtype=torch.bool))
-            none.rr = math.inf  # nothing is held out: the one ridge is taken
-            taken = ridge_step(sums, none, [RIDGE])
-            repaired = changed(self.layout, below, name, {}, taken[0]) if taken else {}
-            attention = self._divergence({i - 1: Slot(i - 1, repaired), i: Slot(i, without=frozenset({"attention"}))})
-        sums, _ = moments(self.hooked, Slot(i), name, self.states[1], self.states[2],
+        attention = None if i == 0 else self._divergence({i: Slot(i, without=frozenset({"attention"}))})
+        sums, _ = moments(self.hooked, Slot(i), name, self.states[0], self.states[1],
                           torch.zeros(len(self.ids), dtype=torch.bool))
         weight: Any = layer.get_submodule(name).weight
         wide = weight.shape[1]
@@ -125,14 +113,14 @@ class _Walk:
         return [attention, costs[half], costs[least], order]
 
     def _reach(self, i: int) -> None:
-        """`states`: entering layer i - 1, entering layer i, and leaving it."""
+        """`states`: entering layer i, and leaving it."""
         if self.at < 0:
             self.hooked = BlockRunner(self.task.handle, self.ids, torch.float32, fuse=False)
             self.plain = BlockRunner(self.task.handle, self.ids, torch.float32)
-            self.states = [self.plain.embed()] * 3
+            self.states = [self.plain.embed()] * 2
         while self.at < i:
             self.at += 1
-            self.states = [*self.states[1:], self.plain.block(Slot(self.at), self.states[2])]
+            self.states = [self.states[1], self.plain.block(Slot(self.at), self.states[1])]
 
     def _divergence(self, changes: Mapping[int, Slot]) -> float:
         engine = self.task.engine
