@@ -27,7 +27,8 @@ def touched(kind: str, name: str) -> set[str]:
 
 
 def refusals(kind: str, name: str, groups: set[str], tmp_path: Path) -> dict[str, str]:
-    """The pairs that are refused in their first job, by member; a member gets the path it cannot do without."""
+    """The pairs that are refused in their first job, by member; a member gets the path or size that it cannot do
+    without."""
     composer, out = Composer(), {}
     sweeper = compose_raw([f"{kind}={name}"], with_hydra=True).hydra.sweeper
     params = dict(sweeper.get("params") or {})
@@ -46,10 +47,14 @@ def refusals(kind: str, name: str, groups: set[str], tmp_path: Path) -> dict[str
                 continue
             words = [f"{kind}={name}", f"{group}={member}", *([needs[member]] if member in needs else [])]
             job = [*size, *(o for o in jobs_of(words, params)[0] if o not in words)]
-            try:
-                composer.run_config([*words, *job])
-            except ConfigError as error:
-                out[f"{group}={member}"] = f"job {' '.join([*words, *job])}: {error}" if job else str(error)
+            for more in ([], ["method.target_ratio=0.1"]):
+                try:
+                    composer.run_config([*words, *job, *more])
+                    out.pop(f"{group}={member}", None)
+                except ConfigError as error:
+                    out[f"{group}={member}"] = f"job {' '.join([*words, *job])}: {error}" if job else str(error)
+                if "takes a size: set exactly one" not in out.get(f"{group}={member}", ""):
+                    break
     return out
 
 

@@ -162,6 +162,39 @@ class PathPlan(Section):
     final_score: float | None = None
 
 
+class PathSize(Section):
+    """What a size of the path costs to run, by its best plan."""
+
+    n_layers: int
+    params: float | None = None
+    flops_per_token: float | None = None
+    latency_s: float | None = None
+    bytes: float | None = None
+
+
+class Losses(Section):
+    """Of a size of the path, in nats a token of passages that nothing was fitted on."""
+
+    before: float | None = None
+    after: float | None = None
+    """The training of all sizes."""
+    kept: bool = True
+
+    @property
+    def recovered(self) -> float | None:
+        return self.after if self.kept else self.before
+
+
+class PathRecovery(Section):
+    """The one training that recovered all sizes of a path."""
+
+    name: str
+    dense: float | None = None
+    """Loss of the dense model."""
+    sizes: dict[str, Losses]
+    """By layers left."""
+
+
 class ThresholdPath(Section):
     """A path.json: what every threshold in a range gives."""
 
@@ -170,9 +203,19 @@ class ThresholdPath(Section):
     config: dict[str, JsonObject | int | bool | None]
     model: Model
     calibration: Calibration
+    sizes: list[PathSize] = []  # noqa: RUF012
+    recovery: PathRecovery | None = None
     unknown: list[list[float]] = []  # noqa: RUF012 (pydantic copies defaults)
     source: str = ""
     """Where it was read, from the sweep's folder."""
+
+    def curve(self, budget: str) -> list[tuple[PathSize, float, Losses]]:
+        """(size, what it costs, its losses) of every size that one training recovered, the cheapest first; empty where
+        the path was read without that cost."""
+        losses = self.recovery.sizes if self.recovery else {}
+        found = [(size, cost, losses[str(size.n_layers)]) for size in self.sizes
+                 if str(size.n_layers) in losses and (cost := getattr(size, budget)) is not None]
+        return sorted(found, key=lambda point: point[1])
 
     def member(self, group: str) -> str:
         """The name of a config group's member."""

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slm_exp.core.documents import parse
 from slm_exp.core.files import JsonObject, writing
 from slm_exp.reporting.budgets import BUDGETS
+from slm_exp.reporting.measures import Losses
 from slm_exp.runs.statistics.scores import on_front
 
 if TYPE_CHECKING:
@@ -21,8 +23,8 @@ SCORE, MERGED, RECOVERED = "best_final_score", "perplexity", "recovered_perplexi
 def qualities(result: JsonObject) -> list[JsonObject]:
     """The sizes of path.json, with the perplexities on held-out passages where one training recovered them all."""
     curve = result.get("recovery", {"sizes": {}})
-    found = {n: {MERGED: exponential(of["before"]), RECOVERED: exponential(of["after" if of["kept"] else "before"])}
-             for n, of in curve["sizes"].items()}
+    losses = {n: parse(Losses, of) for n, of in curve["sizes"].items()}
+    found = {n: {MERGED: exponential(of.before), RECOVERED: exponential(of.recovered)} for n, of in losses.items()}
     return [{**size, **found.get(str(size["n_layers"]), {})} for size in result["sizes"]]
 
 

@@ -19,8 +19,10 @@ from slm_exp.core.files import write_text
 from slm_exp.core.format import printable, with_error
 from slm_exp.evaluation.protocol import mixed
 from slm_exp.reporting import atlas, charts, measures, svg, sweep_charts
+from slm_exp.reporting.budgets import BUDGETS
 from slm_exp.reporting.page import advice, environment, write_report
 from slm_exp.reporting.rows import NUMBERS, Row, facets, in_order, order, over_seeds, read_rows, with_results
+from slm_exp.reporting.staircase import exponential
 from slm_exp.runs.record import Run, say_unverified
 from slm_exp.runs.state import DAMAGED, DIED, FAILED, LOG, RUNNING, STATES, WAITING, last_lines
 from slm_exp.runs.sweep import SweepFolder
@@ -109,14 +111,17 @@ def write_sweep_report(folder: Path, mixed_protocols: bool = False, paths: Seque
     tasks = list(dict.fromkeys(c.task for row in rows for c in row.tasks))
     seeds = over_seeds(rows)
     averages = not refused and any(row.average or row.measured.compressed.average is not None for row in rows)
-    staircase = sweep_charts.staircase(rows, measures.read_paths(folder, paths), shades)
+    found = measures.read_paths(folder, paths)
+    staircase = sweep_charts.staircase(rows, found, shades)
     page = environment().get_template("sweep.html.j2").render(
         name=folder.resolve().name, rows=rows, columns=list(rows[0].settings) if rows else [], charts=charts, svg=svg,
         counts={state: n for state in STATES if (n := sum(row.state == state for row in rows))},
         refused=refused, shades=shades,
         plots={budget: [(m, sweep_charts.scatter(m, shades)) for m in some] for budget, some in quality.items()},
         shape=sweep_charts.shape, shapes=sweep_charts.shapes(), averages=averages, facets=facets(rows),
-        staircase=staircase, atlas=atlas.gather(rows), strip=atlas.strip, bar=sweep_charts.interval,
+        curves=[path for path in found if path.curve("params")], curve=sweep_charts.curve, budgets=BUDGETS,
+        exponential=exponential, staircase=staircase, atlas=atlas.gather(rows), strip=atlas.strip,
+        bar=sweep_charts.interval,
         reach=sweep_charts.reach(rows), tasks=tasks, compared=[*(["average"] if averages else []), *tasks],
         corpora=list(dict.fromkeys(c for row in rows for side in row.measured.both for c in side.perplexity)),
         troubles=troubles(rows), resume=resume_command(folder, sweep),

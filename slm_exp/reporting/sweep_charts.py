@@ -17,9 +17,11 @@ from typing import Any
 from markupsafe import Markup
 
 from slm_exp.reporting import svg
+from slm_exp.reporting.budgets import BUDGETS
 from slm_exp.reporting.measures import Measure, PathPlan, Point, ThresholdPath
 from slm_exp.reporting.results import Comparison
 from slm_exp.reporting.rows import Row, facets
+from slm_exp.reporting.staircase import exponential
 from slm_exp.reporting.svg import Axis, tag
 
 HEIGHT = 270.0
@@ -199,6 +201,34 @@ def _mark(point: Point, measure: Measure, shades: Shades, x: str, y: Callable[[f
 def _link(row: Row, title: str, marks: Sequence[Markup], k: int) -> Markup:
     return tag("a", tag("title", title), *marks, href=f"{row.address}/report.html", class_=f"point s{k}",
                data_run=row.name)
+
+
+def curve(path: ThresholdPath, budget: str) -> Markup:
+    """Perplexity of every size of a path over a budget, before and after the one training that recovered all; the dense
+    model's is a dotted line. Needs a size."""
+    assert path.recovery
+    one, points = BUDGETS[budget].one, path.curve(budget)
+    dense = exponential(path.recovery.dense)
+    sides = [("merged", "dense", [exponential(of.before) for *_, of in points]),
+             (f"after recovery={path.recovery.name}", "mark", [exponential(of.recovered) for *_, of in points])]
+    across = Axis([cost / one for _, cost, _ in points], margin=0.05)
+    up = Axis([value for *_, side in sides for value in (*side, dense) if math.isfinite(value)], log=True)
+    parts = svg.axes(across, up, HEIGHT, (BUDGETS[budget].label,
+                                          f"perplexity, held-out passages{', logarithmic' if up.log else ''}"))
+    if math.isfinite(dense):
+        y = up.down(dense, HEIGHT)
+        parts.append(tag("line", x1="0", x2="100%", y1=y, y2=y, class_="chance"))
+    for said, kind, values in sides:
+        drawn = [(size.n_layers, across.across(cost / one), up.down(value, HEIGHT), value)
+                 for (size, cost, _), value in zip(points, values, strict=True) if math.isfinite(value)]
+        parts += [tag("line", x1=a, x2=c, y1=b, y2=d, class_="front")
+                  for (_, a, b, _), (_, c, d, _) in itertools.pairwise(drawn)]
+        for n, x, y, value in drawn:
+            title = f"{n} layers, {said}: perplexity {value:.4g}"
+            parts.append(tag("g", tag("title", title), tag("circle", cx=x, cy=y, r=5, class_=kind), class_="point s0",
+                             role="img", aria_label=title))
+    label = f"Perplexity over {BUDGETS[budget].name}, before and after the training: {len(points)} sizes"
+    return tag("svg", *parts, width="100%", height=HEIGHT, role="group", class_="chart points", aria_label=label)
 
 
 @dataclass(frozen=True)

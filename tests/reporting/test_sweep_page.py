@@ -331,6 +331,28 @@ def test_paths_are_found_or_given_and_only_drawn_with_their_model(tmp_path: Path
             write_sweep_report(folder, paths=[asked])
 
 
+def test_one_training_for_all_sizes_is_a_curve_over_every_budget_that_was_counted(tmp_path: Path) -> None:
+    """A size that the training left worse stays as it was merged; one whose loss is unknown is no mark."""
+    folder = sweep(tmp_path)
+    record = json.loads((folder / "aaa" / "record.json").read_text())
+    plans = [{"threshold_low": 0.6, "threshold_high": 0.9, "n_layers": n, "groups": [], "final_score": 0.9}
+             for n in (5, 6, 7)]
+    told = {"plans": plans, "model": record["model"], "calibration": record["calibration"], "config": {},
+            "sizes": [{"n_layers": n, "params": n * 1e6, "latency_s": n * 1e-3} for n in (7, 6, 5)],
+            "recovery": {"name": "family", "dense": math.log(10), "sizes": {
+                "5": {"before": math.log(80), "after": math.log(40), "kept": True},
+                "6": {"before": math.log(30), "after": math.log(31), "kept": False},
+                "7": {"before": None, "after": math.log(20), "kept": True}}}}
+    write_json(tmp_path / "path" / "path.json", told)
+    page = Page(write_sweep_report(folder, paths=[tmp_path / "path"]).read_text())
+    marks = [text for text in page.text("title") if "layers, merged" in text or "layers, after recovery=family" in text]
+    over_params = ["5 layers, merged: perplexity 80", "6 layers, merged: perplexity 30",
+                   "5 layers, after recovery=family: perplexity 40", "6 layers, after recovery=family: perplexity 30",
+                   "7 layers, after recovery=family: perplexity 20"]
+    assert marks == over_params * 2  # and over latency
+    assert [row[0] for row in table(page, "Perplexity before and after")] == ["5", "6", "7"]
+
+
 def test_equal_matrices_and_equal_plans_are_shown_once(grid: Path, page: Page) -> None:
     _, rows = read_rows(grid)
     found = atlas.gather(rows)
