@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import NonNegativeFloat
+
 from slm_exp.core.documents import Section, parse
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import JsonObject, read_json
@@ -175,8 +177,8 @@ class PathSize(Section):
 class Losses(Section):
     """Of a size of the path, in nats a token of passages that nothing was fitted on."""
 
-    before: float | None = None
-    after: float | None = None
+    before: NonNegativeFloat | None = None
+    after: NonNegativeFloat | None = None
     """The training of all sizes."""
     kept: bool = True
 
@@ -189,7 +191,7 @@ class PathRecovery(Section):
     """The one training that recovered all sizes of a path."""
 
     name: str
-    dense: float | None = None
+    dense: NonNegativeFloat | None = None
     """Loss of the dense model."""
     sizes: dict[str, Losses]
     """By layers left."""

@@ -53,7 +53,11 @@ PATH = {
     "range": [0.5, 1.0], "evaluations": 3, "block_forwards": 20, "unknown": [[0.5, 0.6]], "seq_len": 16,
     "plans": [{"threshold_low": 0.6, "threshold_high": 0.8, "n_layers": 6, "groups": [[3, 6]], "final_score": 0.8},
               {"threshold_low": 0.8, "threshold_high": 1.0, "n_layers": 8, "groups": [], "final_score": 1.0}],
-    "sizes": [], "model": {"name": "tiny", "note": "", "digest": "a", "n_layers": 8},
+    "sizes": [{"n_layers": n, "params": 1e4 * n, "ratio_removed": 0.1, "flops_per_token": 1e5 * n, "bytes": 4e4 * n,
+               "latency_s": 1e-3 * n, "best_final_score": 0.9, "threshold": [0.6, 0.8]} for n in (6, 8)],
+    "recovery": {"name": "family", "report": {}, "dense": 2.0, "sizes": {
+        "6": {"before": 3.0, "after": 2.5, "kept": True}, "8": {"before": 2.0, "after": None, "kept": False}}},
+    "model": {"name": "tiny", "note": "", "digest": "a", "n_layers": 8},
     "calibration": RECORDS[0]["calibration"], "config": RECORDS[0]["config"], "device": RECORDS[0]["device"]}
 TABLES = [yaml.safe_load((CONF / "table" / f"{name}.yaml").read_text()) for name in ("main", "thresholds", "speed")]
 REFERENCES = [yaml.safe_load((CONF / "reference" / f"{name}.yaml").read_text()) for name in ("slm", "sleb")]
