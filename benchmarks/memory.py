@@ -44,6 +44,8 @@ def cases() -> Iterator[tuple[str, str, list[str]]]:
     for name in available("merge_rule"):
         yield "merge_rule", name, ["method=angular", "method.target_layers=27", "method.merge=true",
                                    f"merge_rule={name}", *SHORT.get(name, [])]
+    yield "similarity", "after=reconstruct", ["method=angular", "method.target_layers=27", "similarity=token_cosine",
+                                              "similarity.after=reconstruct"]
     for name in available("width"):
         if name != "none":
             ratio = [] if name == "nm" else ["width.ratio=0.2"]

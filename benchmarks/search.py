@@ -4,6 +4,7 @@
     python benchmarks/search.py --tokens X.npy --rule mean       # an array [N, T] of token ids
     python benchmarks/search.py --screen                         # with method.screen_dtype=bfloat16
     python benchmarks/search.py --early-stop                     # with method.early_stop=true
+    python benchmarks/search.py --path                           # block forwards of a whole path over separate searches
     python benchmarks/search.py --cases --tokens X.npy Y.npy     # do screened searches give the same groups?
     python benchmarks/search.py --table --tokens X.npy           # four thresholds x three rules, one run of each
 
@@ -40,6 +41,10 @@ from slm_exp.launch.compose import compose_run  # noqa: E402
 from slm_exp.methods.base import PlanTask  # noqa: E402
 from slm_exp.methods.slm import SLM  # noqa: E402
 from slm_exp.models.base import ModelHandle  # noqa: E402
+from slm_exp.search.path import follow  # noqa: E402
+from slm_exp.search.scoring import ScoringEngine  # noqa: E402
+from slm_exp.search.state import SearchState  # noqa: E402
+from slm_exp.search.threshold import search  # noqa: E402
 
 RULES = ("top_layer", "sum_of_deltas", "mean")
 THRESHOLDS = (0.9, 0.8, 0.7, 0.6)
@@ -57,13 +62,18 @@ def tokens_of(file: str | None, handle: ModelHandle) -> CalibrationTokens:
     return CalibrationTokens(np.load(file, allow_pickle=False), file)
 
 
-def ours(handle: ModelHandle, tokens: CalibrationTokens, rule: str, threshold: float, screen: bool,
-         early_stop: bool = False) -> MergePlan:
-    """One search that finds nothing in a cache."""
-    task = PlanTask(
+def task_of(handle: ModelHandle, tokens: CalibrationTokens, rule: str) -> PlanTask:
+    """What a search reads, with nothing in a cache."""
+    return PlanTask(
         handle, tokens, available("similarity")["flat_cosine"](), available("kernel")["linear"](),
         available("merge_rule")[rule](), None, StageStore(None),  # type: ignore[arg-type]
     )  # fmt: skip
+
+
+def ours(handle: ModelHandle, tokens: CalibrationTokens, rule: str, threshold: float, screen: bool,
+         early_stop: bool = False) -> MergePlan:
+    """One search that finds nothing in a cache."""
+    task = task_of(handle, tokens, rule)
     method = SLM(threshold=threshold, commit_open_window=False, screen_dtype="bfloat16" if screen else None,
                  early_stop=early_stop)
     return method.plan(task)
@@ -151,6 +161,22 @@ def pairs(handle: ModelHandle, tokens: CalibrationTokens, args: argparse.Namespa
     print("\n".join(f"| {name:<34} | {value} |" for name, value in rows))
 
 
+def path(handle: ModelHandle, tokens: CalibrationTokens, args: argparse.Namespace) -> None:
+    """Block forwards of the path of a range, and of one search for each of its plans that shares nothing."""
+    n, start = handle.n_layers, SearchState.start(handle.n_layers)
+    print("| early stop | plans | candidates | block forwards, path and separate searches | path / separate |\n"
+          + "|---" * 5 + "|")  # fmt: skip
+    for early_stop in (False, True):
+        engine = ScoringEngine(task_of(handle, tokens, args.rule), top=start.high)
+        found = follow(engine, start, n, *args.range, early_stop=early_stop)
+        spent = engine.block_forwards
+        if not early_stop:  # what the path needed is known now: these run nothing
+            separate = sum(n + sum(step.state.candidate.blocks(n) for step in search(engine, start, plan.low))  # type: ignore[union-attr]
+                           for plan in found.plans)
+        print(f"| {early_stop} | {len(found.plans)} | {found.evaluations} | {spent} and {separate} | "
+              f"{spent / separate:.3f} |", flush=True)
+
+
 def table(handle: ModelHandle, tokens: CalibrationTokens, args: argparse.Namespace) -> None:
     """Every threshold x rule once: what both procedures decide, and the ratio of that one pair."""
     from released import search as released_search
@@ -224,6 +250,8 @@ def main() -> int:
     parser.add_argument("--screen", action="store_true", help="method.screen_dtype=bfloat16")
     parser.add_argument("--early-stop", action="store_true", help="method.early_stop=true")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--path", action="store_true", help="count the block forwards of a path and of its searches")
+    parser.add_argument("--range", type=float, nargs=2, default=(0.7, 0.95), help="thresholds of the path")
     parser.add_argument("--floor", action="store_true", help="the search against its floor alone")
     parser.add_argument("--cases", action="store_true", help="compare groups with and without the screen")
     parser.add_argument(
@@ -241,6 +269,8 @@ def main() -> int:
     tokens = tokens_of(args.tokens[0] if args.tokens else None, handle)
     if args.measure_memory:
         measure_memory(handle, tokens, args)
+    elif args.path:
+        path(handle, tokens, args)
     elif args.table:
         table(handle, tokens, args)
     else:

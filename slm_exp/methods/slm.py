@@ -45,7 +45,8 @@ class SLM(Method):
     commit_open_window: bool = True
     """Merge a window that is still open when the search reaches the bottom; the released code forgets it."""
     screen_dtype: str | None = None
-    """bfloat16: score in it, and again in the model's own dtype wherever the difference could decide."""
+    """bfloat16: score in it, and again in the model's own dtype wherever the difference could decide. Left out on a
+    machine whose processor has no instructions for it."""
 
     early_stop: bool = False
     """End a candidate as soon as it is certain to be rejected, whatever its remaining samples would say (hardest first;

@@ -44,9 +44,9 @@ def held(cfg: RunConfig, weights: float, sizes: Sizes) -> float:
 
 
 def searching(cfg: RunConfig, sizes: Sizes) -> float:
-    """Bytes that method and merge rule take beside model and calibration."""
+    """Bytes that method, merge rule and the refit of candidates take beside model and calibration."""
     fits = cfg.merge_rule.memory(sizes) if cfg.method.uses_merge_rule() else 0
-    return max(fits, cfg.method.memory(sizes, cfg.calibration.shape().t))
+    return max(fits, cfg.method.memory(sizes, cfg.calibration.shape().t)) + cfg.similarity.memory(sizes)
 
 
 def streamed_part(weights: float, sizes: Sizes) -> float:

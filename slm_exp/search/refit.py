@@ -24,12 +24,11 @@ from slm_exp.engine.runner import Slot
 from slm_exp.models.streaming import shells
 from slm_exp.search.fitting import Fits, disjoint
 from slm_exp.search.inputs import SearchInputs
+from slm_exp.similarity.base import KEPT_BYTES
 
 log = logging.getLogger(__name__)
 
 RIDGES = [1e-3, 1e-2, 1e-1, 1.0, 10.0]
-KEPT_BYTES = 1 << 30
-"""Of refitted weights at most: all that a search of a small model needs, a few of a large one (fitted again then)."""
 
 
 def with_refits(slots: tuple[Slot, ...], n_layers: int) -> tuple[Slot, ...]:

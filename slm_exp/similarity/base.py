@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 from slm_exp.calibration.fit import FitSource
-from slm_exp.core.cost import Tokens, Work
+from slm_exp.core.cost import Tokens, Work, normal_equations
 from slm_exp.core.errors import require, require_one_of
 from slm_exp.core.registry import Component, Fields
 from slm_exp.kernels.base import Kernel
@@ -24,6 +24,9 @@ FIT = ("fit_path", "fit_samples", "fit_seq_len")
 
 GRAM_BYTES = 2**29
 """Of Gram matrices of all layers at once. Beyond it (30 layers: 8,700 tokens) the model runs again for the rest."""
+
+KEPT_BYTES = 1 << 30
+"""Of refitted weights at most: all that a search of a small model needs, a few of a large one (fitted again then)."""
 
 Scorer = Callable[["Tensor"], float]
 
@@ -114,6 +117,15 @@ class Similarity(Component, ABC):
     def matrix_bytes(self, sizes: Sizes, tokens: Tokens) -> float:
         """Memory of the matrix: Grams and the copies made while they are centred."""
         return 1.2 * min(GRAM_BYTES, sizes.n_layers * tokens.total * min(self.batch, tokens.total) * 8)
+
+    def memory(self, sizes: Sizes) -> float:
+        """Bytes that refitting candidates takes beside the model, about: the dense states of all layers, the weights
+        that are kept, and a regression."""
+        if self.after is None:
+            return 0
+        total, refit = self.fit_samples * self.fit_seq_len, 4 * sizes.hidden * sizes.mlp
+        return (4 * total * (sizes.n_layers + 1) * sizes.hidden + min(KEPT_BYTES, sizes.n_layers**2 * refit)
+                + normal_equations(sizes.mlp, sizes.hidden, total / 5))
 
     def score_cost(self, sizes: Sizes, tokens: Tokens, scores: float) -> Work:
         """So many acceptance scores; what is linear in the states is left out."""

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from slm_exp.cli.plan import main
 from slm_exp.core.errors import ConfigError
 from slm_exp.forecast import plan
-from slm_exp.launch.compose import compose_raw, compose_run, conf_dir, open_mappings, prepare_hydra
+from slm_exp.launch.compose import Composer, compose_raw, conf_dir, open_mappings, prepare_hydra
 from slm_exp.launch.hydra_compat import session
 from slm_exp.launch.jobs import command_jobs
 from slm_exp.models.sizes import LLAMA2_7B
@@ -242,12 +242,17 @@ def test_large_models_plan_without_the_hub(monkeypatch, tmp_path):
     assert timed.jobs[0].seconds["evaluate"] < 900, "a token reads 13 GB, by a GPU's memory"
 
 
+COMPOSER = Composer()
+"""What it makes is what Hydra makes of the same words: tests/launch/test_jobs.py."""
+
+
 @pytest.mark.parametrize("name", definition.table_names())
 def test_a_table_plans_the_jobs_that_fill_it(name, tmp_path):
     own = f"cache.dir={tmp_path}"
     grid = plan.make_plan([f"table={name}", own], tflops=1.0)
     planned_jobs = sorted(sorted(set(job.job.overrides) - {own}) for job in grid.jobs)
-    cells = {compose_run(cell).run_id: cell for cell in sorted(map(sorted, definition.cells(name)), reverse=True)}
+    cells = sorted(map(sorted, definition.cells(name)), reverse=True)
+    cells = {COMPOSER.run_config(cell).run_id: cell for cell in cells}
     assert planned_jobs == sorted(cells.values())  # published sets that are equal are one run
     assert all(own in job.job.overrides for job in grid.jobs)
     assert not [job.problem for job in grid.jobs if job.problem]

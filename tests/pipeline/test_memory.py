@@ -12,6 +12,7 @@ from builders.streams import saved
 from slm_exp.core.errors import ConfigError
 from slm_exp.forecast.plan import make_plan
 from slm_exp.launch.compose import compose_run
+from slm_exp.models.sizes import LLAMA2_7B, sizes_of
 from slm_exp.pipeline import memory, stages
 from slm_exp.pipeline.memory import choose
 from slm_exp.pipeline.run import run
@@ -82,6 +83,18 @@ def test_a_training_without_room_is_refused_with_its_factor(tmp_path: Path, monk
     monkeypatch.setattr(memory, "available_memory", lambda: 5 * 4 * params + 4 * own)
     cfg = config(folder, "recovery=full", "recovery.seq_len=2")
     assert not memory.opened(cfg, torch.device("cpu")).streamed  # it may fit: a warning
+
+
+def test_what_candidates_are_refitted_on_is_counted() -> None:
+    """At Llama-2-7B's size the dense states of 24 x 256 tokens alone are 3.3 GB, more with more tokens."""
+    sizes, after = sizes_of(LLAMA2_7B), ["similarity.after=reconstruct"]
+    plain, refitted, longer = (
+        memory.searching(compose_run(["model=llama2_7b", "similarity=token_cosine", *more]), sizes)
+        for more in ([], after, [*after, "similarity.fit_samples=48"]))
+    states = 4 * 24 * 256 * 33 * 4096
+    assert plain == 0
+    assert refitted > states + 2**30
+    assert longer - refitted == pytest.approx(states, rel=0.1)
 
 
 def test_what_device_map_would_put_off_is_streamed(tmp_path: Path, monkeypatch, caplog) -> None:

@@ -62,13 +62,21 @@ STAGES = [("slm", "calibrate"), ("slm", "similarity"), ("slm", "plan"), ("after"
           ("measured", "evaluate_dense"), ("measured", "evaluate")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("config", "stage"), STAGES)
-def test_a_stage_declares_every_file_that_computes_it(filled, config, stage):
+@pytest.fixture(scope="module")
+def closures(filled):
+    """Of every one of STAGES: the files that ran, and those it declares."""
+    jobs = [(stage, [*TINY, *CONFIGS[config], f"cache.dir={filled}"]) for config, stage in STAGES]
     script = Path(__file__).with_name("closure.py")
-    ran = subprocess.run([sys.executable, str(script), stage, *TINY, *CONFIGS[config], f"cache.dir={filled}"],
-                         capture_output=True, text=True, check=False)  # fmt: skip
+    ran = subprocess.run([sys.executable, str(script)], input=json.dumps(jobs), capture_output=True, text=True,
+                         check=False)  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout.splitlines()[-1])
+    told = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith('{"used"')]
+    return dict(zip(STAGES, told, strict=True))
+
+
+@pytest.mark.parametrize(("config", "stage"), STAGES)
+def test_a_stage_declares_every_file_that_computes_it(closures, config, stage):
+    told = closures[config, stage]
     assert len(told["used"]) > 2
     missed = [f for f in told["used"] if f not in told["declared"]
               and (f in COMPUTES or not f.startswith(INFRASTRUCTURE))]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -67,11 +66,16 @@ def package_digest() -> str:
 
 def library_versions(names: Sequence[str] = ("torch", "transformers")) -> dict[str, str | None]:
     """Installed versions, without importing anything."""
-    out: dict[str, str | None] = dict.fromkeys(names)
-    for name in names:
-        with contextlib.suppress(PackageNotFoundError):
-            out[name] = version(name.replace("_", "-"))
-    return out
+    return {name: _version(name) for name in names}
+
+
+@cache
+def _version(name: str) -> str | None:
+    """Read once: a process goes on with what it has imported."""
+    try:
+        return version(name.replace("_", "-"))
+    except PackageNotFoundError:
+        return None
 
 
 @lru_cache(maxsize=1024)
