@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as slm_exp sets it: before torch is imported
 
 
-
 def pytest_configure(config: pytest.Config) -> None:
     """A GPU is for the tests that are marked so: all others, and the processes they start, see none. They expect a
     CPU, and many workers would share its memory."""
@@ -36,6 +37,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available() and os.environ.get("SLM_EXP_GPU_TESTS") != "cpu":
             pytest.skip("not run: no CUDA device is visible")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not look at it again in every test."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _own_logs() -> Iterator[None]:
+    """What a test's command made the root logger write to is gone with the test's streams."""
+    before = logging.root.handlers[:]
+    yield
+    for handler in logging.root.handlers[:]:
+        if handler not in before:
+            logging.root.removeHandler(handler)
 
 
 SHARED = Path(os.environ.get("SLM_EXP_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")

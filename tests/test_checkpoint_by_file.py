@@ -45,7 +45,7 @@ print("PEAK", before, peak_bytes(), verified["peak_bytes"])
 """
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_the_same_tensors_as_a_resident_save(tmp_path: Path, tokens, monkeypatch, family: str) -> None:
     monkeypatch.setattr(shards, "SHARD", 40_000)
     resident, streamed = both(saved(tmp_path / "dense", family))

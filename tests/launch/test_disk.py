@@ -11,6 +11,7 @@ import pytest
 from sweeping import Sweep
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_a_record_is_written(mount: Callable[..., Path], tmp_path: Path) -> None:
     disk = mount("disk", "size=4m")
     sweep = Sweep(disk / "sweep", tmp_path / "cache", ["hydra.launcher.workers=1"])

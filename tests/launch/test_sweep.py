@@ -73,6 +73,7 @@ def test_jobs_die_with_a_killed_launcher_and_resume_completes(sweep: Sweep, whol
     assert set(sweep.statuses().values()) == {"finished"}
 
 
+@pytest.mark.slow
 def test_a_cell_that_raises_in_every_stage(sweep: Sweep) -> None:
     """All in one process, by Hydra's own launcher: there the sweeper, the index and resume hold as well."""
     sweep.settings = ["hydra/launcher=basic"]

@@ -24,7 +24,8 @@ from slm_exp.recovery.linear_patch import LinearPatch
 @pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 28, 32, 36, 576, 640, 896, 960, 2048, 5120])
 def test_hadamard_matrices_are_orthonormal_and_flat(n: int) -> None:
     matrix = hadamard(n)
-    assert np.allclose(matrix @ matrix.T, np.eye(n), atol=1e-12)
+    some = np.eye(n) if n < 1000 else np.random.default_rng(0).standard_normal((n, 4))
+    assert np.allclose(matrix @ (matrix.T @ some), some, atol=1e-12)
     assert np.allclose(abs(matrix), n**-0.5)
 
 
