@@ -153,16 +153,14 @@ class Runtime(Component):
                 "cpus": os.cpu_count()}
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether it has instructions for matrix products in bfloat16 (AMX, AVX-512, Arm's): without them these are slower
-    than float32's."""
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices in hardware: tensor cores, AMX tiles or AVX-512 of a CPU. Emulated,
+    these products are slower than float32's."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if platform.machine() in ("aarch64", "arm64"):
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def device_name(device: torch.device) -> str:

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from slm_exp.core.cost import ADAM_BYTES, EAGER, activations
 from slm_exp.core.errors import SlmError
-from slm_exp.core.runtime import rank, set_malloc, world
+from slm_exp.core.runtime import has_bfloat16, rank, set_malloc, world
 from slm_exp.core.together import SectionLog
 from slm_exp.engine.batches import Row
 from slm_exp.engine.head_loss import LOGITS
@@ -261,13 +261,6 @@ def optimiser_seconds(n: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return (time.perf_counter() - started) * n / max(1, len(part))
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices in hardware: tensor cores, AMX tiles or AVX-512 of a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -7,7 +7,7 @@ import logging
 import math
 from dataclasses import dataclass, replace
 
-from slm_exp.core.runtime import multiplies_bfloat16
+from slm_exp.core.runtime import has_bfloat16
 from slm_exp.core.types import MergePlan, Neighbour, Target, Trial
 from slm_exp.engine.progress import ticking
 from slm_exp.search.cost import sizes
@@ -169,7 +169,7 @@ def slide(task: PlanTask, start: SearchState, threshold: float, size: Target | N
                        neighbours=tuple(Neighbour(p.low, p.n_layers, p.final_score) for p in best.neighbours),
                        sizes=sizes(task.handle, task.rule, best.met, int(task.tokens.tokens_NT.shape[1])))
         screen_dtype = None  # the path's scores are exact and known
-    if screen_dtype and not multiplies_bfloat16(task.handle.device):
+    if screen_dtype and not has_bfloat16(task.handle.device):
         log.warning("method.screen_dtype = %s: the %s has no instructions for it, so it would be slower; every score "
                     "is in the model's own dtype.", screen_dtype, task.handle.device.type)
         screen_dtype = None

@@ -243,7 +243,7 @@ def test_a_screen_gives_the_same_groups_and_an_exact_final_score(task: PlanTask)
 
 
 def test_a_processor_without_bfloat16_scores_in_the_models_own_dtype(task: PlanTask, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("slm_exp.search.threshold.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("slm_exp.search.threshold.has_bfloat16", lambda device: False)
     wanted = SLM(threshold=0.8).plan(task)
     assert SLM(threshold=0.8, screen_dtype="bfloat16").plan(task) == wanted
     assert "method.screen_dtype = bfloat16: the cpu has no instructions for it" in caplog.text
