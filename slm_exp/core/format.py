@@ -58,6 +58,11 @@ def decimals(error: float) -> int:
     return (1 if error / 10.0**exponent < 3.55 else 0) - exponent
 
 
+def places(value: float, error: float | None, digits: int) -> int:
+    """Decimals of a value and its error: `digits` where there is none, or none but what sums of equal numbers round."""
+    return decimals(error) if error and error > 1e-9 * max(1.0, abs(value)) else digits
+
+
 def rounded(value: float, digits: int) -> str:
     """With so many decimals, none where negative: the digits before the point are zeros then. No negative zero."""
     if abs(value) > 1e300:
@@ -67,10 +72,10 @@ def rounded(value: float, digits: int) -> str:
 
 
 def rounded_pair(value: float, error: float | None, digits: int = 1) -> tuple[str, str]:
-    """Value and error, both as precise as the error is; with `digits` decimals where there is none, or it is 0."""
+    """Value and error, both as precise as the error is; see `places` for `digits`."""
     if error is None or not math.isfinite(error):
         return rounded(value, digits), ""
-    digits = decimals(error) if error > 0 else digits
+    digits = places(value, error, digits)
     return rounded(value, digits), rounded(error, digits)
 
 

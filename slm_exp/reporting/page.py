@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from slm_exp.core.errors import SlmError
 from slm_exp.core.files import JsonObject, plain, write_text
-from slm_exp.core.format import decimals, duration, rounded, rounded_pair, signed
+from slm_exp.core.format import duration, places, rounded, rounded_pair, signed
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.reporting import charts, results, svg
 from slm_exp.reporting.results import Comparison
@@ -120,7 +120,7 @@ def estimated(found: Estimate | Difference | Estimated | None, factor: float = 1
 
 def ends(found: Difference) -> str:
     """The interval of a difference, in points, as precise as its error."""
-    digits = decimals(100 * found.stderr) if found.stderr else 1
+    digits = places(100 * found.value, 100 * (found.stderr or 0), 1)
     return ", ".join(typographic(rounded(100 * end, digits), True) for end in (found.low, found.high)
                      if end is not None)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from slm_exp.core.errors import ConfigError, ProtocolError
-from slm_exp.core.format import decimals, rounded
+from slm_exp.core.format import places, rounded
 from slm_exp.evaluation.protocol import mixed
 from slm_exp.runs.record import say_unverified
 from slm_exp.runs.schema import Record
@@ -93,7 +93,7 @@ def shown(value: float | str, digits: int, half: float | None = None) -> str:
     """A number with fixed decimals, or with those its plus-minus is worth; text as it is."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    return rounded(value, decimals(half) if half else digits)
+    return rounded(value, places(value, half, digits))
 
 
 def fill(table: Table, runs: Sequence[Measured], mixed_protocols: bool = False, marks: bool = True) -> Grid:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from slm_exp.core.errors import ConfigError, SlmError
-from slm_exp.core.format import decimals, printable, rounded, with_error
+from slm_exp.core.format import places, printable, rounded, with_error
 from slm_exp.evaluation.base import SEVEN
 from slm_exp.evaluation.protocol import require_same
 from slm_exp.evaluation.report import metric_of
@@ -131,10 +131,10 @@ def _line(row: Compared) -> str:
     factor, digits = (1, 2) if text else (100, 2)
     stderr = None if row.stderr is None else factor * row.stderr
     apart = with_error(factor * row.difference, stderr, digits, sign=not text)
-    places = decimals(stderr) if stderr else digits
+    decimals = places(factor * row.difference, stderr, digits)
     low, high = row.interval
-    interval = "" if low is None or high is None else f"[{_end(low * factor, places, not text)}, " \
-                                                      f"{_end(high * factor, places, not text)}]"
+    interval = "" if low is None or high is None else f"[{_end(low * factor, decimals, not text)}, " \
+                                                      f"{_end(high * factor, decimals, not text)}]"
     return (f"{row.task:<24} {row.metric:<13} {row.n:>6} {factor * (row.first_score or 0):>8.2f} "
             f"{factor * (row.second_score or 0):>8.2f} {apart:>16} {interval:>17} {row.p:>8.2g} "
             f"{row.corrected:>9.2g}{' *' if row.counts else ''}")
