@@ -14,7 +14,7 @@ from slm_exp.core.format import decimals, duration, rounded, with_error
 @pytest.mark.parametrize(("value", "error", "text"), [
     (25.0, 9.68, "25 ± 10"), (40.714, 3.46, "40.7 ± 3.5"), (45.24, 0.52, "45.2 ± 0.5"), (60, 11.2, "60 ± 11"),
     (-5.0, 8.8, "-5 ± 9"), (12340, 355, "12300 ± 400"), (2.1534, 0.0412, "2.15 ± 0.04"), (-0.04, 0.5, "0.0 ± 0.5"),
-    (27.0, 0.0, "27.0 ± 0.0"), (1.8024, 2e-16, "1.8 ± 0.0"), (57.31, None, "57.3"), (1.0, math.inf, "1.0")])  # fmt: skip
+    (27.0, 0.0, "27.0 ± 0.0"), (1.802, 2e-16, "1.8 ± 0.0"), (57.31, None, "57.3"), (1.0, math.inf, "1.0")])  # fmt: skip
 def test_a_value_is_as_precise_as_its_error(value: float, error: float | None, text: str) -> None:
     assert with_error(value, error) == text
 
