@@ -30,7 +30,7 @@ from slm_exp.runs.statistics.spread import spread
 from slm_exp.tables.commands import commands, products
 from slm_exp.tables.definition import cells, read_table, table_names
 from slm_exp.tables.formats import FORMATS
-from slm_exp.tables.grid import BEST, SECOND, TIED, fill, marked, provenance, shown
+from slm_exp.tables.grid import BEST, SECOND, TIED, Entry, fill, marked, provenance, shown
 from slm_exp.tables.quantities import quantity
 from slm_exp.tables.records import find_runs
 from slm_exp.tables.reference import published
@@ -151,6 +151,11 @@ def test_numbers_are_shown_without_exponent_or_minus_zero(value: float, digits: 
     assert "e" not in text
     assert abs(float(text) - value) <= 0.51 * 10.0**-digits
     assert not (text.startswith("-") and float(text) == 0)
+
+
+def test_a_perplexity_of_thousands_has_no_decimals() -> None:
+    assert [Entry(value, digits=2).text for value in (26.754, 999.994, 1680.28, 225359443.64)] == [
+        "26.75", "999.99", "1680", "225359444"]
 
 
 # -------------------------------------------------------------------------------------------- what is missing
