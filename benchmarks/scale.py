@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,8 @@ def run(folder: Path, how: str, limit: float, args: argparse.Namespace) -> None:
             print(f"{s['stage']:<12}{s['seconds']:9.1f}{block}{s['passes']:8.2f}{s['read'] / GIB:10.2f}"
                   f"{s['peak'] / GIB:10.2f}{s['peak'] / weights:9.2f}  {more}", flush=True)
     status = child.wait()
-    leave()
+    with suppress(OSError):  # what a killed one started may live a moment longer
+        leave()
     if status:
         print(f"ended with status {status}" + (" (killed: out of memory?)" if status == -9 else ""))
 
