@@ -16,10 +16,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from search import timed
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,12 +31,6 @@ from slm_exp.runs import checkpoint  # noqa: E402
 from slm_exp.runs.checkpoint import save_checkpoint  # noqa: E402
 
 CHUNK = 16 << 20
-
-
-def seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 def read(files: list[Path]) -> None:
@@ -57,9 +51,9 @@ def write(files: list[Path], folder: Path) -> None:
         (folder / path.name).unlink()
 
 
-def load(folder: Path, dtype: str) -> ModelHandle:
+def load(folder: Path) -> ModelHandle:
     """A model with every page of its weights in memory: files may be mapped."""
-    cfg = compose_run(["tracking=none", "model=hf", f"model.path={folder}", f"model.dtype={dtype}"])
+    cfg = compose_run(["tracking=none", "model=hf", f"model.path={folder}", "model.dtype=auto"])
     handle = cfg.model.open(torch.device("cpu"), folder)
     for p in handle.model.parameters():
         p.view(-1)[:: 4096 // p.element_size()].sum()
@@ -91,11 +85,11 @@ def main() -> int:
         spent["verify"].clear()
         files = sorted(folder.glob("*.safetensors"))
         for _ in range(args.rounds):
-            spent["read"].append(seconds(lambda: read(files)))
-            spent["write"].append(seconds(lambda: write(files, Path(where))))
-            handles: list[ModelHandle] = []
-            spent["load"].append(seconds(lambda: handles.append(load(folder, "auto"))))  # noqa: B023
-            saved = seconds(lambda: save_checkpoint(handles[0], Path(where) / "again", plan))  # noqa: B023
+            spent["read"].append(timed(lambda: read(files))[1])
+            spent["write"].append(timed(lambda: write(files, Path(where)))[1])
+            handle, took = timed(lambda: load(folder))
+            spent["load"].append(took)
+            _, saved = timed(lambda: save_checkpoint(handle, Path(where) / "again", plan))  # noqa: B023
             spent["save"].append(saved - spent["verify"][-1])
         size = sum(path.stat().st_size for path in files)
     median = {name: statistics.median(times) for name, times in spent.items()}

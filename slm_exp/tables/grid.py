@@ -49,8 +49,8 @@ class Entry:
 
     @property
     def text(self) -> str:
-        """The value as shown, as precise as its plus-minus, without one whole from 1,000 up (the perplexity of a
-        destroyed model); empty where there is none."""
+        """The value as shown, as precise as its plus-minus; where that is missing, whole from 1,000 up. Empty where
+        there is none."""
         whole = isinstance(self.value, float) and abs(self.value) >= 1000
         return "" if self.value is None else shown(self.value, 0 if whole else self.digits, self.half)
 

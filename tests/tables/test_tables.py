@@ -153,7 +153,7 @@ def test_numbers_are_shown_without_exponent_or_minus_zero(value: float, digits: 
     assert not (text.startswith("-") and float(text) == 0)
 
 
-def test_a_perplexity_of_thousands_has_no_decimals() -> None:
+def test_a_number_of_thousands_without_an_error_is_whole() -> None:
     assert [Entry(value, digits=2).text for value in (26.754, 999.994, 1680.28, 225359443.64)] == [
         "26.75", "999.99", "1680", "225359444"]
 
